@@ -1,0 +1,1 @@
+"""Reads a model's symmetries off its graph: model -> graph -> findings -> config."""
