@@ -1,0 +1,39 @@
+# Needs Python 3.11 or later, pip and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUT := out
+
+.PHONY: demo test test-slow configs install clean
+
+demo: $(INSTALLED)
+	mkdir -p $(OUT)
+	$(BIN)/autoquant analyze autoquant/data/wikinano1m -o $(OUT)/wikinano1m.json --force
+	$(BIN)/autoquant analyze qwen3_moe -o $(OUT)/qwen3_moe.json --force
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n 2 -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -q -n 2 -m slow
+
+configs: $(INSTALLED)
+	$(BIN)/python -m autoquant schema -o schemas --force
+
+install: $(INSTALLED)
+
+# The stamp is renewed when a dependency changes, so a second `make test` installs nothing. torch comes first and alone:
+# its pinned version decides which of its own dependencies are fetched.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "autoquant needs Python 3.11 or later: make PYTHON=/path/to/python")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist
