@@ -64,7 +64,9 @@ class IndexMap(Strict):
 class Slot(Strict):
     """One axis of one parameter: the rows or columns of a weight, the elements of a bias or of a norm weight."""
 
-    path: str = Field(description="Parameter name, '{layer}' for the layer index: 'model.layers.{layer}.mlp.up_proj.weight'.")
+    path: str = Field(
+        description="Parameter name, '{layer}' for the layer index: 'model.layers.{layer}.mlp.up_proj.weight'."
+    )
     dim: int = Field(0, ge=0, description="Dimension of the parameter that the channels lie on.")
     stack: int | None = Field(
         None,
@@ -76,7 +78,9 @@ class Slot(Strict):
     index: tuple[IndexMap, ...] | None = Field(
         None, description="Positions and their channels; null: position i carries channel i, over the whole axis."
     )
-    power: int = Field(1, description="The channel's scale enters to this power (2 after a squared ReLU, -1 for keys against queries).")
+    power: int = Field(
+        1, description="The channel's scale enters to this power: 2 after a squared ReLU, -1 for keys against queries."
+    )
     offset: Literal[0, 1] = Field(0, description="1 where the model uses 1 + parameter as the gain.")
 
 
@@ -89,7 +93,7 @@ class SmoothingKind(StrEnum):
 class SmoothingOverride(Strict):
     """Another choice for some layers of a group."""
 
-    layers: LayerSet
+    layers: LayerSet = Field(description="The layers that it is for, some of the group's.")
     enable: bool | None = Field(None, description="Replaces the group's enable for these layers.")
     alpha: float | None = Field(None, ge=0, le=1, description="Replaces the group's alpha for these layers.")
 
@@ -106,12 +110,18 @@ class SmoothingGroup(Strict):
         description="norm_linear: a norm weight into linears; linear_linear (fc-fc): v -> o, up -> down, fc1 -> fc2; "
         "query_key: query rows against key rows, of use for int8 key caches only."
     )
-    layers: LayerSet | None = Field(None, description="The layers that '{layer}' stands for; null where no path has one.")
+    layers: LayerSet | None = Field(
+        None, description="The layers that '{layer}' stands for; null where no path has one."
+    )
     enable: bool | None = Field(None, description="Use this group; null: smoothing.enable, and false for query_key.")
     alpha: float | None = Field(None, ge=0, le=1, description="SmoothQuant's alpha; null: smoothing.alpha.")
-    overrides: tuple[SmoothingOverride, ...] = Field((), description="Other choices for some of the layers; the last match wins.")
+    overrides: tuple[SmoothingOverride, ...] = Field(
+        (), description="Other choices for some of the layers; the last match wins."
+    )
     channels: int = Field(ge=1, description="Number of independent scales (per layer).")
-    sources: tuple[Slot, ...] = Field(min_length=1, description="Parameters that produce the channels, biases included.")
+    sources: tuple[Slot, ...] = Field(
+        min_length=1, description="Parameters that produce the channels, biases included."
+    )
     targets: tuple[Slot, ...] = Field(min_length=1, description="Every parameter that reads the channels.")
 
 
@@ -130,7 +140,9 @@ class Norm(Strict):
     weight: str | None = Field(None, description="Parameter name of the gain, null where there is none.")
     bias: str | None = Field(None, description="Parameter name of the bias, null where there is none.")
     offset: Literal[0, 1] = Field(0, description="1 where the gain is 1 + weight.")
-    eps: float | None = Field(None, description="Epsilon, where the executor needs it (a norm folded into an embedding table).")
+    eps: float | None = Field(
+        None, description="Epsilon, where the executor needs it (a norm folded into an embedding table)."
+    )
 
 
 class Writer(Slot):
@@ -138,7 +150,8 @@ class Writer(Slot):
 
     layers: LayerSet | None = Field(None, description="The layers that '{layer}' stands for; null: the space's own.")
     fold_norm: Norm | None = Field(
-        None, description="A norm that is applied to this embedding table alone and is folded into the table first, exactly."
+        None,
+        description="A norm that is applied to this embedding table alone and is folded into the table first, exactly.",
     )
 
 
@@ -153,7 +166,7 @@ class Read(Strict):
 
     layers: LayerSet | None = Field(None, description="The layers that '{layer}' stands for; null: the space's own.")
     norm: Norm | None = Field(None, description="The norm in between; null where the readers see the space itself.")
-    readers: tuple[Reader, ...] = Field(min_length=1)
+    readers: tuple[Reader, ...] = Field(min_length=1, description="Every linear behind this norm.")
 
 
 class RotationMethod(StrEnum):
@@ -164,31 +177,35 @@ class RotationMethod(StrEnum):
 class Space(Strict):
     """A vector space that the model treats as one: any orthogonal Q may be written and read instead.
 
-    The channels are ``blocks`` runs of ``size``; Q acts inside each block. Writers become ``W Q`` on their axis, readers
-    ``W diag(gain) Q`` on theirs. R1 is one block over the residual stream; R2 is one block per KV head.
+    The channels are ``blocks`` runs of ``size``; Q acts inside each block. Writers become ``W Q`` on their axis,
+    readers ``W diag(gain) Q`` on theirs. R1 is one block over the residual stream; R2 is one block per KV head.
     """
 
     name: str = Field(description="Unique within the file.")
     kind: Literal["R1", "R2", "other"] = Field(
-        description="R1: the residual stream; R2: per-head values from v rows to o columns; other: any other vector space."
+        description="R1: the residual stream; R2: per-head values, v rows to o columns; other: any other vector space."
     )
-    layers: LayerSet | None = Field(None, description="The layers that '{layer}' stands for, unless a member has its own.")
+    layers: LayerSet | None = Field(
+        None, description="The layers that '{layer}' stands for, unless a member has its own."
+    )
     enable: bool | None = Field(None, description="Rotate this space; null: rotation.enable.")
     method: RotationMethod | None = Field(None, description="null: rotation.method.")
     seed: int | None = Field(None, ge=0, description="null: derived from rotation.seed and the space's name.")
     size: int = Field(ge=1, description="Dimension of each block.")
     blocks: int = Field(1, ge=1, description="Number of blocks, each with a rotation of its own.")
-    centre: bool = Field(False, description="Writers are centred first (LayerNorm reads the space), after which it is an RMSNorm.")
-    writers: tuple[Writer, ...] = Field(min_length=1)
-    reads: tuple[Read, ...] = Field(min_length=1)
+    centre: bool = Field(
+        False, description="Writers are centred first (LayerNorm reads the space), after which it is an RMSNorm."
+    )
+    writers: tuple[Writer, ...] = Field(min_length=1, description="Every parameter that writes into the space.")
+    reads: tuple[Read, ...] = Field(min_length=1, description="Every linear that reads the space, by norm.")
 
 
 class Online(Strict):
     """A Hadamard rotation computed while the model runs."""
 
     kind: Literal["R3", "R4", "input"] = Field(
-        description="R3: on queries and keys after the rotary embedding; R4: before a linear that follows an elementwise "
-        "product (down_proj); input: before any other linear, undone in its columns."
+        description="R3: on queries and keys after the rotary embedding; R4: before a linear that follows an "
+        "elementwise product (down_proj); input: before any other linear, undone in its columns."
     )
     path: str = Field(description="Module: the attention for R3, the linear otherwise.")
     layers: LayerSet | None = Field(None, description="The layers that '{layer}' stands for.")
@@ -198,7 +215,10 @@ class Online(Strict):
 
 class Rotation(Strict):
     enable: bool = Field(True, description="Default for every space.")
-    method: RotationMethod = Field(RotationMethod.HADAMARD, description="hadamard: random signs times a Hadamard matrix; orthogonal: random, Haar.")
+    method: RotationMethod = Field(
+        RotationMethod.HADAMARD,
+        description="hadamard: random signs times a Hadamard matrix; orthogonal: drawn from the Haar measure.",
+    )
     seed: int = Field(0, ge=0, description="Seed of all rotations.")
     spaces: tuple[Space, ...] = Field((), description="Every space that can be rotated offline.")
     online: tuple[Online, ...] = Field((), description="Where an online rotation fits.")
@@ -213,9 +233,15 @@ class QuantizationOverride(Strict):
 
 
 class Quantization(Strict):
-    strategy: Strategy = Field(Strategy.PER_CHANNEL_PER_TOKEN, description="Used for every linear that is not excluded.")
-    exclude: tuple[str, ...] = Field((), description="Linears kept in floating point: module paths as in model.linears.")
-    overrides: tuple[QuantizationOverride, ...] = Field((), description="Other strategies for single linears; the last match wins.")
+    strategy: Strategy = Field(
+        Strategy.PER_CHANNEL_PER_TOKEN, description="Used for every linear that is not excluded."
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="Linears kept in floating point: module paths as in model.linears."
+    )
+    overrides: tuple[QuantizationOverride, ...] = Field(
+        (), description="Other strategies for single linears; the last match wins."
+    )
 
 
 class Linear(Strict):
@@ -225,11 +251,15 @@ class Linear(Strict):
     layers: LayerSet | None = Field(None, description="The layers that '{layer}' stands for.")
     weight: str = Field(description="Weight parameter.")
     bias: str | None = Field(None, description="Bias parameter, null where there is none.")
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
+    in_features: int = Field(ge=1, description="Length of the sum.")
+    out_features: int = Field(ge=1, description="Number of outputs, per stacked matrix.")
     stack: int | None = Field(None, ge=1, description="Number of stacked matrices (experts).")
-    in_dim: int = Field(ge=0, description="Dimension of the weight that is summed over (1 for nn.Linear, 0 for Conv1D).")
-    role: Literal["linear", "lm_head", "router"] = Field("linear", description="lm_head: writes the logits; router: chooses experts.")
+    in_dim: int = Field(
+        ge=0, description="Dimension of the weight that is summed over (1 for nn.Linear, 0 for Conv1D)."
+    )
+    role: Literal["linear", "lm_head", "router"] = Field(
+        "linear", description="lm_head: writes the logits; router: chooses experts."
+    )
 
 
 class ModelFacts(Strict):
@@ -239,7 +269,9 @@ class ModelFacts(Strict):
     kv_heads: int | None = Field(None, description="Key/value heads.")
     head_size: int | None = Field(None, description="Size of one head.")
     parameters: int = Field(ge=0, description="Number of parameters, tied ones counted once.")
-    tied: tuple[tuple[str, ...], ...] = Field((), description="Parameters that share storage; untied before they come to differ.")
+    tied: tuple[tuple[str, ...], ...] = Field(
+        (), description="Parameters that share storage; untied before they come to differ."
+    )
     linears: tuple[Linear, ...] = Field((), description="Every matrix product with a parameter.")
 
 
@@ -248,19 +280,21 @@ class Blocked(Strict):
 
     path: str = Field(description="The linear's input or the space that is blocked.")
     layers: LayerSet | None = Field(None, description="The layers that '{layer}' stands for.")
-    what: Literal["smoothing", "rotation"]
+    what: Literal["smoothing", "rotation"] = Field(description="Which of the two cannot be done.")
     reason: str = Field(description="In words.")
     operator: str = Field(description="The operator that blocks: 'aten.silu'.")
     at: str = Field(description="Module path at which it stands.")
 
 
 class Provenance(Strict):
-    autoquant: str
-    torch: str
-    transformers: str | None = Field(None, description="null for models from elsewhere.")
+    autoquant: str = Field(description="Version of AutoQuant that wrote this file.")
+    torch: str = Field(description="Version of torch.")
+    transformers: str | None = Field(None, description="Version of transformers; null for models from elsewhere.")
     model: str = Field(description="MODEL as given to analyze.")
     capture: str = Field(description="dynamo, dynamo-pieces or export.")
-    fingerprint: str = Field(description="Digest of parameter names, shapes, ties and operators: tells whether a model has this structure.")
+    fingerprint: str = Field(
+        description="Digest of names, shapes, ties and operators: tells whether a model has this structure."
+    )
 
 
 class CertificateRow(Strict):
@@ -275,9 +309,9 @@ class Certificate(Strict):
 
     proved: bool = Field(description="false: --no-verify was given; nothing below was measured.")
     tolerance: float = Field(1e-5, description="Relative change of the logits that counts as equal.")
-    dtype: str = Field("float64")
-    seed: int = Field(0)
-    rows: tuple[CertificateRow, ...] = ()
+    dtype: str = Field("float64", description="Floating-point type of the small model.")
+    seed: int = Field(0, description="Seed of its parameters, inputs, scales and rotations.")
+    rows: tuple[CertificateRow, ...] = Field((), description="What was measured, one row a kind.")
 
 
 class Config(Strict):
@@ -285,10 +319,10 @@ class Config(Strict):
 
     schema_: str | None = Field(None, alias="$schema", description="Where editors find the schema.")
     format_version: Literal[1] = Field(description="Version of this format.")
-    provenance: Provenance
-    model: ModelFacts
-    smoothing: Smoothing
-    rotation: Rotation
-    quantization: Quantization
-    blocked: tuple[Blocked, ...] = ()
-    certificate: Certificate | None = None
+    provenance: Provenance = Field(description="Where this file comes from.")
+    model: ModelFacts = Field(description="What the analyzer saw of the model.")
+    smoothing: Smoothing = Field(description="SmoothQuant: the legal scale symmetries, and which to use.")
+    rotation: Rotation = Field(description="The spaces that can be rotated, and which to rotate.")
+    quantization: Quantization = Field(description="The int8 strategy, and what is kept in floating point.")
+    blocked: tuple[Blocked, ...] = Field((), description="What cannot be smoothed or rotated, and why.")
+    certificate: Certificate | None = Field(None, description="The proof; null: nothing was measured.")

@@ -6,8 +6,8 @@ from __future__ import annotations
 class AutoQuantError(Exception):
     """Bad input or an operation that cannot be done, said in one line.
 
-    ``details`` holds further lines, one for each of several problems found at once. The command line prints them, then the
-    message, and exits with code 1; anything else that escapes is a bug.
+    ``details`` holds further lines, one for each of several problems found at once. The command line prints them, then
+    the message, and exits with code 1; anything else that escapes is a bug.
     """
 
     def __init__(self, message: str, details: tuple[str, ...] = ()) -> None:
