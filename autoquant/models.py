@@ -1,0 +1,241 @@
+"""From MODEL, as a user names it, to a module: full size on the meta device, or small with real weights.
+
+The only module that imports transformers. Nothing here knows an architecture: sizes are reduced by what their
+configuration fields are called and by how their values relate to each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import importlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autoquant.errors import AutoQuantError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What MODEL names: a transformers configuration, or a factory of modules."""
+
+    name: str
+    """MODEL as given."""
+    config: Any = None
+    """A transformers configuration, None for a factory. Copied before use: it never changes."""
+    factory: Any = None
+    """A callable returning ``(nn.Module, example_inputs)``, None for a configuration."""
+    checkpoint: Path | None = None
+    """The directory that MODEL names, where it names one."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A module in evaluation mode with inputs to call it by: ``module(*args, **kwargs)``."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    config: Any = None
+
+
+def resolve(model: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """Find out what ``model`` names; nothing is built yet.
+
+    One of: a directory with a ``config.json`` or such a file, ``package.module:factory`` (imported with the working
+    directory on the path), a transformers model type (its default configuration), a hub id. ``layers`` limits the
+    number of layers of a configuration.
+
+    Raises :class:`AutoQuantError` with what was tried and the nearest model type.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        source = _from_path(model, path, trust_remote_code)
+    elif ":" in model:
+        source = ModelSource(model, factory=_import_factory(model))
+    else:
+        source = _from_name(model, trust_remote_code)
+    if layers is None:
+        return source
+    if layers < 1:
+        raise AutoQuantError(f"--layers: expected a positive number, got {layers}")
+    if source.config is None:
+        raise AutoQuantError(f"--layers: {model} is a factory, which alone decides its number of layers")
+    config = copy.deepcopy(source.config)
+    _limit_layers(config, layers)
+    return ModelSource(model, config, None, source.checkpoint, trust_remote_code)
+
+
+def build_meta(source: ModelSource) -> LoadedModel:
+    """The full-size module on the meta device, without weights, and three tokens of input.
+
+    Configurations: float32, no cache, scaled-dot-product attention where the class takes it and eager attention
+    elsewhere. Factories are called under ``torch.device("meta")``.
+    """
+    if source.config is None:
+        return _call_factory(source, torch.device("meta"))
+    return _build(source, source.config, torch.device("meta"), torch.float32)
+
+
+def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
+    from transformers import AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise AutoQuantError(f"{model}: expected a config.json in this directory, there is none")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AutoQuantError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise AutoQuantError(f"{file}: expected a JSON object with a model_type")
+    if not trust_remote_code:
+        _require_known(f"{file}: model_type", content["model_type"])
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(file.parent if path.is_dir() else file, trust_remote_code=trust_remote_code)
+    except Exception as error:  # configuration classes check their values in many ways
+        raise AutoQuantError(f"{file}: not a valid configuration: {_one_line(error)}") from error
+    return ModelSource(model, config, None, path if path.is_dir() else path.parent, trust_remote_code)
+
+
+def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model in CONFIG_MAPPING:
+        with _quiet():
+            return ModelSource(model, CONFIG_MAPPING[model](), trust_remote_code=trust_remote_code)
+    if model.startswith((".", "/", "~")) or model.endswith(".json"):
+        raise AutoQuantError(f"{model}: no such file or directory")
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # offline, unknown, gated, remote code: the hub client has many of its own
+        nearest = _nearest(model.rpartition("/")[2])
+        raise AutoQuantError(
+            f"{model}: not a directory, not a model type{nearest}, and not to be had from the hub ({_one_line(error)})"
+        ) from error
+    return ModelSource(model, config, trust_remote_code=trust_remote_code)
+
+
+def _require_known(where: str, model_type: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise AutoQuantError(f"{where}: transformers knows no {model_type!r}{_nearest(model_type)}")
+
+
+def _nearest(model_type: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    close = difflib.get_close_matches(model_type.lower(), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), 1)
+    return f" (nearest: {close[0]!r})" if close else ""
+
+
+def _import_factory(model: str) -> Any:
+    module_name, _, name = model.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code
+        raise AutoQuantError(f"{model}: cannot import {module_name}: {_one_line(error)}") from error
+    finally:
+        sys.path.remove(here)
+    factory = vars(module).get(name)
+    if not callable(factory):
+        close = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], 1)
+        raise AutoQuantError(f"{model}: {module_name} has no callable {name!r}" + (f" (nearest: {close[0]!r})" if close else ""))
+    return factory
+
+
+def _call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
+    try:
+        with torch.random.fork_rng(devices=()), device:
+            made = source.factory()
+    except Exception as error:  # the user's code
+        raise AutoQuantError(f"{source.name}: {_one_line(error)}") from error
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise AutoQuantError(f"{source.name}: expected (nn.Module, example_inputs), got {type(made).__name__}")
+    module, example = made
+    module.eval()
+    if isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    elif isinstance(example, tuple):
+        args, kwargs = example, {}
+    else:
+        raise AutoQuantError(f"{source.name}: example inputs: expected a tuple or a dict, got {type(example).__name__}")
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+    return LoadedModel(module, args, kwargs)
+
+
+def _build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        part.use_cache = False
+        if "is_decoder" in vars(part):  # encoder types attend to the left only if told so
+            part.is_decoder = True
+        if vars(part).get("num_key_value_heads", 0) is None:  # documented as "as many as num_attention_heads"
+            part.num_key_value_heads = part.num_attention_heads
+    refusal: Exception | None = None
+    for attention in ("sdpa", "eager"):
+        try:
+            with _quiet(), torch.random.fork_rng(devices=()), device:
+                module = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config),
+                    attn_implementation=attention,
+                    dtype=dtype,
+                    trust_remote_code=source.trust_remote_code,
+                )
+        except Exception as error:  # construction runs the architecture's own code
+            refusal = refusal or error
+            if isinstance(error, ValueError) and attention == "sdpa" and "attention implementation" in str(error):
+                refusal = None
+            continue
+        tokens = torch.arange(1, 4, device=device)[None]
+        return LoadedModel(module.eval(), (), {module.main_input_name: tokens}, module.config)
+    raise AutoQuantError(f"{source.name}: cannot be built as a causal language model: {_one_line(refusal)}") from refusal
+
+
+def _limit_layers(config: Any, layers: int) -> None:
+    """Cut to the first ``layers`` layers, every per-layer list of the configuration with them."""
+    config = config.get_text_config()
+    before = config.num_hidden_layers
+    layers = min(layers, before)
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == before and key != "architectures":
+            setattr(config, key, value[:layers])
+    config.num_hidden_layers = layers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no log lines from transformers and the hub client."""
+    threshold = logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+            yield
+    finally:
+        logging.disable(threshold)
+
+
+def _one_line(error: BaseException | None) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
