@@ -1,0 +1,197 @@
+"""The axes of parameters, as families of variables.
+
+A weight ``W[o, i]`` may be replaced by ``r[o] * W[o, i] * c[i]``: it has one family of variables for its rows and one
+for its columns, whatever transposes, slices and reshapes it goes through before it is used. A norm weight, a bias or
+any other parameter used as a tensor has one family, per affine offset (``1 + w`` is not ``w``).
+
+Stacked weights (the experts of a mixture) are used through a product that lets the data choose the matrix per token.
+Then one family stands for the same axis of *every* expert (``keyed``), and its scales may differ from expert to expert
+for as long as nothing mixes the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoquant.analyzer.variables import Ints, Reason, Variables
+
+MAX_ELEMENTS = 1 << 24
+"""Largest parameter that is labelled element by element (as a tensor, or through a reshape that must copy)."""
+
+Role = Literal["row", "column", "leaf", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter as it is seen at a node: its name, and the data movement since."""
+
+    name: str
+    full_shape: tuple[int, ...]
+    views: tuple[Callable[[Tensor], Tensor], ...] = ()
+    shape: tuple[int, ...] = ()
+    key: int = 0
+    """Non-zero after rows (experts, tokens) were picked by data: the grouping they were picked by."""
+
+    def viewed(self, move: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Param:
+        return replace(self, views=(*self.views, move), shape=shape)
+
+    def replay(self, labels: Tensor) -> Tensor:
+        for move in self.views:
+            labels = move(labels)
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Consecutive variables for one axis of one parameter.
+
+    Position ``p`` is ``stack_index * size_of_dim + index``, and ``stack`` is None for the plain axis. A ``keyed``
+    family holds the positions of one stacked matrix only.
+    """
+
+    param: str
+    role: Role
+    dim: int
+    stack: int | None
+    offset: int
+    keyed: int
+    start: int
+    count: int
+    full_shape: tuple[int, ...]
+    order: int
+    """Where in the graph it was met first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A weight as a matrix: the labels of its columns and rows, and the parameter's dimensions that they are."""
+
+    columns: Tensor
+    rows: Tensor
+    column_dim: int
+    row_dim: int
+
+
+@dataclass(slots=True)
+class Families:
+    """All families of an analysis, and which way each parameter is used."""
+
+    variables: Variables
+    _by_key: dict[tuple[object, ...], Family] = field(default_factory=dict)
+    _uses: dict[str, dict[str, Reason]] = field(default_factory=dict)
+
+    def all(self) -> list[Family]:
+        """In order of their variables."""
+        return sorted(self._by_key.values(), key=lambda family: family.start)
+
+    def axis(self, param: Param, dim: int, role: Role, here: Reason, stacked: bool) -> Tensor:
+        """Labels of one axis of a weight: ``[size]``, or ``[stack, size]`` where ``stacked`` and not keyed."""
+        size = param.full_shape[dim]
+        stack = int(np.prod(param.full_shape[:-2])) if stacked and len(param.full_shape) > 2 else None
+        keyed = param.key if stack else 0
+        labels = self._get(param, role, dim, stack, 0, keyed, size if keyed or not stack else stack * size, here)
+        self._use(param, f"weight{'s by data' if keyed else ''}", here)
+        return labels if keyed or not stack else labels.view(stack, size)
+
+    def leaf(self, param: Param, offset: int, here: Reason) -> Tensor | None:
+        """Labels of a parameter used as a tensor, in the shape it is seen in; None if it is too large."""
+        shape = param.full_shape
+        if int(np.prod(shape)) > MAX_ELEMENTS:
+            return None
+        wide = [dim for dim, size in enumerate(shape) if size > 1]
+        if param.key:
+            base = self._get(param, "leaf", len(shape) - 1, shape[0], offset, param.key, int(np.prod(shape[1:])), here)
+            base = base.view(1, *shape[1:]).expand(shape)
+        else:
+            dim = wide[-1] if wide else max(len(shape) - 1, 0)
+            stack = int(np.prod(shape[:dim])) if len(wide) > 1 else None
+            base = self._get(param, "leaf", dim, stack, offset, 0, int(np.prod(shape)), here).view(shape)
+        self._use(param, f"tensor{' plus 1' * offset}{' by data' if param.key else ''}", here)
+        return param.replay(base)
+
+    def factors(self, param: Param, contracted: int, output: int, here: Reason) -> Factors | None:
+        """Column and row labels of a weight seen as a matrix (or a stack of them) of ``param.shape``.
+
+        ``contracted`` and ``output`` are dimensions of the view. Returns labels with the other one removed, or None
+        where the view mixes rows and columns.
+        """
+        shape = param.full_shape
+        if len(shape) < 2:
+            return None
+        lead = shape[:-2]
+        column: int | None = None
+        row: int | None = None
+        for dim in (len(shape) - 2, len(shape) - 1):
+            probe = torch.arange(shape[dim], dtype=torch.int32)
+            seen = self._spread(param, probe.view(*(1,) * len(lead), -1), dim)
+            if seen is None:
+                return None
+            if _constant_along(seen, output):
+                column = dim
+            if _constant_along(seen, contracted) and (row is None or row == column):
+                row = dim
+        if column is None or row is None or column == row:
+            return None
+        columns = self._seen_axis(param, column, "column", here)
+        rows = self._seen_axis(param, row, "row", here)
+        if columns is None or rows is None:
+            return None
+        return Factors(columns.select(output, 0), rows.select(contracted, 0), column, row)
+
+    def _seen_axis(self, param: Param, dim: int, role: Role, here: Reason) -> Tensor | None:
+        lead = param.full_shape[:-2]
+        labels = self.axis(param, dim, role, here, stacked=True)
+        return self._spread(param, labels.view(*(1,) * len(lead), -1) if labels.ndim == 1 else labels.view(*lead, -1), dim)
+
+    def _spread(self, param: Param, labels: Tensor, dim: int) -> Tensor | None:
+        """Labels ``[*lead, size]`` of a dimension spread over the full shape without memory, then moved as the weight is."""
+        other = len(param.full_shape) - 1 if dim == len(param.full_shape) - 2 else len(param.full_shape) - 2
+        full = labels.unsqueeze(other).expand(param.full_shape)
+        try:
+            seen = param.replay(full)
+        except (RuntimeError, IndexError):
+            return None
+        copied = seen.untyped_storage().size() // seen.element_size() > MAX_ELEMENTS
+        return None if copied else seen
+
+    def conflicts(self) -> list[tuple[list[Family], Reason]]:
+        """Parameters that are used in two ways (as ``w`` and as ``1 + w``, as a weight and as a tensor): they cannot scale."""
+        found = []
+        for name, uses in self._uses.items():
+            if len(uses) > 1:
+                last = max(uses.values(), key=lambda reason: reason.order)
+                families = [family for family in self._by_key.values() if family.param == name]
+                text = "the parameter is used in different ways: as " + " and as ".join(sorted(uses))
+                found.append((families, Reason(text, last.operator, last.at, last.order)))
+        return found
+
+    def labels(self, family: Family) -> Ints:
+        return np.arange(family.start, family.start + family.count)
+
+    def _get(
+        self, param: Param, role: Role, dim: int, stack: int | None, offset: int, keyed: int, count: int, here: Reason
+    ) -> Tensor:
+        # The role is not part of the key: a matrix that is used both ways round has one family per axis all the same.
+        key = (param.name, dim, stack, offset, keyed)
+        if key not in self._by_key:
+            start = int(self.variables.fresh(count, keyed)[0]) if count else self.variables.count
+            self._by_key[key] = Family(param.name, role, dim, stack, offset, keyed, start, count, param.full_shape, here.order)
+        family = self._by_key[key]
+        return torch.arange(family.start, family.start + family.count)
+
+    def _use(self, param: Param, how: str, here: Reason) -> None:
+        self._uses.setdefault(param.name, {}).setdefault(how, here)
+
+
+def _constant_along(labels: Tensor, dim: int) -> bool:
+    if labels.shape[dim] == 1 or labels.stride(dim) == 0:
+        return True
+    if labels.numel() > MAX_ELEMENTS:
+        return False
+    return bool((labels == labels.narrow(dim, 0, 1)).all())

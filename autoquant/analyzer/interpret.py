@@ -1,0 +1,270 @@
+"""Walks a captured graph once, handing every operator to its rule.
+
+What is common to both analyses lives here: constants are really computed, data movement on a parameter is remembered
+rather than done, integers that depend on the data are known to be unknown. What a rule gets is the values of its
+arguments; what it returns becomes the value of the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autoquant.analyzer.capture import Captured, GraphInput, Piece, module_path
+from autoquant.analyzer.families import Param
+from autoquant.analyzer.variables import Reason
+
+MAX_CONSTANT = 1 << 24
+"""Largest constant that is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A constant whose value is known, whatever the weights and the data."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A tensor that no scale and no rotation reaches, of unknown value: token ids, routing decisions, cosines."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a rule is applied."""
+
+    node: fx.Node
+    order: int
+    operator: str
+    at: str
+    outputs: tuple[Tensor, ...]
+    """Fake tensors: shapes and dtypes of what the node makes."""
+
+    def because(self, text: str) -> Reason:
+        return Reason(text, self.operator, self.at, self.order)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.outputs[0].shape)
+
+
+Value = Any
+"""A Known, an Unknown, a Param, what the analysis puts on an activation, or a plain Python argument."""
+Rule = Callable[..., Value]
+
+
+@dataclass(slots=True)
+class Walk:
+    """One pass over the pieces of a capture."""
+
+    captured: Captured
+    rules: Mapping[str, Rule]
+    movement: Rule
+    """Applied to data movement of an activation: ``movement(site, function, args, kwargs)``."""
+    crossing: Callable[[Site], Value]
+    """Makes the value of a tensor that comes out of a graph break."""
+    no_rule: Callable[[Site, Sequence[Value]], Value]
+    finish: Callable[[Site, Sequence[Value]], None]
+    """Called with everything that a piece returns."""
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    order: int = 0
+
+    def run(self) -> None:
+        names = parameter_names(self.captured)
+        for piece in self.captured.pieces:
+            for node in piece.graph.graph.nodes:
+                self.order += 1
+                site = self._site(node)
+                if node.op == "placeholder":
+                    self.values[node] = self._input(site, piece, piece.inputs.get(node.name))
+                elif node.op == "get_attr":
+                    held = getattr(piece.graph, str(node.target), None)
+                    self.values[node] = _constant(held) if isinstance(held, Tensor) else held
+                elif node.op == "output":
+                    self.finish(site, [v for v in _flat(self._value(node.args)) if not _plain(v)])
+                else:
+                    self.values[node] = self._call(site, names)
+
+    def _site(self, node: fx.Node) -> Site:
+        outputs = tuple(v for v in _flat(node.meta.get("val")) if isinstance(v, Tensor))
+        return Site(node, self.order, operator_name(node), module_path(node), outputs)
+
+    def _input(self, site: Site, piece: Piece, what: GraphInput | None) -> Value:
+        if what is None or not site.outputs:
+            return None
+        fake = site.outputs[0]
+        if what.kind == "parameter":
+            return Param(what.name, tuple(fake.shape), (), tuple(fake.shape))
+        if what.kind == "crossing" and fake.is_floating_point():
+            return self.crossing(site)
+        if what.kind in ("buffer", "constant") and what.name in piece.constants:
+            return _constant(piece.constants[what.name])
+        return Unknown(tuple(fake.shape), fake.dtype)
+
+    def _value(self, argument: object) -> Value:
+        return fx.map_arg(argument, lambda node: self.values[node])
+
+    def _call(self, site: Site, names: Mapping[tuple[str, str], str]) -> Value:
+        args, kwargs = self._value(site.node.args), dict(self._value(site.node.kwargs))
+        args = tuple(args)
+        if site.operator == "getitem":
+            return args[0][args[1]] if isinstance(args[0], (tuple, list)) else self.no_rule(site, [args[0]])
+        args = tuple(_named(a, site, names) for a in args)
+        tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
+        if all(isinstance(v, Known) for v in tensors):
+            known = _evaluate(site, args, kwargs)
+            if known is not None:
+                return known
+        if all(isinstance(v, (Known, Unknown)) for v in tensors):
+            return _unknowns(site)
+        is_movement = site.operator in MOVEMENT
+        if is_movement and isinstance(args[0], Param) and len(tensors) == 1:
+            return _moved_param(args[0], site, args, kwargs)
+        rule = self.rules.get(site.operator)
+        if rule is not None:
+            return rule(site, *args, **kwargs)
+        if is_movement:
+            return self.movement(site, _function(site), args, kwargs)
+        return self.no_rule(site, tensors)
+
+
+MOVEMENT = frozenset(
+    """alias as_strided_copy broadcast_to chunk clone constant_pad_nd contiguous detach detach_copy diagonal expand
+    expand_as flatten flip gather index index_select lift_fresh_copy movedim narrow pad permute pixel_shuffle ravel
+    repeat repeat_interleave reshape reshape_as roll select slice split split_with_sizes squeeze stack cat concat
+    concatenate swapaxes swapdims t take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold
+    unsafe_chunk unsafe_split unsqueeze view view_as _unsafe_view _reshape_alias""".split()
+)
+"""Operators that copy elements and change none: they are run on the labels themselves."""
+
+
+def operator_name(node: fx.Node) -> str:
+    """``'silu'`` for aten.silu.default; other libraries keep their name space: ``'transformers::grouped_mm'``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        space, name = target._schema.name.split("::")
+        return name if space == "aten" else f"{space}::{name}"
+    return getattr(target, "__name__", str(target))
+
+
+def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
+    """(canonical name, module path) -> the name that this module has for a shared parameter.
+
+    A table that is shared with a linear is two parameters as soon as it is untied; each use goes by its own name.
+    Linears that share a weight go by one name: their scales are the same.
+    """
+    table_users = set()
+    for piece in captured.pieces:
+        for node in piece.graph.graph.nodes:
+            if node.op == "call_function" and operator_name(node) == "embedding":
+                table_users.add(module_path(node))
+    names: dict[tuple[str, str], str] = {}
+    for group in captured.aliases:
+        canonical = group[0]
+        by_module = {name.rpartition(".")[0]: name for name in group}
+        tables = [module for module in by_module if module in table_users]
+        others = [module for module in by_module if module not in table_users]
+        for users in (tables, others):
+            for module in users:
+                names[canonical, module] = by_module[users[0]]
+    return names
+
+
+def _named(value: Value, site: Site, names: Mapping[tuple[str, str], str]) -> Value:
+    if isinstance(value, Param):
+        name = names.get((value.name, site.at), value.name)
+        if name != value.name:
+            return Param(name, value.full_shape, value.views, value.shape, value.key)
+    return value
+
+
+def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+    move = _function(site)
+
+    def one(index: int | None) -> Callable[[Tensor], Tensor]:
+        def replay(labels: Tensor) -> Tensor:
+            result = move(labels, *args[1:], **kwargs)
+            return result if index is None else result[index]  # type: ignore[no-any-return]  # an ATen operator
+
+        return replay
+
+    if isinstance(site.node.meta.get("val"), (tuple, list)):
+        return tuple(param.viewed(one(i), tuple(fake.shape)) for i, fake in enumerate(site.outputs))
+    return param.viewed(one(None), site.shape)
+
+
+_LIKE_VIEW = {"view": "reshape", "_unsafe_view": "reshape", "_reshape_alias": "reshape", "as_strided_copy": "as_strided"}
+
+
+def _function(site: Site) -> Callable[..., Any]:
+    """The operator itself; a view is a reshape, since labels may be strided otherwise than the tensor they label."""
+    if site.operator in ("alias", "clone", "contiguous", "detach", "detach_copy", "lift_fresh_copy"):
+        return lambda labels, *args, **kwargs: labels
+    if site.operator in ("view", "_unsafe_view", "_reshape_alias"):
+        return lambda labels, shape, *args: labels.reshape(shape)
+    target: Callable[..., Any] = site.node.target  # type: ignore[assignment]  # a call_function node
+    return target
+
+
+def _constant(value: Tensor) -> Known | Unknown:
+    fake = isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta"
+    if fake or value.numel() > MAX_CONSTANT:
+        return Unknown(tuple(value.shape), value.dtype)
+    return Known(value.detach().cpu())
+
+
+def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value | None:
+    """Compute a constant for real, on the CPU; None where that is not possible."""
+    fake = site.outputs
+    if not fake or any(f.numel() > MAX_CONSTANT for f in fake) or site.operator in _RANDOM:
+        return None
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    real = _map(args, lambda v: v.value if isinstance(v, Known) else torch.device("cpu") if isinstance(v, torch.device) else v)
+    real_kwargs = _map(kwargs, lambda v: v.value if isinstance(v, Known) else v)
+    if site.operator.startswith(("empty", "new_empty")):
+        return Known(torch.zeros(site.shape, dtype=fake[0].dtype))  # written before it is read
+    try:
+        result = site.node.target(*real, **real_kwargs)  # type: ignore[operator]  # a call_function node
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # no kernel for these dtypes: unknown, which is always safe
+    return _map(result, lambda v: Known(v) if isinstance(v, Tensor) else v)
+
+
+_RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "randperm", "uniform", "normal"})
+
+
+def _unknowns(site: Site) -> Value:
+    val = site.node.meta.get("val")
+    made = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+    return made if isinstance(val, (tuple, list)) else made[0] if made else None
+
+
+def _map(value: object, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, list):
+        return [_map(v, change) for v in value]
+    if isinstance(value, tuple):
+        return tuple(_map(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    return change(value)
+
+
+def _flat(value: object) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _flat(item)]
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _flat(item)]
+    return [value]
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice))

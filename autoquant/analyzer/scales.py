@@ -1,0 +1,186 @@
+"""Smoothable groups: from the solved scale equations to groups of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from autoquant.analyzer.families import Family
+from autoquant.analyzer.index_maps import index_maps
+from autoquant.analyzer.interpret import Walk
+from autoquant.analyzer.capture import Captured
+from autoquant.analyzer.scale_rules import ScaleAnalysis, rules
+from autoquant.analyzer.variables import Bools, Floats, Ints, Solution
+from autoquant.config import Slot, SmoothingGroup, SmoothingKind
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """The solved analysis of one capture."""
+
+    analysis: ScaleAnalysis
+    walk: Walk
+    solution: Solution
+    groups: tuple[SmoothingGroup, ...]
+
+
+def analyse_scales(captured: Captured) -> Scales:
+    """Find every scale that the graph leaves free."""
+    analysis = ScaleAnalysis()
+    walk = Walk(captured, rules(analysis), analysis.move, analysis.crossing, analysis.no_rule, analysis.finish)
+    walk.run()
+    for families, reason in analysis.families.conflicts():
+        for family in families:
+            analysis.variables.fix(torch.from_numpy(analysis.families.labels(family)), reason)
+    keep = np.zeros(analysis.variables.count, dtype=np.bool_)
+    for family in analysis.families.all():
+        keep[family.start : family.start + family.count] = family.role != "leaf"
+    solution = analysis.variables.solve(keep)
+    return Scales(analysis, walk, solution, _groups(analysis, solution))
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Positions on parameter axes whose scale is free, one row each: aligned arrays sorted by component."""
+
+    component: Ints
+    family: Ints
+    position: Ints
+    weight: Floats
+    keyed: Bools
+    """Does every expert have a scale of its own here?"""
+
+
+def _groups(analysis: ScaleAnalysis, solution: Solution) -> tuple[SmoothingGroup, ...]:
+    families = analysis.families.all()
+    members = _members(analysis, families, solution)
+    groups = []
+    for signature in _in_order_of_appearance(members.component, members.family, _signatures(members, len(families))):
+        group = _group(analysis, families, _select(members, signature))
+        if group is not None:
+            groups.append(group)
+    return tuple(groups)
+
+
+def _members(analysis: ScaleAnalysis, families: Sequence[Family], solution: Solution) -> _Members:
+    counts = np.array([f.count for f in families], dtype=np.int64)
+    ids = np.concatenate([np.zeros(0, np.int64), *(analysis.families.labels(f) for f in families)])
+    which = np.repeat(np.arange(len(families)), counts)
+    free = np.flatnonzero(~solution.fixed[ids])
+    component = solution.component[ids]
+    free = free[np.lexsort((ids[free], component[free]))]
+    component, which, ids = component[free], which[free], ids[free]
+    _, start, inverse = np.unique(component, return_index=True, return_inverse=True)
+    # Powers count from the first axis met, and are whole numbers where that is possible (a square root feeds nothing else).
+    weight = solution.weight[ids] / solution.weight[ids][start][inverse]
+    least = np.full(len(start), 1.0)
+    np.minimum.at(least, inverse, np.abs(weight))
+    keys = np.array([f.keyed for f in families], dtype=np.int64)[which]
+    one_key = np.minimum.reduceat(keys, start) == np.maximum.reduceat(keys, start) if len(start) else np.zeros(0, np.bool_)
+    mixed = np.isin(component, solution.component[analysis.variables.mixed()])
+    starts = np.array([f.start for f in families], dtype=np.int64)[which]
+    return _Members(component, which, ids - starts, weight / least[inverse], (keys != 0) & one_key[inverse] & ~mixed)
+
+
+def _signatures(members: _Members, families: int) -> Ints:
+    """A number per member, equal for components that join the same axes to the same powers."""
+    code = (members.family * 64 + np.round(members.weight * 4).astype(np.int64)) * 2 + members.keyed
+    pairs = np.unique(np.stack([members.component, code], 1), axis=0)
+    text = {}
+    _, start = np.unique(pairs[:, 0], return_index=True)
+    for rows in np.split(pairs, start[1:]):
+        if len(rows):
+            text[int(rows[0, 0])] = tuple(rows[:, 1].tolist())
+    numbers = {signature: i for i, signature in enumerate(dict.fromkeys(text.values()))}
+    of_component = {component: numbers[signature] for component, signature in text.items()}
+    unique, inverse = np.unique(members.component, return_inverse=True)
+    return np.array([of_component[int(c)] for c in unique], dtype=np.int64)[inverse] if len(unique) else np.zeros(0, np.int64)
+
+
+def _in_order_of_appearance(component: Ints, family: Ints, signature: Ints) -> list[Bools]:
+    """One mask per signature, ordered by the first axis that each touches."""
+    order = sorted(set(signature.tolist()), key=lambda s: tuple(sorted(set(family[signature == s].tolist()))))
+    return [signature == s for s in order]
+
+
+def _select(members: _Members, chosen: Bools) -> _Members:
+    return _Members(*(getattr(members, name)[chosen] for name in ("component", "family", "position", "weight", "keyed")))
+
+
+def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Members) -> SmoothingGroup | None:
+    """One group from the components of one signature; None where they hold no source with a target."""
+    if not np.allclose(members.weight, np.round(members.weight)):
+        return None
+    first = members.family == members.family.min()
+    component, start = np.unique(members.component[first], return_index=True)
+    rank = np.argsort(np.argsort(members.position[first][start], kind="stable"), kind="stable")
+    channel = rank[np.searchsorted(component, members.component)]
+    sources: list[Slot] = []
+    targets: list[Slot] = []
+    for index in np.unique(members.family):
+        for power in sorted(set(members.weight[members.family == index].tolist()), reverse=True):
+            here = (members.family == index) & (members.weight == power)
+            slot = slot_of(families[index], members.position[here], channel[here], len(component), bool(members.keyed[here][0]), abs(round(power)))
+            (sources if power > 0 else targets).append(slot)
+    if not sources or not targets:
+        return None
+    roles = {families[i].role for i in np.unique(members.family[members.weight > 0])}
+    readers = {(use.weight, use.contracted_dim) for use in analysis.uses}
+    if not any((slot.path, slot.dim) in readers for slot in targets):
+        kind = SmoothingKind.QUERY_KEY
+    else:
+        kind = SmoothingKind.NORM_LINEAR if roles == {"leaf"} else SmoothingKind.LINEAR_LINEAR
+    stack = matrices(families[int(members.family.min())]) if members.keyed[0] else 1
+    return SmoothingGroup(
+        name=group_name(sources, targets), kind=kind, channels=len(component) * stack, sources=tuple(sources), targets=tuple(targets)
+    )
+
+
+def matrices(family: Family) -> int:
+    """How many matrices are stacked in the family's parameter."""
+    return int(np.prod(family.full_shape[: family.dim])) if family.role == "leaf" else int(np.prod(family.full_shape[:-2]))
+
+
+def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed: bool, power: int) -> Slot:
+    """The config's form of some positions of a family and their channels."""
+    stack, size = family.stack, family.count
+    if keyed:
+        stack = matrices(family)
+        expert = np.repeat(np.arange(stack), len(position))
+        position = np.tile(position, stack) + expert * size
+        channel = np.tile(channel, stack) + expert * channels
+        size *= stack
+    order = np.argsort(position, kind="stable")
+    return Slot(
+        path=family.param,
+        dim=family.dim,
+        stack=stack,
+        size=size,
+        index=index_maps(position[order], channel[order], size),
+        power=power,
+        offset=1 if family.offset else 0,
+    )
+
+
+def group_name(sources: Sequence[Slot], targets: Sequence[Slot]) -> str:
+    """``'model.layers.0.mlp.up_proj -> down_proj'``: the first source, then every target by its own name."""
+    source = module_of(sources[0].path)
+    return f"{source} -> {', '.join(dict.fromkeys(_tail(module_of(slot.path), source) for slot in targets))}"
+
+
+def module_of(path: str) -> str:
+    """The module that a person means by a parameter: ``…q_proj`` for ``…q_proj.weight``, the parameter itself otherwise."""
+    head, _, leaf = path.rpartition(".")
+    return head if leaf in ("weight", "bias") and head else path
+
+
+def _tail(path: str, other: str) -> str:
+    """``path`` without the part that it shares with ``other``."""
+    parts, others = path.split("."), other.split(".")
+    shared = 0
+    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
+        shared += 1
+    return ".".join(parts[shared:])

@@ -1,0 +1,285 @@
+"""Scale variables and the equations between them.
+
+Every element of every tensor carries a label: the number of the variable that says by which power of its channel's
+scale the element grows. Rules add linear equations between variables (``x = r * y`` and ``z = x + y`` in log-scales);
+``solve`` finds which variables are left free, and which of them are one and the same degree of freedom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+ZERO = 0
+"""Label of an element whose value is 0: it has every scale."""
+ONE = 1
+"""Label of an element of a constant: its scale is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a scale must be 1 or a space cannot be rotated: an operator at a place."""
+
+    text: str
+    operator: str
+    at: str
+    order: int
+    """Position of the operator in the graph."""
+
+
+@dataclass(slots=True)
+class Variables:
+    """Variables under construction. Label ``i`` is variable ``i``; fixed ones carry a reason."""
+
+    count: int = 2
+    reasons: dict[int, Reason] = field(default_factory=dict)
+    _fixed_ids: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    _left: list[Ints] = field(default_factory=list)
+    _right: list[Ints] = field(default_factory=list)
+    _ratio: list[Floats] = field(default_factory=list)
+    _order: list[Ints] = field(default_factory=list)
+    _products: list[tuple[Ints, Ints, Ints, int]] = field(default_factory=list)
+    _tags: list[tuple[int, Ints]] = field(default_factory=list)
+    _mixed: list[Ints] = field(default_factory=list)
+    _tag_cache: Ints = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
+    _fixed_cache: Bools = field(default_factory=lambda: np.array([True, True]))
+
+    def __post_init__(self) -> None:
+        self.reasons[ONE] = Reason("it is a constant", "constant", "", -1)
+
+    def fresh(self, number: int, tags: int | Ints = 0) -> Tensor:
+        """``number`` new free variables, as an int64 tensor of consecutive labels.
+
+        A tagged variable stands for one scale per expert; the tag says by which grouping of the tokens.
+        """
+        start = self.count
+        self.count += number
+        if np.any(tags):
+            self._tags.append((start, np.broadcast_to(np.asarray(tags, dtype=np.int64), (number,))))
+        return torch.arange(start, start + number)
+
+    @property
+    def tagged(self) -> bool:
+        return bool(self._tags)
+
+    def tags(self, labels: Tensor) -> Tensor:
+        """The tag of every label, 0 for none."""
+        if len(self._tag_cache) < self.count:
+            cache = np.zeros(self.count, dtype=np.int64)
+            for start, tags in self._tags:
+                cache[start : start + len(tags)] = tags
+            self._tag_cache = cache
+        return torch.from_numpy(self._tag_cache)[labels]
+
+    def mix(self, labels: Tensor) -> None:
+        """Tokens of different experts meet here: every tagged label must be one scale for all experts."""
+        tagged = torch.unique(labels[self.tags(labels) != 0])
+        if tagged.numel():
+            self._mixed.append(tagged.numpy())
+
+    def mixed(self) -> Ints:
+        return np.concatenate(self._mixed) if self._mixed else np.zeros(0, dtype=np.int64)
+
+    def fixed(self, reason: Reason) -> int:
+        """The label for scale 1 because of ``reason``; one label per site and text."""
+        key = (reason.text, reason.at, reason.order)
+        if key not in self._fixed_ids:
+            label = self.count
+            self.count += 1
+            self._fixed_ids[key] = label
+            self.reasons[label] = reason
+        return self._fixed_ids[key]
+
+    def is_fixed(self, labels: Tensor) -> Tensor:
+        """Where the label is known to be fixed already (true also for ZERO), bool tensor of the labels' shape."""
+        if len(self._fixed_cache) < self.count:
+            flags = np.zeros(self.count, dtype=np.bool_)
+            flags[[ZERO, *self.reasons]] = True
+            self._fixed_cache = flags
+        return torch.from_numpy(self._fixed_cache)[labels]
+
+    def equal(self, left: Tensor, right: Tensor, order: int, ratio: float = 1.0) -> None:
+        """Demand ``left = ratio * right`` elementwise (log-scales, same shape). ZERO on either side demands nothing."""
+        a, b = torch.broadcast_tensors(left, right)
+        pairs = _unique_pairs(a, b)
+        keep = (pairs[0] != ZERO) & (pairs[1] != ZERO)
+        if ratio == 1.0:
+            keep &= pairs[0] != pairs[1]
+        a_ids, b_ids = pairs[0][keep], pairs[1][keep]
+        if len(a_ids):
+            self._left.append(a_ids)
+            self._right.append(b_ids)
+            self._ratio.append(np.full(len(a_ids), ratio))
+            self._order.append(np.full(len(a_ids), order, dtype=np.int64))
+
+    def merge(self, left: Tensor, right: Tensor, order: int) -> Tensor:
+        """Labels of a tensor whose elements come from either side: both must agree; ZERO gives way."""
+        a, b = torch.broadcast_tensors(left, right)
+        self.equal(a, b, order)
+        return torch.where(a == ZERO, b, a)
+
+    def merge_along(self, labels: Tensor, dims: Sequence[int], order: int, keepdim: bool = False) -> Tensor:
+        """Labels of a reduction: all elements along ``dims`` must agree."""
+        if not dims or labels.ndim == 0:
+            return labels
+        top = labels.amax(tuple(dims), keepdim=True)
+        self.equal(labels, top, order)
+        return top if keepdim else top.squeeze(tuple(dims))
+
+    def fix(self, labels: Tensor, reason: Reason) -> None:
+        """Demand scale 1 for every label."""
+        free = labels[~self.is_fixed(labels)]
+        if free.numel():
+            self.equal(free, torch.tensor(self.fixed(reason)), reason.order)
+
+    def power(self, labels: Tensor, exponent: float, order: int) -> Tensor:
+        """Labels of ``x ** exponent``."""
+        if exponent == 1.0:
+            return labels
+        free = ~self.is_fixed(labels)
+        out = labels.clone()
+        if bool(free.any()):
+            ids, inverse = torch.unique(labels[free], return_inverse=True)
+            powers = self.fresh(len(ids), self.tags(ids).numpy())
+            self.equal(powers, ids, order, exponent)
+            out[free] = powers[inverse]
+        return out
+
+    def product(self, left: Tensor, right: Tensor, order: int) -> Tensor:
+        """Labels of ``left * right``: log-scales add. A side with scale 1 passes the other through at once."""
+        a, b = torch.broadcast_tensors(left, right)
+        a_fixed, b_fixed = self.is_fixed(a), self.is_fixed(b)
+        out = torch.where(a_fixed, b, a)
+        out = torch.where((a == ZERO) | (b == ZERO), torch.tensor(ZERO), out)
+        both = ~a_fixed & ~b_fixed
+        if bool(both.any()):
+            x, y, inverse = _unique_pairs_inverse(a[both], b[both])
+            tags = torch.maximum(self.tags(torch.from_numpy(x)), self.tags(torch.from_numpy(y)))
+            z = self.fresh(len(x), tags.numpy())
+            self._products.append((z.numpy(), x, y, order))
+            out = out.clone()
+            out[both] = z[torch.from_numpy(inverse)]
+        return out
+
+    def solve(self, keep: Bools) -> Solution:
+        """Solve all equations.
+
+        ``keep`` marks, per variable, the rows of linears: where a product has two free factors one of them must be
+        given up, and a lone parameter vector (a gain) is given up before the row of a linear is.
+        """
+        left, right = _concat(self._left, np.int64), _concat(self._right, np.int64)
+        ratio, order = _concat(self._ratio, np.float64), _concat(self._order, np.int64)
+        products = [np.concatenate([p[i] for p in self._products]) for i in range(3)] if self._products else [np.zeros(0, np.int64)] * 3
+        product_order = np.concatenate([np.full(len(p[0]), p[3]) for p in self._products]) if self._products else np.zeros(0, np.int64)
+        while True:
+            solution = _components(self, left, right, ratio, order)
+            if not len(product_order):
+                return solution
+            z, x, y = products
+            fixed = solution.fixed
+            extra: list[tuple[Ints, Ints, float, Ints]] = []
+            done = np.zeros(len(z), dtype=np.bool_)
+            for known, one, other, factor in ((x, z, y, 1.0), (y, z, x, 1.0), (z, x, y, -1.0)):
+                hit = fixed[known] & ~done
+                extra.append((one[hit], other[hit], factor, product_order[hit]))
+                done |= hit
+            same = ~done & (solution.component[x] == solution.component[y])
+            done |= same
+            for power in np.unique(solution.weight[y[same]] / solution.weight[x[same]]):
+                hit = same & (solution.weight[y] == power * solution.weight[x])
+                extra.append((z[hit], x[hit], 1.0 + float(power), product_order[hit]))
+            if not done.any():
+                first = product_order == product_order.min()
+                lone = ~_component_any(solution.component, keep)
+                give_up = np.where(lone[y[first]] & ~lone[x[first]], y[first], x[first])
+                at = int(product_order.min())
+                label = self.fixed(Reason("it is multiplied by another scaled tensor", "aten.mul", "", at))
+                fixed_ids = np.full(len(give_up), label, dtype=np.int64)
+                extra.append((give_up, fixed_ids, 1.0, product_order[first]))
+            for a, b, factor, where in extra:
+                if len(a):
+                    left, right = np.concatenate([left, a]), np.concatenate([right, b])
+                    ratio, order = np.concatenate([ratio, np.full(len(a), factor)]), np.concatenate([order, where])
+            products = [p[~done] for p in products]
+            product_order = product_order[~done]
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What the equations leave.
+
+    ``component[i]`` is the degree of freedom of variable ``i``, ``weight[i]`` its power (log-scale = weight * log s),
+    ``fixed[i]`` whether the scale must be 1, ``reason[i]`` then a label in ``Variables.reasons``.
+    """
+
+    component: Ints
+    weight: Floats
+    fixed: Bools
+    reason: Ints
+
+
+def _components(variables: Variables, left: Ints, right: Ints, ratio: Floats, order: Ints) -> Solution:
+    count = variables.count
+    plain = ratio == 1.0
+    coarse = _connected(count, left[plain], right[plain])
+    parts = int(coarse.max()) + 1
+    u, v, r, at = coarse[left[~plain]], coarse[right[~plain]], ratio[~plain], order[~plain]
+    component = _connected(parts, u, v)
+    weight = np.full(parts, np.nan)
+    roots = np.unique(component, return_index=True)[1]
+    weight[roots] = 1.0
+    while np.isnan(weight).any():
+        forward = np.isnan(weight[u]) & ~np.isnan(weight[v])
+        weight[u[forward]] = r[forward] * weight[v[forward]]
+        backward = np.isnan(weight[v]) & ~np.isnan(weight[u])
+        weight[v[backward]] = weight[u[backward]] / r[backward]
+    reason_of = np.zeros(int(component.max()) + 1, dtype=np.int64)
+    clash = np.abs(weight[u] - r * weight[v]) > 1e-9
+    for index in np.unique(component[u[clash]], return_index=True)[1]:
+        edge = np.flatnonzero(clash)[index]
+        label = variables.fixed(Reason("the scale is needed to two different powers", "", "", int(at[edge])))
+        reason_of[component[u[edge]]] = label
+    full = component[coarse]
+    labels = np.array(sorted(variables.reasons, key=lambda label: -variables.reasons[label].order), dtype=np.int64)
+    labels = labels[labels < count]
+    labels = np.concatenate([labels[labels == ONE], labels[labels != ONE]])
+    reason_of[full[labels]] = labels  # the earliest site is written last and wins
+    return Solution(full, weight[coarse], reason_of[full] != 0, reason_of[full])
+
+
+def _connected(count: int, left: Ints, right: Ints) -> Ints:
+    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _component_any(component: Ints, flags: Bools) -> Bools:
+    """Per variable: does its component hold a flagged variable?"""
+    hit = np.zeros(int(component.max()) + 1, dtype=np.bool_)
+    hit[component[: len(flags)][flags]] = True
+    return hit[component]
+
+
+def _concat(parts: list[npt.NDArray[np.generic]], dtype: type) -> npt.NDArray[np.generic]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+
+
+def _unique_pairs(left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
+    x, y, _ = _unique_pairs_inverse(left, right)
+    return x, y
+
+
+def _unique_pairs_inverse(left: Tensor, right: Tensor) -> tuple[Ints, Ints, Ints]:
+    a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
+    keys, inverse = np.unique((a << 32) | b, return_inverse=True)
+    return keys >> 32, keys & 0xFFFFFFFF, inverse
