@@ -1,0 +1,1 @@
+"""Symmetric int8 numerics: tensors, linears, key/value caches, calibration maxima and checkpoints."""

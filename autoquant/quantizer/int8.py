@@ -1,0 +1,135 @@
+"""Symmetric int8 arithmetic: tensors in, tensors out.
+
+A tensor x is stored as ``q = clamp(round(x / scale), -127, 127)`` with ``scale = max|x| / 127`` and no zero point, so
+that ``x ~ q * scale`` (Jacob et al. 2018, section 2.1, with Z = 0). Rounding is half to even. -128 is never used:
+negation stays exact and the product of two int8 values never exceeds 127**2.
+
+What a scale is for awkward groups of values:
+
+- all zeros, or so small that ``max|x| / 127`` is no normal float32: the smallest normal float32, q = round(x / scale);
+- with a NaN or an infinity among them: NaN, and q = 0. Whatever is computed from that group is NaN, as it would be in
+  floating point. A *static* scale cannot know: infinities saturate to +-127 and NaN becomes 0.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autoquant.errors import AutoQuantError
+
+QMAX = 127
+TINY = torch.finfo(torch.float32).tiny
+# All partial sums of 1040 products of int8 values are integers of at most 127**2 * 1040 = 16,774,160 < 2**24,
+# hence exact in float32 in any order of summation.
+EXACT_FLOAT32_DEPTH = 1040
+# 127**2 * 133,144 > 2**31 - 1: beyond this an int32 accumulator can overflow.
+EXACT_INT32_DEPTH = 133_143
+
+
+def absmax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Largest magnitude over ``dims`` (all: null), float32, the reduced dimensions kept with extent 1; 0 if empty."""
+    dims = tuple(range(x.dim())) if dims is None else dims
+    if x.numel() == 0:
+        shape = [1 if d in {k % x.dim() for k in dims} else n for d, n in enumerate(x.shape)]
+        return x.new_zeros(shape, dtype=torch.float32)
+    return x.abs().amax(dims, keepdim=True).float() if dims else x.abs().float()
+
+
+def scale_of(maximum: Tensor) -> Tensor:
+    """Float32 scale of values up to ``maximum`` in magnitude, any shape; the module's text has the awkward cases."""
+    scale = (maximum.float() / QMAX).clamp_min(TINY)  # clamp_min passes NaN on
+    return torch.where(scale.isinf(), torch.nan, scale)
+
+
+def absmax_scale(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Scale ``max|x| / 127`` over ``dims`` (all: null), kept with extent 1; float32, error at most scale / 2."""
+    return scale_of(absmax(x, dims))
+
+
+def mse_scale(x: Tensor, dims: tuple[int, ...] | None = None, *, steps: int = 60, smallest: float = 0.4) -> Tensor:
+    """Scale with the least mean squared error among clippings of the maximum to ``smallest`` ... 1 of itself.
+
+    A grid search as in Banner et al. 2019 (section 4.1 has the closed form that it replaces). Never worse than
+    :func:`absmax_scale`, which is the first candidate and wins ties. Shapes and dtypes as there.
+    """
+    full = absmax_scale(x, dims)
+    over = tuple(range(x.dim())) if dims is None else dims
+    best, least = full, torch.full_like(full, torch.inf)
+    for ratio in torch.linspace(1.0, smallest, steps).tolist():
+        scale = (full * ratio).clamp_min(TINY)
+        error = (dequantize(quantize(x, scale), scale) - x.float()).square().mean(over, keepdim=True)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """int8 tensor of x's shape; ``scale`` is float32 and broadcasts. NaN becomes 0, what is out of range saturates."""
+    return (x.float() / scale).round_().clamp_(-QMAX, QMAX).nan_to_num_(0.0).to(torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """``q * scale`` in float32; ``scale`` broadcasts."""
+    return q.float() * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values that :func:`quantize` keeps of x."""
+    return dequantize(quantize(x, scale), scale)
+
+
+def matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """Exact product of two int8 matrices, int32 [M, N], on the fastest kernel that proved itself exact on the device.
+
+    Raises AutoQuantError for a K at which int32 could overflow.
+    """
+    if a_MK.shape[1] > EXACT_INT32_DEPTH:
+        raise AutoQuantError(
+            f"an int8 product over {a_MK.shape[1]} channels can overflow int32 (limit {EXACT_INT32_DEPTH})"
+        )
+    if a_MK.numel() and b_KN.numel() and int_mm_is_exact(a_MK.device.type):
+        return _int_mm(a_MK, b_KN)
+    return reference_matmul(a_MK, b_KN)
+
+
+def reference_matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """Exact int32 [M, N] on any backend with a float32 product: chunks of K whose every partial sum is below 2**24."""
+    out_MN = torch.zeros(a_MK.shape[0], b_KN.shape[1], dtype=torch.int32, device=a_MK.device)
+    for a, b in zip(torch.split(a_MK, EXACT_FLOAT32_DEPTH, 1), torch.split(b_KN, EXACT_FLOAT32_DEPTH, 0), strict=True):
+        out_MN += (a.float() @ b.float()).to(torch.int32)
+    return out_MN
+
+
+@cache
+def int_mm_is_exact(device: str) -> bool:
+    """Whether ``torch._int_mm`` exists on the device type and gets every probe right.
+
+    The probes hold extreme values: AVX2's ``vpmaddubsw`` saturates pairs of products to int16 in silence, which random
+    data rarely shows. They cover single rows, ragged sizes and several K.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for m, k, n in ((1, 64, 64), (3, 70, 5), (32, 2048, 64), (65, 1100, 33)):
+        ones = torch.ones(m, k, dtype=torch.int8), torch.ones(k, n, dtype=torch.int8)
+        random = [torch.randint(-QMAX, QMAX + 1, s, generator=generator, dtype=torch.int8) for s in ((m, k), (k, n))]
+        for a, b in ((ones[0] * QMAX, ones[1] * QMAX), (ones[0] * QMAX, ones[1] * -QMAX), random):
+            try:
+                product = _int_mm(a.to(device), b.to(device)).cpu()
+            except (RuntimeError, NotImplementedError):  # no kernel for this device or these shapes
+                return False
+            if not torch.equal(product.long(), a.long() @ b.long()):
+                return False
+    return True
+
+
+def _int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """``torch._int_mm``; on CUDA with zero padding to what its kernel takes: M > 16, K and N multiples of 8."""
+    if a_MK.device.type != "cuda":
+        return torch._int_mm(a_MK, b_KN)
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    a = functional.pad(a_MK, (0, -k % 8, 0, max(0, 17 - m)))
+    b = functional.pad(b_KN.t(), (0, -k % 8, 0, -n % 8)).t()  # keeps b column-major, which the kernel wants
+    return torch._int_mm(a, b)[:m, :n]

@@ -1,0 +1,226 @@
+"""Key/value caches in int8, as transformers' ``Cache`` objects.
+
+A layer keeps its tokens as int8 rows ``[B, 1, S, H * D]``. With dynamic scales, the 4 bytes of a token's float32 scale
+follow its values in the same row, so that cropping, reordering and sliding windows, which transformers does by slicing
+the rows, keep values and scales together and need no code here. Bytes per token and layer, keys or values: H * D (+ 4)
+against 2 * H * D in bfloat16.
+
+Keys are quantized after the rotary embedding, where the cache receives them. What a forward pass attends to is always
+what was stored, its own tokens included: prefill, decoding and evaluation see the same keys and values.
+
+Shapes: B sequences, H key/value heads, S tokens, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from autoquant.errors import AutoQuantError
+from autoquant.quantizer import int8
+from autoquant.quantizer.strategies import Granularity
+
+SCALE_BYTES = 4
+MODULE = "kv_cache_int8"
+
+
+class KVScales(nn.Module):
+    """How a model's cache is quantized: the granularity, and static scales [layers] as buffers (null when dynamic)."""
+
+    key: Tensor | None
+    value: Tensor | None
+
+    def __init__(self, granularity: Granularity, key: Tensor | None, value: Tensor | None) -> None:
+        super().__init__()
+        self.granularity = granularity
+        self.register_buffer("key", key)
+        self.register_buffer("value", value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> KVScales:
+        """Follow the model to another device, never to another dtype."""
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]  # torch has none there
+        return self
+
+    def extra_repr(self) -> str:
+        return f"kv_cache_int8_{self.granularity.value}"
+
+
+def pack(x_BHSD: Tensor, granularity: Granularity, scale: Tensor | None) -> Tensor:
+    """Int8 rows [B, 1, S, H * D (+ 4)] of keys or values; ``scale`` is the static one.
+
+    "Per token" is one scale per token over all heads; "per tensor dynamic" one per call, kept with each of its tokens.
+    """
+    rows = x_BHSD.transpose(1, 2).flatten(2).unsqueeze(1)
+    if granularity.is_static:
+        if scale is None:
+            raise AutoQuantError("a static int8 cache has no scale: calibrate first")
+        return int8.quantize(rows, scale)
+    dynamic = int8.absmax_scale(rows, (-1,) if granularity is Granularity.TOKEN_DYNAMIC else None)
+    trailer = dynamic.expand(*rows.shape[:-1], 1).contiguous().view(torch.int8)
+    return torch.cat([int8.quantize(rows, dynamic), trailer], -1)
+
+
+def unpack(rows: Tensor, heads: int, dtype: torch.dtype, granularity: Granularity, scale: Tensor | None) -> Tensor:
+    """The keys or values [B, H, S, D] that :func:`pack` stored."""
+    if not granularity.is_static:
+        scale = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+        rows = rows[..., :-SCALE_BYTES]
+    assert scale is not None  # pack refused a static cache without a scale
+    return (
+        int8.dequantize(rows, scale).to(dtype).squeeze(1).view(rows.shape[0], rows.shape[2], heads, -1).transpose(1, 2)
+    )
+
+
+class Int8Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers has no types there
+    """One layer's cache, all tokens. Subclasses transformers' layer because ``Cache`` recognises nothing else."""
+
+    def __init__(self, granularity: Granularity, key_scale: Tensor | None, value_scale: Tensor | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.granularity, self.key_scale, self.value_scale = granularity, key_scale, value_scale
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return _update(self, DynamicLayer, key_states, value_states)
+
+
+class Int8SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]  # as above
+    """One layer's cache, the tokens of a sliding window."""
+
+    def __init__(
+        self, sliding_window: int, granularity: Granularity, key_scale: Tensor | None, value_scale: Tensor | None
+    ) -> None:
+        super().__init__(sliding_window)
+        self.granularity, self.key_scale, self.value_scale = granularity, key_scale, value_scale
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return _update(self, DynamicSlidingWindowLayer, key_states, value_states)
+
+
+def _update(
+    layer: Int8Layer | Int8SlidingLayer, plain: type[Any], keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Let transformers' own layer append and trim the rows; return what it kept, in floating point."""
+    granularity = layer.granularity
+    rows = plain.update(layer, pack(keys, granularity, layer.key_scale), pack(values, granularity, layer.value_scale))
+    return (
+        unpack(rows[0], keys.shape[1], keys.dtype, granularity, layer.key_scale),
+        unpack(rows[1], values.shape[1], values.dtype, granularity, layer.value_scale),
+    )
+
+
+class Int8Cache(Cache):
+    """An int8 cache for ``model.generate(past_key_values=...)`` and for forward passes.
+
+    ``layers`` come from the model's config: full and sliding attention in int8; layers without attention (Mamba states,
+    convolutions) as transformers has them. Raises AutoQuantError for hybrid layers that hold both in one object.
+    """
+
+    def __init__(
+        self, config: Any, granularity: Granularity, key: Tensor | None = None, value: Tensor | None = None
+    ) -> None:
+        layers = DynamicCache(config=config).layers
+        super().__init__(
+            layers=[
+                _int8_layer(layer, granularity, None if key is None else key[i], None if value is None else value[i])
+                for i, layer in enumerate(layers)
+            ]
+        )
+
+
+def _int8_layer(layer: Any, granularity: Granularity, key: Tensor | None, value: Tensor | None) -> Any:
+    if type(layer) is DynamicLayer:
+        return Int8Layer(granularity, key, value)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return Int8SlidingLayer(layer.sliding_window, granularity, key, value)
+    if isinstance(layer, DynamicLayer):
+        raise AutoQuantError(
+            f"no int8 cache for layers of kind {type(layer).__name__}: choose a strategy without kv_cache"
+        )
+    return layer
+
+
+def quantize_cache_(model: nn.Module, granularity: Granularity, maxima: Mapping[str, Tensor] | None = None) -> None:
+    """Make ``model`` use an int8 cache from now on, in ``generate`` and in every forward pass.
+
+    ``maxima`` are those of :func:`observe_cache`, needed by static scales. Raises AutoQuantError without them.
+    """
+    key = value = None
+    if granularity.is_static:
+        if not maxima:
+            raise AutoQuantError("a static int8 cache needs the key and value maxima of a calibration pass")
+        key, value = (int8.scale_of(maxima[name]) for name in ("key", "value"))
+        if not (key.isfinite().all() and value.isfinite().all()):
+            raise AutoQuantError("keys or values were NaN or infinite during calibration")
+    install_(model, KVScales(granularity, key, value))
+
+
+def install_(model: nn.Module, scales: KVScales) -> None:
+    """Register the scales with the model (hence in its checkpoint) and the hook that hands out the cache."""
+    if hasattr(model, MODULE):
+        raise AutoQuantError("the model already has an int8 cache")
+    cache = new_cache(model, scales)  # a layer that cannot be quantized shows now
+    if not any(isinstance(layer, Int8Layer | Int8SlidingLayer) for layer in cache.layers):
+        raise AutoQuantError("the model has no attention layers with a cache: choose a strategy without kv_cache")
+    model.add_module(MODULE, scales)
+    model.register_forward_pre_hook(_use_int8_cache, with_kwargs=True)
+
+
+def new_cache(model: nn.Module, scales: KVScales) -> Int8Cache:
+    """An empty int8 cache for ``model``."""
+    return Int8Cache(model.config, scales.granularity, scales.key, scales.value)
+
+
+def _use_int8_cache(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace no cache, or the empty one that ``generate`` makes, by an int8 one."""
+    given = kwargs.get("past_key_values")
+    if given is None or (not isinstance(given, Int8Cache) and given.get_seq_length() == 0):
+        kwargs = {**kwargs, "past_key_values": new_cache(model, model.get_submodule(MODULE))}  # type: ignore[arg-type]  # ours
+    elif not isinstance(given, Int8Cache):
+        raise AutoQuantError(f"this model's cache is int8; it was given a filled {type(given).__name__}")
+    return args, kwargs
+
+
+@contextmanager
+def observe_cache(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect, while the context is open, the maxima of the keys and values that attention layers store.
+
+    Yields a dictionary that holds ``key`` and ``value``, float32 [layers], 0 for layers without a cache.
+    """
+    maxima: dict[str, Tensor] = {}
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = DynamicCache(config=module.config)  # type: ignore[arg-type]  # a PreTrainedConfig
+        update = cache.update
+
+        def recording(keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
+            for name, states in (("key", keys), ("value", values)):
+                seen = maxima.setdefault(name, torch.zeros(len(cache.layers), dtype=torch.float32, device=keys.device))
+                seen[layer] = torch.maximum(seen[layer], int8.absmax(states.detach()).squeeze())
+            return update(keys, values, layer, *rest, **named)
+
+        cache.update = recording  # type: ignore[method-assign]  # on this one cache object, for this one pass
+        return args, {**kwargs, "past_key_values": cache}
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield maxima
+    finally:
+        handle.remove()
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that the cached tokens of all attention layers take, scales included."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,161 @@
+"""Int8 linears, and the replacement of a model's linears by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.errors import AutoQuantError
+from autoquant.quantizer import int8
+from autoquant.quantizer.observers import Maxima
+from autoquant.quantizer.strategies import PlannedLinear, Scheme
+from autoquant.quantizer.weight import Int8Weight, Mode, linear
+
+Clip = Literal["absmax", "mse"]
+
+
+class Int8Linear(nn.Module):
+    """``y = x @ W.T + b`` in int8 arithmetic for any batch shape: x is [..., I], y is [..., O] in x's dtype.
+
+    ``weight`` holds the int8 values and all scales; ``bias`` [O] stays in floating point and is added in float32.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.out_features, self.in_features = weight.values.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.view(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a planned weight lives: ``parent`` holds ``owner`` as ``child``, and that the parameter as ``name``."""
+
+    planned: PlannedLinear
+    parent: nn.Module
+    child: str
+    owner: nn.Module
+    name: str
+    parameter: Tensor
+
+    @property
+    def is_linear_module(self) -> bool:
+        """Whether the whole module is a plain linear. Others keep their own code, around an int8 weight."""
+        return type(self.owner).forward is nn.Linear.forward and self.name == "weight"
+
+
+def quantize_(
+    model: nn.Module, planned: Sequence[PlannedLinear], maxima: Maxima | None = None, *, clip: Clip = "absmax"
+) -> None:
+    """Replace the planned linears of ``model`` in place by int8 ones.
+
+    ``maxima`` holds per-channel input maxima by weight name ([I], or [E, I] for a stack), needed by static strategies.
+    ``clip="mse"`` searches the weights' scales for the least squared error instead of taking the maximum.
+
+    Everything is checked before the first replacement. Raises AutoQuantError for a path that the model lacks, a shape
+    that differs, a weight with NaN or infinity, a missing or useless calibration maximum.
+    """
+    sites = [_locate(model, entry) for entry in planned]
+    scales = [_static_scale(site.planned, maxima or {}) for site in sites]
+    for site in sites:
+        if not site.parameter.isfinite().all():
+            raise AutoQuantError(f"{site.planned.weight}: holds NaN or infinite values")
+    for site, scale in zip(sites, scales, strict=True):
+        values, weight_scale = quantize_weight(site.parameter, site.planned.in_dim, site.planned.scheme, clip)
+        input_scale = None if scale is None else scale.to(values.device)
+        _replace(site, values, weight_scale, input_scale)
+
+
+def replace_with_empty_(model: nn.Module, planned: Sequence[PlannedLinear]) -> None:
+    """Like :func:`quantize_` with uninitialised values of the right shapes: what a checkpoint is loaded into."""
+    for site in [_locate(model, entry) for entry in planned]:
+        scheme, stack = site.planned.scheme, () if site.planned.stack is None else (site.planned.stack,)
+        rows = site.planned.out_features if scheme.weight_per_channel else 1
+        values = torch.empty(*stack, site.planned.out_features, site.planned.in_features, dtype=torch.int8)
+        scale = torch.empty(*stack, rows, 1, dtype=torch.float32)
+        _replace(site, values, scale, torch.empty(stack, dtype=torch.float32) if scheme.is_static else None)
+
+
+def quantize_weight(parameter: Tensor, in_dim: int, scheme: Scheme, clip: Clip = "absmax") -> tuple[Tensor, Tensor]:
+    """Int8 values [(E,) O, I] and float32 scale [(E,) O or 1, 1] of a weight whose dimension ``in_dim`` is summed over.
+
+    Each expert of a stack is a tensor of its own: "per tensor" is one scale per expert.
+    """
+    weight = parameter.detach() if in_dim == parameter.dim() - 1 else parameter.detach().mT
+    dims = (-1,) if scheme.weight_per_channel else (-2, -1)
+    scale = int8.absmax_scale(weight, dims) if clip == "absmax" else int8.mse_scale(weight, dims)
+    return int8.quantize(weight, scale).contiguous(), scale
+
+
+def set_mode_(model: nn.Module, mode: Mode) -> None:
+    """Compute every int8 linear of ``model`` in int8, or on the same rounded values in float32 (``fake``)."""
+    for module in model.modules():
+        if isinstance(module, Int8Weight):
+            module.mode = mode
+
+
+def int8_weights(model: nn.Module) -> Mapping[str, Int8Weight]:
+    """The int8 weights of a model by the name of the parameter that each replaced."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Int8Weight)}
+
+
+def _locate(model: nn.Module, planned: PlannedLinear) -> Site:
+    owner_path, _, name = planned.weight.rpartition(".")
+    parent_path, _, child = owner_path.rpartition(".")
+    try:
+        parent, owner = model.get_submodule(parent_path), model.get_submodule(owner_path)
+        parameter = owner.get_parameter(name)
+    except AttributeError:
+        raise AutoQuantError(
+            f"{planned.weight}: the model has no such parameter; the config is of another model"
+        ) from None
+    stack = () if planned.stack is None else (planned.stack,)
+    matrix = (planned.out_features, planned.in_features)
+    wanted = (*stack, *(matrix if planned.in_dim == len(stack) + 1 else matrix[::-1]))
+    if tuple(parameter.shape) != wanted:
+        raise AutoQuantError(f"{planned.weight}: shape {tuple(parameter.shape)} in the model, {wanted} in the config")
+    return Site(planned, parent, child, owner, name, parameter)
+
+
+def _static_scale(planned: PlannedLinear, maxima: Maxima) -> Tensor | None:
+    """Float32 scale of a static input: [] or, for a stack, [E] with unvisited experts at the largest of the others."""
+    if not planned.scheme.is_static:
+        return None
+    if planned.weight not in maxima:
+        raise AutoQuantError(f"{planned.weight}: no calibration maximum of its input, which a static strategy needs")
+    maximum = maxima[planned.weight].float()
+    if not maximum.isfinite().all():
+        raise AutoQuantError(f"{planned.weight}: its input was NaN or infinite during calibration")
+    largest = maximum.amax()
+    if largest == 0:
+        raise AutoQuantError(
+            f"{planned.weight}: its input was always zero during calibration, so no static scale exists"
+        )
+    if planned.stack is not None:
+        each = maximum.expand(planned.stack, -1).amax(-1)
+        largest = torch.where(each > 0, each, largest)
+    return int8.scale_of(largest)
+
+
+def _replace(site: Site, values: Tensor, scale: Tensor, input_scale: Tensor | None) -> None:
+    transposed = site.planned.in_dim != site.parameter.dim() - 1
+    activation = site.planned.scheme.activation
+    weight = Int8Weight(values, scale, input_scale, activation, site.parameter.dtype, transposed)
+    if site.is_linear_module:
+        bias = dict(site.owner.named_parameters(recurse=False)).get("bias")
+        setattr(site.parent, site.child, Int8Linear(weight, bias).train(site.owner.training))
+    else:
+        delattr(site.owner, site.name)
+        setattr(site.owner, site.name, weight)
