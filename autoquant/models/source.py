@@ -1,8 +1,4 @@
-"""From MODEL, as a user names it, to a module: full size on the meta device, or small with real weights.
-
-The only module that imports transformers. Nothing here knows an architecture: sizes are reduced by what their
-configuration fields are called and by how their values relate to each other.
-"""
+"""From MODEL, as a user names it, to a module of full size on the meta device."""
 
 from __future__ import annotations
 
@@ -75,7 +71,7 @@ def resolve(model: str, *, layers: int | None = None, trust_remote_code: bool = 
     if source.config is None:
         raise AutoQuantError(f"--layers: {model} is a factory, which alone decides its number of layers")
     config = copy.deepcopy(source.config)
-    _limit_layers(config, layers)
+    limit_layers(config, layers)
     return ModelSource(model, config, None, source.checkpoint, trust_remote_code)
 
 
@@ -86,8 +82,8 @@ def build_meta(source: ModelSource) -> LoadedModel:
     elsewhere. Factories are called under ``torch.device("meta")``.
     """
     if source.config is None:
-        return _call_factory(source, torch.device("meta"))
-    return _build(source, source.config, torch.device("meta"), torch.float32)
+        return call_factory(source, torch.device("meta"))
+    return build(source, source.config, torch.device("meta"), torch.float32)
 
 
 def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
@@ -105,10 +101,12 @@ def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
     if not trust_remote_code:
         _require_known(f"{file}: model_type", content["model_type"])
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(file.parent if path.is_dir() else file, trust_remote_code=trust_remote_code)
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                file.parent if path.is_dir() else file, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # configuration classes check their values in many ways
-        raise AutoQuantError(f"{file}: not a valid configuration: {_one_line(error)}") from error
+        raise AutoQuantError(f"{file}: not a valid configuration: {one_line(error)}") from error
     return ModelSource(model, config, None, path if path.is_dir() else path.parent, trust_remote_code)
 
 
@@ -116,17 +114,17 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if model in CONFIG_MAPPING:
-        with _quiet():
+        with quiet():
             return ModelSource(model, CONFIG_MAPPING[model](), trust_remote_code=trust_remote_code)
     if model.startswith((".", "/", "~")) or model.endswith(".json"):
         raise AutoQuantError(f"{model}: no such file or directory")
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # offline, unknown, gated, remote code: the hub client has many of its own
         nearest = _nearest(model.rpartition("/")[2])
         raise AutoQuantError(
-            f"{model}: not a directory, not a model type{nearest}, and not to be had from the hub ({_one_line(error)})"
+            f"{model}: not a directory, not a model type{nearest}, and not to be had from the hub ({one_line(error)})"
         ) from error
     return ModelSource(model, config, trust_remote_code=trust_remote_code)
 
@@ -152,22 +150,24 @@ def _import_factory(model: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code
-        raise AutoQuantError(f"{model}: cannot import {module_name}: {_one_line(error)}") from error
+        raise AutoQuantError(f"{model}: cannot import {module_name}: {one_line(error)}") from error
     finally:
         sys.path.remove(here)
     factory = vars(module).get(name)
     if not callable(factory):
         close = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], 1)
-        raise AutoQuantError(f"{model}: {module_name} has no callable {name!r}" + (f" (nearest: {close[0]!r})" if close else ""))
+        raise AutoQuantError(
+            f"{model}: {module_name} has no callable {name!r}" + (f" (nearest: {close[0]!r})" if close else "")
+        )
     return factory
 
 
-def _call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
+def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
     try:
         with torch.random.fork_rng(devices=()), device:
             made = source.factory()
     except Exception as error:  # the user's code
-        raise AutoQuantError(f"{source.name}: {_one_line(error)}") from error
+        raise AutoQuantError(f"{source.name}: {one_line(error)}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise AutoQuantError(f"{source.name}: expected (nn.Module, example_inputs), got {type(made).__name__}")
     module, example = made
@@ -182,7 +182,7 @@ def _call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
     return LoadedModel(module, args, kwargs)
 
 
-def _build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -195,7 +195,7 @@ def _build(source: ModelSource, config: Any, device: torch.device, dtype: torch.
     refusal: Exception | None = None
     for attention in ("sdpa", "eager"):
         try:
-            with _quiet(), torch.random.fork_rng(devices=()), device:
+            with quiet(), torch.random.fork_rng(devices=()), device:
                 module = AutoModelForCausalLM.from_config(
                     copy.deepcopy(config),
                     attn_implementation=attention,
@@ -209,10 +209,12 @@ def _build(source: ModelSource, config: Any, device: torch.device, dtype: torch.
             continue
         tokens = torch.arange(1, 4, device=device)[None]
         return LoadedModel(module.eval(), (), {module.main_input_name: tokens}, module.config)
-    raise AutoQuantError(f"{source.name}: cannot be built as a causal language model: {_one_line(refusal)}") from refusal
+    raise AutoQuantError(
+        f"{source.name}: cannot be built as a causal language model: {one_line(refusal)}"
+    ) from refusal
 
 
-def _limit_layers(config: Any, layers: int) -> None:
+def limit_layers(config: Any, layers: int) -> None:
     """Cut to the first ``layers`` layers, every per-layer list of the configuration with them."""
     config = config.get_text_config()
     before = config.num_hidden_layers
@@ -224,7 +226,7 @@ def _limit_layers(config: Any, layers: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings and no log lines from transformers and the hub client."""
     threshold = logging.root.manager.disable
     try:
@@ -236,6 +238,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(threshold)
 
 
-def _one_line(error: BaseException | None) -> str:
+def one_line(error: BaseException | None) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,10 @@
+"""From MODEL, as a user names it, to a module: full size on the meta device, or small with real weights.
+
+The only package that imports transformers, and only when one of its functions is called. Nothing here knows an
+architecture: sizes are reduced by what their configuration fields are called and by how their values relate.
+"""
+
+from autoquant.models.small import layer_kinds, randomise_, small
+from autoquant.models.source import LoadedModel, ModelSource, build_meta, resolve
+
+__all__ = ["LoadedModel", "ModelSource", "build_meta", "layer_kinds", "randomise_", "resolve", "small"]
