@@ -14,6 +14,7 @@ import io
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoquant.errors import AutoQuantError
 
@@ -40,7 +42,8 @@ _KINDS: Mapping[InputKind, Literal["parameter", "buffer", "constant", "input"]] 
 class GraphInput:
     """What a placeholder stands for.
 
-    ``crossing`` is a tensor that another piece made: nothing is known about what happened to it on the way.
+    ``crossing`` is a tensor that comes from outside of the piece and that nothing is known about: another piece made
+    it, or it is a parameter that code between the pieces uses too.
     """
 
     kind: Literal["parameter", "buffer", "constant", "input", "crossing"]
@@ -127,7 +130,7 @@ def shape(node: torch.fx.Node) -> tuple[int, ...]:
 def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], captured: Captured) -> float:
     """Largest difference between the captured graphs and ``module`` itself, relative to the largest eager value.
 
-    ``captured`` comes from this module, or from one of the same structure, shapes and dtypes, on any device; ``module`` holds real tensors.
+    ``captured`` comes from this module, which holds real tensors.
     """
     with undisturbed(module):
         expected = _tensors(module(*args, **kwargs))
@@ -199,6 +202,9 @@ def _pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
     _compiled(module, record)(*args, **kwargs)
     if not calls:
         raise AutoQuantError("Dynamo found no tensor operation")
+    # Dynamo leaves some code to Python altogether (a loop with a break in it). A parameter used there has readers or
+    # writers that no piece shows, so nothing may be concluded from those that are shown.
+    hidden = _uses(lambda: module(*args, **kwargs)) - _uses(lambda: [traced.graph(*inputs) for traced, inputs in calls])
     given = {id(leaf): f"input {index}" for index, leaf in enumerate(pytree.tree_leaves((args, kwargs)))}
     first_root: dict[int, str] = {}
     pieces = []
@@ -208,7 +214,7 @@ def _pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
         for node, stack in traced.stacks.items():
             node.meta["nn_module_stack"] = _named_stack(stack, names, traced_root, root)
         program = torch.export.export(traced.graph, inputs, strict=False)
-        pieces.append(_lower(program, names, [_describe(value, i, names, given) for i, value in enumerate(inputs)]))
+        pieces.append(_lower(program, names, [_describe(value, i, names, given, hidden) for i, value in enumerate(inputs)]))
     return tuple(pieces)
 
 
@@ -272,14 +278,32 @@ def _named_stack(
     return named
 
 
-def _describe(value: Any, index: int, names: _Names, given: Mapping[int, str]) -> GraphInput:
+def _describe(
+    value: Any, index: int, names: _Names, given: Mapping[int, str], hidden: Mapping[int, int]
+) -> GraphInput:
     """What an argument of a piece is, by identity."""
     known = names.of_tensor(value) if isinstance(value, torch.Tensor) else ()
+    if known and value.untyped_storage()._cdata in hidden:
+        return GraphInput("crossing", known[0])
     if known:
         return GraphInput("parameter" if isinstance(value, nn.Parameter) else "buffer", known[0])
-    if id(value) in given:
-        return GraphInput("input", given[id(value)])
-    return GraphInput("crossing", f"crossing {index}")
+    return GraphInput("input", given[id(value)]) if id(value) in given else GraphInput("crossing", f"crossing {index}")
+
+
+def _uses(run: Callable[[], object]) -> Counter[int]:
+    """How often the operators of a run take a tensor of each storage."""
+    uses: Counter[int] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for leaf in pytree.tree_leaves((args, kwargs or {})):
+                if isinstance(leaf, torch.Tensor):
+                    uses[leaf.untyped_storage()._cdata] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        run()
+    return uses
 
 
 def _lower(

@@ -6,6 +6,7 @@ their values relate: a width that was heads x head size, or a multiple of the hi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import zlib
@@ -53,14 +54,33 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
     config, failure = _reduced(source)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(_vocabulary(config), (2, 8), generator=generator)
-    for dtype in (torch.float64, torch.float32):
+    # Grouped matrix products, the default for experts, have no float64 kernel everywhere.
+    for dtype, experts in ((torch.float64, None), (torch.float64, "batched_mm"), (torch.float64, "eager"), (torch.float32, None)):
         loaded = build(source, config, torch.device("cpu"), dtype)
+        loaded.module.set_experts_implementation(experts)
         randomise_(loaded.module, seed)
         loaded = LoadedModel(loaded.module, (), {loaded.module.main_input_name: tokens}, loaded.config)
         failure = _failure(loaded)
         if failure is None:
             return loaded
     raise AutoQuantError(f"{source.name}: its small model cannot be run: {one_line(failure)}") from failure
+
+
+@contextlib.contextmanager
+def grouped_experts(loaded: LoadedModel) -> Iterator[None]:
+    """Experts as grouped matrix products, as :func:`build_meta` has them, to capture a small model by the same operators.
+
+    Such a graph runs in float64 where the module itself may not. Does nothing where there are no experts.
+    """
+    if loaded.config is None:
+        yield
+        return
+    before = loaded.module.get_experts_implementation()
+    loaded.module.set_experts_implementation(None)
+    try:
+        yield
+    finally:
+        loaded.module.set_experts_implementation(before)
 
 
 def randomise_(module: nn.Module, seed: int) -> None:
