@@ -221,9 +221,11 @@ def _slot(where: JsonPath, slot: Slot, channels: int) -> Iterator[Problem]:
     values, counts = np.unique(positions, return_counts=True)
     if (counts > 1).any():
         yield Problem(at, f"position {values[counts > 1][0]} occurs more than once")
-    missing = np.setdiff1d(np.arange(channels), carried) if channels <= slot.size else np.arange(slot.size, channels)
-    if missing.size:
-        yield Problem(at, f"channel {missing[0]} of {channels} is on no position")
+    # Every channel that occurs is in range, so the sorted ones are 0, 1, 2, ... up to the first that is missing.
+    known = np.unique(carried)
+    missing = int(np.count_nonzero(known == np.arange(known.size)))
+    if missing < channels:
+        yield Problem(at, f"channel {missing} of {channels} is on no position")
 
 
 def _block(where: JsonPath, block: IndexMap, size: int, channels: int) -> Iterator[Problem]:

@@ -180,7 +180,7 @@ class _Parser:
     def number(self, match: re.Match[str], at: int) -> int | float:
         # Integers of more than 18 digits fit in no tensor and would cost quadratic time.
         whole = match[1] is None and match[2] is None
-        result = float(match[0]) if not whole or len(match[0]) > 18 else int(match[0])
+        result = float(match[0]) if not whole or len(match[0].lstrip("-")) > 18 else int(match[0])
         if math.isinf(result) or (whole and isinstance(result, float)):
             self.problems.append(TextProblem(at, f"the number is too large: {match[0][:24]}"))
             return 0
