@@ -29,7 +29,7 @@ from autoquant.analyzer.folding import StackMap
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")
 # A list of layer numbers: mlp_only_layers, attn_layer_indices, hybrid_layer_ids.
-NUMBERS = re.compile(r"layer|block|indices$|ids$|idx$")
+NUMBERS = re.compile(r"layer|block|indices$|ids$|idxs?$")
 # An attribute that points at a layer: layer_idx, kv_shared_layer_index.
 POINTER = re.compile(r"layer_?(idx|index|id|number|num)$")
 
@@ -40,12 +40,14 @@ MODULE_FIELDS = frozenset(vars(nn.Module()))
 class LayerStack:
     """A list of repeated blocks.
 
-    ``kinds[i]`` numbers the kind of layer i, by first appearance. ``whole``: why representatives cannot stand for the
-    layers whatever their kinds, None where they can.
+    ``kinds[i]`` numbers the kind of layer i, by first appearance. ``counted``: attributes that count along with the
+    layers, as path of the submodule, name and step. ``whole``: why representatives cannot stand for the layers whatever
+    their kinds, None where they can.
     """
 
     path: str
     kinds: tuple[int, ...]
+    counted: tuple[tuple[str, str, int], ...] = ()
     whole: str | None = None
 
     @property
@@ -81,16 +83,16 @@ def represent(
     and the modules above a stack are made to fit where they hold the number of layers, a list with an entry per layer
     or a list of layer numbers. ``module`` and its config are untouched.
 
-    ``forward`` runs the copy on some input. If it raises, or does not call every layer equally often, the model depends
-    on its depth in a way that cannot be seen from outside: then, and where there is nothing to leave out, the result is
-    ``module`` itself and :func:`whole`.
+    ``forward`` runs the copy on some input. If it raises, or does not call all layers of a kind equally often, the
+    model depends on its depth in a way that cannot be seen from outside. Then, and where there is nothing to leave out,
+    the result is ``module`` itself and :func:`whole`.
     """
     kept, clash = _settle(module, stacks)
     maps = tuple(_stack_map(stack, kept[stack.path], stack.whole or clash.get(stack.path)) for stack in stacks)
     if all(len(kept[stack.path]) == stack.length for stack in stacks):
         return module, maps
     pruned = _prune(module, stacks, kept)
-    misfit = _trial(pruned, stacks, forward) if forward is not None else None
+    misfit = _trial(pruned, maps, forward) if forward is not None else None
     return (pruned, maps) if misfit is None else (module, whole(stacks, misfit))
 
 
@@ -135,9 +137,11 @@ def _stack(module: nn.Module, path: str, layers: nn.Module, outside: Sequence[nn
     reason = (
         _shared(blocks, outside)
         or _points_elsewhere([attributes for _, attributes in structures], position)
+        or _boundary(module, path, len(blocks))
         or _one_per_layer(module, outside, len(blocks))
     )
-    return LayerStack(path, tuple(numbers), reason)
+    counted = tuple((where, name, step) for (where, name), step in position.items() if step != 0)
+    return LayerStack(path, tuple(numbers), counted, reason)
 
 
 def _structure(layer: nn.Module, configs: list[object]) -> tuple[object, dict[tuple[str, str], object]]:
@@ -182,32 +186,38 @@ def _plain(value: object, configs: list[object]) -> object:
     return (type(value),)
 
 
-def _position_attributes(layers: Sequence[Mapping[tuple[str, str], object]]) -> set[tuple[str, str]]:
-    """Attributes that are a function of the layer's position and nothing else.
+def _position_attributes(layers: Sequence[Mapping[tuple[str, str], object]]) -> dict[tuple[str, str], int]:
+    """Attributes that are a function of the layer's position and nothing else, with the step of those that count.
 
-    An integer that counts along with the layers is the layer's number. A float that only rises or only falls over all
-    layers (drop path rates, 1 / depth) is a schedule, and no symmetry depends on the value of a factor.
+    An integer that goes up by one over three or more layers is the layer's number; with fewer layers or a larger step
+    (two attentions in each) its name has to say so. A float that only rises or only falls over all layers (drop path
+    rates, 1 / depth) is a schedule, and no symmetry depends on the value of a factor.
     """
-    found = set()
+    found: dict[tuple[str, str], int] = {}
     for key in dict.fromkeys(key for layer in layers for key in layer):
-        values = [(i, layer[key][1]) for i, layer in enumerate(layers) if _number(layer.get(key))]  # type: ignore[index]  # _number: a pair
-        present = sum(key in layer for layer in layers)
-        if len(values) != present:
+        values = [(i, layer[key]) for i, layer in enumerate(layers) if key in layer]
+        numbers = [value[1] for _, value in values if isinstance(value, tuple) and value[0] in (int, float)]
+        if len(numbers) < len(values):
             continue
-        numbers = [value for _, value in values]
-        if all(isinstance(value, int) for value in numbers):
-            offsets = {value - i for i, value in values}
-            if offsets == {0} or (len(offsets) == 1 and present > 1):
-                found.add(key)
-        elif len(numbers) > 2 and len(numbers) == len(layers):
-            steps = [b - a for a, b in itertools.pairwise(numbers)]
-            if all(step > 0 for step in steps) or all(step < 0 for step in steps):
-                found.add(key)
+        if all(isinstance(number, int) for number in numbers):
+            step = _step([i for i, _ in values], numbers)
+            if (step == 1 and len(numbers) > 2) or (step > 0 and POINTER.search(key[1])):
+                found[key] = step
+        elif len(layers) == len(numbers) > 2:
+            rises = [a < b for a, b in itertools.pairwise(numbers)]
+            falls = [a > b for a, b in itertools.pairwise(numbers)]
+            if all(rises) or all(falls):
+                found[key] = 0
     return found
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, tuple) and value[0] in (int, float) and value[1] != "nan"
+def _step(positions: Sequence[int], numbers: Sequence[int]) -> int:
+    """How much ``numbers`` go up from one position to the next, 0 where that is not the same everywhere."""
+    if len(numbers) == 1:
+        return int(numbers == positions)
+    step = (numbers[1] - numbers[0]) // (positions[1] - positions[0])
+    offsets = {number - step * position for position, number in zip(positions, numbers, strict=True)}
+    return step if len(offsets) == 1 else 0
 
 
 def _shared(blocks: Sequence[nn.Module], outside: Sequence[nn.Module]) -> str | None:
@@ -220,11 +230,21 @@ def _shared(blocks: Sequence[nn.Module], outside: Sequence[nn.Module]) -> str | 
     return None
 
 
-def _points_elsewhere(layers: Sequence[Mapping[tuple[str, str], object]], position: set[tuple[str, str]]) -> str | None:
+def _points_elsewhere(
+    layers: Sequence[Mapping[tuple[str, str], object]], position: Mapping[tuple[str, str], int]
+) -> str | None:
     for i, layer in enumerate(layers):
         for (path, name), value in layer.items():
             if POINTER.search(name) and (path, name) not in position and isinstance(value, tuple) and value[0] is int:
                 return f"layer {i} refers to layer {value[1]} ({path}.{name})"
+    return None
+
+
+def _boundary(module: nn.Module, path: str, length: int) -> str | None:
+    for holder in _holders(module, path):
+        for name, value in vars(holder).items():
+            if POINTER.search(name) and type(value) is int and 0 < value < length:
+                return f"the model does something of its own at layer {value} ({name})"
     return None
 
 
@@ -293,7 +313,8 @@ def _prune(module: nn.Module, stacks: Sequence[LayerStack], kept: Mapping[str, t
         for new, (old, block) in enumerate(zip(kept[stack.path], blocks, strict=True)):
             assert block is not None
             layers.add_module(str(new), block)
-            _renumber(block, old, new)
+            for where, name, step in stack.counted:
+                _renumber(block, where, name, step * (new - old))
         for before, after in zip(_holders(module, stack.path), _holders(pruned, stack.path), strict=True):
             if (id(after), stack.length) not in done:
                 done.add((id(after), stack.length))
@@ -301,12 +322,12 @@ def _prune(module: nn.Module, stacks: Sequence[LayerStack], kept: Mapping[str, t
     return pruned
 
 
-def _renumber(layer: nn.Module, old: int, new: int) -> None:
-    """Give the layer's own number, wherever it holds it, the new value."""
-    for module in layer.modules():
-        for name, value in vars(module).items():
-            if POINTER.search(name) and type(value) is int:
-                vars(module)[name] = value - old + new
+def _renumber(layer: nn.Module, where: str, name: str, by: int) -> None:
+    """Move a layer number that a submodule of ``layer`` may hold."""
+    with contextlib.suppress(AttributeError):  # layers of another kind need not have this submodule
+        fields = vars(layer.get_submodule(where))
+        if name in fields:
+            fields[name] += by
 
 
 def _fit(before: object, after: object, length: int, kept: Sequence[int]) -> None:
@@ -382,11 +403,11 @@ def _is_config(value: object) -> bool:
     return is_dataclass(value) or callable(getattr(value, "to_dict", None))
 
 
-def _trial(pruned: nn.Module, stacks: Sequence[LayerStack], forward: Callable[[nn.Module], object]) -> str | None:
+def _trial(pruned: nn.Module, maps: Sequence[StackMap], forward: Callable[[nn.Module], object]) -> str | None:
     """Why ``pruned`` does not run as a model with fewer layers should, None where it does."""
     calls: Counter[str] = Counter()
     hooks = []
-    for stack in stacks:
+    for stack in maps:
         for name, layer in pruned.get_submodule(stack.path).named_children():
             path = f"{stack.path}.{name}"
             calls[path] = 0
@@ -399,8 +420,11 @@ def _trial(pruned: nn.Module, stacks: Sequence[LayerStack], forward: Callable[[n
     finally:
         for hook in hooks:
             hook.remove()
-    for stack in stacks:
-        counts = {count for path, count in calls.items() if path.startswith(f"{stack.path}.")}
-        if len(counts) != 1 or counts == {0}:
-            return f"with fewer layers, those of {stack.path} are not all called equally often"
+    if not any(calls.values()):
+        return "with fewer layers, none is called"
+    # A kind or stack that these inputs never reach (a vision tower without images) is no fault of the copy.
+    for stack in maps:
+        for kind in dict.fromkeys(stack.kinds):
+            if len({calls[f"{stack.path}.{i}"] for i, other in enumerate(stack.kinds) if other == kind}) > 1:
+                return f"with fewer layers, those of {stack.path} are not all called equally often"
     return None
