@@ -1,11 +1,11 @@
 """Hadamard matrices of any size, built at run time, and the fast transform by them.
 
-A Hadamard matrix has entries +-1 and orthogonal rows. Orders multiply (Kronecker product), so an order ``n`` is built as
-Sylvester's ``2**k`` times Paley's first and second constructions (Paley 1933, "On orthogonal matrices"):
+A Hadamard matrix has entries +-1 and orthogonal rows. Orders multiply (Kronecker product), so an order ``n`` is built
+as Sylvester's ``2**k`` times Paley's first and second constructions (Paley 1933, "On orthogonal matrices"):
 
 - Paley I:  order q + 1 for a prime power q = 3 (mod 4): ``H = I + [[0, 1], [-1, J]]``,
-- Paley II: order 2 (q + 1) for a prime power q = 1 (mod 4): ``H = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]`` with
-  ``C = [[0, 1], [1, J]]``,
+- Paley II: order 2 (q + 1) for a prime power q = 1 (mod 4): ``H = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]``
+  with ``C = [[0, 1], [1, J]]``,
 
 where ``J[i, j] = chi(i - j)`` is the Jacobsthal matrix and chi the quadratic character of the field with q elements.
 A size that no such product reaches gets the largest constructible divisor, repeated block-diagonally.
@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 RADIX = 64
@@ -52,7 +53,9 @@ def apply_hadamard(x: Tensor, dim: int = -1, transpose: bool = False) -> Tensor:
 
 
 def multiply_kronecker(x: Tensor, factors: list[Tensor], transpose: bool = False) -> Tensor:
-    """``x (F1 (x) F2 (x) ...) / sqrt(product of orders)`` over the last axis, in blocks where the product is smaller than it."""
+    """``x (F1 (x) F2 (x) ...) / sqrt(product of orders)`` over the last axis, in blocks where the product is smaller
+    than it.
+    """
     order = math.prod(f.shape[0] for f in factors)
     shape = x.shape
     y = x.reshape(-1, order)
@@ -65,7 +68,7 @@ def multiply_kronecker(x: Tensor, factors: list[Tensor], transpose: bool = False
 
 
 @lru_cache(maxsize=64)
-def factor_matrices(n: int) -> tuple[np.ndarray, ...]:
+def factor_matrices(n: int) -> tuple[NDArray[np.int8], ...]:
     """The +-1 factors of the construction, int8, outermost first."""
     construction = find_construction(n)
     factors = []
@@ -99,7 +102,9 @@ def _cheapest(n: int) -> tuple[Paley, ...] | None:
         if n % order or order & (order - 1) == 0 or (factor := _paley(order)) is None:
             continue
         rest = _cheapest(n // order)
-        if rest is not None and (best is None or factor.order + sum(f.order for f in rest) < sum(f.order for f in best)):
+        if rest is not None and (
+            best is None or factor.order + sum(f.order for f in rest) < sum(f.order for f in best)
+        ):
             best = (factor, *rest)
     return best
 
@@ -122,7 +127,7 @@ def _prime_power(q: int) -> tuple[int, int] | None:
     return (p, k) if q == 1 and k else None
 
 
-def _jacobsthal(q: int) -> np.ndarray:
+def _jacobsthal(q: int) -> NDArray[np.int8]:
     """``chi(a - b)`` for all a, b in GF(q); element number = its digits in base p.
 
     x is a primitive element for some monic f of degree k over GF(p): when its powers in GF(p)[x]/f reach q - 1 values,
@@ -158,21 +163,21 @@ def _powers_of_x(low: tuple[int, ...], p: int, q: int) -> list[tuple[int, ...]] 
     return None
 
 
-def _sylvester(order: int) -> np.ndarray:
+def _sylvester(order: int) -> NDArray[np.int8]:
     h = np.ones((1, 1), dtype=np.int8)
     while h.shape[0] < order:
         h = np.block([[h, h], [h, -h]])
     return h
 
 
-def _paley_one(q: int) -> np.ndarray:
+def _paley_one(q: int) -> NDArray[np.int8]:
     h = np.ones((q + 1, q + 1), dtype=np.int8)
     h[1:, 0] = -1
     h[1:, 1:] = _jacobsthal(q) + np.eye(q, dtype=np.int8)
     return h
 
 
-def _paley_two(q: int) -> np.ndarray:
+def _paley_two(q: int) -> NDArray[np.int8]:
     conference = np.ones((q + 1, q + 1), dtype=np.int8)
     conference[0, 0] = 0
     conference[1:, 1:] = _jacobsthal(q)

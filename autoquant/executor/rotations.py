@@ -1,13 +1,13 @@
 """Seeded random rotations that are applied without being built where they are Hadamard.
 
-**A rotation that LayerNorm cannot see.** LayerNorm subtracts the mean before it normalises, so an arbitrary orthogonal Q in
-front of it changes the function (or forces the module to become an RMSNorm, which a plain checkpoint cannot hold). Let
-``u = (1, ..., 1) / sqrt(n)``. If ``Q u = u`` then, Q being orthogonal, ``Q^T u = u`` too, and Q commutes with the centring
-``P = I - u u^T``; as ``|x P Q| = |x P|``, ``LayerNorm(x Q) = LayerNorm(x) Q`` exactly, even where x is not centred.
-Such a Q is made from any orthogonal Q0 by one reflection: with ``F`` the Householder matrix that swaps ``u`` and ``Q0^T u``,
-``Q = Q0 F`` gives ``Q u = Q0 Q0^T u = u``. F is ``I - 2 v v^T`` with ``v ~ u - Q0^T u``, which is as flat as a row of a random
-Hadamard matrix, so every row of Q has entries of order 1 / sqrt(n): outliers are spread as before, at the price of one
-rank-one update.
+**A rotation that LayerNorm cannot see.** LayerNorm subtracts the mean before it normalises, so an arbitrary orthogonal
+Q in front of it changes the function (or forces the module to become an RMSNorm, which a plain checkpoint cannot hold).
+Let ``u = (1, ..., 1) / sqrt(n)``. If ``Q u = u`` then, Q being orthogonal, ``Q^T u = u`` too, and Q commutes with the
+centring ``P = I - u u^T``; as ``|x P Q| = |x P|``, ``LayerNorm(x Q) = LayerNorm(x) Q`` exactly, even where x is not
+centred. Such a Q is made from any orthogonal Q0 by one reflection: with ``F`` the Householder matrix that swaps ``u``
+and ``Q0^T u``, ``Q = Q0 F`` gives ``Q u = Q0 Q0^T u = u``. F is ``I - 2 v v^T`` with ``v ~ u - Q0^T u``, which is as
+flat as a row of a random Hadamard matrix, so every row of Q has entries of order 1 / sqrt(n): outliers are spread as
+before, at the price of one rank-one update.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def hadamard_rotation(size: int) -> Rotation:
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
-    """An orthogonal matrix ``[n, n]`` (float64) from the Haar measure: QR of a Gaussian matrix with the signs of R's diagonal
-    moved into Q (Mezzadri 2007, "How to generate random matrices from the classical compact groups", section 5)."""
+    """An orthogonal matrix ``[n, n]`` (float64) from the Haar measure: QR of a Gaussian matrix with the signs of R's
+    diagonal moved into Q (Mezzadri 2007, "How to generate random matrices from the classical compact groups", section
+    5).
+    """
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
@@ -65,7 +67,8 @@ def _fix_ones(rotation: Rotation) -> Rotation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """``Q = diag(signs) H F`` or ``Q = dense F`` with the reflection ``F = I - 2 v v^T`` (absent where ``v`` is None)."""
+    """``Q = diag(signs) H F`` or ``Q = dense F`` with the reflection ``F = I - 2 v v^T`` (absent where ``v`` is None).
+    """
 
     size: int
     construction: str

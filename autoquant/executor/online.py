@@ -1,0 +1,124 @@
+"""Rotations that are computed while the model runs: before a linear (R4, input) and on queries and keys (R3).
+
+They use the Hadamard matrix H without random signs, in float32 or better, so that any fast Hadamard kernel may take
+their place. They hold no parameters and no persistent buffers: a state dict has the same tensors with and without them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from inspect import unwrap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.errors import AutoQuantError
+from autoquant.executor.hadamard import factor_matrices, multiply_kronecker
+from autoquant.executor.resolve import ResolvedOnline
+
+ATTENTION_PREFIX = "autoquant_rotated_"
+ROTATION_NAME = "query_key_rotation"
+
+
+def install_(model: nn.Module, online: Iterable[ResolvedOnline]) -> None:
+    """Put online rotations into a model whose weights already undo them.
+
+    R4 and input replace the linear by ``RotatedLinear``; R3 puts a ``HadamardRotation`` into the attention module,
+    which a wrapper of the model's attention function applies.
+    """
+    attention = False
+    for rotation in online:
+        module = model.get_submodule(rotation.path)
+        if rotation.kind == "R3":
+            module.add_module(ROTATION_NAME, HadamardRotation(rotation.size))
+            attention = True
+        else:
+            parent, _, name = rotation.path.rpartition(".")
+            setattr(model.get_submodule(parent), name, RotatedLinear(module, rotation.size))
+    if attention:
+        _rotate_attention_(model)
+
+
+def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> None:
+    """Raise AutoQuantError where an online rotation would not be reached: an attention that calls no exchangeable
+    function.
+    """
+    for rotation in online:
+        module = model.get_submodule(rotation.path)
+        if isinstance(module, RotatedLinear) or ROTATION_NAME in dict(module.named_children()):
+            raise AutoQuantError(f"{rotation.kind} {rotation.path}: is rotated already")
+        if rotation.kind != "R3":
+            continue
+        forward = unwrap(type(module).forward)
+        if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+            raise AutoQuantError(
+                f"R3 {rotation.path}: {type(module).__name__} does not call transformers' attention interface, so queries and keys "
+                "cannot be reached; disable R3"
+            )
+
+
+def _rotate_attention_(model: nn.Module) -> None:
+    """Switch every transformers model inside ``model`` to the rotating version of its attention function."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    for current in {m.config._attn_implementation for m in models}:
+        if current.startswith(ATTENTION_PREFIX):
+            continue
+        name = ATTENTION_PREFIX + current
+        AttentionInterface.register(name, _rotating(_eager if current == "eager" else AttentionInterface()[current]))
+        AttentionMaskInterface.register(name, AttentionMaskInterface()[current])
+        for m in models:
+            if m.config._attn_implementation == current:
+                m.config._attn_implementation = name
+
+
+def _rotating(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def rotated_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        if ROTATION_NAME in module._modules:  # q H (k H)^T = q k^T
+            rotation = module.get_submodule(ROTATION_NAME)
+            query, key = rotation(query), rotation(key)
+        return attention(module, query, key, value, attention_mask, **kwargs)
+
+    return rotated_attention
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The eager attention of the module's own source file."""
+    function = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+    return function(module, *args, **kwargs)
+
+
+class HadamardRotation(nn.Module):
+    """``x H`` over the last axis of ``x [..., size]``, in the dtype of x."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        for i, factor in enumerate(factor_matrices(size)):
+            self.register_buffer(f"factor_{i}", torch.from_numpy(factor), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The transform is computed in float32 at least: sums of up to ``size`` activations overflow float16."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        factors = [factor.to(dtype) for factor in self._buffers.values() if factor is not None]
+        return multiply_kronecker(x.to(dtype), factors).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
+
+
+class RotatedLinear(nn.Module):
+    """A linear behind ``x H``, whose columns were multiplied by H: ``(x H)(W H)^T = x W^T``."""
+
+    def __init__(self, linear: nn.Module, size: int) -> None:
+        super().__init__()
+        self.rotation = HadamardRotation(size)
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.rotation(x))

@@ -1,0 +1,239 @@
+"""What can be done to one parameter: scale, add, fill, centre, rotate. All in float64, in bounded pieces.
+
+An operation acts along an ``Axis``: one dimension of the parameter, or the positions of that dimension counted through
+a stack of matrices (experts). ``channels[i]`` is the channel that position i carries, -1 where it carries none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from autoquant.executor.rotations import Rotation
+
+PIECE = 1 << 24
+"""Elements converted to float64 at a time (128 MiB), where the operations allow pieces."""
+
+
+def execute(operations: Sequence[Operation], tensor: Tensor) -> Tensor:
+    """The parameter after all operations in order: a new tensor of the same shape, dtype and device.
+
+    Computed in float64 and rounded once. Where no operation mixes some dimension, the work is done slice by slice along
+    it.
+    """
+    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dim = _free_dimension(operations, tensor)
+    if dim is None or tensor.numel() <= PIECE:
+        result.copy_(_run_all(operations, tensor.double(), 0, 0))
+        return result
+    step = max(1, PIECE * tensor.shape[dim] // tensor.numel())
+    for start in range(0, tensor.shape[dim], step):
+        length = min(step, tensor.shape[dim] - start)
+        piece = _run_all(operations, tensor.narrow(dim, start, length).double(), dim, start)
+        result.narrow(dim, start, length).copy_(piece)
+    return result
+
+
+def contract(tensor: Tensor, axis: Axis, channel_values: Tensor) -> Tensor:
+    """``sum_i W[..., i, ...] * value[channel of i]`` over the axis' dimension: what a linear makes of a constant input.
+
+    ``channel_values [channels]`` float64. Returns float64 of the weight's shape without ``axis.dim``; stacked matrices
+    keep their dimension 0. For ``nn.Linear`` this is ``W @ beta``.
+    """
+    values = axis.spread(axis.gather(channel_values, 0.0), tensor.dim()).to(tensor.device)
+    view, dim = axis.view(tensor), axis.view_dim
+    total = torch.zeros([n for d, n in enumerate(view.shape) if d != dim], dtype=torch.float64, device=tensor.device)
+    step = max(1, PIECE * view.shape[dim] // max(view.numel(), 1))
+    for start in range(0, view.shape[dim], step):
+        length = min(step, view.shape[dim] - start)
+        total += (view.narrow(dim, start, length).double() * values.narrow(dim, start, length)).sum(dim)
+    return total.flatten(0, 1) if axis.unflatten else total
+
+
+def _run_all(operations: Sequence[Operation], piece: Tensor, dim: int, start: int) -> Tensor:
+    for operation in operations:
+        piece = _run(operation, piece, dim, start)
+    return piece
+
+
+def _run(operation: Operation, t: Tensor, dim: int, start: int) -> Tensor:
+    """One operation on the float64 piece ``t``, which begins at ``start`` of dimension ``dim``."""
+    match operation:
+        case Scale(axis=axis, factors=factors, offset=offset):
+            view = axis.view(t)
+            spread = axis.spread(factors, t.dim()).to(t.device)
+            if not axis.unflatten and spread.shape[dim] > 1:
+                spread = spread.narrow(dim, start, t.shape[dim])
+            return ((view + offset) * spread - offset).reshape(t.shape)
+        case Add(value=value):
+            return t + value.to(t.device).reshape(t.shape)
+        case Fill(value=constant):
+            return torch.full_like(t, constant)
+        case Centre(axis=axis, blocks=blocks):
+            return _on_last(t, axis, lambda x: _centre(x, blocks))
+        case Rotate(axis=axis, blocks=blocks, rotations=rotations):
+            return _on_last(t, axis, lambda x: _rotate(x, blocks, rotations))
+        case Normalise():
+            return _on_last(t, operation.axis, lambda x: _normalise(x, operation))
+        case _ as unreachable:
+            assert_never(unreachable)
+
+
+def _on_last(t: Tensor, axis: Axis, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of ``[..., positions]`` along the axis."""
+    view = axis.view(t)
+    if axis.stack is None:
+        return function(view.movedim(axis.dim, -1)).movedim(-1, axis.dim)
+    moved = view.movedim((0, axis.view_dim), (-2, -1))
+    return function(moved.flatten(-2)).reshape(moved.shape).movedim((-2, -1), (0, axis.view_dim)).reshape(t.shape)
+
+
+def _centre(x: Tensor, blocks: Blocks) -> Tensor:
+    x = x.clone()
+    for _, positions in blocks:
+        for row in positions.to(x.device):
+            x[..., row] -= x[..., row].mean(-1, keepdim=True)
+    return x
+
+
+def _rotate(x: Tensor, blocks: Blocks, rotations: Sequence[Rotation]) -> Tensor:
+    if len(blocks) == 1 and blocks[0][1].shape == (1, x.shape[-1]):
+        block, positions = blocks[0]
+        if torch.equal(positions[0], torch.arange(x.shape[-1])):
+            return rotations[block].apply(x)
+    x = x.clone()
+    for block, positions in blocks:
+        positions = positions.to(x.device)
+        x[..., positions] = rotations[block].apply(x[..., positions])
+    return x
+
+
+def _normalise(x: Tensor, norm: Normalise) -> Tensor:
+    if norm.subtract_mean:
+        x = x - x.mean(-1, keepdim=True)
+    x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    return x * norm.gain.to(x.device) + norm.bias.to(x.device)
+
+
+def _free_dimension(operations: Sequence[Operation], tensor: Tensor) -> int | None:
+    """The outermost dimension of size above 1 that no operation mixes, along which the work can be cut."""
+    mixed: set[int] = set()
+    for operation in operations:
+        match operation:
+            case Scale(axis=axis) if axis.unflatten:
+                return None
+            case Centre(axis=axis) | Rotate(axis=axis) | Normalise(axis=axis):
+                mixed |= {axis.dim} if axis.stack is None else {0, axis.dim}
+            case Add():
+                return None
+            case Scale() | Fill():
+                pass
+    return next((d for d in range(tensor.dim()) if d not in mixed and tensor.shape[d] > 1), None)
+
+
+Blocks = tuple[tuple[int, Tensor], ...]
+"""(block number, positions ``[repeats, size]``) for each block that the axis carries."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Axis:
+    """One axis of a parameter. ``channels`` int64 ``[positions]``; see the module's docstring.
+
+    ``stack`` matrices lie along dimension 0, which is ``stack`` itself or, with ``unflatten``, ``stack * rows``.
+    """
+
+    dim: int
+    stack: int | None
+    unflatten: bool
+    channels: Tensor
+
+    @property
+    def view_dim(self) -> int:
+        """The axis' dimension in ``view``."""
+        return self.dim + self.unflatten
+
+    def view(self, t: Tensor) -> Tensor:
+        """The tensor with its stack, where it has one, as dimension 0."""
+        return t.unflatten(0, (self.stack or 1, -1)) if self.unflatten else t
+
+    def spread(self, positions: Tensor, ndim: int) -> Tensor:
+        """Values per position, shaped to broadcast against ``view(t)`` of a tensor of ``ndim`` dimensions."""
+        shape = [1] * (ndim + self.unflatten)
+        if self.stack is not None:
+            shape[0] = self.stack
+        shape[self.view_dim] = len(self.channels) // (self.stack or 1)
+        return positions.reshape(shape)
+
+    def gather(self, channel_values: Tensor, missing: float) -> Tensor:
+        """Values per position from values per channel; ``missing`` where a position carries none."""
+        values = channel_values[self.channels.clamp(min=0)]
+        return torch.where(self.channels >= 0, values, missing)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scale:
+    """``(t + offset) * factor - offset``, ``factors [positions]``: offset 1 where the model uses 1 + parameter."""
+
+    label: str
+    axis: Axis
+    factors: Tensor
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Add:
+    """Add a tensor of the parameter's shape."""
+
+    label: str
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fill:
+    """Set every element."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Centre:
+    """Subtract the mean over the channels of each block."""
+
+    label: str
+    axis: Axis
+    blocks: Blocks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotate:
+    """Replace each vector x of a block by ``x Q``.
+
+    One rule serves writers and readers. A writer's vectors are what it adds to the space (rows of an embedding, columns
+    of a linear's ``[out, in]`` weight, the bias itself): ``x -> x Q``. A reader computes ``x w^T`` for each row w of
+    its ``[out, in]`` weight, and ``x w^T = (x Q)(w Q)^T``: ``w -> w Q`` as well.
+    """
+
+    label: str
+    axis: Axis
+    blocks: Blocks
+    rotations: tuple[Rotation, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Normalise:
+    """Replace each vector by its LayerNorm or RMSNorm; ``gain``, ``bias`` ``[size]``."""
+
+    label: str
+    axis: Axis
+    subtract_mean: bool
+    eps: float
+    gain: Tensor
+    bias: Tensor
+
+
+Operation = Scale | Add | Fill | Centre | Rotate | Normalise

@@ -1,0 +1,197 @@
+"""Configs written by hand for small transformers models, and the models themselves with random parameters.
+
+They state what the analyzer must find; here they let the executor be tested without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from autoquant.config import (
+    Config,
+    IndexMap,
+    Linear,
+    ModelFacts,
+    Norm,
+    Online,
+    Provenance,
+    Quantization,
+    Read,
+    Reader,
+    Rotation,
+    Slot,
+    Smoothing,
+    SmoothingGroup,
+    SmoothingKind,
+    Space,
+    Writer,
+)
+
+NORM, FC, QK = SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR, SmoothingKind.QUERY_KEY
+
+
+def build(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> nn.Module:
+    """A small causal LM with every parameter random: norm gains around 1, biases and routers away from 0."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **sizes)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    randomise_(model, seed)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def randomise_(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            around = 1.0 if name.endswith("weight") else 0.0
+            parameter.copy_(around + 0.3 * noise)
+        else:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+
+
+def logits(model: nn.Module, seed: int = 1) -> Tensor:
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]  # transformers models have it
+    ids = torch.randint(0, vocabulary, (2, 9), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad(), KeepDouble():
+        out: Tensor = model(ids, use_cache=False).logits
+    return out
+
+
+class KeepDouble(TorchFunctionMode):
+    """Norms and softmaxes ask for float32 whatever the model's dtype; here float64 stays float64, so that equality shows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.float, torch.Tensor.to) and args[0].dtype is torch.float64:
+            wanted = {torch.float32, torch.float16}
+            if func is torch.Tensor.float or wanted & {*args[1:], kwargs.get("dtype")}:
+                return args[0]
+        if kwargs.get("dtype") is torch.float32 and args and args[0].dtype is torch.float64:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    return float((after - before).norm() / before.norm())
+
+
+def make_config(
+    model: nn.Module,
+    groups: Sequence[SmoothingGroup] = (),
+    spaces: Sequence[Space] = (),
+    online: Sequence[Online] = (),
+    linears: Sequence[Linear] = (),
+    layers: int = 2,
+) -> Config:
+    return Config(
+        format_version=1,
+        provenance=Provenance(autoquant="0", torch="2", model="hand", capture="hand", fingerprint="hand"),
+        model=ModelFacts(layers=layers, parameters=sum(p.numel() for p in model.parameters()), linears=tuple(linears)),
+        smoothing=Smoothing(groups=tuple(groups)),
+        rotation=Rotation(spaces=tuple(spaces), online=tuple(online)),
+        quantization=Quantization(),
+    )
+
+
+def cols(path: str, size: int, **more: Any) -> Slot:
+    return Slot(path=path, dim=1, size=size, **more)
+
+
+def rows(path: str, size: int, **more: Any) -> Slot:
+    return Slot(path=path, dim=0, size=size, **more)
+
+
+def gqa(kv_heads: int, repeats: int, head: int) -> tuple[IndexMap, ...]:
+    """Columns of the output projection: each KV head's channels once per query head of its group."""
+    return (
+        IndexMap(
+            shape=(kv_heads, repeats, head), stride=(repeats * head, head, 1), channel_stride=(head, 0, 1)
+        ),
+    )
+
+
+def block(start: int, length: int, channel: int = 0) -> IndexMap:
+    return IndexMap(start=start, shape=(length,), stride=(1,), channel_start=channel, channel_stride=(1,))
+
+
+LLAMA = {
+    "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def llama_like(
+    model: nn.Module, *, offset: int = 0, bias: bool = False, facts: dict[str, int] | None = None, layer_count: int = 2
+) -> Config:
+    """Llama, Qwen2 (biases on q, k, v), Gemma (gain 1 + weight, tied)."""
+    f = facts or LLAMA
+    hidden, inner, head, kv = f["hidden_size"], f["intermediate_size"], f["head_dim"], f["num_key_value_heads"]
+    repeats = f["num_attention_heads"] // kv
+    at, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+    layers = f"0-{layer_count - 1}"
+    norms = ["model.layers.{layer}.input_layernorm.weight", "model.layers.{layer}.post_attention_layernorm.weight"]
+    qkv = [f"{at}{n}_proj" for n in "qkv"]
+    gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
+    v_sources = [rows(f"{at}v_proj.weight", kv * head)] + [rows(f"{at}v_proj.bias", kv * head)] * bias
+    groups = [
+        SmoothingGroup(
+            name="attention_in", kind=NORM, layers=layers, channels=hidden,
+            sources=(rows(norms[0], hidden, offset=offset),), targets=tuple(cols(f"{p}.weight", hidden) for p in qkv),
+        ),
+        SmoothingGroup(
+            name="v_o", kind=FC, layers=layers, channels=kv * head, sources=tuple(v_sources),
+            targets=(cols(f"{at}o_proj.weight", kv * repeats * head, index=gqa(kv, repeats, head)),),
+        ),
+        SmoothingGroup(
+            name="mlp_in", kind=NORM, layers=layers, channels=hidden,
+            sources=(rows(norms[1], hidden, offset=offset),), targets=tuple(cols(f"{p}.weight", hidden) for p in gate_up),
+        ),
+        SmoothingGroup(
+            name="up_down", kind=FC, layers=layers, channels=inner, sources=(rows(f"{mlp}up_proj.weight", inner),),
+            targets=(cols(f"{mlp}down_proj.weight", inner),),
+        ),
+    ]  # fmt: skip
+
+    def reads(norm: str, paths: list[str], biased: bool, own: str | None) -> Read:
+        readers = tuple(
+            Reader(path=f"{p}.weight", dim=1, size=hidden, bias=f"{p}.bias" if biased else None) for p in paths
+        )
+        return Read(layers=own, norm=Norm(kind="rms", weight=norm, offset=offset), readers=readers)
+
+    residual = Space(
+        name="residual", kind="R1", layers=layers, size=hidden,
+        writers=(
+            Writer(path="model.embed_tokens.weight", dim=1, size=hidden),
+            Writer(path=f"{at}o_proj.weight", dim=0, size=hidden),
+            Writer(path=f"{mlp}down_proj.weight", dim=0, size=hidden),
+        ),
+        reads=(
+            reads(norms[0], qkv, bias, None),
+            reads(norms[1], gate_up, False, None),
+            reads("model.norm.weight", ["lm_head"], False, None),
+        ),
+    )  # fmt: skip
+    heads = Space(
+        name="heads", kind="R2", layers=layers, size=head, blocks=kv,
+        writers=tuple(Writer(**s.model_dump()) for s in v_sources),
+        reads=(Read(readers=(Reader(path=f"{at}o_proj.weight", dim=1, size=kv * repeats * head, index=gqa(kv, repeats, head)),)),),
+    )  # fmt: skip
+    linears = [
+        Linear(path=f"{mlp}down_proj", layers=layers, weight=f"{mlp}down_proj.weight", in_features=inner, out_features=hidden, in_dim=1),
+        Linear(path=f"{at}q_proj", layers=layers, weight=f"{at}q_proj.weight", in_features=hidden, out_features=kv * repeats * head, in_dim=1),
+    ]  # fmt: skip
+    online = [
+        Online(kind="R3", path=at[:-1], layers=layers, size=head),
+        Online(kind="R4", path=f"{mlp}down_proj", layers=layers, size=inner),
+        Online(kind="input", path=f"{at}q_proj", layers=layers, size=hidden),
+    ]
+    return make_config(model, groups, (residual, heads), online, linears, layer_count)
