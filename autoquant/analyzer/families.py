@@ -96,12 +96,13 @@ class Families:
         stack = int(np.prod(param.full_shape[:-2])) if stacked and len(param.full_shape) > 2 else None
         keyed = param.key if stack else 0
         labels = self._get(param, role, dim, stack, 0, keyed, size if keyed or not stack else stack * size, here)
-        self._use(param, f"weight{'s by data' if keyed else ''}", here)
+        self._use(param, "a weight per expert" if keyed else "a weight", here)
         return labels if keyed or not stack else labels.view(stack, size)
 
     def leaf(self, param: Param, offset: int, here: Reason) -> Tensor | None:
         """Labels of a parameter used as a tensor, in the shape it is seen in; None if it is too large."""
         shape = param.full_shape
+        self._use(param, f"a tensor{' plus 1' * offset}{' by data' if param.key else ''}", here)
         if int(np.prod(shape)) > MAX_ELEMENTS:
             return None
         wide = [dim for dim, size in enumerate(shape) if size > 1]
@@ -112,7 +113,6 @@ class Families:
             dim = wide[-1] if wide else max(len(shape) - 1, 0)
             stack = int(np.prod(shape[:dim])) if len(wide) > 1 else None
             base = self._get(param, "leaf", dim, stack, offset, 0, int(np.prod(shape)), here).view(shape)
-        self._use(param, f"tensor{' plus 1' * offset}{' by data' if param.key else ''}", here)
         return param.replay(base)
 
     def factors(self, param: Param, contracted: int, output: int, here: Reason) -> Factors | None:
@@ -184,6 +184,10 @@ class Families:
             self._by_key[key] = Family(param.name, role, dim, stack, offset, keyed, start, count, param.full_shape, here.order)
         family = self._by_key[key]
         return torch.arange(family.start, family.start + family.count)
+
+    def other_use(self, param: Param, here: Reason, how: str = "something else") -> None:
+        """Note a use that gives the parameter no variables; it must be the only kind of use."""
+        self._use(param, how, here)
 
     def _use(self, param: Param, how: str, here: Reason) -> None:
         self._uses.setdefault(param.name, {}).setdefault(how, here)

@@ -119,6 +119,9 @@ class Walk:
             return args[0][args[1]] if isinstance(args[0], (tuple, list)) else self.no_rule(site, [args[0]])
         args = tuple(_named(a, site, names) for a in args)
         tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
+        if site.operator in _FILLS and site.outputs and site.outputs[0].numel() <= MAX_CONSTANT:
+            fill = _FILLS[site.operator] if _FILLS[site.operator] is not None else args[-1]
+            return Known(torch.full(site.shape, fill, dtype=site.outputs[0].dtype))
         if all(isinstance(v, Known) for v in tensors):
             known = _evaluate(site, args, kwargs)
             if known is not None:
@@ -126,8 +129,11 @@ class Walk:
         if all(isinstance(v, (Known, Unknown)) for v in tensors):
             return _unknowns(site)
         is_movement = site.operator in MOVEMENT
-        if is_movement and isinstance(args[0], Param) and len(tensors) == 1:
-            return _moved_param(args[0], site, args, kwargs)
+        if isinstance(args[0], Param) and len(tensors) == 1:
+            if site.operator in CASTS:
+                return args[0]
+            if is_movement:
+                return _moved_param(args[0], site, args, kwargs)
         rule = self.rules.get(site.operator)
         if rule is not None:
             return rule(site, *args, **kwargs)
@@ -144,6 +150,10 @@ MOVEMENT = frozenset(
     unsafe_chunk unsafe_split unsqueeze view view_as _unsafe_view _reshape_alias""".split()
 )
 """Operators that copy elements and change none: they are run on the labels themselves."""
+
+
+CASTS = frozenset({"to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"})
+"""Operators that change the number format only."""
 
 
 def operator_name(node: fx.Node) -> str:
@@ -230,14 +240,18 @@ def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> 
         kwargs = {**kwargs, "device": torch.device("cpu")}
     real = _map(args, lambda v: v.value if isinstance(v, Known) else torch.device("cpu") if isinstance(v, torch.device) else v)
     real_kwargs = _map(kwargs, lambda v: v.value if isinstance(v, Known) else v)
-    if site.operator.startswith(("empty", "new_empty")):
-        return Known(torch.zeros(site.shape, dtype=fake[0].dtype))  # written before it is read
     try:
         result = site.node.target(*real, **real_kwargs)  # type: ignore[operator]  # a call_function node
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # no kernel for these dtypes: unknown, which is always safe
     return _map(result, lambda v: Known(v) if isinstance(v, Tensor) else v)
 
+
+_FILLS = {
+    "empty": 0, "new_empty": 0, "empty_like": 0, "empty_strided": 0, "zeros": 0, "new_zeros": 0, "zeros_like": 0,
+    "ones": 1, "new_ones": 1, "ones_like": 1, "full_like": None, "new_full": None,
+}  # fmt: skip
+"""Tensors of one value that does not depend on the arguments' values. Empty ones are written before they are read."""
 
 _RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "randperm", "uniform", "normal"})
 

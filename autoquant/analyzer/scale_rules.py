@@ -226,7 +226,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         if kwargs.get("alpha", args[0] if args else 1) == 0:
             return a.labels(site, x)
         for one, other in ((x, y), (y, x)):
-            number = _scalar(other)
+            number = scalar(other)
             if number == 0.0:
                 return a.labels(site, one).expand(site.shape)
             if number == 1.0 and isinstance(one, Param) and site.operator == "add":
@@ -254,13 +254,13 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         return lambda site, x: v.power(a.labels(site, x), exponent, site.order)
 
     def pow_(site: Site, x: Value, exponent: Value) -> Value:
-        number = _scalar(exponent)
+        number = scalar(exponent)
         if number is None or number == 0:
             return a.block(site, [x, exponent], "it is raised to a power that is not a constant")
         return v.power(a.labels(site, x), number, site.order)
 
     def clamp(site: Site, x: Value, low: Value = None, high: Value = None) -> Value:
-        if all(bound is None or _scalar(bound) == 0.0 for bound in (low, high)):
+        if all(bound is None or scalar(bound) == 0.0 for bound in (low, high)):
             return a.labels(site, x)
         return a.block(site, [x, low, high], "it is clamped")
 
@@ -521,7 +521,7 @@ def w_ndim(w: Param) -> int:
     return len(w.shape)
 
 
-def _scalar(value: Value) -> float | None:
+def scalar(value: Value) -> float | None:
     """The number that ``value`` is, if it is one."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)

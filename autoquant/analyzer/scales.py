@@ -146,7 +146,7 @@ def matrices(family: Family) -> int:
 
 def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed: bool, power: int) -> Slot:
     """The config's form of some positions of a family and their channels."""
-    stack, size = family.stack, family.count
+    stack, size = None if family.keyed else family.stack, family.count
     if keyed:
         stack = matrices(family)
         expert = np.repeat(np.arange(stack), len(position))

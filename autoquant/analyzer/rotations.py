@@ -1,0 +1,172 @@
+"""Rotatable spaces: from merged coordinates and their splits to writers, norms and readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from autoquant.analyzer.capture import Captured
+from autoquant.analyzer.families import Family
+from autoquant.analyzer.interpret import Walk
+from autoquant.analyzer.rotation_rules import Read, RotationAnalysis, rules
+from autoquant.analyzer.scales import module_of, slot_of
+from autoquant.analyzer.variables import Ints, Reason, Solution
+from autoquant.config import Norm, Reader, Space, Writer
+from autoquant.config import Read as ConfigRead
+
+
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """The solved analysis of one capture."""
+
+    analysis: RotationAnalysis
+    walk: Walk
+    solution: Solution
+    blocks: Ints
+    """Per component, a number of its block; -1 where it cannot be rotated."""
+    spaces: tuple[Space, ...]
+
+
+def analyse_rotations(captured: Captured) -> Rotations:
+    """Find every vector space of the graph that an orthogonal matrix can be put on."""
+    analysis = RotationAnalysis()
+    walk = Walk(captured, rules(analysis), analysis.move, analysis.crossing, analysis.no_rule, analysis.finish)
+    walk.run()
+    for families, reason in [*analysis.families.conflicts(), *_twice_read(analysis)]:
+        for family in families:
+            analysis.variables.fix(torch.from_numpy(analysis.families.labels(family)), reason)
+    solution = analysis.variables.solve(np.zeros(analysis.variables.count, dtype=np.bool_))
+    families = analysis.families.all()
+    blocks = _blocks(analysis, families, solution)
+    return Rotations(analysis, walk, solution, blocks, _spaces(analysis, families, solution, blocks))
+
+
+def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:
+    """A weight that is read behind two different norms can hold the gain of neither."""
+    found = []
+    for family in analysis.families.all():
+        gains = {(r.gain.weight, r.gain.bias, r.gain.offset) if r.gain else None for r in _reads(analysis, family)}
+        if len(gains) > 1:
+            last = _reads(analysis, family)[-1].site
+            found.append(([family], last.because("the weight is used behind different norms")))
+    return found
+
+
+def _reads(analysis: RotationAnalysis, family: Family) -> list[Read]:
+    return [read for read in analysis.reads if (read.weight, read.dim) == (family.param, family.dim)]
+
+
+def _blocks(analysis: RotationAnalysis, families: Sequence[Family], solution: Solution) -> Ints:
+    """Components that see the same parameters and the same splits may be mixed: number those sets."""
+    count = int(solution.component.max()) + 1
+    code = np.zeros(count, dtype=np.uint64)
+    salts = np.random.default_rng(0).integers(1, 2**63, size=len(families) + len(analysis.splits), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for family, salt in zip(families, salts, strict=False):
+            members = np.bincount(solution.component[analysis.families.labels(family)], minlength=count).astype(np.uint64)
+            code += (members * salt) ^ (members * members * (salt >> np.uint64(7)))
+        for split, salt in zip(analysis.splits, salts[len(families) :], strict=True):
+            keys = np.zeros(count, dtype=np.uint64)
+            np.add.at(keys, solution.component[split.labels], split.keys.view(np.uint64))
+            code += (keys ^ (keys >> np.uint64(29))) * salt
+    fixed = np.zeros(count, dtype=np.bool_)
+    fixed[solution.component[solution.fixed]] = True
+    _, blocks = np.unique(code, return_inverse=True)
+    blocks = blocks.astype(np.int64)
+    blocks[fixed] = -1
+    for split in analysis.splits:
+        if split.centre:  # writers are centred over all that the mean is taken of: it must be one block
+            touched = np.unique(solution.component[split.labels])
+            for block in np.unique(blocks[touched]):
+                whole = np.flatnonzero(blocks == block)
+                if block != -1 and np.isin(touched, whole, invert=True).any() and len(np.unique(blocks[touched])) > 1:
+                    blocks[whole] = -1
+    return blocks
+
+
+def _spaces(analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints) -> tuple[Space, ...]:
+    ids = np.concatenate([np.zeros(0, np.int64), *(analysis.families.labels(f) for f in families)])
+    which = np.repeat(np.arange(len(families)), [f.count for f in families])
+    component = solution.component[ids]
+    block = blocks[component]
+    live = block >= 0
+    ids, which, component, block = ids[live], which[live], component[live], block[live]
+    by_signature: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    order = np.argsort(block, kind="stable")
+    edges = np.flatnonzero(np.diff(block[order])) + 1
+    for part in np.split(order, edges):
+        if len(part):
+            size = len(np.unique(component[part]))
+            if size > 1:
+                signature = size, tuple(np.unique(which[part]).tolist())
+                by_signature.setdefault(signature, []).append(int(block[part[0]]))
+    spaces = []
+    for (size, members), numbers in sorted(by_signature.items(), key=lambda item: item[0][1]):
+        chosen = np.isin(block, numbers)
+        space = _space(analysis, families, solution, size, members, (ids[chosen], which[chosen], component[chosen], block[chosen]))
+        if space is not None:
+            spaces.append(space)
+    return tuple(spaces)
+
+
+def _space(
+    analysis: RotationAnalysis,
+    families: Sequence[Family],
+    solution: Solution,
+    size: int,
+    members: tuple[int, ...],
+    positions: tuple[Ints, Ints, Ints, Ints],
+) -> Space | None:
+    ids, which, component, block = positions
+    first = which == members[0]
+    start = ids[first]
+    rank_of_block = {b: i for i, b in enumerate(dict.fromkeys(block[first][np.argsort(start)].tolist()))}
+    by_block: dict[int, dict[int, int]] = {b: {} for b in rank_of_block}
+    for c, b in zip(component[first][np.argsort(start)].tolist(), block[first][np.argsort(start)].tolist(), strict=True):
+        by_block[b].setdefault(c, len(by_block[b]))
+    channel = np.array([rank_of_block[b] * size + by_block[b][c] for c, b in zip(component.tolist(), block.tolist(), strict=True)])
+    writers: list[Writer] = []
+    reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]] = {}
+    for index in members:
+        family = families[index]
+        here = which == index
+        slot = slot_of(family, ids[here] - family.start, channel[here], size * len(rank_of_block), False, 1)
+        readers = _reads(analysis, family)
+        if not readers:
+            writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))
+            continue
+        gain = readers[0].gain
+        key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
+        reads.setdefault(key, (gain, []))[1].append(Reader(**slot.model_dump(), bias=readers[0].bias))
+    if not writers or not reads:
+        return None
+    value_ids = np.concatenate([np.zeros(0, np.int64), *(np.unique(labels.numpy()) for _, labels in analysis.values)])
+    is_value = bool(np.isin(component, solution.component[value_ids]).any())
+    kind = "R1" if any(families[i].role == "table" for i in members) else "R2" if is_value else "other"
+    centres = [s for s in analysis.splits if s.centre]
+    centre = any(bool(np.isin(solution.component[s.labels], component).any()) for s in centres)
+    name = "residual" if kind == "R1" else f"{module_of(writers[0].path)} -> {', '.join(_tails(reads, writers[0].path))}"
+    return Space(
+        name=name,
+        kind=kind,  # type: ignore[arg-type]  # one of the three literals
+        size=size,
+        blocks=len(rank_of_block),
+        centre=centre,
+        writers=tuple(writers),
+        reads=tuple(ConfigRead(norm=norm, readers=tuple(readers)) for norm, readers in reads.values()),
+    )
+
+
+def _tails(reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]], source: str) -> list[str]:
+    names = [module_of(reader.path).split(".") for _, readers in reads.values() for reader in readers]
+    base = module_of(source).split(".")
+    found = []
+    for parts in names:
+        shared = 0
+        while shared < min(len(parts), len(base)) - 1 and parts[shared] == base[shared]:
+            shared += 1
+        found.append(".".join(parts[shared:]))
+    return list(dict.fromkeys(found))
