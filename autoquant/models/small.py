@@ -15,12 +15,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from autoquant.errors import AutoQuantError
-from autoquant.models.source import LoadedModel, ModelSource, build, build_meta, call_factory, limit_layers, one_line, quiet
+from autoquant.models.source import (
+    LoadedModel,
+    ModelSource,
+    build,
+    build_meta,
+    call_factory,
+    limit_layers,
+    one_line,
+    quiet,
+)
 
 _VOCABULARY = 128
-_LARGEST = 200_000_000  # parameters of what is still called small: 1.6 GB in float64
+_LARGEST = 100_000_000  # parameters of what is still called small: 0.8 GB in float64
 
 # Fields that are counts or sizes by name, and are not to be touched: positions, windows, kernels, layers and the like.
 _KEEP = re.compile(
@@ -51,15 +62,21 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
     """
     if source.config is None:
         return _small_factory(source, seed)
-    config, failure = _reduced(source)
+    config = _reduced(source)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(_vocabulary(config), (2, 8), generator=generator)
     # Grouped matrix products, the default for experts, have no float64 kernel everywhere.
-    for dtype, experts in ((torch.float64, None), (torch.float64, "batched_mm"), (torch.float64, "eager"), (torch.float32, None)):
+    for dtype, experts in (
+        (torch.float64, None),
+        (torch.float64, "batched_mm"),
+        (torch.float64, "eager"),
+        (torch.float32, None),
+    ):
         loaded = build(source, config, torch.device("cpu"), dtype)
-        loaded.module.set_experts_implementation(experts)
+        model: Any = loaded.module
+        model.set_experts_implementation(experts)
         randomise_(loaded.module, seed)
-        loaded = LoadedModel(loaded.module, (), {loaded.module.main_input_name: tokens}, loaded.config)
+        loaded = LoadedModel(loaded.module, (), dict.fromkeys(loaded.kwargs, tokens), loaded.config)
         failure = _failure(loaded)
         if failure is None:
             return loaded
@@ -68,19 +85,42 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
 
 @contextlib.contextmanager
 def grouped_experts(loaded: LoadedModel) -> Iterator[None]:
-    """Experts as grouped matrix products, as :func:`build_meta` has them, to capture a small model by the same operators.
+    """Experts as grouped matrix products, to capture a small model by the same operators as the full-size one.
 
     Such a graph runs in float64 where the module itself may not. Does nothing where there are no experts.
     """
     if loaded.config is None:
         yield
         return
-    before = loaded.module.get_experts_implementation()
-    loaded.module.set_experts_implementation(None)
+    model: Any = loaded.module
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(None)  # its default
     try:
         yield
     finally:
-        loaded.module.set_experts_implementation(before)
+        model.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Make torch functions that are told float32 take float64 instead.
+
+    Models cast norms, softmax and rotary angles to float32 "for precision"; in a float64 model these casts lose it, and
+    limit a proof to 1e-7.
+    """
+
+    class Widen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.float:
+                func = torch.Tensor.double
+            return func(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
+
+    with Widen():
+        yield
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def randomise_(module: nn.Module, seed: int) -> None:
@@ -119,7 +159,9 @@ def layer_kinds(module: nn.Module, config: Any) -> list[int]:
     lists = [
         value for value in vars(config.get_text_config()).values() if isinstance(value, list) and len(value) == count
     ]
-    rows: list[dict[str, Any]] = [{f"list {i}": repr(value[layer]) for i, value in enumerate(lists)} for layer in range(count)]
+    rows: list[dict[str, Any]] = [
+        {f"list {i}": repr(value[layer]) for i, value in enumerate(lists)} for layer in range(count)
+    ]
     for number, stack in enumerate(stacks):
         for layer, part in enumerate(stack):
             rows[layer].update({f"{number} {key}": value for key, value in _attributes(part)})
@@ -149,26 +191,26 @@ def _small_factory(source: ModelSource, seed: int) -> LoadedModel:
             f"{source.name}: expected at most {_LARGEST:,} parameters for a proof on real weights, got {size:,}: "
             "let the factory make a smaller model of the same structure"
         )
-    failure: Exception | None = None
+    failure = None
     for dtype in (torch.float64, torch.float32):
         made = call_factory(source, torch.device("cpu"))
         made.module.to(dtype)
         randomise_(made.module, seed)
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            torch.Tensor, lambda value, dtype=dtype: value.to(dtype) if value.is_floating_point() else value, (made.args, made.kwargs)
-        )
-        made = LoadedModel(made.module, args, kwargs)
+        leaves, tree = pytree.tree_flatten((made.args, made.kwargs))
+        floats = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
+        leaves = [leaf.to(dtype) if is_float else leaf for leaf, is_float in zip(leaves, floats, strict=True)]
+        made = LoadedModel(made.module, *pytree.tree_unflatten(leaves, tree))
         failure = _failure(made)
         if failure is None:
             return made
     raise AutoQuantError(f"{source.name}: cannot be run: {one_line(failure)}") from failure
 
 
-def _reduced(source: ModelSource) -> tuple[Any, Exception | None]:
-    """The smallest configuration found that builds and runs on the meta device, of as few layers as show every kind.
+def _reduced(source: ModelSource) -> Any:
+    """A small configuration that builds and runs, of as few layers as show every kind.
 
-    Where the reduction as a whole is refused, the fields whose original values make it acceptable are given back:
-    first one, then as many as it takes.
+    Where the reduction as a whole is refused, the one field whose original value makes it acceptable is given that
+    back, else one after the other.
     """
     changes = _reductions(source.config)
     failure = _refusal(source, changes)
@@ -186,7 +228,7 @@ def _reduced(source: ModelSource) -> tuple[Any, Exception | None]:
     config = _changed(source.config, changes)
     kinds = layer_kinds(build(source, config, torch.device("meta"), torch.float32).module, config)
     limit_layers(config, max(2, max(kinds, default=0) + 1))
-    return config, None
+    return config
 
 
 def _refusal(source: ModelSource, changes: Mapping[str, int]) -> Exception | None:
@@ -320,7 +362,9 @@ def _products(
                 if wanted % changes[count_name] == 0:
                     repaired[size_name] = wanted // changes[count_name]
                     continue
-            repaired |= {name: new_product for name, value in sizes.items() if value == count * size and name in changes}
+            repaired |= {
+                name: new_product for name, value in sizes.items() if value == count * size and name in changes
+            }
     return repaired
 
 

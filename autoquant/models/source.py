@@ -163,6 +163,7 @@ def _import_factory(model: str) -> Any:
 
 
 def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
+    """The module and inputs that a factory makes on ``device``. Raises AutoQuantError with what it said."""
     try:
         with torch.random.fork_rng(devices=()), device:
             made = source.factory()
@@ -183,6 +184,7 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
 
 
 def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A causal language model of ``config``, which is copied, with three tokens of input. Raises AutoQuantError."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -196,7 +198,7 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
     for attention in ("sdpa", "eager"):
         try:
             with quiet(), torch.random.fork_rng(devices=()), device:
-                module = AutoModelForCausalLM.from_config(
+                module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers' own
                     copy.deepcopy(config),
                     attn_implementation=attention,
                     dtype=dtype,
@@ -209,9 +211,7 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
             continue
         tokens = torch.arange(1, 4, device=device)[None]
         return LoadedModel(module.eval(), (), {module.main_input_name: tokens}, module.config)
-    raise AutoQuantError(
-        f"{source.name}: cannot be built as a causal language model: {one_line(refusal)}"
-    ) from refusal
+    raise AutoQuantError(f"{source.name}: cannot be built as a causal language model: {one_line(refusal)}") from refusal
 
 
 def limit_layers(config: Any, layers: int) -> None:
@@ -239,5 +239,6 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException | None) -> str:
+    """An exception as one line of text, for a message of ours."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
