@@ -203,13 +203,30 @@ class _Layers:
     def uneven_members(self, item: BaseModel) -> str | None:
         """The same for each member of a finding that spans layers."""
         members: dict[tuple[str, BaseModel], set[Ref]] = {}
-        for field, member in _members(item):
+        for field, member in self._members(item):
             ref = self.sole(member)
             if ref is not None:
                 members.setdefault((field, self.write(member, ref)), set()).add(ref)
             elif any(self._stands_for_others(r) for r in self.refs(member)):
                 return "spans several layers"
         return next((reason for refs in members.values() if (reason := self.uneven(refs)) is not None), None)
+
+    def _members(self, item: BaseModel) -> Iterator[tuple[str, BaseModel]]:
+        """What must be there for all layers of a kind or for none, each with the part that it plays."""
+        if isinstance(item, SmoothingGroup):
+            yield from (("source", slot) for slot in item.sources)
+            yield from (("target", slot) for slot in item.targets)
+        elif isinstance(item, Space):
+            yield from (("writer", writer) for writer in item.writers)
+            for read in item.reads:
+                # One norm outside the stacks (an encoder's last) may stand before readers in all layers.
+                if self.sole(read) is None and (read.norm is None or not self.refs(read.norm)):
+                    part = f"reader behind {read.norm and read.norm.weight}"
+                    yield from ((part, reader) for reader in read.readers)
+                else:
+                    yield "read", read
+        else:
+            yield "", item
 
     def _stands_for_others(self, ref: Ref) -> bool:
         stack = self.stacks[ref[0]]
@@ -304,14 +321,6 @@ def _paths(item: BaseModel) -> Iterator[str]:
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
             for member in value:
                 yield from _paths(member)
-
-
-def _members(item: BaseModel) -> Sequence[tuple[str, BaseModel]]:
-    if isinstance(item, Space):
-        return [("writer", writer) for writer in item.writers] + [("read", read) for read in _split_reads(item.reads)]
-    if isinstance(item, SmoothingGroup):
-        return [("source", slot) for slot in item.sources] + [("target", slot) for slot in item.targets]
-    return [("", item)]
 
 
 def _split_reads(reads: Iterable[Read]) -> Iterator[Read]:
