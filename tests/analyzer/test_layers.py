@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from autoquant.analyzer.layers import find_stacks, represent, whole
+
+# type: (path of the stack, layers, originals of each representative in short: its own number and how many it stands for)
+TYPES = {
+    "llama": ("model.layers", 32, [(0, 31), (31, 1)]),
+    "deepseek_v3": ("model.layers", 61, [(0, 2), (2, 1), (3, 57), (60, 1)]),
+    "qwen3_moe": ("model.layers", 24, [(0, 23), (23, 1)]),
+    "gemma2": ("model.layers", 26, [(0, 12), (1, 12), (24, 1), (25, 1)]),
+    "gemma3_text": ("model.layers", 26, [(0, 21), (5, 3), (23, 1), (25, 1)]),
+    "falcon_h1": ("model.layers", 32, [(0, 31), (31, 1)]),
+    "bamba": ("model.layers", 32, [(0, 31), (31, 1)]),
+    "jamba": ("model.layers", 32, [(0, 11), (1, 15), (4, 3), (28, 1), (30, 1), (31, 1)]),
+    "mamba": ("backbone.layers", 32, [(0, 31), (31, 1)]),
+    "opt": ("model.decoder.layers", 12, [(0, 11), (11, 1)]),
+    "gpt2": ("transformer.h", 12, [(0, 11), (11, 1)]),
+    "gpt_neox": ("gpt_neox.layers", 44, [(0, 43), (43, 1)]),
+    "qwen3_next": ("model.layers", 48, [(0, 35), (3, 11), (46, 1), (47, 1)]),
+    "longcat_flash": ("model.layers", 28, [(0, 27), (27, 1)]),
+    "lfm2": ("model.layers", 32, [(0, 31), (31, 1)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
+
+
+def build(model_type: str, **settings: object) -> nn.Module:
+    config = CONFIG_MAPPING[model_type](**settings)
+    with torch.device("meta"):
+        # bfloat16: the meta kernel of the experts' grouped product takes nothing else
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def forward(model: nn.Module) -> object:
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        return model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"), use_cache=False)
+
+
+class Mixer(nn.Module):
+    def __init__(self, index: int, width: int, window: int | None) -> None:
+        super().__init__()
+        self.layer_idx = index
+        self.window = window
+        self.rate = 0.1 / (index + 1)
+        self.up = nn.Linear(8, width)
+        self.down = nn.Linear(width, 8)
+
+
+class Block(nn.Module):
+    def __init__(self, index: int, width: int = 16, window: int | None = None) -> None:
+        super().__init__()
+        self.mixer = Mixer(index, width, window)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mixer.down(self.mixer.up(x))
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: list[nn.Module], config: object = None) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def settings(**fields: object) -> SimpleNamespace:
+    return SimpleNamespace(**fields, to_dict=dict)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_kinds_of_known_types(model_type: str) -> None:
+    path, length, expected = TYPES[model_type]
+    model = build(model_type)
+    before = {id(m): dict(vars(m)) for m in model.modules()}, model.config.to_dict()
+    stacks = find_stacks(model)
+    assert [(stack.path, stack.length, stack.whole) for stack in stacks] == [(path, length, None)]
+    pruned, (stack_map,) = represent(model, stacks, forward)
+    assert [(originals[0], len(originals)) for originals in stack_map.originals] == expected
+    assert sorted(i for originals in stack_map.originals for i in originals) == list(range(length))
+    assert pruned is not model
+    assert len(pruned.get_submodule(path)) == len(expected)  # type: ignore[arg-type]
+    kept, parameters = dict(pruned.named_parameters()), dict(model.named_parameters())
+    for new, (old, _) in enumerate(expected):
+        for name, parameter in model.get_submodule(f"{path}.{old}").named_parameters():
+            assert kept[f"{path}.{new}.{name}"] is parameters[f"{path}.{old}.{name}"] is parameter
+    assert ({id(m): dict(vars(m)) for m in model.modules()}, model.config.to_dict()) == before
+
+
+def test_config_and_layers_are_made_to_fit() -> None:
+    model = build("jamba")
+    pruned, _ = represent(model, find_stacks(model))
+    config = pruned.config
+    assert config.num_hidden_layers == 6
+    assert config.num_attention_heads == 32  # as many heads as there were layers
+    assert list(config.layer_types) == ["linear_attention"] * 2 + ["full_attention"] * 2 + ["linear_attention"] * 2
+    assert all(module.config is config for module in pruned.modules() if hasattr(module, "config"))
+    numbers = {name: m.layer_idx for name, m in pruned.named_modules() if hasattr(m, "layer_idx")}
+    assert numbers
+    assert all(int(name.split(".")[2]) == number for name, number in numbers.items())
+
+
+def test_two_attentions_in_a_layer_count_by_two() -> None:
+    model = build("longcat_flash")
+    pruned, _ = represent(model, find_stacks(model))
+    assert [m.layer_idx for name, m in pruned.named_modules() if name.endswith(("self_attn.0", "self_attn.1"))] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("zamba2", "layer 12 and layer 6 share the parameter shared_transformer.self_attn.q_proj.weight"),
+        ("gemma3n_text", "the model does not run with fewer layers: RuntimeError: shape"),
+    ],
+)
+def test_models_that_depend_on_their_depth_stay_whole(model_type: str, reason: str) -> None:
+    model = build(model_type)
+    stacks = find_stacks(model)
+    pruned, (stack_map,) = represent(model, stacks, forward)
+    assert pruned is model
+    assert stack_map.originals == tuple((i,) for i in range(stacks[0].length))
+    assert (stack_map.whole or "").startswith(reason)
+
+
+def test_one_layer_model_is_a_stack() -> None:
+    model = build("llama", num_hidden_layers=1)
+    stacks = find_stacks(model)
+    assert [(stack.path, stack.kinds) for stack in stacks] == [("model.layers", (0,))]
+    pruned, maps = represent(model, stacks)
+    assert pruned is model
+    assert maps == whole(stacks)
+
+
+def test_depth_costs_nothing() -> None:
+    model = build("llama", hidden_size=64, num_hidden_layers=126)
+    pruned, (stack_map,) = represent(model, find_stacks(model))
+    assert stack_map.originals == (tuple(range(125)), (125,))
+    assert sum(1 for _ in pruned.modules()) < 40
+
+
+def test_experts_and_lists_of_plain_modules_are_no_stacks() -> None:
+    net = Net([Block(0), Block(1)])
+    net.heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 2)])
+    net.tail = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    net.second = nn.Sequential(Block(0), Block(1))
+    assert [stack.path for stack in find_stacks(net)] == ["blocks", "second"]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kinds"),
+    [
+        ([Block(i) for i in range(4)], (0, 0, 0, 0)),
+        ([Block(i, 16 if i < 2 else 32) for i in range(4)], (0, 0, 1, 1)),
+        ([Block(i, window=4 if i % 2 else None) for i in range(4)], (0, 1, 0, 1)),
+        ([Block(i, window=4 + 4 * i) for i in range(3)], (0, 1, 2)),
+        ([Block(i).to(torch.float16 if i == 1 else torch.float32) for i in range(3)], (0, 1, 0)),
+    ],
+    ids=["same", "shape", "attribute", "attribute that grows", "dtype"],
+)
+def test_what_makes_a_kind(blocks: list[nn.Module], kinds: tuple[int, ...]) -> None:
+    assert find_stacks(Net(blocks))[0].kinds == kinds
+
+
+def test_a_tie_within_a_layer_makes_a_kind() -> None:
+    net = Net([Block(i, 8) for i in range(3)])
+    net.blocks[1].mixer.up.weight = net.blocks[1].mixer.down.weight
+    assert find_stacks(net)[0].kinds == (0, 1, 0)
+
+
+def test_lists_of_the_config_make_kinds() -> None:
+    config = settings(num_layers=4, layer_types=["a", "b", "b", "b"], special_layers=[3], sizes=[1, 2])
+    net = Net([Block(i) for i in range(4)], config)
+    (stack,) = find_stacks(net)
+    assert stack.kinds == (0, 1, 1, 2)
+    net = Net([Block(i) for i in range(5)], settings(num_layers=5, layer_types=list("abbba"), special_layers=[1, 4]))
+    pruned, (stack_map,) = represent(net, find_stacks(net))
+    assert stack_map.originals == ((0,), (1,), (2,), (3,), (4,))
+    assert pruned is net
+    net = Net([Block(i) for i in range(6)], settings(num_layers=6, layer_types=list("abbbaa"), special_layers=[4, 5]))
+    pruned, (stack_map,) = represent(net, find_stacks(net))
+    assert stack_map.originals == ((0,), (1, 2), (3,), (4,), (5,))
+    assert (pruned.config.num_layers, pruned.config.layer_types, pruned.config.special_layers) == (
+        5,
+        list("abbaa"),
+        [3, 4],
+    )
+    assert net.config.special_layers == [4, 5]
+
+
+def test_reasons_to_keep_every_layer() -> None:
+    shared = Net([Block(i) for i in range(3)])
+    shared.blocks[2].mixer.up.weight = shared.blocks[0].mixer.up.weight
+    assert find_stacks(shared)[0].whole == "layer 2 and layer 0 share the parameter mixer.up.weight"
+
+    pointing = Net([Block(i) for i in range(3)])
+    for block in pointing.blocks:
+        block.mixer.kv_layer_idx = 1
+    assert find_stacks(pointing)[0].whole == "layer 0 refers to layer 1 (mixer.kv_layer_idx)"
+
+    gains = Net([Block(i) for i in range(3)])
+    gains.gains = nn.Parameter(torch.ones(3))
+    assert find_stacks(gains)[0].whole == "gains may hold one entry for each layer"
+
+    boundary = Net([Block(i) for i in range(3)])
+    boundary.insert_layer_id = 1
+    assert find_stacks(boundary)[0].whole == "the model does something of its own at layer 1 (insert_layer_id)"
+
+
+class Skipping(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](self.stem(x))
+        return self.blocks[min(2, len(self.blocks) - 1)](x) if len(self.blocks) > 2 else x
+
+
+def test_layers_that_are_not_called_keep_the_model_whole() -> None:
+    net = Skipping([Block(i) for i in range(4)])
+    pruned, (stack_map,) = represent(net, find_stacks(net), lambda m: m(torch.zeros(2, 4)))
+    assert pruned is net
+    assert stack_map.whole == "with fewer layers, those of blocks are not all called equally often"
+
+
+def test_two_stacks_under_one_config_must_agree() -> None:
+    net = Net([Block(i) for i in range(4)], settings(num_layers=4))
+    net.others = nn.ModuleList([Block(i, 16 if i < 2 else 32) for i in range(4)])
+    pruned, maps = represent(net, find_stacks(net))
+    assert pruned is net
+    assert [m.whole for m in maps] == ["blocks and others are described by one config and differ"] * 2
+
+
+def test_the_copy_computes_what_its_layers_compute() -> None:
+    torch.manual_seed(0)
+    net = Net([Block(i) for i in range(5)]).double()
+    before = copy.deepcopy(net.state_dict())
+    pruned, _ = represent(net, find_stacks(net))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert torch.equal(pruned(x), net.blocks[4](net.blocks[0](net.stem(x))))
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert not any(block._forward_pre_hooks for block in pruned.blocks)
