@@ -42,6 +42,8 @@ def build(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, **
     config = AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if model_type == "mixtral":
+        model.set_experts_implementation("eager")  # the only one that computes in float64
     randomise_(model, seed)
     return model.to(dtype)
 
@@ -75,7 +77,7 @@ class KeepDouble(TorchFunctionMode):
             wanted = {torch.float32, torch.float16}
             if func is torch.Tensor.float or wanted & {*args[1:], kwargs.get("dtype")}:
                 return args[0]
-        if kwargs.get("dtype") is torch.float32 and args and args[0].dtype is torch.float64:
+        if kwargs.get("dtype") is torch.float32 and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
