@@ -44,7 +44,7 @@ class KVScales(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> KVScales:
         """Follow the model to another device, never to another dtype."""
-        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]  # torch has none there
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
 
     def extra_repr(self) -> str:
@@ -77,18 +77,18 @@ def unpack(rows: Tensor, heads: int, dtype: torch.dtype, granularity: Granularit
     )
 
 
-class Int8Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers has no types there
+class Int8Layer(DynamicLayer):
     """One layer's cache, all tokens. Subclasses transformers' layer because ``Cache`` recognises nothing else."""
 
     def __init__(self, granularity: Granularity, key_scale: Tensor | None, value_scale: Tensor | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers' own
         self.granularity, self.key_scale, self.value_scale = granularity, key_scale, value_scale
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return _update(self, DynamicLayer, key_states, value_states)
 
 
-class Int8SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]  # as above
+class Int8SlidingLayer(DynamicSlidingWindowLayer):
     """One layer's cache, the tokens of a sliding window."""
 
     def __init__(

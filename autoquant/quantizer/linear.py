@@ -83,9 +83,11 @@ def replace_with_empty_(model: nn.Module, planned: Sequence[PlannedLinear]) -> N
     for site in [_locate(model, entry) for entry in planned]:
         scheme, stack = site.planned.scheme, () if site.planned.stack is None else (site.planned.stack,)
         rows = site.planned.out_features if scheme.weight_per_channel else 1
-        values = torch.empty(*stack, site.planned.out_features, site.planned.in_features, dtype=torch.int8)
-        scale = torch.empty(*stack, rows, 1, dtype=torch.float32)
-        _replace(site, values, scale, torch.empty(stack, dtype=torch.float32) if scheme.is_static else None)
+        shape, device = (*stack, site.planned.out_features, site.planned.in_features), site.parameter.device
+        values = torch.empty(shape, dtype=torch.int8, device=device)
+        scale = torch.empty(*stack, rows, 1, device=device, dtype=torch.float32)
+        input_scale = torch.empty(stack, device=device, dtype=torch.float32) if scheme.is_static else None
+        _replace(site, values, scale, input_scale)
 
 
 def quantize_weight(parameter: Tensor, in_dim: int, scheme: Scheme, clip: Clip = "absmax") -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ class Int8Weight(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch has no types there
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
 
     def extra_repr(self) -> str:

@@ -1,0 +1,198 @@
+"""Perplexity as the field computes it, and how far a model is from a reference.
+
+The rule: the text is tokenized once, as a whole and without special tokens; its tokens are cut into windows of
+``window`` tokens that do not overlap, the last one shorter; each window is one forward pass and starts with the BOS
+token where the tokenizer has one (BOS is put before the ``window`` tokens, so that every token of the text is
+predicted exactly once). The negative log-likelihood is averaged over predicted tokens, in nats; perplexity is its
+exponential.
+
+Windows go through the model one by one, because per-tensor dynamic scales span whatever shares a forward pass;
+``batch`` changes that. Standard errors are over windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoquant.errors import AutoQuantError
+
+LogitsOf = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Token ids [N, S] of equally long windows, in order, the shorter last one apart; whether each starts with BOS."""
+
+    batches: tuple[Tensor, ...]
+    has_bos: bool
+
+    @property
+    def predicted(self) -> int:
+        """Number of predicted tokens."""
+        return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self.batches)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over predicted tokens and its standard error over windows (NaN for a single window)."""
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What :func:`evaluate` measured. Figures per token in nats; ``kl`` to ``log_ratio`` only with a reference."""
+
+    tokens: int
+    windows: int
+    nll: Estimate
+    kl: Estimate | None = None
+    top1: Estimate | None = None
+    log_ratio: Estimate | None = None  # nll minus the reference's, window by window
+
+    @property
+    def perplexity(self) -> Estimate:
+        """``exp(nll)``, its standard error by the delta method."""
+        return _exp(self.nll)
+
+    @property
+    def perplexity_ratio(self) -> Estimate | None:
+        """Perplexity divided by the reference's. Paired: the error is that of the difference, not of two
+        perplexities.
+        """
+        return None if self.log_ratio is None else _exp(self.log_ratio)
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of the whole text, without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def cut_windows(
+    ids: Sequence[int], window: int = 512, bos: int | None = None, tokens: int | None = None, batch: int = 1
+) -> Windows:
+    """Cut the first ``tokens`` ids (all: null) into windows of ``window`` tokens, each behind ``bos`` (null: none).
+
+    Without a BOS token the first token of each window is context only and is not predicted. ``batch`` windows of equal
+    length share a forward pass. Raises AutoQuantError where there is nothing to predict.
+    """
+    if window < 1 or batch < 1 or (tokens is not None and tokens < 1):
+        raise AutoQuantError("window, batch and tokens must be at least 1")
+    taken = torch.tensor(ids[:tokens], dtype=torch.long)
+    start = [] if bos is None else [bos]
+    full, rest = taken.numel() // window, taken.numel() % window
+    pieces = [taken[: full * window].view(full, window)] if full else []
+    pieces += [taken[full * window :].view(1, rest)] if rest else []
+    rows = [torch.cat([piece.new_tensor(start).expand(len(piece), -1), piece], 1) for piece in pieces]
+    batches = tuple(chunk for row in rows if row.shape[1] > 1 for chunk in torch.split(row, batch))
+    if not batches:
+        raise AutoQuantError(f"{len(taken)} tokens in windows of {window}: nothing to predict")
+    return Windows(batches, bos is not None)
+
+
+@torch.no_grad()
+def evaluate(
+    model: LogitsOf, windows: Windows, reference: LogitsOf | None = None, progress: Callable[[int], None] | None = None
+) -> Evaluation:
+    """Perplexity of ``model`` and, given a ``reference``, KL(reference || model), top-1 agreement and paired
+    difference.
+
+    Both are functions from token ids [B, S] to logits [B, S, V], as :func:`logits_of` makes them from modules; both
+    see the same batches. ``progress`` is called with the number of windows of each batch done. Sums are in float64.
+    """
+    counts: list[float] = []
+    sums: dict[str, list[float]] = {"nll": [], "kl": [], "top1": [], "log_ratio": []}
+    for ids in windows.batches:
+        predicted = _log_softmax(model(ids))
+        nll = _nll(predicted, ids)
+        rows = {"nll": nll}
+        if reference is not None:
+            expected = _log_softmax(reference(ids))
+            rows["kl"] = _kl(expected, predicted)
+            rows["top1"] = (expected.argmax(-1) == predicted.argmax(-1)).double()
+            rows["log_ratio"] = nll - _nll(expected, ids)
+        counts += [ids.shape[1] - 1.0] * len(ids)
+        for name, values in rows.items():
+            sums[name] += values.sum(-1, dtype=torch.float64).tolist()
+        if progress is not None:
+            progress(len(ids))
+    estimates = {name: _ratio(values, counts) for name, values in sums.items() if values}
+    return Evaluation(windows.predicted, len(counts), **estimates)
+
+
+def logits_of(module: nn.Module) -> LogitsOf:
+    """A causal language model as a function from ids [B, S], on any device, to float32 logits [B, S, V].
+
+    Raises AutoQuantError where the window is longer than the model's position table.
+    """
+    device = next(module.parameters()).device
+
+    def forward(ids: Tensor) -> Tensor:
+        try:
+            logits: Tensor = module(ids.to(device)).logits
+        except IndexError as error:
+            raise AutoQuantError(
+                f"the model cannot take {ids.shape[1]} tokens at once: use a smaller window"
+            ) from error
+        return logits.float()
+
+    return forward
+
+
+def perplexity_of(module: nn.Module, windows: Windows) -> float:
+    """The perplexity alone."""
+    return evaluate(logits_of(module), windows).perplexity.mean
+
+
+def calibration_batches(windows: Windows, count: int, seed: int | None = None) -> Iterator[Tensor]:
+    """The first ``count`` windows one by one, or ``count`` random ones in random order when a seed is given."""
+    rows = [row for batch in windows.batches for row in torch.split(batch, 1)]
+    if len(rows) < count:
+        raise AutoQuantError(f"the calibration text has {len(rows)} windows; {count} were asked for")
+    order = (
+        torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)) if seed is not None else range(count)
+    )
+    yield from (rows[int(i)] for i in list(order)[:count])
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities [B, S - 1, V] of all tokens but the first."""
+    return functional.log_softmax(logits[:, :-1].float(), -1)
+
+
+def _nll(log_probabilities: Tensor, ids: Tensor) -> Tensor:
+    targets = ids[:, 1:, None].to(log_probabilities.device)
+    return -log_probabilities.gather(-1, targets).squeeze(-1)
+
+
+def _kl(expected: Tensor, predicted: Tensor) -> Tensor:
+    """KL(expected || predicted) over the last axis of log-probabilities; impossible tokens contribute 0."""
+    terms = expected.exp() * (expected - predicted)
+    return torch.where(expected == -torch.inf, 0.0, terms).sum(-1)
+
+
+def _ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
+    """Ratio estimator: windows differ in length, so the mean is sum / count and its error that of the residuals.
+
+    Cochran 1977, Sampling Techniques, eq. 2.46 and 6.13: var = W / (W - 1) * sum((s_w - mean * n_w)^2) / (sum n_w)^2.
+    """
+    total, number = math.fsum(counts), len(counts)
+    mean = math.fsum(sums) / total
+    if number < 2:
+        return Estimate(mean, math.nan)
+    residuals = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    return Estimate(mean, math.sqrt(number / (number - 1) * residuals) / total)
+
+
+def _exp(estimate: Estimate) -> Estimate:
+    """``exp`` of an estimate, infinite where float64 ends; its error to first order."""
+    value = math.exp(estimate.mean) if not estimate.mean > 709 else math.inf
+    return Estimate(value, value * estimate.standard_error)
