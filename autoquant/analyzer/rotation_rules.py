@@ -138,6 +138,11 @@ class RotationAnalysis:
         first = args[0]
         if isinstance(first, (tuple, list)):
             return self._join(site, function, args, kwargs)
+        if isinstance(first, Param) and site.operator == "index" and len(first.full_shape) == 2 and not first.views:
+            # A bias or an embedding per expert: whichever row the data choose, its columns write into the space.
+            if len(args[1]) == 1 and isinstance(args[1][0], Unknown):
+                labels = self.families.axis(first, 1, "row", site.because("it is a table"), stacked=False).expand(site.shape)
+                return Vector(labels, fresh_instances(labels))
         if not isinstance(first, Vector):
             return self.end(site, [first, *args[1:]], NO_RULE)
         if site.operator == "index" and any(isinstance(i, Unknown) for i in args[1]):
@@ -154,7 +159,7 @@ class RotationAnalysis:
         return _apply(first, lambda labels: function(labels, *rest, **kwargs))
 
     def _join(self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-        parts = [p for p in args[0] if not (isinstance(p, Known) and p.value.numel() == 0)]
+        parts = [p for p in args[0] if 0 not in _shape(p)]
         rest = [_plain(arg) for arg in args[1:]]
         if not all(isinstance(p, Vector) and p.gain is None for p in parts):
             return self.end(site, parts, "it is joined with something else")
@@ -443,7 +448,9 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if values.gain is not None or _varies(values.coordinates, dim):
             return a.end(site, [values], "its channels are summed")
         labels = v.merge_along(values.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
-        out = Vector(labels, fresh_instances(labels))
+        # The heads of a token are read together, also where they all look at the same values.
+        instances = fresh_instances(labels.narrow(-3, 0, 1) if labels.ndim > 3 else labels).expand(labels.shape)
+        out = Vector(labels, instances)
         keys = torch.arange(int(np.prod(site.shape[:-1]))).view(*site.shape[:-1], 1).expand(site.shape)
         a.split(out, keys, site.because("heads have attention weights of their own"))
         a.values.append((site, labels))
@@ -498,9 +505,11 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
     return table
 
 
-def _labels(value: Vector | Square) -> Tensor:
-    return value.of.coordinates if isinstance(value, Square) else value.coordinates
+def _labels(value: Vector | Square | Mean) -> Tensor:
+    return value.coordinates if isinstance(value, Vector) else value.of.coordinates
 
 
 def _shape(value: Value) -> tuple[int, ...]:
+    if isinstance(value, (Vector, Square, Mean)):
+        return tuple(_labels(value).shape)
     return tuple(value.value.shape) if isinstance(value, Known) else tuple(getattr(value, "shape", ()))

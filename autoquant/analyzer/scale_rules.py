@@ -42,7 +42,8 @@ class ScaleAnalysis:
     families: Families = field(init=False)
     uses: list[Use] = field(default_factory=list)
     grouped_by: dict[int, int] = field(default_factory=dict)
-    attention: set[int] = field(default_factory=set)
+    scores: list[tuple[Site, int]] = field(default_factory=list)
+    """Where queries meet keys, and the size of a head."""
 
     def __post_init__(self) -> None:
         self.families = Families(self.variables)
@@ -395,6 +396,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
 
     def cancel(site: Site, queries: Tensor, keys: Tensor) -> None:
         """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when the scale of k is one over that of q, channel by channel."""
+        a.scores.append((site, queries.shape[-1]))
         q = v.merge_along(queries, [queries.ndim - 2], site.order)
         k = v.merge_along(keys, [keys.ndim - 2], site.order)
         v.equal(q, k, site.order, ratio=-1.0)
@@ -410,7 +412,6 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         if isinstance(mask, (Tensor, Param)):
             v.fix(a.labels(site, mask), site.because("it is added to attention scores"))
         cancel(site, queries, keys)
-        a.attention.add(site.order)
         return v.merge_along(values, [values.ndim - 2], site.order, keepdim=True).expand(site.shape).contiguous()
 
     def grouped(site: Site, x: Value, w: Value, offsets: Value = None, *args: Value, **kwargs: Value) -> Value:

@@ -1,0 +1,171 @@
+"""From a captured graph to findings: both symmetries, what is blocked and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoquant.analyzer.capture import Captured
+from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.interpret import operator_name
+from autoquant.analyzer.inventory import linears
+from autoquant.analyzer.rotations import Rotations, analyse_rotations
+from autoquant.analyzer.scale_rules import NO_RULE, Use
+from autoquant.analyzer.scales import Scales, analyse_scales, module_of
+from autoquant.analyzer.variables import Bools, Reason
+from autoquant.config import Blocked, Linear, Online, Slot
+
+NO_SOURCE = "nothing that feeds it can absorb a scale"
+SHARED = "what it reads must keep its scale for another reader: there "
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """Findings with the solved equations behind them, for explanations."""
+
+    findings: Findings
+    scales: Scales
+    rotations: Rotations
+
+
+def analyse(captured: Captured) -> Analysis:
+    """Everything that the captured graph allows, with concrete paths.
+
+    What is blocked is part of the result, with operator and module path; nothing is raised for a graph that was
+    captured.
+    """
+    scales = analyse_scales(captured)
+    rotations = analyse_rotations(captured)
+    found = linears(scales.analysis.uses)
+    findings = Findings(
+        linears=found,
+        groups=scales.groups,
+        spaces=rotations.spaces,
+        online=_online(scales, rotations, found),
+        blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations)),
+        unknown_operators=_unknown_operators(scales, rotations),
+    )
+    return Analysis(findings, scales, rotations)
+
+
+def _unknown_operators(scales: Scales, rotations: Rotations) -> tuple[str, ...]:
+    """Operators that stopped a scale for want of a rule."""
+    reasons = scales.analysis.variables.reasons.values()
+    return tuple(sorted({qualified(reason.operator) for reason in reasons if reason.text == NO_RULE}))
+
+
+def qualified(operator: str) -> str:
+    """``aten.silu``, ``transformers.grouped_mm_fallback``."""
+    return operator.replace("::", ".") if "::" in operator else f"aten.{operator}"
+
+
+def _covered(slots: Iterable[Slot], path: str, dim: int, size: int) -> Bools:
+    """Positions ``[size]`` of an axis that some group reaches; for stacked weights, of any of the matrices."""
+    covered = np.zeros(size, dtype=np.bool_)
+    for slot in slots:
+        if slot.path == path and slot.dim == dim:
+            if slot.index is None:
+                covered[:] = True
+                continue
+            for block in slot.index:
+                positions = np.array([block.start])
+                for extent, stride in zip(block.shape, block.stride, strict=True):
+                    positions = (positions[:, None] + np.arange(extent) * stride).reshape(-1)
+                covered[positions % size] = True
+    return covered
+
+
+def _blocked_smoothing(scales: Scales) -> list[Blocked]:
+    slots: dict[tuple[str, int], list[Slot]] = {}
+    for group in scales.groups:
+        for slot in group.targets:
+            slots.setdefault((slot.path, slot.dim), []).append(slot)
+    blocked: dict[Blocked, None] = {}
+    for use in scales.analysis.uses:
+        covered = _covered(slots.get((use.weight, use.contracted_dim), []), use.weight, use.contracted_dim, use.in_features)
+        for reason in _reasons(scales, use, ~covered):
+            blocked[_blocked(module_of(use.weight), "smoothing", reason)] = None
+    return list(blocked)
+
+
+def _reasons(scales: Scales, use: Use, where: Bools) -> list[Reason]:
+    """The reason for most of the columns ``where``; none where there are no such columns."""
+    labels = use.labels.reshape(-1, use.in_features)[:, where].reshape(-1).numpy()
+    if not len(labels):
+        return []
+    table = scales.analysis.variables.reasons
+    found, counts = np.unique(labels, return_counts=True)
+    label = int(found[np.argmax(counts)])
+    if label in table:  # the operator right before the linear
+        return [table[label]]
+    reason = table.get(int(scales.solution.reason[label]))
+    if reason is None:
+        return [Reason(NO_SOURCE, use.site.operator, use.site.at, use.site.order)]
+    return [Reason(f"{SHARED}{reason.text}", reason.operator, reason.at, reason.order)]
+
+
+def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
+    """Residual streams and attention values that no rotation was found for."""
+    analysis, solution = rotations.analysis, rotations.solution
+    blocked: dict[Blocked, None] = {}
+    rotated = {slot.path for space in rotations.spaces for slot in space.writers}
+    for family in analysis.families.all():
+        if family.role == "table" and family.param not in rotated:
+            ids = analysis.families.labels(family)
+            reason = _rotation_reason(rotations, ids)
+            if reason is not None:
+                blocked[_blocked(module_of(family.param), "rotation", reason)] = None
+    for site, labels in analysis.values:
+        ids = np.unique(labels.numpy())
+        blocks = rotations.blocks[solution.component[ids]]
+        if (blocks < 0).any() or len(np.unique(blocks)) == len(blocks) > 1:
+            reason = _rotation_reason(rotations, ids)
+            if reason is not None:
+                blocked[_blocked(site.at, "rotation", reason)] = None
+    return list(blocked)
+
+
+def _rotation_reason(rotations: Rotations, ids: np.ndarray) -> Reason | None:  # type: ignore[type-arg]  # int64
+    analysis, solution = rotations.analysis, rotations.solution
+    fixed = ids[solution.fixed[ids]]
+    if len(fixed):
+        return analysis.variables.reasons[int(solution.reason[fixed[0]])]
+    mine = solution.component[ids]
+    for split in analysis.splits:
+        here = np.isin(solution.component[split.labels], mine)
+        if here.any() and len(np.unique(split.keys[here])) > 1:
+            return split.reason
+    return None
+
+
+def _blocked(path: str, what: str, reason: Reason) -> Blocked:
+    return Blocked(path=path, what=what, reason=reason.text, operator=qualified(reason.operator), at=reason.at)  # type: ignore[arg-type]  # one of two literals
+
+
+def _online(scales: Scales, rotations: Rotations, found: tuple[Linear, ...]) -> tuple[Online, ...]:
+    """R3 wherever queries meet keys; a rotation before every linear that no offline one reaches."""
+    online: dict[Online, None] = {}
+    for site, size in scales.analysis.scores:
+        if size > 1:
+            online[Online(kind="R3", path=site.at, size=size)] = None
+    reached = {reader.path for space in rotations.spaces for read in space.reads for reader in read.readers}
+    products = {use.weight: use for use in reversed(scales.analysis.uses)}
+    for linear in found:
+        if linear.role == "linear" and linear.weight not in reached and linear.in_features > 1:
+            kind = "R4" if _follows_product(products[linear.weight]) else "input"
+            online[Online(kind=kind, path=linear.path, size=linear.in_features)] = None  # type: ignore[arg-type]  # one of two literals
+    return tuple(online)
+
+
+def _follows_product(use: Use) -> bool:
+    """Is the input an elementwise product or an activation, up to casts and reshapes?"""
+    node = use.site.node.all_input_nodes[0]
+    arguments = [n for n in use.site.node.all_input_nodes if n.op == "call_function"]
+    node = arguments[0] if arguments else node
+    while operator_name(node) in ("view", "reshape", "to", "_to_copy", "contiguous", "clone", "alias", "dropout", "transpose", "permute") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return operator_name(node) in ("mul", "relu", "silu", "gelu", "pow", "square") and not any(
+        operator_name(n) in ("rsqrt", "layer_norm", "rms_norm") for n in node.all_input_nodes
+    ) and not any(n.op == "placeholder" for n in node.all_input_nodes)
