@@ -182,7 +182,7 @@ def _explain_choice(error: ValidationError) -> Iterator[Problem]:
 def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" not in schema:
         return schema
-    definition: dict[str, Any] = config_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+    definition: dict[str, Any] = _validator().schema["$defs"][schema["$ref"].rpartition("/")[2]]
     return definition
 
 

@@ -12,10 +12,11 @@ from autoquant.errors import AutoQuantError
 def write_text(path: Path, text: str, *, force: bool) -> None:
     """Write UTF-8 text under a temporary name beside ``path`` and rename it.
 
-    Raises AutoQuantError where ``path`` exists and ``force`` is false, where it is a folder, and where its folder does
-    not exist or cannot be written to.
+    Raises AutoQuantError where ``path`` exists and ``force`` is false, where it is no ordinary file, and where its
+    folder does not exist or cannot be written to.
     """
     check_target(path, force=force)
+    path = path.resolve()  # behind a symbolic link, the file it points to is replaced and not the link
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
@@ -38,12 +39,18 @@ def write_text(path: Path, text: str, *, force: bool) -> None:
 
 def check_target(path: Path, *, force: bool) -> None:
     """Raise the errors of :func:`write_text` that can be told before the work is done."""
-    if path.is_dir():
-        raise AutoQuantError(f"{path}: is a folder; name a file")
-    if path.exists() and not force:
-        raise AutoQuantError(f"{path}: exists already; give --force to replace it")
-    if not path.parent.is_dir():
-        raise AutoQuantError(f"{path}: the folder {path.parent} does not exist")
+    try:
+        if path.is_dir():
+            raise AutoQuantError(f"{path}: is a folder; name a file")
+        if path.exists() and not path.is_file():
+            # Renaming would put a file in the place of a device such as /dev/null.
+            raise AutoQuantError(f"{path}: is no ordinary file; name another")
+        if path.exists() and not force:
+            raise AutoQuantError(f"{path}: exists already; give --force to replace it")
+        if not path.parent.is_dir():
+            raise AutoQuantError(f"{path}: the folder {path.parent} does not exist")
+    except OSError as error:
+        raise AutoQuantError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _umask() -> int:

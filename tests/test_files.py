@@ -29,16 +29,27 @@ def test_has_the_mode_of_an_ordinary_file(tmp_path: Path) -> None:
     [
         ("there", False, "there: exists already; give --force to replace it"),
         ("folder", True, "folder: is a folder; name a file"),
+        ("pipe", True, "pipe: is no ordinary file; name another"),
+        ("x" * 300, True, "x: cannot be written: File name too long"),
         ("none/a.json", True, "none/a.json: the folder .*none does not exist"),
     ],
 )
 def test_refuses(tmp_path: Path, name: str, force: bool, message: str) -> None:
     (tmp_path / "there").write_text("old", encoding="utf-8")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(AutoQuantError, match=message):
         write_text(tmp_path / name, "new", force=force)
     assert (tmp_path / "there").read_text(encoding="utf-8") == "old"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "there"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "pipe", "there"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old", encoding="utf-8")
+    (tmp_path / "link").symlink_to("file")
+    write_text(tmp_path / "link", "new", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "new"
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
