@@ -15,8 +15,8 @@ from autoquant import __version__
 from autoquant.errors import AutoQuantError
 from autoquant.paths import did_you_mean
 
-# The order of --help. `name` is the object `command` of autoquant/commands/name.py.
-COMMANDS = ("check", "schema")
+# In the order of --help, which is that of the work. `name` is the object `command` of autoquant/commands/name.py.
+COMMANDS = ("check", "eval", "schema")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
