@@ -83,16 +83,16 @@ def represent(
     and the modules above a stack are made to fit where they hold the number of layers, a list with an entry per layer
     or a list of layer numbers. ``module`` and its config are untouched.
 
-    ``forward`` runs the copy on some input. If it raises, or does not call all layers of a kind equally often, the
-    model depends on its depth in a way that cannot be seen from outside. Then, and where there is nothing to leave out,
-    the result is ``module`` itself and :func:`whole`.
+    ``forward`` runs the copy on some input. If it raises what ``module`` itself does not, or does not call all layers
+    of a kind equally often, the model depends on its depth in a way that cannot be seen from outside. Then, and where
+    there is nothing to leave out, the result is ``module`` itself and :func:`whole`.
     """
     kept, clash = _settle(module, stacks)
     maps = tuple(_stack_map(stack, kept[stack.path], stack.whole or clash.get(stack.path)) for stack in stacks)
     if all(len(kept[stack.path]) == stack.length for stack in stacks):
         return module, maps
     pruned = _prune(module, stacks, kept)
-    misfit = _trial(pruned, maps, forward) if forward is not None else None
+    misfit = _trial(module, pruned, maps, forward) if forward is not None else None
     return (pruned, maps) if misfit is None else (module, whole(stacks, misfit))
 
 
@@ -403,7 +403,17 @@ def _is_config(value: object) -> bool:
     return is_dataclass(value) or callable(getattr(value, "to_dict", None))
 
 
-def _trial(pruned: nn.Module, maps: Sequence[StackMap], forward: Callable[[nn.Module], object]) -> str | None:
+def _failure(module: nn.Module, forward: Callable[[nn.Module], object]) -> str | None:
+    try:
+        forward(module)
+    except Exception as error:  # whatever it is, this model does not run
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return None
+
+
+def _trial(
+    module: nn.Module, pruned: nn.Module, maps: Sequence[StackMap], forward: Callable[[nn.Module], object]
+) -> str | None:
     """Why ``pruned`` does not run as a model with fewer layers should, None where it does."""
     calls: Counter[str] = Counter()
     hooks = []
@@ -413,13 +423,13 @@ def _trial(pruned: nn.Module, maps: Sequence[StackMap], forward: Callable[[nn.Mo
             calls[path] = 0
             hooks.append(layer.register_forward_pre_hook(lambda *_, path=path: calls.update([path])))
     try:
-        forward(pruned)
-    except Exception as error:  # whatever it is, the model with fewer layers does not run
-        first = next(iter(str(error).splitlines()), "")
-        return f"the model does not run with fewer layers: {type(error).__name__}: {first}"
+        failure = _failure(pruned, forward)
     finally:
         for hook in hooks:
             hook.remove()
+    if failure is not None:
+        # What stops the whole model in the same way (shapes that depend on values) has nothing to do with its depth.
+        return None if failure == _failure(module, forward) else f"the model does not run with fewer layers: {failure}"
     if not any(calls.values()):
         return "with fewer layers, none is called"
     # A kind or stack that these inputs never reach (a vision tower without images) is no fault of the copy.

@@ -11,7 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.folding import canonical, fold, unfold
 from autoquant.analyzer.layers import find_stacks, represent, whole
+from autoquant.config import Linear
 
 # type: (path of the stack, layers, originals of each representative in short: its own number and how many it stands for)
 TYPES = {
@@ -109,6 +112,34 @@ def test_kinds_of_known_types(model_type: str) -> None:
         for name, parameter in model.get_submodule(f"{path}.{old}").named_parameters():
             assert kept[f"{path}.{new}.{name}"] is parameters[f"{path}.{old}.{name}"] is parameter
     assert ({id(m): dict(vars(m)) for m in model.modules()}, model.config.to_dict()) == before
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma3_text", "jamba", "qwen3_next"])
+def test_what_is_read_off_representatives_holds_for_all_layers(model_type: str) -> None:
+    model = build(model_type)
+    pruned, maps = represent(model, find_stacks(model), forward)
+    whole_maps = whole(find_stacks(model))
+    found, seen = linears(model), linears(pruned)
+    assert len(seen.linears) < len(found.linears) / 3
+    assert canonical(unfold(fold(seen, maps))) == canonical(found)
+    assert canonical(fold(seen, maps)) == canonical(fold(found, whole_maps))
+
+
+def linears(model: nn.Module) -> Findings:
+    """A Linear for every matrix and stack of matrices in a model."""
+    matrices = tuple(
+        Linear(
+            path=name.removesuffix(".weight"),
+            weight=name,
+            in_features=p.shape[-1],
+            out_features=p.shape[-2],
+            stack=p.shape[0] if p.dim() == 3 else None,
+            in_dim=p.dim() - 1,
+        )
+        for name, p in model.named_parameters()
+        if p.dim() >= 2
+    )
+    return Findings(linears=matrices, groups=(), spaces=(), online=(), blocked=(), unknown_operators=())
 
 
 def test_config_and_layers_are_made_to_fit() -> None:
