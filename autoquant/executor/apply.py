@@ -14,7 +14,8 @@ from autoquant.executor.inventory import take_inventory
 from autoquant.executor.online import check_installable, install_
 from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
-from autoquant.executor.resolve import Resolved, Smooth, resolve
+from autoquant.executor.resolve import Smooth, resolve
+from autoquant.executor.resolved import Resolved
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Activation maxima from one forward sweep over calibration data.
 
-Matrix products are caught where they run, by the storage of the weight they multiply with, so that every kind of linear is seen:
-``nn.Linear``, Conv1D, ``x @ W.T``, experts inside a grouped product. Nothing is attached to the model, so nothing can be left on it.
+Matrix products are caught where they run, by the storage of the weight they multiply with, so that every kind of linear
+is seen: ``nn.Linear``, Conv1D, ``x @ W.T``, experts inside a grouped product. Nothing is attached to the model, so
+nothing can be left on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoquant.errors import AutoQuantError
-from autoquant.executor.resolve import Resolved, SmoothedSlot
+from autoquant.executor.resolved import Resolved, SmoothedSlot
 from autoquant.executor.smooth import merge_channels
 
 # Operator -> positions of its two factors. `offsets` marks products of row ranges of x with one matrix each.
@@ -39,8 +41,8 @@ def collect_activation_maxima(
     """Largest absolute activation per channel at the targets of every selected group.
 
     ``batches``: token ids ``[sequences, length]``. ``progress(done)`` is called after each batch. Returns float64
-    ``[channels]`` per (group name, layer); tied channels are merged by the maximum. Raises AutoQuantError where a target was
-    never reached, naming it.
+    ``[channels]`` per (group name, layer); tied channels are merged by the maximum. Raises AutoQuantError where a
+    target was never reached, naming it.
     """
     observer = InputMaxima(model, {slot.name: slot for group in resolved.groups for slot in group.targets})
     device = next(model.parameters()).device
@@ -67,7 +69,7 @@ class InputMaxima(TorchDispatchMode):
     """Absolute maxima of what is multiplied along one dimension of each watched parameter, per matrix of a stack."""
 
     def __init__(self, model: nn.Module, slots: dict[str, SmoothedSlot]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.watched: dict[int, list[tuple[str, Tensor, int]]] = {}  # by storage, which several parameters may share
         self.maxima: dict[str, Tensor] = {}
         for name, slot in slots.items():
@@ -95,12 +97,19 @@ class InputMaxima(TorchDispatchMode):
 
     def _observe(self, weight: Tensor, x: Tensor, weight_dim: int, x_dim: int, offsets: Tensor | None) -> None:
         for name, parameter, dim in self.watched.get(weight.untyped_storage().data_ptr(), ()):
-            offset = weight.storage_offset() - parameter.storage_offset()
+            offset = int(weight.storage_offset()) - int(parameter.storage_offset())
             if 0 <= offset < parameter.numel() and weight.stride(weight_dim) == parameter.stride(dim):
                 self._record(name, parameter, dim, offset, weight, x.detach().abs().movedim(x_dim, -1).float(), offsets)
 
     def _record(
-        self, name: str, parameter: Tensor, dim: int, offset: int, weight: Tensor, inputs: Tensor, offsets: Tensor | None
+        self,
+        name: str,
+        parameter: Tensor,
+        dim: int,
+        offset: int,
+        weight: Tensor,
+        inputs: Tensor,
+        offsets: Tensor | None,
     ) -> None:
         stack = parameter.shape[0] if parameter.dim() == 3 and dim > 0 else 1
         if name not in self.maxima:
@@ -111,7 +120,7 @@ class InputMaxima(TorchDispatchMode):
         length = inputs.shape[-1]
         if weight.dim() == 3 and offsets is not None:  # rows of x up to offsets[e] go to expert e
             bounds = [0, *offsets.tolist()]
-            for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for e, (begin, end) in enumerate(pairwise(bounds)):
                 if end > begin:
                     self._raise(maxima[e, start : start + length], inputs[begin:end])
         elif weight.dim() == 3 and stack > 1 and weight.shape[0] == stack:

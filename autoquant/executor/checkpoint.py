@@ -1,7 +1,7 @@
 """Apply a config to a checkpoint on disk, tensor by tensor, all or nothing.
 
-The result is written to a hidden folder beside the target and renamed at the end, its ``config.json`` last: whatever interrupts
-the work, no folder that looks finished is left.
+The result is written to a hidden folder beside the target and renamed at the end, its ``config.json`` last: whatever
+interrupts the work, no folder that looks finished is left.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,16 @@ from torch import Tensor, nn
 from autoquant import __version__
 from autoquant.config import Config
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import Applied, apply_, check_finite, summarise
+from autoquant.executor.apply import Applied, check_finite, execute_, summarise
+from autoquant.executor.folder import check_target, finished_folder
 from autoquant.executor.inventory import Inventory, take_inventory
 from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
-from autoquant.executor.resolve import Resolved, Smooth, resolve
+from autoquant.executor.resolve import Smooth, resolve
+from autoquant.executor.resolved import Resolved
 from autoquant.executor.safetensors_stream import INDEX, Shards, open_shards, write_shard
+from autoquant.models import build_meta
+from autoquant.models import resolve as resolve_model
 
 PROVENANCE = "autoquant.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json", ".ot")
@@ -51,10 +54,10 @@ def apply_checkpoint(
 ) -> Applied:
     """Write ``source`` changed by ``config`` to the folder ``target``, loadable with plain transformers.
 
-    Tensors are read, folded in float64 and written one at a time. A checkpoint whose tensor names are not the model's own
-    (transformers converts some on loading, experts for example) is loaded and changed in memory instead. ``options`` is
-    recorded in the provenance file. Raises AutoQuantError, with nothing left behind, where anything does not fit, where the
-    result cannot be held by the model's class, and where ``target`` exists and ``force`` is false.
+    Tensors are read, folded in float64 and written one at a time. A checkpoint whose tensor names are not the model's
+    own (transformers converts some on loading, experts for example) is loaded and changed in memory instead.
+    ``options`` is recorded in the provenance file. Raises AutoQuantError, with nothing left behind, where anything does
+    not fit, where the result cannot be held by the model's class, and where ``target`` exists and ``force`` is false.
     """
     check_target(source, target, force)
     shards = open_shards(source)
@@ -66,8 +69,7 @@ def apply_checkpoint(
     resolved = resolve(config, inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
     check_plain_resolved(resolved)
     if names is None:
-        return _apply_loaded(source, config, target, shards, resolved, scales, only, seed, force, options, progress,
-                             rotate, smooth)  # fmt: skip
+        return _apply_loaded(source, config, target, shards, resolved, scales, options, progress)
     stored = names
 
     def read(name: str) -> Tensor:
@@ -78,7 +80,7 @@ def apply_checkpoint(
     plan = make_plan(resolved, inventory, read, scales)
     check_plain_plan(plan)
     applied = summarise(plan, resolved)
-    with finished_folder(target, force) as folder:
+    with finished_folder(target) as folder:
         copy_side_files(source, folder)
         _write_shards(folder, shards, plan, inventory, stored, read, progress)
         _write_provenance(folder, source, config, applied, options)
@@ -88,17 +90,11 @@ def apply_checkpoint(
 
 def build_skeleton(folder: Path) -> nn.Module:
     """The checkpoint's model on the meta device: names, shapes and ties without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if not (folder / "config.json").is_file():
         raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
-    try:
-        model_config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(model_config)
-    except (ValueError, OSError, KeyError) as error:
-        raise AutoQuantError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
-    return model.eval()
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        raise AutoQuantError(f"{folder}: is quantized already; its weights cannot be folded")
+    return build_meta(resolve_model(str(folder))).module
 
 
 def match_names(inventory: Inventory, shards: Shards) -> dict[str, str] | None:
@@ -125,20 +121,6 @@ def _with_stored_dtypes(inventory: Inventory, shards: Shards, names: dict[str, s
     return Inventory(inventory.shapes, dtypes, inventory.canonical, inventory.shared_modules, inventory.growable)
 
 
-def check_target(source: Path, target: Path, force: bool) -> None:
-    """Raise AutoQuantError where the output folder cannot be written."""
-    if not source.is_dir():
-        raise AutoQuantError(f"{source}: not a folder; expected a checkpoint of transformers")
-    if target.exists() and not target.is_dir():
-        raise AutoQuantError(f"{target}: is a file; name a folder")
-    if target.exists() and target.resolve() == source.resolve():
-        raise AutoQuantError(f"{target}: is the input itself; name another folder")
-    if target.exists() and any(target.iterdir()) and not force:
-        raise AutoQuantError(f"{target}: exists already; give --force to replace it")
-    if not target.absolute().parent.is_dir():
-        raise AutoQuantError(f"{target}: the folder {target.absolute().parent} does not exist")
-
-
 def check_plain_resolved(resolved: Resolved) -> None:
     """Raise AutoQuantError for what no plain transformers checkpoint can hold, before anything is read."""
     problems = [f"{o.kind} {o.path}: an online rotation needs autoquant's modules" for o in resolved.online]
@@ -146,7 +128,7 @@ def check_plain_resolved(resolved: Resolved) -> None:
         for writer in space.writers:
             if writer.fold_norm is not None:
                 norm = writer.fold_norm.weight or writer.fold_norm.bias
-                problems.append(f"{space.name}: {norm} is folded into {writer.name}, and the model's class cannot leave the norm out")
+                problems.append(f"{space.name}: {norm} is folded into {writer.name}, yet the class keeps the norm")
     if problems:
         raise AutoQuantError(f"plain transformers cannot hold the result; {ALTERNATIVE}", tuple(problems[:20]))
 
@@ -156,30 +138,6 @@ def check_plain_plan(plan: Plan) -> None:
     if plan.created:
         details = tuple(f"{bias}: a LayerNorm's bias has to move there (its gain has zeros)" for bias in plan.created)
         raise AutoQuantError(f"plain transformers cannot hold new biases; {ALTERNATIVE}", details[:20])
-
-
-@contextmanager
-def finished_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside ``target`` that takes its name when the block ends without an exception, and goes otherwise."""
-    target = target.absolute()
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir()
-        yield partial
-        replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        if replaced.exists():
-            shutil.rmtree(replaced)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise AutoQuantError(f"{target}: cannot be written: {error.strerror or error}; nothing was left there") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -198,7 +156,9 @@ def _write_shards(
     read: Callable[[str], Tensor],
     progress: Progress | None,
 ) -> None:
-    """The shards of the source with the plan carried out; untied parameters join the shard of the tensor they came from."""
+    """The shards of the source with the plan carried out; untied parameters join the shard of the tensor they came
+    from.
+    """
     by_stored: dict[str, str] = {}
     for name, stored in names.items():
         if inventory.canonical[name] == name or stored not in by_stored:
@@ -222,7 +182,7 @@ def _write_shards(
             tensor = read(name) if name else shards.read(stored)
             if operations:
                 tensor = execute(operations, tensor)
-                check_finite(name, tensor, f"overflows {tensor.dtype} when transformed; convert the checkpoint to a wider type")
+                check_finite(name, tensor, f"overflows {tensor.dtype} when transformed; convert it to a wider type")
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -241,22 +201,27 @@ def _write_shards(
 
 
 def _apply_loaded(
-    source: Path, config: Config, target: Path, shards: Shards, resolved: Resolved, scales: Scales | None,
-    only: Collection[str] | None, seed: int | None, force: bool, options: dict[str, Any] | None, progress: Progress | None,
-    rotate: bool, smooth: Smooth,
-) -> Applied:  # fmt: skip
+    source: Path,
+    config: Config,
+    target: Path,
+    shards: Shards,
+    resolved: Resolved,
+    scales: Scales | None,
+    options: dict[str, Any] | None,
+    progress: Progress | None,
+) -> Applied:
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
     from transformers import AutoModelForCausalLM
 
     for name in shards.entries:
         check_finite(name, shards.read(name))
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
-    inventory = take_inventory(model)
-    check_plain_plan(make_plan(resolved, inventory, model.get_parameter, scales))
-    applied = apply_(
-        model, config, rotate=rotate, smooth=smooth, scales=scales, only=only, seed=seed, progress=progress
-    )  # fmt: skip
-    with finished_folder(target, force) as folder:
+    plan = make_plan(resolved, take_inventory(model), model.get_parameter, scales)
+    check_plain_plan(plan)
+    with torch.no_grad():
+        execute_(model, plan, progress)
+    applied = summarise(plan, resolved)
+    with finished_folder(target) as folder:
         copy_side_files(source, folder)
         model.save_pretrained(folder)
         _write_provenance(folder, source, config, applied, options)

@@ -64,7 +64,8 @@ def multiply_kronecker(x: Tensor, factors: list[Tensor], transpose: bool = False
         f = factor.shape[0]
         y = y.reshape(-1, order // f, f) @ (factor.mT if transpose else factor)
         y = y.transpose(1, 2).reshape(-1, order)
-    return (y * order**-0.5).reshape(shape)
+    result: Tensor = (y * order**-0.5).reshape(shape)
+    return result
 
 
 @lru_cache(maxsize=64)
@@ -147,7 +148,8 @@ def _jacobsthal(q: int) -> NDArray[np.int8]:
     character[numbers[1::2]] = -1
     digits = np.arange(q)[:, None] // weights % p
     difference = sum(((digits[:, None, i] - digits[None, :, i]) % p) * int(weights[i]) for i in range(k))
-    return character[difference]
+    jacobsthal: NDArray[np.int8] = character[difference]
+    return jacobsthal
 
 
 def _powers_of_x(low: tuple[int, ...], p: int, q: int) -> list[tuple[int, ...]] | None:

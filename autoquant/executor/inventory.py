@@ -42,7 +42,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 def _growable(model: nn.Module) -> frozenset[str]:
     """Bias names that do not exist yet but could: a plain ``nn.Linear`` built without one adds it when it is there."""
-    names = set()
+    names: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and module.bias is None and type(module).forward is nn.Linear.forward:
             names.add(f"{name}.bias" if name else "bias")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoquant.errors import AutoQuantError
 from autoquant.executor.hadamard import factor_matrices, multiply_kronecker
-from autoquant.executor.resolve import ResolvedOnline
+from autoquant.executor.resolved import ResolvedOnline
 
 ATTENTION_PREFIX = "autoquant_rotated_"
 ROTATION_NAME = "query_key_rotation"
@@ -54,8 +54,8 @@ def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> Non
         forward = unwrap(type(module).forward)
         if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
             raise AutoQuantError(
-                f"R3 {rotation.path}: {type(module).__name__} does not call transformers' attention interface, so queries and keys "
-                "cannot be reached; disable R3"
+                f"R3 {rotation.path}: {type(module).__name__} does not call transformers' attention interface, so "
+                "queries and keys cannot be reached; disable R3"
             )
 
 
@@ -121,4 +121,5 @@ class RotatedLinear(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.rotation(x))
+        result: Tensor = self.linear(self.rotation(x))
+        return result

@@ -32,7 +32,7 @@ from autoquant.executor.operations import (
     Scale,
     contract,
 )
-from autoquant.executor.resolve import (
+from autoquant.executor.resolved import (
     Resolved,
     ResolvedGroup,
     ResolvedNorm,
@@ -145,8 +145,8 @@ def _move_bias(space: ResolvedSpace, read: ResolvedRead, norm: ResolvedNorm, dra
             bias = reader.name.rpartition(".")[0] + ".bias"
             if reader.name.rpartition(".")[2] != "weight" or bias not in draft.inventory.growable:
                 raise AutoQuantError(
-                    f"{space.name}: {norm.bias} has to move into a bias of {reader.name}, which can have none, because the gain "
-                    f"{norm.weight} has (nearly) zero elements; disable this space"
+                    f"{space.name}: {norm.bias} has to move into a bias of {reader.name}, which can have none, because "
+                    f"the gain {norm.weight} has (nearly) zero elements; disable this space"
                 )
             draft.created[bias] = reader.name
         delta = contract(draft.read(reader.name), reader.axis, beta)
@@ -196,7 +196,8 @@ def _untie(draft: _Draft, resolved: Resolved) -> Plan:
         for name in others:
             if name in draft.inventory.shared_modules:
                 raise AutoQuantError(
-                    f"{name} and {first} are one module used twice, and the config changes them differently; disable what does"
+                    f"{name} and {first} are one module used twice, and the config changes them differently; "
+                    "disable what does"
                 )
             untied.append(name)
             operations.setdefault(name, [])

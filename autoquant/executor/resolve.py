@@ -6,34 +6,24 @@ Nothing is read or written here. All problems are collected and raised together,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from autoquant.config import (
-    Config,
-    IndexMap,
-    Norm,
-    Online,
-    Read,
-    RotationMethod,
-    Slot,
-    SmoothingGroup,
-    SmoothingKind,
-    Space,
-)
+from autoquant.config import Config, Online, Read, Slot, SmoothingGroup, SmoothingKind, Space
 from autoquant.errors import AutoQuantError
-from autoquant.executor.inventory import FLOATING, Inventory
-from autoquant.executor.operations import Axis, Blocks
+from autoquant.executor.checker import Checker
+from autoquant.executor.inventory import Inventory
+from autoquant.executor.resolved import (
+    Resolved,
+    ResolvedGroup,
+    ResolvedOnline,
+    ResolvedRead,
+    ResolvedSpace,
+    RotatedSlot,
+    SmoothedSlot,
+)
 from autoquant.paths import LAYER, did_you_mean, fill, layer_numbers
 
-MAX_DETAILS = 20
-
 Smooth = Literal["all", "fc_fc", "none"]
-Positions = NDArray[np.int64] | NDArray[np.bool_]
 Layers = tuple[int | None, ...]
 
 
@@ -52,7 +42,7 @@ def resolve(
     enabled. ``seed`` replaces ``rotation.seed``. Raises AutoQuantError with one detail per problem, and where nothing
     is selected.
     """
-    check = _Checker(inventory)
+    check = Checker(inventory)
     if only is not None:
         _check_names(config, only, check)
     if config.model.parameters != inventory.parameters():
@@ -83,7 +73,7 @@ def _space_enabled(config: Config, space: Space) -> bool:
     return config.rotation.enable if space.enable is None else space.enable
 
 
-def _check_names(config: Config, only: Collection[str], check: _Checker) -> None:
+def _check_names(config: Config, only: Collection[str], check: Checker) -> None:
     names = [g.name for g in config.smoothing.groups] + [s.name for s in config.rotation.spaces]
     names += [o.path for o in config.rotation.online]
     for name in only:
@@ -91,7 +81,7 @@ def _check_names(config: Config, only: Collection[str], check: _Checker) -> None
             check.problem(f"the config has no group or space '{name}'{did_you_mean(name, names)}")
 
 
-def _resolve_space(config: Config, space: Space, check: _Checker, seed: int | None) -> Iterator[ResolvedSpace]:
+def _resolve_space(config: Config, space: Space, check: Checker, seed: int | None) -> Iterator[ResolvedSpace]:
     """One resolved space, or one per layer where each layer has its own.
 
     Giving layers one Q or several is a matter of chance only where they really are separate, so several are made for R2
@@ -106,7 +96,7 @@ def _resolve_space(config: Config, space: Space, check: _Checker, seed: int | No
 
 
 def _space_at(
-    config: Config, space: Space, layers: Layers, layer: int | None, check: _Checker, seed: int | None
+    config: Config, space: Space, layers: Layers, layer: int | None, check: Checker, seed: int | None
 ) -> ResolvedSpace:
     method = space.method or config.rotation.method
     base = seed if seed is not None else config.rotation.seed
@@ -152,7 +142,7 @@ def _space_at(
     )
 
 
-def _readers(read: Read, at: int | None, space: Space, channels: int, check: _Checker) -> Iterator[RotatedSlot]:
+def _readers(read: Read, at: int | None, space: Space, channels: int, check: Checker) -> Iterator[RotatedSlot]:
     for reader in read.readers:
         if (member := check.slot(reader, at, channels)) is None:
             continue
@@ -169,10 +159,10 @@ def _readers(read: Read, at: int | None, space: Space, channels: int, check: _Ch
 def _resolve_group(
     config: Config,
     group: SmoothingGroup,
-    check: _Checker,
+    check: Checker,
     smooth: Smooth,
     only: Collection[str] | None,
-    folded: set[str | None],
+    folded: set[str],
 ) -> Iterator[ResolvedGroup]:
     smoothing = config.smoothing
     default = smoothing.enable if group.kind is not SmoothingKind.QUERY_KEY else False
@@ -205,7 +195,7 @@ def _resolve_group(
         )
 
 
-def _resolve_online(config: Config, online: Online, check: _Checker) -> Iterator[ResolvedOnline]:
+def _resolve_online(config: Config, online: Online, check: Checker) -> Iterator[ResolvedOnline]:
     linears = {linear.path: linear for linear in config.model.linears}
     for layer in _layers(online.layers):
         path = online.path if layer is None else fill(online.path, layer)
@@ -235,7 +225,7 @@ def _layers(text: str | None) -> Layers:
     return (None,) if text is None else layer_numbers(text)
 
 
-def _expand(path: str, own: str | None, outer: Layers, check: _Checker) -> Layers:
+def _expand(path: str, own: str | None, outer: Layers, check: Checker) -> Layers:
     """The layers of one member: its own, else the space's; one time where its path has no layer index."""
     if LAYER not in path:
         return (None,)
@@ -244,241 +234,3 @@ def _expand(path: str, own: str | None, outer: Layers, check: _Checker) -> Layer
         check.problem(f"{path}: no layers are given for '{LAYER}'")
         return ()
     return layers
-
-
-def channel_of_position(slot: Slot) -> NDArray[np.int64] | str:
-    """The channel of each position of a slot, int64 ``[size]``, -1 for none; or what is wrong with its index."""
-    if slot.index is None:
-        return np.arange(slot.size)
-    channels = np.full(slot.size, -1, dtype=np.int64)
-    for block in slot.index:
-        if not len(block.shape) == len(block.stride) == len(block.channel_stride):
-            return "index: shape, stride and channel_stride have different lengths"
-        positions = block.start + _strided(block, block.stride)
-        if positions.size and (positions.min() < 0 or positions.max() >= slot.size):
-            return f"index: positions {positions.min()} to {positions.max()} do not fit the {slot.size} of the axis"
-        if len(np.unique(positions)) != positions.size or (channels[positions] >= 0).any():
-            return "index: a position is named twice"
-        channels[positions] = block.channel_start + _strided(block, block.channel_stride)
-    return channels
-
-
-def _strided(block: IndexMap, strides: tuple[int, ...]) -> NDArray[np.int64]:
-    offsets = np.zeros(1, dtype=np.int64)
-    for extent, stride in zip(block.shape, strides, strict=True):
-        offsets = (offsets[:, None] + np.arange(extent) * stride).reshape(-1)
-    return offsets
-
-
-@dataclass(slots=True)
-class _Checker:
-    """Looks names and slots up in an inventory and collects every problem. Mutable, and gone when resolve returns."""
-
-    inventory: Inventory
-    where: str = ""
-    problems: list[str] = field(default_factory=list)
-    claimed: dict[tuple[str, int], list[tuple[str, Positions]]] = field(default_factory=dict)
-    norms: dict[str, str] = field(default_factory=dict)
-
-    def begin(self, where: str) -> None:
-        self.where = where
-
-    def problem(self, text: str) -> None:
-        self.problems.append(f"{self.where}: {text}" if self.where else text)
-
-    def finish(self) -> None:
-        if not self.problems:
-            return
-        shown = tuple(dict.fromkeys(self.problems))
-        more = len(shown) - MAX_DETAILS
-        details = shown[:MAX_DETAILS] + ((f"... and {more} more",) if more > 0 else ())
-        raise AutoQuantError(f"the config does not fit the model ({len(shown)} problems); nothing was changed", details)
-
-    def name(self, path: str, layer: int | None) -> str | None:
-        """The parameter's name with its layer filled in, if there is one and it can be folded."""
-        name = path if layer is None else fill(path, layer)
-        if name not in self.inventory.shapes:
-            near = did_you_mean(name, list(self.inventory.shapes)) if len(self.problems) < MAX_DETAILS else ""
-            self.problem(f"no parameter '{name}'{near}")
-            return None
-        if self.inventory.dtypes[name] not in FLOATING:
-            self.problem(
-                f"{name} is {self.inventory.dtypes[name]}; only float16, bfloat16, float32 and float64 can be folded"
-            )
-            return None
-        return name
-
-    def slot(self, slot: Slot, layer: int | None, channels: int) -> Member | None:
-        """The slot's parameter and axis, with its size and channels checked against the shape."""
-        name = self.name(slot.path, layer)
-        if name is None:
-            return None
-        shape = self.inventory.shapes[name]
-        if slot.dim >= len(shape):
-            self.problem(f"{name}: has no dimension {slot.dim}, its shape is {shape}")
-            return None
-        stack = slot.stack if slot.dim > 0 else None
-        if stack is not None and shape[0] % stack:
-            self.problem(f"{name}: {stack} matrices cannot be stacked along dimension 0 of {shape}")
-            return None
-        size = shape[slot.dim] * (stack or 1)
-        if slot.size != size:
-            self.problem(f"{name}: the axis has {size} positions (shape {shape}), the config says {slot.size}")
-            return None
-        mapped = channel_of_position(slot)
-        if isinstance(mapped, str):
-            self.problem(f"{name}: {mapped}")
-            return None
-        if mapped.max() >= channels:
-            self.problem(f"{name}: channel {mapped.max()} is beyond the {channels} of the group")
-            return None
-        if not (mapped >= 0).any():
-            self.problem(f"{name}: no position carries a channel")
-            return None
-        if stack is not None and (mapped.reshape(stack, -1) == mapped[: shape[slot.dim]]).all():
-            stack, mapped = (
-                None,
-                mapped[: shape[slot.dim]],
-            )  # every matrix alike: one axis, and no need to look at them as a stack
-        unflatten = stack is not None and shape[0] != stack
-        return Member(name, Axis(slot.dim, stack, unflatten, torch.from_numpy(mapped)))
-
-    def blocks(self, member: Member, size: int, blocks: int) -> Blocks:
-        """Positions of each block, ``[repeats, size]``. The k-th position of every channel of a block belongs to repeat
-        k.
-        """
-        channels = member.axis.channels.numpy()
-        positions = np.argsort(channels, kind="stable")
-        positions = positions[np.searchsorted(channels[positions], 0) :]
-        counts = np.bincount(channels[positions], minlength=size * blocks)
-        found = []
-        start = 0
-        for block in range(blocks):
-            repeats = counts[block * size : (block + 1) * size]
-            if (repeats != repeats[0]).any():
-                missing = block * size + int(repeats.argmin())
-                self.problem(f"{member.name}: holds a part of block {block} only (channel {missing} is short)")
-                return ()
-            stop = start + int(repeats.sum())
-            if stop > start:
-                found.append((block, torch.from_numpy(positions[start:stop].reshape(size, -1).T.copy())))
-            start = stop
-        return tuple(found)
-
-    def norm(self, norm: Norm, layer: int | None, sizes: tuple[int, ...]) -> ResolvedNorm | None:
-        weight = None if norm.weight is None else self.name(norm.weight, layer)
-        bias = None if norm.bias is None else self.name(norm.bias, layer)
-        for name in (weight, bias):
-            if name is not None and self.inventory.shapes[name] not in [(n,) for n in sizes]:
-                self.problem(f"{name}: shape {self.inventory.shapes[name]}, but the space has {sizes[0]} channels")
-        return ResolvedNorm(norm.kind, weight, bias, norm.offset, norm.eps)
-
-    def claim(self, member: Member) -> None:
-        """A position can belong to one space only, and once."""
-        mine = member.axis.channels.numpy() >= 0
-        claims = self.claimed.setdefault((member.name, member.axis.dim), [])
-        for where, theirs in claims:
-            if mine.shape == theirs.shape and (mine & theirs).any():
-                self.problem(f"{member.name}: the same positions of dimension {member.axis.dim} are already in {where}")
-        claims.append((self.where, mine))
-
-    def claim_norm(self, norm: ResolvedNorm) -> None:
-        """A gain can be folded once only: all its readers stand in one entry."""
-        name = norm.weight or norm.bias
-        if name is None:
-            return
-        if name in self.norms:
-            self.problem(f"{name}: stands in two reads ({self.norms[name]}); all its readers belong in one")
-        self.norms[name] = self.where
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A parameter and the axis of it that a slot names."""
-
-    name: str
-    axis: Axis
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedNorm:
-    kind: Literal["rms", "layer"]
-    weight: str | None
-    bias: str | None
-    offset: int
-    eps: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class RotatedSlot:
-    """A writer (perhaps with a norm to fold into its rows) or a reader (perhaps with its linear's bias)."""
-
-    name: str
-    axis: Axis
-    blocks: Blocks
-    fold_norm: ResolvedNorm | None
-    bias: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedRead:
-    norm: ResolvedNorm | None
-    readers: tuple[RotatedSlot, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedSpace:
-    """A space at one layer, or over all of its layers. ``seeds``: one text per block."""
-
-    name: str
-    layer: int | None
-    kind: str
-    method: RotationMethod
-    seeds: tuple[str, ...]
-    size: int
-    blocks: int
-    keep_ones: bool
-    centre: bool
-    writers: tuple[RotatedSlot, ...]
-    reads: tuple[ResolvedRead, ...]
-
-    def norms(self) -> Iterator[ResolvedNorm]:
-        return (read.norm for read in self.reads if read.norm is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class SmoothedSlot:
-    name: str
-    axis: Axis
-    power: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedGroup:
-    """A smoothing group at one layer."""
-
-    name: str
-    layer: int | None
-    kind: SmoothingKind
-    alpha: float
-    channels: int
-    sources: tuple[SmoothedSlot, ...]
-    targets: tuple[SmoothedSlot, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedOnline:
-    """An online rotation: the module, and for a linear the columns that undo it."""
-
-    kind: Literal["R3", "R4", "input"]
-    path: str
-    size: int
-    columns: RotatedSlot | None
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    spaces: tuple[ResolvedSpace, ...]
-    groups: tuple[ResolvedGroup, ...]
-    online: tuple[ResolvedOnline, ...]

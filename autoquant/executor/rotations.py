@@ -47,7 +47,8 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
     5).
     """
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return signed
 
 
 def seed_number(text: str) -> int:
@@ -67,8 +68,7 @@ def _fix_ones(rotation: Rotation) -> Rotation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """``Q = diag(signs) H F`` or ``Q = dense F`` with the reflection ``F = I - 2 v v^T`` (absent where ``v`` is None).
-    """
+    """``Q = diag(signs) H F`` or ``Q = dense F``, with the reflection ``F = I - 2 v v^T`` where there is a ``v``."""
 
     size: int
     construction: str

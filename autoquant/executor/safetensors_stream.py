@@ -1,8 +1,9 @@
 """Read tensors one by one from safetensors shards, and write shards tensor by tensor.
 
-The format is 8 bytes of header length (little endian), a JSON header ``{name: {dtype, shape, data_offsets}}`` and the tensors' bytes.
-All shapes being known before the first tensor is computed, the header is written first and the tensors follow one at a time, so
-that no more than one of them is in memory. (``safetensors.torch.save_file`` wants a whole shard at once.)
+The format is 8 bytes of header length (little endian), a JSON header ``{name: {dtype, shape, data_offsets}}`` and the
+tensors' bytes. All shapes being known before the first tensor is computed, the header is written first and the tensors
+follow one at a time, so that no more than one of them is in memory. (``safetensors.torch.save_file`` wants a whole
+shard at once.)
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def open_shards(folder: Path) -> Shards:
     """The tensors of a checkpoint folder, from the headers alone.
 
-    Raises AutoQuantError where there is no safetensors checkpoint, a shard is missing, cut short or otherwise unreadable.
+    Raises AutoQuantError where there is no safetensors checkpoint, a shard is missing, cut short or otherwise
+    unreadable.
     """
     if (folder / INDEX).is_file():
         try:
@@ -83,7 +85,10 @@ def _read_header(folder: Path, file: str, metadata: dict[str, str]) -> dict[str,
 
 
 def write_shard(
-    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], make: Callable[[str], Tensor], metadata: dict[str, str]
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    make: Callable[[str], Tensor],
+    metadata: dict[str, str],
 ) -> None:
     """Write a shard whose tensors are made one after the other, in the order given, and flush it to disk.
 
@@ -103,7 +108,7 @@ def write_shard(
         for name, (dtype, shape) in tensors.items():
             tensor = make(name).contiguous()
             assert tensor.dtype is dtype and tuple(tensor.shape) == shape, name
-            stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -1,8 +1,9 @@
 """Smoothing scales from activation and weight maxima.
 
-SmoothQuant (Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
-eq. 4) divides the activation of channel j by ``max|X_j| ** alpha / max|W_j| ** (1 - alpha)`` and multiplies the weight's column by it.
-Here s is what the *sources* are multiplied by, the inverse of the paper's: ``s = max|W| ** (1 - alpha) / max|X| ** alpha``.
+SmoothQuant (Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", eq. 4) divides the activation of channel j by ``max|X_j| ** alpha / max|W_j| ** (1 - alpha)`` and multiplies
+the weight's column by it. Here s is what the *sources* are multiplied by, the inverse of the paper's: ``s = max|W| **
+(1 - alpha) / max|X| ** alpha``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
-from autoquant.executor.resolve import Resolved, ResolvedGroup, SmoothedSlot
+from autoquant.executor.resolved import Resolved, ResolvedGroup, SmoothedSlot
 
 Maxima = Mapping[tuple[str, int | None], Tensor]
 """(group name, layer or None) -> largest absolute activation per channel at the group's targets, ``[channels]``."""
@@ -23,13 +24,14 @@ Maxima = Mapping[tuple[str, int | None], Tensor]
 def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float, power: int = 1) -> tuple[Tensor, int]:
     """Scales of the sources and the number of channels left alone (SmoothQuant eq. 4, inverted).
 
-    ``activation_max``, ``weight_max`` ``[channels]``: absolute maxima over tokens and over all targets, tied channels merged. A target
-    with ``power`` p sees ``s ** p``, so s is the p-th root. Channels whose activation or weight is dead (0) or not finite
-    get scale 1. Returns float64 ``[channels]``.
+    ``activation_max``, ``weight_max`` ``[channels]``: absolute maxima over tokens and over all targets, tied channels
+    merged. A target with ``power`` p sees ``s ** p``, so s is the p-th root. Channels whose activation or weight is
+    dead (0) or not finite get scale 1. Returns float64 ``[channels]``.
     """
     activation, weight = activation_max.double(), weight_max.double()
     scales = (weight ** (1 - alpha) / activation**alpha) ** (1 / power)
-    usable = activation.isfinite() & weight.isfinite() & (activation > 0) & (weight > 0) & scales.isfinite() & (scales > 0)
+    alive = activation.isfinite() & weight.isfinite() & (activation > 0) & (weight > 0)
+    usable = alive & scales.isfinite() & (scales > 0)
     return torch.where(usable, scales, 1.0), int((~usable).sum())
 
 
@@ -38,8 +40,9 @@ def group_scales(
 ) -> dict[tuple[str, int | None], Tensor]:
     """Scales of every selected group. ``read(name)`` gives the parameter as it is before smoothing.
 
-    ``alpha`` replaces the config's. Warns with the number of channels that keep scale 1 because they are dead or not finite.
-    Raises AutoQuantError for a group without maxima and for query-key groups, whose scales no activation maximum tells.
+    ``alpha`` replaces the config's. Warns with the number of channels that keep scale 1 because they are dead or not
+    finite. Raises AutoQuantError for a group without maxima and for query-key groups, whose scales no activation
+    maximum tells.
     """
     scales, left, total = {}, 0, 0
     for group in resolved.groups:

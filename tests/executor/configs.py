@@ -114,11 +114,7 @@ def rows(path: str, size: int, **more: Any) -> Slot:
 
 def gqa(kv_heads: int, repeats: int, head: int) -> tuple[IndexMap, ...]:
     """Columns of the output projection: each KV head's channels once per query head of its group."""
-    return (
-        IndexMap(
-            shape=(kv_heads, repeats, head), stride=(repeats * head, head, 1), channel_stride=(head, 0, 1)
-        ),
-    )
+    return (IndexMap(shape=(kv_heads, repeats, head), stride=(repeats * head, head, 1), channel_stride=(head, 0, 1)),)
 
 
 def block(start: int, length: int, channel: int = 0) -> IndexMap:
