@@ -293,7 +293,7 @@ class Provenance(Strict):
     model: str = Field(description="MODEL as given to analyze.")
     capture: str = Field(description="dynamo, dynamo-pieces or export.")
     fingerprint: str = Field(
-        description="Digest of names, shapes, ties and operators: tells whether a model has this structure."
+        description="Digest of parameter names, shapes and ties: tells whether a model has this structure."
     )
 
 

@@ -147,9 +147,9 @@ def _blocked(path: str, what: str, reason: Reason) -> Blocked:
 def _online(scales: Scales, rotations: Rotations, found: tuple[Linear, ...]) -> tuple[Online, ...]:
     """R3 wherever queries meet keys; a rotation before every linear that no offline one reaches."""
     online: dict[Online, None] = {}
-    for site, size in scales.analysis.scores:
-        if size > 1:
-            online[Online(kind="R3", path=site.at, size=size)] = None
+    for scores in scales.analysis.scores:
+        if scores.head_size > 1:
+            online[Online(kind="R3", path=scores.site.at, size=scores.head_size)] = None
     reached = {reader.path for space in rotations.spaces for read in space.reads for reader in read.readers}
     products = {use.weight: use for use in reversed(scales.analysis.uses)}
     for linear in found:

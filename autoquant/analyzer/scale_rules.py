@@ -34,6 +34,16 @@ class Use:
     """[in_features]: the labels that arrive at the columns."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A place where queries meet keys."""
+
+    site: Site
+    heads: int
+    kv_heads: int
+    head_size: int
+
+
 @dataclass(slots=True)
 class ScaleAnalysis:
     """The state of the scale analysis: variables, parameter axes, and the linears met so far."""
@@ -42,8 +52,7 @@ class ScaleAnalysis:
     families: Families = field(init=False)
     uses: list[Use] = field(default_factory=list)
     grouped_by: dict[int, int] = field(default_factory=dict)
-    scores: list[tuple[Site, int]] = field(default_factory=list)
-    """Where queries meet keys, and the size of a head."""
+    scores: list[Scores] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.families = Families(self.variables)
@@ -396,7 +405,9 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
 
     def cancel(site: Site, queries: Tensor, keys: Tensor) -> None:
         """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when the scale of k is one over that of q, channel by channel."""
-        a.scores.append((site, queries.shape[-1]))
+        heads = queries.shape[-3] if queries.ndim > 2 else 1
+        kv_heads = len(torch.unique(keys.transpose(0, -3).flatten(1), dim=0)) if keys.ndim > 2 else 1
+        a.scores.append(Scores(site, heads, kv_heads, queries.shape[-1]))
         q = v.merge_along(queries, [queries.ndim - 2], site.order)
         k = v.merge_along(keys, [keys.ndim - 2], site.order)
         v.equal(q, k, site.order, ratio=-1.0)

@@ -1,0 +1,145 @@
+"""From MODEL to a config: build on the meta device, trace representatives, read off the symmetries, fold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from torch import nn
+
+from autoquant import __version__
+from autoquant.analyzer.analysis import Analysis, analyse
+from autoquant.analyzer.capture import Captured, capture
+from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.folding import StackMap, disagreement, fold
+from autoquant.analyzer.layers import find_stacks, represent, whole
+from autoquant.config import (
+    FORMAT_VERSION,
+    SCHEMA_NAME,
+    Config,
+    ModelFacts,
+    Provenance,
+    Quantization,
+    Rotation,
+    Smoothing,
+)
+from autoquant.models import LoadedModel, ModelSource, build_meta
+from autoquant.structure import fingerprint, shapes_of, ties_of
+
+SCHEMA_URL = f"https://raw.githubusercontent.com/autoquant/autoquant/main/schemas/{SCHEMA_NAME}"
+How = Literal["auto", "dynamo", "export"]
+
+
+@dataclass(frozen=True, slots=True)
+class Analyzed:
+    """A config with what it was read from."""
+
+    config: Config
+    findings: Findings
+    """Folded: paths with ``{layer}``."""
+    analysis: Analysis
+    """Of the traced model, with concrete paths."""
+    captured: Captured
+    stacks: tuple[StackMap, ...]
+    seconds: dict[str, float]
+    """Wall-clock time per step: build, capture, analysis, in this order."""
+
+
+def analyze(
+    source: ModelSource, *, how: How = "auto", full: bool = False, progress: Callable[[str], None] = lambda step: None
+) -> Analyzed:
+    """Analyse the architecture that ``source`` names; no weights are read or allocated.
+
+    ``full`` traces every layer instead of representatives. ``progress`` is told each step before it starts.
+
+    Raises AutoQuantError where the model cannot be built or captured.
+    """
+    started = time.perf_counter()
+    progress("building on the meta device")
+    loaded = build_meta(source)
+    built = time.perf_counter()
+    stacks = find_stacks(loaded.module)
+    if full:
+        traced, maps = loaded.module, whole(stacks)
+    else:
+        traced, maps = represent(loaded.module, stacks, lambda m: m(*loaded.args, **loaded.kwargs))
+    seconds = {"build": built - started, "capture": 0.0, "analysis": 0.0}
+    while True:
+        captured, analysis = _trace(loaded, traced, how, progress, seconds)
+        reason = disagreement(analysis.findings, maps)
+        if reason is None:
+            break
+        # The first and the last layer of a kind differ after all: depth matters, every layer is traced.
+        traced, maps = loaded.module, whole(stacks, reason)
+    findings = fold(analysis.findings, maps)
+    config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
+    return Analyzed(config, findings, analysis, captured, tuple(maps), seconds)
+
+
+def _trace(
+    loaded: LoadedModel, traced: nn.Module, how: How, progress: Callable[[str], None], seconds: dict[str, float]
+) -> tuple[Captured, Analysis]:
+    start = time.perf_counter()
+    progress("capturing the graph")
+    captured = capture(traced, loaded.args, loaded.kwargs, how)
+    middle = time.perf_counter()
+    progress("reading off scales and rotations")
+    analysis = analyse(captured)
+    seconds["capture"] += middle - start
+    seconds["analysis"] += time.perf_counter() - middle
+    return captured, analysis
+
+
+def stacks_length(maps: tuple[StackMap, ...]) -> int:
+    """Number of layers of the longest stack, 0 where nothing repeats."""
+    return max((1 + max(layer for group in stack.originals for layer in group) for stack in maps), default=0)
+
+
+def build_config(
+    source: ModelSource, module: nn.Module, findings: Findings, analysis: Analysis, captured: Captured, layers: int
+) -> Config:
+    """Put findings into the file format, with every knob at its default."""
+    scores = analysis.scales.analysis.scores
+    residual = next((space.size for space in findings.spaces if space.kind == "R1"), None)
+    tables = [f for f in analysis.scales.analysis.families.all() if f.role == "table"]
+    facts = ModelFacts(
+        layers=layers,
+        hidden_size=residual or (tables[0].count if tables else None),
+        heads=scores[0].heads if scores else None,
+        kv_heads=scores[0].kv_heads if scores else None,
+        head_size=scores[0].head_size if scores else None,
+        parameters=sum(p.numel() for p in module.parameters()),
+        tied=ties_of(module),
+        linears=findings.linears,
+    )
+    return Config.model_validate(
+        {
+            "$schema": SCHEMA_URL,
+            "format_version": FORMAT_VERSION,
+            "provenance": Provenance(
+                autoquant=__version__,
+                torch=version("torch").partition("+")[0],
+                transformers=_version("transformers") if source.config is not None else None,
+                model=source.name,
+                capture=captured.how,
+                fingerprint=fingerprint(shapes_of(module), ties_of(module)),
+            ),
+            "model": facts,
+            "smoothing": Smoothing(groups=findings.groups),
+            "rotation": Rotation(spaces=findings.spaces, online=findings.online),
+            "quantization": Quantization(
+                exclude=tuple(linear.path for linear in findings.linears if linear.role != "linear")
+            ),
+            "blocked": findings.blocked,
+        }
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
