@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def command(
     """
     text = _read(data)
     import torch
+    from rich.console import Console
+    from rich.progress import Progress
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -63,17 +66,16 @@ def command(
     expected = None if reference is None else tokens_of(reference)
     reference_logits = None if reference is None else logits_of(load_model(reference, precision))
     results: dict[str, Evaluation] = {}
+    errors = Console(stderr=True)
     for name in models:
         ids, bos = tokens_of(name)
         if expected is not None and expected != (ids, bos):
             raise AutoQuantError(f"{name}: its tokenizer differs from that of {reference}, so their logits do too")
         windows = cut_windows(ids, window, bos, tokens, batch)
         model = logits_of(load_model(name, precision))
-        bar: Any = click.progressbar(  # shown where stderr is a terminal
-            length=sum(len(rows) for rows in windows.batches), label=name, file=click.get_text_stream("stderr")
-        )
-        with bar:
-            results[name] = evaluate(model, windows, reference_logits, bar.update)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task(name, total=sum(len(rows) for rows in windows.batches))
+            results[name] = evaluate(model, windows, reference_logits, partial(progress.advance, task))
     if form == "json":
         settings = {"data": str(data), "window": window, "tokens": tokens, "batch": batch, "reference": reference}
         _print_json(settings, results)

@@ -26,8 +26,8 @@ TINY = torch.finfo(torch.float32).tiny
 # All partial sums of 1040 products of int8 values are integers of at most 127**2 * 1040 = 16,774,160 < 2**24,
 # hence exact in float32 in any order of summation.
 EXACT_FLOAT32_DEPTH = 1040
-# 127**2 * 133,144 > 2**31 - 1: beyond this an int32 accumulator can overflow.
-EXACT_INT32_DEPTH = 133_143
+# 127**2 * 133,145 > 2**31 - 1: beyond this an int32 accumulator can overflow.
+EXACT_INT32_DEPTH = 133_144
 
 
 def absmax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
@@ -89,7 +89,7 @@ def matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """
     if a_MK.shape[1] > EXACT_INT32_DEPTH:
         raise AutoQuantError(
-            f"an int8 product over {a_MK.shape[1]} channels can overflow int32 (limit {EXACT_INT32_DEPTH})"
+            f"an int8 product over {a_MK.shape[1]} channels can overflow int32: at most {EXACT_INT32_DEPTH}"
         )
     if a_MK.numel() and b_KN.numel() and int_mm_is_exact(a_MK.device.type):
         return _int_mm(a_MK, b_KN)
@@ -108,8 +108,9 @@ def reference_matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 def int_mm_is_exact(device: str) -> bool:
     """Whether ``torch._int_mm`` exists on the device type and gets every probe right.
 
-    The probes hold extreme values: AVX2's ``vpmaddubsw`` saturates pairs of products to int16 in silence, which random
-    data rarely shows. They cover single rows, ragged sizes and several K.
+    The probes hold extreme values: AVX2 kernels shift one factor to 0 ... 255 and multiply by ``vpmaddubsw``, which
+    saturates the sum of two products to int16 in silence; random data rarely shows it. They cover single rows, ragged
+    sizes and several K.
     """
     generator = torch.Generator().manual_seed(0)
     for m, k, n in ((1, 64, 64), (3, 70, 5), (32, 2048, 64), (65, 1100, 33)):
