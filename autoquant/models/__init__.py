@@ -4,7 +4,7 @@ The only package that imports transformers, and only when one of its functions i
 architecture: sizes are reduced by what their configuration fields are called and by how their values relate.
 """
 
-from autoquant.models.small import float64_throughout, grouped_experts, layer_kinds, randomise_, small
+from autoquant.models.reduction import float64_throughout, grouped_experts, layer_kinds, randomise_, small
 from autoquant.models.source import LoadedModel, ModelSource, build_meta, resolve
 
 __all__ = [

@@ -1,0 +1,315 @@
+"""What MODEL may be, and small models of the same structure."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from autoquant.analyzer.capture import capture, module_path
+from autoquant.errors import AutoQuantError
+from autoquant.models import (
+    LoadedModel,
+    ModelSource,
+    build_meta,
+    float64_throughout,
+    grouped_experts,
+    layer_kinds,
+    randomise_,
+    reduction,
+    resolve,
+    small,
+)
+
+TYPES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "granite",
+    "olmo",
+    "qwen3",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "olmo2",
+    "cohere",
+    "opt",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "phi",
+    "stablelm",
+    "nemotron",
+    "starcoder2",
+    "bloom",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v3",
+    "mamba",
+    "falcon_h1",
+    "bamba",
+    "gpt_oss",
+]
+# Copies: where layouts and types allow it, they do not appear.
+COPIES = {"contiguous", "clone", "_to_copy", "to"}
+FACTORY = """
+import torch
+from torch import nn
+
+def positional():
+    return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)), (torch.zeros(1, 3, 8),)
+
+def named():
+    return nn.Bilinear(2, 3, 4), {"input1": torch.zeros(1, 2), "input2": torch.zeros(1, 3)}
+
+def large():
+    return nn.Linear(20_000, 20_000), (torch.zeros(1, 20_000),)
+
+def wrong():
+    return nn.Linear(2, 2)
+
+def wrong_inputs():
+    return nn.Linear(2, 2), 3
+
+def failing():
+    raise RuntimeError("two\\nlines")
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "made_for_tests.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_for_tests", raising=False)
+    return "made_for_tests"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def write_config(directory: Path, **changes: object) -> Path:
+    config = CONFIG_MAPPING["llama"](hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=3)
+    file = directory / "config.json"
+    file.write_text(json.dumps({**config.to_dict(), **changes}))
+    return file
+
+
+def test_a_model_type_means_its_default_configuration() -> None:
+    source = resolve("llama")
+    assert (source.config.model_type, source.config.hidden_size, source.checkpoint) == ("llama", 4096, None)
+    assert resolve("llama", layers=2).config.num_hidden_layers == 2
+    assert resolve("gpt2", layers=2).config.n_layer == 2
+    assert len(resolve("gemma2", layers=3).config.layer_types) == 3
+
+
+def test_a_directory_or_file_is_read(tmp_path: Path) -> None:
+    file = write_config(tmp_path)
+    for model in (file, tmp_path):
+        source = resolve(str(model))
+        assert (source.config.hidden_size, source.checkpoint) == (32, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON: Expecting property name"),
+        ("[]", "expected a JSON object with a model_type"),
+        ('{"model_type": "lama"}', "model_type: transformers knows no 'lama' (nearest: 'llama')"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "not a valid configuration: "),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(AutoQuantError) as error:
+        resolve(str(file))
+    assert str(error.value).startswith(str(file))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_unknown_name_says_what_was_tried_and_the_nearest_type(tmp_path: Path) -> None:
+    for name, nearest in (
+        ("lama", " (nearest: 'llama')"),
+        ("nobody/qwen-3-moe", " (nearest: 'qwen3_moe')"),
+        ("zzzzz", ""),
+    ):
+        with pytest.raises(AutoQuantError) as error:
+            resolve(name)
+        assert str(error.value).startswith(
+            f"{name}: not a directory, not a model type{nearest}, and not to be had from"
+        )
+        assert "\n" not in str(error.value)
+    with pytest.raises(AutoQuantError, match="no such file or directory"):
+        resolve(str(tmp_path / "nowhere"))
+    with pytest.raises(AutoQuantError, match=r"expected a config.json in this directory"):
+        resolve(str(tmp_path))
+    with pytest.raises(AutoQuantError, match="--layers: expected a positive number, got 0"):
+        resolve("llama", layers=0)
+
+
+def test_a_type_that_is_no_causal_language_model() -> None:
+    with pytest.raises(AutoQuantError, match=r"^vit: cannot be built as a causal language model: [^\n]*$"):
+        build_meta(resolve("vit"))
+
+
+def test_factories(factories: str) -> None:
+    path = list(sys.path)
+    model = build_meta(resolve(f"{factories}:positional"))
+    assert {parameter.device.type for parameter in model.module.parameters()} == {"meta"}
+    assert (len(model.args), model.kwargs, model.args[0].device.type) == (1, {}, "meta")
+    assert not model.module.training
+    model = small(resolve(f"{factories}:named"))
+    assert model.module(*model.args, **model.kwargs).dtype is torch.float64
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("made_for_test:positional", "cannot import made_for_test: ModuleNotFoundError"),
+        ("made_for_tests:positonal", "has no callable 'positonal' (nearest: 'positional')"),
+        ("made_for_tests:wrong", "expected (nn.Module, example_inputs), got Linear"),
+        ("made_for_tests:wrong_inputs", "example inputs: expected a tuple or a dict, got int"),
+        ("made_for_tests:failing", "RuntimeError: two lines"),
+        ("made_for_tests:large", "expected at most 100,000,000 parameters"),
+    ],
+)
+@pytest.mark.usefixtures("factories")
+def test_a_bad_factory_is_one_clear_line(factory: str, message: str) -> None:
+    with pytest.raises(AutoQuantError) as error:
+        small(resolve(factory))
+    assert str(error.value).startswith(factory)
+    assert message in str(error.value)
+    with pytest.raises(AutoQuantError, match="a factory, which alone decides"):
+        resolve("made_for_tests:named", layers=2)
+
+
+def test_build_meta_takes_no_memory_and_changes_nothing() -> None:
+    source = resolve("llama")
+    before, state = source.config.to_dict(), torch.get_rng_state()
+    model = build_meta(source)
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    assert model.config.use_cache is False
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.module.training
+    assert source.config.to_dict() == before
+    small(source)
+    assert source.config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() is torch.float32
+    assert build_meta(resolve("mamba", layers=1)).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_small_models_run_in_float64_and_depend_on_every_token(model_type: str) -> None:
+    model = small(resolve(model_type))
+    parameters = list(model.module.parameters())
+    assert {parameter.dtype for parameter in parameters} == {torch.float64}
+    assert sum(parameter.numel() for parameter in parameters) < 2_500_000
+    assert all(parameter.numel() < 2 or float(parameter.detach().std()) > 0 for parameter in parameters)
+    with torch.no_grad():
+        logits = model.module(**model.kwargs).logits
+    assert logits.isfinite().all()
+    assert 0.3 < float(logits.std()) < 30
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "deepseek_v3", "falcon", "mamba"])
+def test_small_models_have_the_graph_of_the_large_one(model_type: str) -> None:
+    little = small(resolve(model_type))
+    large = build_meta(resolve(model_type, layers=little.config.num_hidden_layers))
+
+    def operators(model: LoadedModel) -> Counter[tuple[str, str]]:
+        inputs = {name: tokens[:1, :3] for name, tokens in model.kwargs.items()}
+        with grouped_experts(model):
+            graph = capture(model.module, (), inputs, "export").pieces[0].graph.graph
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        return Counter(
+            (name, module_path(node)) for node in calls if (name := node.target.__name__).split(".")[0] not in COPIES
+        )
+
+    assert operators(little) == operators(large)
+
+
+def test_reduced_sizes_keep_their_relations() -> None:
+    config = small(resolve("qwen3_moe")).config
+    assert config.num_attention_heads == 2 * config.num_key_value_heads
+    assert (config.num_experts_per_tok, config.num_local_experts) == (2, 8)
+    config = small(resolve("gemma")).config
+    assert config.hidden_size != config.num_attention_heads * config.head_dim
+    config = small(resolve("bamba")).config
+    assert config.mamba_n_heads * config.mamba_d_head == config.mamba_expand * config.hidden_size
+    config = small(resolve("deepseek_v3")).config
+    assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
+
+
+def test_every_kind_of_layer_stays() -> None:
+    model = small(resolve("gemma3_text"))
+    assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
+    model = small(resolve("deepseek_v3"))  # three dense layers, then experts
+    assert layer_kinds(model.module, model.config) == [0, 0, 0, 3]
+    model = build_meta(resolve("gemma2", layers=4))
+    assert layer_kinds(model.module, model.config) == [0, 1, 0, 1]
+
+
+def test_what_cannot_be_reduced_keeps_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A reduction that is wrong on purpose: seven key heads do not divide four query heads.
+    right = reduction._reductions
+    monkeypatch.setattr(reduction, "_reductions", lambda config: right(config) | {"num_key_value_heads": 7})
+    config = small(ModelSource("odd", CONFIG_MAPPING["llama"](num_attention_heads=4, num_key_value_heads=4))).config
+    assert config.num_key_value_heads == 4
+    assert config.hidden_size < 4096
+    monkeypatch.setattr(reduction, "_LARGEST", 10)
+    with pytest.raises(AutoQuantError, match=r"^llama: no small model of it can be built: .*more than 10$"):
+        small(resolve("llama"))
+
+
+def test_randomise_is_reproducible_and_leaves_no_constant() -> None:
+    def made(seed: int) -> nn.Module:
+        module = nn.Sequential(nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 200))
+        randomise_(module, seed)
+        return module
+
+    state = torch.get_rng_state()
+    first, second, other = made(1).state_dict(), made(1).state_dict(), made(2).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    norm = first["1.weight"]
+    assert 0.5 <= float(norm.min()) < 0.7 < 1.3 < float(norm.max()) <= 1.5
+    assert abs(float(first["1.bias"].std()) - 0.3) < 0.1
+    assert abs(float(first["2.weight"].std()) * 8 - 1) < 0.05
+    assert abs(float(first["0.weight"].std()) - 1) < 0.05
+    randomise_(made(1), 1)
+    # Building layers above drew from the global generator; randomising did not.
+    torch.set_rng_state(state)
+    module = nn.Linear(2, 2)
+    after = torch.get_rng_state()
+    randomise_(module, 0)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_float64_throughout_takes_the_rounding_out() -> None:
+    model = small(resolve("llama"))
+
+    def change() -> float:
+        with torch.no_grad():
+            before = model.module(**model.kwargs).logits
+            attention = model.module.model.layers[0].self_attn
+            attention.v_proj.weight.mul_(3)
+            attention.o_proj.weight.div_(3)
+            after = model.module(**model.kwargs).logits
+        return float((after - before).abs().max() / before.abs().max())
+
+    with float64_throughout():
+        assert change() < 1e-14
+    assert change() < 1e-6
