@@ -313,3 +313,16 @@ def test_float64_throughout_takes_the_rounding_out() -> None:
     with float64_throughout():
         assert change() < 1e-14
     assert change() < 1e-6
+
+
+def test_a_directory_named_like_a_type_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "opt").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("opt").config.model_type == "opt"
+    CONFIG_MAPPING["gpt2"]().save_pretrained(tmp_path / "opt")
+    assert resolve("opt").config.model_type == "gpt2"
+
+
+def test_a_configuration_without_a_layer_count_is_refused_by_layers() -> None:
+    with pytest.raises(AutoQuantError, match=r"^--layers: a configuration of type 'blt' has no num_hidden_layers$"):
+        resolve("blt", layers=2)

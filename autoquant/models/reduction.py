@@ -25,9 +25,11 @@ from autoquant.models.source import (
     build,
     build_meta,
     call_factory,
+    layer_count,
     limit_layers,
     one_line,
     quiet,
+    standard_field,
 )
 
 _VOCABULARY = 128
@@ -154,7 +156,7 @@ def layer_kinds(module: nn.Module, config: Any) -> list[int]:
     Two layers are alike if their modules, parameter shapes and plain attributes are, and the entries of every
     per-layer list of ``config``. An attribute that differs in all layers is their number, or derived from it.
     """
-    count = config.get_text_config().num_hidden_layers
+    count = layer_count(config) or 0
     stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     lists = [
         value for value in vars(config.get_text_config()).values() if isinstance(value, list) and len(value) == count
@@ -226,6 +228,8 @@ def _reduced(source: ModelSource) -> Any:
     if failure is not None:
         raise AutoQuantError(f"{source.name}: no small model of it can be built: {one_line(failure)}") from failure
     config = _changed(source.config, changes)
+    if layer_count(config) is None:
+        return config
     kinds = layer_kinds(build(source, config, torch.device("meta"), torch.float32).module, config)
     limit_layers(config, max(2, max(kinds, default=0) + 1))
     return config
@@ -235,7 +239,8 @@ def _refusal(source: ModelSource, changes: Mapping[str, int]) -> Exception | Non
     """Why two layers of the changed configuration cannot be built or run, None if they can."""
     try:
         config = _changed(source.config, changes)
-        limit_layers(config, 2)
+        if layer_count(config) is not None:
+            limit_layers(config, 2)
         size = parameters(build(source, config, torch.device("meta"), torch.float32).module)
         if size > _LARGEST:
             raise AutoQuantError(f"{size:,} parameters in two layers, more than {_LARGEST:,}")
@@ -285,9 +290,9 @@ def _reductions(config: Any) -> dict[str, int]:
     rest = {name: value for name, value in sizes.items() if name not in changes and not _KEEP.search(name)}
     sizes_of_heads = {name: value for name, value in rest.items() if _HEAD_SIZE.search(name)}
     heads = {name: value for name, value in rest.items() if _HEADS.search(name) and name not in sizes_of_heads}
-    queries = _aliased(config, "num_attention_heads") or max(heads.values(), default=1)
-    hidden = _aliased(config, "hidden_size")
-    head = _aliased(config, "head_dim") or (hidden // queries if hidden else 64)
+    queries = standard_field(config, "num_attention_heads") or max(heads.values(), default=1)
+    hidden = standard_field(config, "hidden_size")
+    head = standard_field(config, "head_dim") or (hidden // queries if hidden else 64)
 
     new_queries = _fewer_heads(queries, queries)
     new_head = _smaller_head(head)
@@ -302,12 +307,6 @@ def _reductions(config: Any) -> dict[str, int]:
         if name not in changes and _WIDTH.search(name):
             changes[name] = width(value)
     return changes | _products(sizes, changes, heads, hidden, new_hidden)
-
-
-def _aliased(config: Any, name: str) -> int | None:
-    """A field by its standard name, which the configuration's ``attribute_map`` translates."""
-    value = vars(config).get(type(config).attribute_map.get(name, name))
-    return value if type(value) is int else None
 
 
 def _fewer_heads(count: int, queries: int) -> int:

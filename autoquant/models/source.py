@@ -58,7 +58,7 @@ def resolve(model: str, *, layers: int | None = None, trust_remote_code: bool = 
     Raises :class:`AutoQuantError` with what was tried and the nearest model type.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if path.is_file() or (path / "config.json").is_file():
         source = _from_path(model, path, trust_remote_code)
     elif ":" in model:
         source = ModelSource(model, factory=_import_factory(model))
@@ -90,8 +90,6 @@ def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
     from transformers import AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise AutoQuantError(f"{model}: expected a config.json in this directory, there is none")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -116,6 +114,8 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
     if model in CONFIG_MAPPING:
         with quiet():
             return ModelSource(model, CONFIG_MAPPING[model](), trust_remote_code=trust_remote_code)
+    if Path(model).expanduser().is_dir():
+        raise AutoQuantError(f"{model}: expected a config.json in this directory, there is none")
     if model.startswith((".", "/", "~")) or model.endswith(".json"):
         raise AutoQuantError(f"{model}: no such file or directory")
     try:
@@ -194,35 +194,48 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
             part.is_decoder = True
         if vars(part).get("num_key_value_heads", 0) is None:  # documented as "as many as num_attention_heads"
             part.num_key_value_heads = part.num_attention_heads
-    refusal: Exception | None = None
     for attention in ("sdpa", "eager"):
         try:
             with quiet(), torch.random.fork_rng(devices=()), device:
-                module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers' own
+                module = AutoModelForCausalLM.from_config(
                     copy.deepcopy(config),
                     attn_implementation=attention,
                     dtype=dtype,
                     trust_remote_code=source.trust_remote_code,
                 )
+            break
         except Exception as error:  # construction runs the architecture's own code
-            refusal = refusal or error
-            if isinstance(error, ValueError) and attention == "sdpa" and "attention implementation" in str(error):
-                refusal = None
-            continue
-        tokens = torch.arange(1, 4, device=device)[None]
-        return LoadedModel(module.eval(), (), {module.main_input_name: tokens}, module.config)
-    raise AutoQuantError(f"{source.name}: cannot be built as a causal language model: {one_line(refusal)}") from refusal
+            if attention == "sdpa" and isinstance(error, ValueError):
+                continue  # how a class says that it has no such attention
+            raise AutoQuantError(
+                f"{source.name}: cannot be built as a causal language model: {one_line(error)}"
+            ) from error
+    tokens = torch.arange(1, 4, device=device)[None]
+    return LoadedModel(module.eval(), (), {module.main_input_name: tokens}, module.config)
 
 
 def limit_layers(config: Any, layers: int) -> None:
     """Cut to the first ``layers`` layers, every per-layer list of the configuration with them."""
     config = config.get_text_config()
-    before = config.num_hidden_layers
+    before = layer_count(config)
+    if before is None:
+        raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r} has no num_hidden_layers")
     layers = min(layers, before)
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == before and key != "architectures":
             setattr(config, key, value[:layers])
     config.num_hidden_layers = layers
+
+
+def layer_count(config: Any) -> int | None:
+    """Number of layers; None where the configuration does not have it under its standard name."""
+    return standard_field(config.get_text_config(), "num_hidden_layers")
+
+
+def standard_field(config: Any, name: str) -> int | None:
+    """An integer field by its standard name, which the configuration's ``attribute_map`` translates."""
+    value = vars(config).get(type(config).attribute_map.get(name, name))
+    return value if type(value) is int else None
 
 
 @contextlib.contextmanager
