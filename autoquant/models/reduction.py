@@ -215,7 +215,7 @@ def _reduced(source: ModelSource) -> Any:
     back, else one after the other.
     """
     changes = _reductions(source.config)
-    failure = _refusal(source, changes)
+    first = failure = _refusal(source, changes)
     while failure is not None and changes:
         for name in changes:
             fewer = {key: value for key, value in changes.items() if key != name}
@@ -226,7 +226,7 @@ def _reduced(source: ModelSource) -> Any:
             changes = dict(list(changes.items())[:-1])
             failure = _refusal(source, changes)
     if failure is not None:
-        raise AutoQuantError(f"{source.name}: no small model of it can be built: {one_line(failure)}") from failure
+        raise AutoQuantError(f"{source.name}: no small model of it can be built: {one_line(first)}") from first
     config = _changed(source.config, changes)
     if layer_count(config) is None:
         return config
