@@ -196,6 +196,9 @@ class Families:
 def _constant_along(labels: Tensor, dim: int) -> bool:
     if labels.shape[dim] == 1 or labels.stride(dim) == 0:
         return True
+    spread = [d for d in range(labels.ndim) if labels.stride(d) == 0]
+    for d in spread:
+        labels = labels.narrow(d, 0, 1)
     if labels.numel() > MAX_ELEMENTS:
         return False
     return bool((labels == labels.narrow(dim, 0, 1)).all())

@@ -39,6 +39,8 @@ class Vector:
     """Position on the norm's weight, where a gain is pending."""
     table: str | None = None
     """The embedding table that alone made it: a norm applied now can be folded into the table."""
+    centred: bool = False
+    """The mean was subtracted: behind a LayerNorm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +218,11 @@ def _apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
     index = None if vector.gain_index is None else move(vector.gain_index)
     if isinstance(coordinates, (tuple, list)):
         parts = index if index is not None else [None] * len(coordinates)
-        return tuple(Vector(c, i, vector.gain, g) for c, i, g in zip(coordinates, instances, parts, strict=True))
+        return tuple(
+            Vector(c, i, vector.gain, g, None, vector.centred) for c, i, g in zip(coordinates, instances, parts, strict=True)
+        )
     whole = coordinates.shape == vector.coordinates.shape
-    return Vector(coordinates, instances, vector.gain, index, vector.table if whole else None)
+    return Vector(coordinates, instances, vector.gain, index, vector.table if whole else None, vector.centred)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]  # uint64 in, uint64 out
@@ -251,7 +255,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             if number == 1.0 and isinstance(one, Param) and site.operator == "add":
                 return Gain(one, 1)
         if site.operator == "sub" and isinstance(x, Vector) and isinstance(y, Mean) and x.coordinates is y.of.coordinates:
-            return replace(x, table=None)
+            return replace(x, table=None, centred=True)
         if isinstance(x, Param) or isinstance(y, Param):
             vector, param = (x, y) if isinstance(y, Param) else (y, x)
             return added_parameter(site, vector, param)
@@ -263,9 +267,9 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             return a.end(site, [x, y], f"{name} is applied to it before it is added: it cannot be folded into a linear")
         if tuple(x.coordinates.shape) != tuple(y.coordinates.shape):
             return a.end(site, [x, y], "it is added with broadcasting")
-        pairs = torch.stack([x.instances.reshape(-1), y.instances.reshape(-1)])
-        together = torch.unique(pairs, dim=1).shape[1]
-        if together != torch.unique(pairs[0]).numel() or together != torch.unique(pairs[1]).numel():
+        one, other = x.instances.reshape(-1), y.instances.reshape(-1)
+        together = torch.unique(one * (int(other.max()) + 1) + other).numel()
+        if together != torch.unique(one).numel() or together != torch.unique(other).numel():
             return a.end(site, [x, y], "vectors of different tokens are added")
         return Vector(v.merge(x.coordinates, y.coordinates, site.order), x.instances)
 
@@ -324,7 +328,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             return a.end(site, [vector, gain], "it is multiplied by a parameter")
         a.families.other_use(gain.param, site.because("it is a gain"), f"gain{gain.offset}")
         index = torch.arange(size).expand(vector.coordinates.shape)
-        norm = Norm(kind="rms", weight=gain.param.name, bias=None, offset=1 if gain.offset else 0, eps=None)
+        norm = Norm(kind="layer" if vector.centred else "rms", weight=gain.param.name, bias=None, offset=1 if gain.offset else 0, eps=None)
         return replace(vector, gain=norm, gain_index=index, table=None)
 
     def squared(site: Site, x: Value, *args: Value) -> Value:
@@ -382,7 +386,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         else:
             measured(site, x, [x.coordinates.ndim - 1], "its length is taken over part of its channels")
         if weight is None and bias is None:
-            return replace(x, table=None)
+            return replace(x, table=None, centred=layer)
         index = torch.arange(x.coordinates.shape[-1]).expand(x.coordinates.shape)
         return Vector(x.coordinates, x.instances, found, index)
 
@@ -427,7 +431,8 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if x.gain_index is not None and not bool((x.gain_index == torch.arange(x.gain_index.shape[-1])).all()):
             a.end(site, [x], "the norm's weight is rearranged before it is read")
         name = bias.name if isinstance(bias, Param) else None
-        a.reads.append(Read(site, weight, name, found.column_dim, x.gain))
+        bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
+        a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))
 
     def linear(site: Site, x: Value, w: Value, bias: Value = None) -> Value:
         return product(site, x, w, 1, bias)

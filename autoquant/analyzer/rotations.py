@@ -92,17 +92,17 @@ def _spaces(analysis: RotationAnalysis, families: Sequence[Family], solution: So
     which = np.repeat(np.arange(len(families)), [f.count for f in families])
     component = solution.component[ids]
     block = blocks[component]
-    live = block >= 0
+    held = np.unique(block * (len(blocks) + 1) + component) // (len(blocks) + 1)
+    several = np.unique(held, return_counts=True)
+    live = (block >= 0) & np.isin(block, several[0][several[1] > 1])  # a block of one coordinate cannot rotate
     ids, which, component, block = ids[live], which[live], component[live], block[live]
     by_signature: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     order = np.argsort(block, kind="stable")
     edges = np.flatnonzero(np.diff(block[order])) + 1
     for part in np.split(order, edges):
         if len(part):
-            size = len(np.unique(component[part]))
-            if size > 1:
-                signature = size, tuple(np.unique(which[part]).tolist())
-                by_signature.setdefault(signature, []).append(int(block[part[0]]))
+            signature = len(np.unique(component[part])), tuple(np.unique(which[part]).tolist())
+            by_signature.setdefault(signature, []).append(int(block[part[0]]))
     spaces = []
     for (size, members), numbers in sorted(by_signature.items(), key=lambda item: item[0][1]):
         chosen = np.isin(block, numbers)

@@ -58,7 +58,7 @@ def _groups(analysis: ScaleAnalysis, solution: Solution) -> tuple[SmoothingGroup
     families = analysis.families.all()
     members = _members(analysis, families, solution)
     groups = []
-    for signature in _in_order_of_appearance(members.component, members.family, _signatures(members, len(families))):
+    for signature in _in_order_of_appearance(members.family, _signatures(members)):
         group = _group(analysis, families, _select(members, signature))
         if group is not None:
             groups.append(group)
@@ -85,25 +85,23 @@ def _members(analysis: ScaleAnalysis, families: Sequence[Family], solution: Solu
     return _Members(component, which, ids - starts, weight / least[inverse], (keys != 0) & one_key[inverse] & ~mixed)
 
 
-def _signatures(members: _Members, families: int) -> Ints:
+def _signatures(members: _Members) -> Ints:
     """A number per member, equal for components that join the same axes to the same powers."""
     code = (members.family * 64 + np.round(members.weight * 4).astype(np.int64)) * 2 + members.keyed
-    pairs = np.unique(np.stack([members.component, code], 1), axis=0)
-    text = {}
-    _, start = np.unique(pairs[:, 0], return_index=True)
-    for rows in np.split(pairs, start[1:]):
-        if len(rows):
-            text[int(rows[0, 0])] = tuple(rows[:, 1].tolist())
-    numbers = {signature: i for i, signature in enumerate(dict.fromkeys(text.values()))}
-    of_component = {component: numbers[signature] for component, signature in text.items()}
-    unique, inverse = np.unique(members.component, return_inverse=True)
-    return np.array([of_component[int(c)] for c in unique], dtype=np.int64)[inverse] if len(unique) else np.zeros(0, np.int64)
+    codes, which = np.unique(code, return_inverse=True)
+    salt = np.random.default_rng(0).integers(0, 2**63, size=len(codes))  # sums of salts stand for sets of codes
+    pairs = np.unique(members.component * len(codes) + which)
+    components, inverse = np.unique(members.component, return_inverse=True)
+    total = np.zeros(len(components), dtype=np.int64)
+    with np.errstate(over="ignore"):
+        np.add.at(total, np.searchsorted(components, pairs // max(len(codes), 1)), salt[pairs % max(len(codes), 1)])
+    return total[inverse]
 
 
-def _in_order_of_appearance(component: Ints, family: Ints, signature: Ints) -> list[Bools]:
+def _in_order_of_appearance(family: Ints, signature: Ints) -> list[Bools]:
     """One mask per signature, ordered by the first axis that each touches."""
-    order = sorted(set(signature.tolist()), key=lambda s: tuple(sorted(set(family[signature == s].tolist()))))
-    return [signature == s for s in order]
+    masks = [signature == s for s in np.unique(signature)]
+    return sorted(masks, key=lambda mask: tuple(np.unique(family[mask]).tolist()))
 
 
 def _select(members: _Members, chosen: Bools) -> _Members:
