@@ -326,3 +326,14 @@ def test_a_directory_named_like_a_type_does_not_hide_it(tmp_path: Path, monkeypa
 def test_a_configuration_without_a_layer_count_is_refused_by_layers() -> None:
     with pytest.raises(AutoQuantError, match=r"^--layers: a configuration of type 'blt' has no num_hidden_layers$"):
         resolve("blt", layers=2)
+
+
+def test_a_type_whose_defaults_are_refused_by_its_own_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise ValueError("widths\ndiffer")
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "contrary", refuse)
+    with pytest.raises(
+        AutoQuantError, match=r"^contrary: has no valid default configuration: ValueError: widths differ$"
+    ):
+        resolve("contrary")

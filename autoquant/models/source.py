@@ -112,8 +112,11 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if model in CONFIG_MAPPING:
-        with quiet():
-            return ModelSource(model, CONFIG_MAPPING[model](), trust_remote_code=trust_remote_code)
+        try:
+            with quiet():
+                return ModelSource(model, CONFIG_MAPPING[model](), trust_remote_code=trust_remote_code)
+        except Exception as error:  # some defaults fail their own checks
+            raise AutoQuantError(f"{model}: has no valid default configuration: {one_line(error)}") from error
     if Path(model).expanduser().is_dir():
         raise AutoQuantError(f"{model}: expected a config.json in this directory, there is none")
     if model.startswith((".", "/", "~")) or model.endswith(".json"):
