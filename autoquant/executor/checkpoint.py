@@ -48,6 +48,7 @@ def apply_checkpoint(
     scales: Scales | None = None,
     only: Collection[str] | None = None,
     seed: int | None = None,
+    dtype: torch.dtype | None = None,
     force: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -69,7 +70,7 @@ def apply_checkpoint(
     resolved = resolve(config, inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
     check_plain_resolved(resolved)
     if names is None:
-        return _apply_loaded(source, config, target, shards, resolved, scales, options, progress)
+        return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, progress)
     stored = names
 
     def read(name: str) -> Tensor:
@@ -82,9 +83,9 @@ def apply_checkpoint(
     applied = summarise(plan, resolved)
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
-        _write_shards(folder, shards, plan, inventory, stored, read, progress)
+        _write_shards(folder, shards, plan, inventory, stored, read, dtype, progress)
         _write_provenance(folder, source, config, applied, options)
-        _write_config(source, folder, bool(plan.untied))
+        _write_config(source, folder, bool(plan.untied), dtype)
     return applied
 
 
@@ -154,6 +155,7 @@ def _write_shards(
     inventory: Inventory,
     names: dict[str, str],
     read: Callable[[str], Tensor],
+    dtype: torch.dtype | None,
     progress: Progress | None,
 ) -> None:
     """The shards of the source with the plan carried out; untied parameters join the shard of the tensor they came
@@ -180,9 +182,9 @@ def _write_shards(
             name = sources[stored]
             operations = plan.operations.get(name, ()) if name else ()
             tensor = read(name) if name else shards.read(stored)
-            if operations:
-                tensor = execute(operations, tensor)
-                check_finite(name, tensor, f"overflows {tensor.dtype} when transformed; convert it to a wider type")
+            if name:
+                tensor = execute(operations, tensor, dtype) if operations else tensor.to(dtype or tensor.dtype)
+                check_finite(name, tensor, f"overflows {tensor.dtype} when transformed; choose a wider dtype")
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -191,9 +193,10 @@ def _write_shards(
         described = {}
         for stored, name in members:
             entry = shards.entries[stored if stored in shards.entries else names[name]]
-            described[stored] = (entry.dtype, entry.shape)
+            stored_dtype = dtype if dtype is not None and name else entry.dtype
+            described[stored] = (stored_dtype, entry.shape)
             weight_map[stored] = file
-            size += torch.Size(entry.shape).numel() * entry.dtype.itemsize
+            size += torch.Size(entry.shape).numel() * stored_dtype.itemsize
         write_shard(folder / file, described, make, dict(shards.metadata) or {"format": "pt"})
     if len(outputs) > 1 or (shards.folder / INDEX).is_file():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -207,6 +210,7 @@ def _apply_loaded(
     shards: Shards,
     resolved: Resolved,
     scales: Scales | None,
+    dtype: torch.dtype | None,
     options: dict[str, Any] | None,
     progress: Progress | None,
 ) -> Applied:
@@ -216,28 +220,36 @@ def _apply_loaded(
     for name in shards.entries:
         check_finite(name, shards.read(name))
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    if dtype is not None:  # widened before the folding, narrowed after it
+        model.to(torch.promote_types(model.dtype, dtype))
     plan = make_plan(resolved, take_inventory(model), model.get_parameter, scales)
     check_plain_plan(plan)
     with torch.no_grad():
         execute_(model, plan, progress)
     applied = summarise(plan, resolved)
+    if dtype is not None:
+        model.to(dtype)
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
         model.save_pretrained(folder)
         _write_provenance(folder, source, config, applied, options)
-        _write_config(source, folder, bool(applied.untied))
+        _write_config(source, folder, bool(applied.untied), dtype)
     return applied
 
 
-def _write_config(source: Path, folder: Path, untied: bool) -> None:
-    """The source's config.json, byte for byte unless parameters were untied."""
+def _write_config(source: Path, folder: Path, untied: bool, dtype: torch.dtype | None) -> None:
+    """The source's config.json, byte for byte unless parameters were untied or converted."""
     text = (source / "config.json").read_text()
-    if untied:
+    if untied or dtype is not None:
         settings = json.loads(text)
-        settings["tie_word_embeddings"] = False
-        for section in settings.values():
-            if isinstance(section, dict) and "tie_word_embeddings" in section:
+        for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            if untied and (section is settings or "tie_word_embeddings" in section):
                 section["tie_word_embeddings"] = False
+            for key in ("dtype", "torch_dtype"):
+                if dtype is not None and key in section:
+                    section[key] = str(dtype).removeprefix("torch.")
+        if dtype is not None:
+            settings["dtype"] = str(dtype).removeprefix("torch.")
         text = json.dumps(settings, indent=2) + "\n"
     with open(folder / "config.json", "w") as stream:
         stream.write(text)

@@ -19,13 +19,13 @@ PIECE = 1 << 24
 """Elements converted to float64 at a time (128 MiB), where the operations allow pieces."""
 
 
-def execute(operations: Sequence[Operation], tensor: Tensor) -> Tensor:
-    """The parameter after all operations in order: a new tensor of the same shape, dtype and device.
+def execute(operations: Sequence[Operation], tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The parameter after all operations in order: a new tensor of the same shape, in ``dtype`` (its own if None).
 
     Computed in float64 and rounded once. Where no operation mixes some dimension, the work is done slice by slice along
     it.
     """
-    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    result = torch.empty_like(tensor, dtype=dtype or tensor.dtype, memory_format=torch.contiguous_format)
     dim = _free_dimension(operations, tensor)
     if dim is None or tensor.numel() <= PIECE:
         result.copy_(_run_all(operations, tensor.double(), 0, 0))

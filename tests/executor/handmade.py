@@ -122,9 +122,15 @@ def block(start: int, length: int, channel: int = 0) -> IndexMap:
 
 
 LLAMA = {
-    "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 
 
 def llama_like(
@@ -142,22 +148,38 @@ def llama_like(
     v_sources = [rows(f"{at}v_proj.weight", kv * head)] + [rows(f"{at}v_proj.bias", kv * head)] * bias
     groups = [
         SmoothingGroup(
-            name="attention_in", kind=NORM, layers=layers, channels=hidden,
-            sources=(rows(norms[0], hidden, offset=offset),), targets=tuple(cols(f"{p}.weight", hidden) for p in qkv),
+            name="attention_in",
+            kind=NORM,
+            layers=layers,
+            channels=hidden,
+            sources=(rows(norms[0], hidden, offset=offset),),
+            targets=tuple(cols(f"{p}.weight", hidden) for p in qkv),
         ),
         SmoothingGroup(
-            name="v_o", kind=FC, layers=layers, channels=kv * head, sources=tuple(v_sources),
+            name="v_o",
+            kind=FC,
+            layers=layers,
+            channels=kv * head,
+            sources=tuple(v_sources),
             targets=(cols(f"{at}o_proj.weight", kv * repeats * head, index=gqa(kv, repeats, head)),),
         ),
         SmoothingGroup(
-            name="mlp_in", kind=NORM, layers=layers, channels=hidden,
-            sources=(rows(norms[1], hidden, offset=offset),), targets=tuple(cols(f"{p}.weight", hidden) for p in gate_up),
+            name="mlp_in",
+            kind=NORM,
+            layers=layers,
+            channels=hidden,
+            sources=(rows(norms[1], hidden, offset=offset),),
+            targets=tuple(cols(f"{p}.weight", hidden) for p in gate_up),
         ),
         SmoothingGroup(
-            name="up_down", kind=FC, layers=layers, channels=inner, sources=(rows(f"{mlp}up_proj.weight", inner),),
+            name="up_down",
+            kind=FC,
+            layers=layers,
+            channels=inner,
+            sources=(rows(f"{mlp}up_proj.weight", inner),),
             targets=(cols(f"{mlp}down_proj.weight", inner),),
         ),
-    ]  # fmt: skip
+    ]
 
     def reads(norm: str, paths: list[str], biased: bool, own: str | None) -> Read:
         readers = tuple(
@@ -166,7 +188,10 @@ def llama_like(
         return Read(layers=own, norm=Norm(kind="rms", weight=norm, offset=offset), readers=readers)
 
     residual = Space(
-        name="residual", kind="R1", layers=layers, size=hidden,
+        name="residual",
+        kind="R1",
+        layers=layers,
+        size=hidden,
         writers=(
             Writer(path="model.embed_tokens.weight", dim=1, size=hidden),
             Writer(path=f"{at}o_proj.weight", dim=0, size=hidden),
@@ -177,16 +202,40 @@ def llama_like(
             reads(norms[1], gate_up, False, None),
             reads("model.norm.weight", ["lm_head"], False, None),
         ),
-    )  # fmt: skip
+    )
     heads = Space(
-        name="heads", kind="R2", layers=layers, size=head, blocks=kv,
+        name="heads",
+        kind="R2",
+        layers=layers,
+        size=head,
+        blocks=kv,
         writers=tuple(Writer(**s.model_dump()) for s in v_sources),
-        reads=(Read(readers=(Reader(path=f"{at}o_proj.weight", dim=1, size=kv * repeats * head, index=gqa(kv, repeats, head)),)),),
-    )  # fmt: skip
+        reads=(
+            Read(
+                readers=(
+                    Reader(path=f"{at}o_proj.weight", dim=1, size=kv * repeats * head, index=gqa(kv, repeats, head)),
+                )
+            ),
+        ),
+    )
+    sizes = {p: (hidden, kv * head) for p in qkv} | {p: (hidden, inner) for p in gate_up}
+    sizes[qkv[0]] = (hidden, kv * repeats * head)
+    sizes[f"{at}o_proj"] = (kv * repeats * head, hidden)
+    sizes[f"{mlp}down_proj"] = (inner, hidden)
+    sizes["lm_head"] = (hidden, f["vocab_size"])
     linears = [
-        Linear(path=f"{mlp}down_proj", layers=layers, weight=f"{mlp}down_proj.weight", in_features=inner, out_features=hidden, in_dim=1),
-        Linear(path=f"{at}q_proj", layers=layers, weight=f"{at}q_proj.weight", in_features=hidden, out_features=kv * repeats * head, in_dim=1),
-    ]  # fmt: skip
+        Linear(
+            path=p,
+            layers=layers if "{layer}" in p else None,
+            weight=f"{p}.weight",
+            bias=f"{p}.bias" if bias and p in qkv else None,
+            in_features=size[0],
+            out_features=size[1],
+            in_dim=1,
+            role="lm_head" if p == "lm_head" else "linear",
+        )
+        for p, size in sizes.items()
+    ]
     online = [
         Online(kind="R3", path=at[:-1], layers=layers, size=head),
         Online(kind="R4", path=f"{mlp}down_proj", layers=layers, size=inner),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs import FC, NORM, block, cols, gqa, make_config, rows
+from handmade import FC, NORM, block, cols, gqa, make_config, rows
 from torch import nn
 
 from autoquant.config import Config, IndexMap, Norm, Read, Reader, Slot, SmoothingGroup, Space, Writer
@@ -12,20 +12,36 @@ from autoquant.config import Config, IndexMap, Norm, Read, Reader, Slot, Smoothi
 HIDDEN, INNER, HEADS, HEAD, EXPERTS = 24, 40, 3, 8, 4
 
 OPT = {
-    "vocab_size": 50, "hidden_size": HIDDEN, "ffn_dim": INNER, "num_hidden_layers": 2, "num_attention_heads": HEADS,
-    "word_embed_proj_dim": HIDDEN, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": HIDDEN,
+    "ffn_dim": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "word_embed_proj_dim": HIDDEN,
+    "max_position_embeddings": 64,
+}
 GPT2 = {"vocab_size": 50, "n_embd": HIDDEN, "n_inner": INNER, "n_layer": 2, "n_head": HEADS, "n_positions": 64}
 NEOX = {
-    "vocab_size": 50, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2,
-    "num_attention_heads": HEADS, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+}
 BLOOM = {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 MIXTRAL = {
-    "vocab_size": 50, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+    "vocab_size": 50,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 def layer_norm(path: str) -> Norm:
@@ -62,31 +78,45 @@ def opt_config(model: nn.Module, centre: bool = True) -> Config:
         norm_group("attention_in", f"{base}self_attn_layer_norm", [cols(f"{p}.weight", HIDDEN) for p in qkv]),
         norm_group("mlp_in", f"{base}final_layer_norm", [cols(f"{base}fc1.weight", HIDDEN)]),
         fc_group(
-            "v_o", HIDDEN, [rows(f"{at}v_proj.weight", HIDDEN), rows(f"{at}v_proj.bias", HIDDEN)],
+            "v_o",
+            HIDDEN,
+            [rows(f"{at}v_proj.weight", HIDDEN), rows(f"{at}v_proj.bias", HIDDEN)],
             [cols(f"{at}out_proj.weight", HIDDEN)],
         ),
         fc_group(
-            "fc1_fc2", INNER, [rows(f"{base}fc1.weight", INNER), rows(f"{base}fc1.bias", INNER)],
+            "fc1_fc2",
+            INNER,
+            [rows(f"{base}fc1.weight", INNER), rows(f"{base}fc1.bias", INNER)],
             [cols(f"{base}fc2.weight", INNER)],
         ),
-    ]  # fmt: skip
+    ]
     residual = Space(
-        name="residual", kind="R1", layers="0-1", size=HIDDEN, centre=centre,
+        name="residual",
+        kind="R1",
+        layers="0-1",
+        size=HIDDEN,
+        centre=centre,
         writers=(
             Writer(path="model.decoder.embed_tokens.weight", dim=1, size=HIDDEN),
             Writer(path="model.decoder.embed_positions.weight", dim=1, size=HIDDEN),
-            *written(f"{at}out_proj"), *written(f"{base}fc2"),
+            *written(f"{at}out_proj"),
+            *written(f"{base}fc2"),
         ),
         reads=(
             Read(norm=layer_norm(f"{base}self_attn_layer_norm"), readers=tuple(linear_reader(p) for p in qkv)),
             Read(norm=layer_norm(f"{base}final_layer_norm"), readers=(linear_reader(f"{base}fc1"),)),
             Read(norm=layer_norm("model.decoder.final_layer_norm"), readers=(linear_reader("lm_head", biased=False),)),
         ),
-    )  # fmt: skip
+    )
     heads = Space(
-        name="heads", kind="R2", layers="0-1", size=HEAD, blocks=HEADS, writers=tuple(written(f"{at}v_proj")),
+        name="heads",
+        kind="R2",
+        layers="0-1",
+        size=HEAD,
+        blocks=HEADS,
+        writers=tuple(written(f"{at}v_proj")),
         reads=(Read(readers=(linear_reader(f"{at}out_proj"),)),),
-    )  # fmt: skip
+    )
     return make_config(model, groups, (residual, heads))
 
 
@@ -99,32 +129,46 @@ def gpt2_config(model: nn.Module, centre: bool = True) -> Config:
         norm_group("attention_in", f"{base}ln_1", [rows(f"{c_attn}.weight", HIDDEN)]),
         norm_group("mlp_in", f"{base}ln_2", [rows(f"{base}mlp.c_fc.weight", HIDDEN)]),
         fc_group(
-            "v_o", HIDDEN,
+            "v_o",
+            HIDDEN,
             [cols(f"{c_attn}.weight", 3 * HIDDEN, index=v), rows(f"{c_attn}.bias", 3 * HIDDEN, index=v)],
             [rows(f"{base}attn.c_proj.weight", HIDDEN)],
         ),
-    ]  # fmt: skip
+    ]
     residual = Space(
-        name="residual", kind="R1", layers="0-1", size=HIDDEN, centre=centre,
+        name="residual",
+        kind="R1",
+        layers="0-1",
+        size=HIDDEN,
+        centre=centre,
         writers=(
             Writer(path="transformer.wte.weight", dim=1, size=HIDDEN),
             Writer(path="transformer.wpe.weight", dim=1, size=HIDDEN),
-            *written(f"{base}attn.c_proj", dim=1), *written(f"{base}mlp.c_proj", dim=1),
+            *written(f"{base}attn.c_proj", dim=1),
+            *written(f"{base}mlp.c_proj", dim=1),
         ),
         reads=(
             Read(norm=layer_norm(f"{base}ln_1"), readers=(linear_reader(c_attn, dim=0),)),
             Read(norm=layer_norm(f"{base}ln_2"), readers=(linear_reader(f"{base}mlp.c_fc", dim=0),)),
             Read(norm=layer_norm("transformer.ln_f"), readers=(linear_reader("lm_head", biased=False),)),
         ),
-    )  # fmt: skip
+    )
     heads = Space(
-        name="heads", kind="R2", layers="0-1", size=HEAD, blocks=HEADS,
+        name="heads",
+        kind="R2",
+        layers="0-1",
+        size=HEAD,
+        blocks=HEADS,
         writers=(
             Writer(path=f"{c_attn}.weight", dim=1, size=3 * HIDDEN, index=v),
             Writer(path=f"{c_attn}.bias", size=3 * HIDDEN, index=v),
         ),
-        reads=(Read(readers=(Reader(path=f"{base}attn.c_proj.weight", dim=0, size=HIDDEN, bias=f"{base}attn.c_proj.bias"),)),),
-    )  # fmt: skip
+        reads=(
+            Read(
+                readers=(Reader(path=f"{base}attn.c_proj.weight", dim=0, size=HIDDEN, bias=f"{base}attn.c_proj.bias"),)
+            ),
+        ),
+    )
     return make_config(model, groups, (residual, heads))
 
 
@@ -139,28 +183,37 @@ def neox_config(model: nn.Module) -> Config:
         norm_group("attention_in", f"{base}input_layernorm", [cols(f"{qkv}.weight", HIDDEN)]),
         norm_group("mlp_in", f"{base}post_attention_layernorm", [cols(f"{first}.weight", HIDDEN)]),
         fc_group(
-            "v_o", HIDDEN, [rows(f"{qkv}.{n}", 3 * HIDDEN, index=v) for n in ("weight", "bias")],
+            "v_o",
+            HIDDEN,
+            [rows(f"{qkv}.{n}", 3 * HIDDEN, index=v) for n in ("weight", "bias")],
             [cols(f"{dense}.weight", HIDDEN)],
         ),
-    ]  # fmt: skip
+    ]
     residual = Space(
-        name="residual", kind="R1", layers="0-1", size=HIDDEN,
+        name="residual",
+        kind="R1",
+        layers="0-1",
+        size=HIDDEN,
         writers=(
-            Writer(path="gpt_neox.embed_in.weight", dim=1, size=HIDDEN), *written(dense), *written(second),
+            Writer(path="gpt_neox.embed_in.weight", dim=1, size=HIDDEN),
+            *written(dense),
+            *written(second),
         ),
         reads=(
             Read(norm=layer_norm(f"{base}input_layernorm"), readers=(linear_reader(qkv),)),
             Read(norm=layer_norm(f"{base}post_attention_layernorm"), readers=(linear_reader(first),)),
             Read(norm=layer_norm("gpt_neox.final_layer_norm"), readers=(linear_reader(head, biased=False),)),
         ),
-    )  # fmt: skip
+    )
     heads = Space(
-        name="heads", kind="R2", layers="0-1", size=HEAD, blocks=HEADS,
-        writers=tuple(
-            Writer(path=f"{qkv}.{n}", size=3 * HIDDEN, index=v) for n in ("weight", "bias")
-        ),
+        name="heads",
+        kind="R2",
+        layers="0-1",
+        size=HEAD,
+        blocks=HEADS,
+        writers=tuple(Writer(path=f"{qkv}.{n}", size=3 * HIDDEN, index=v) for n in ("weight", "bias")),
         reads=(Read(readers=(linear_reader(dense),)),),
-    )  # fmt: skip
+    )
     return make_config(model, groups, (residual, heads))
 
 
@@ -169,21 +222,33 @@ def bloom_config(model: nn.Module) -> Config:
     base, hidden = "transformer.h.{layer}.", 32
     dense, second = f"{base}self_attention.dense", f"{base}mlp.dense_4h_to_h"
     table_norm = Norm(
-        kind="layer", weight="transformer.word_embeddings_layernorm.weight",
-        bias="transformer.word_embeddings_layernorm.bias", eps=1e-5,
-    )  # fmt: skip
+        kind="layer",
+        weight="transformer.word_embeddings_layernorm.weight",
+        bias="transformer.word_embeddings_layernorm.bias",
+        eps=1e-5,
+    )
     residual = Space(
-        name="residual", kind="R1", layers="0-1", size=hidden,
+        name="residual",
+        kind="R1",
+        layers="0-1",
+        size=hidden,
         writers=(
             Writer(path="transformer.word_embeddings.weight", dim=1, size=hidden, fold_norm=table_norm),
-            *written(dense, hidden), *written(second, hidden),
+            *written(dense, hidden),
+            *written(second, hidden),
         ),
         reads=(
-            Read(norm=layer_norm(f"{base}input_layernorm"), readers=(linear_reader(f"{base}self_attention.query_key_value", hidden),)),
-            Read(norm=layer_norm(f"{base}post_attention_layernorm"), readers=(linear_reader(f"{base}mlp.dense_h_to_4h", hidden),)),
+            Read(
+                norm=layer_norm(f"{base}input_layernorm"),
+                readers=(linear_reader(f"{base}self_attention.query_key_value", hidden),),
+            ),
+            Read(
+                norm=layer_norm(f"{base}post_attention_layernorm"),
+                readers=(linear_reader(f"{base}mlp.dense_h_to_4h", hidden),),
+            ),
             Read(norm=layer_norm("transformer.ln_f"), readers=(linear_reader("lm_head", hidden, biased=False),)),
         ),
-    )  # fmt: skip
+    )
     return make_config(model, (), (residual,))
 
 
@@ -202,18 +267,24 @@ def mixtral_config(model: nn.Module) -> Config:
     groups = [
         norm_group("attention_in", f"{base}input_layernorm", [cols(p, HIDDEN) for p in qkv], bias=False),
         norm_group(
-            "mlp_in", f"{base}post_attention_layernorm", [cols(f"{mlp}gate.weight", HIDDEN), Slot(**expert_columns)],
+            "mlp_in",
+            f"{base}post_attention_layernorm",
+            [cols(f"{mlp}gate.weight", HIDDEN), Slot(**expert_columns)],
             bias=False,
         ),
         fc_group("v_o", kv, [rows(f"{at}v_proj.weight", kv)], [o_columns]),
         fc_group(
-            "up_down", EXPERTS * INNER,
+            "up_down",
+            EXPERTS * INNER,
             [Slot(path=gate_up, dim=1, stack=EXPERTS, size=EXPERTS * 2 * INNER, index=up)],
             [Slot(path=down, dim=2, stack=EXPERTS, size=EXPERTS * INNER)],
         ),
-    ]  # fmt: skip
+    ]
     residual = Space(
-        name="residual", kind="R1", layers="0-1", size=HIDDEN,
+        name="residual",
+        kind="R1",
+        layers="0-1",
+        size=HIDDEN,
         writers=(
             Writer(path="model.embed_tokens.weight", dim=1, size=HIDDEN),
             Writer(path=f"{at}o_proj.weight", dim=0, size=HIDDEN),
@@ -230,10 +301,14 @@ def mixtral_config(model: nn.Module) -> Config:
             ),
             Read(norm=Norm(kind="rms", weight="model.norm.weight"), readers=(linear_reader("lm_head", biased=False),)),
         ),
-    )  # fmt: skip
+    )
     heads = Space(
-        name="heads", kind="R2", layers="0-1", size=HEAD, blocks=2,
+        name="heads",
+        kind="R2",
+        layers="0-1",
+        size=HEAD,
+        blocks=2,
         writers=(Writer(path=f"{at}v_proj.weight", size=kv),),
         reads=(Read(readers=(Reader(**o_columns.model_dump()),)),),
-    )  # fmt: skip
+    )
     return make_config(model, groups, (residual, heads))
