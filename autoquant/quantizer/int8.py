@@ -13,7 +13,7 @@ What a scale is for awkward groups of values:
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -99,13 +99,14 @@ def matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 def reference_matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """Exact int32 [M, N] on any backend with a float32 product: chunks of K whose every partial sum is below 2**24."""
     out_MN = torch.zeros(a_MK.shape[0], b_KN.shape[1], dtype=torch.int32, device=a_MK.device)
-    for a, b in zip(torch.split(a_MK, EXACT_FLOAT32_DEPTH, 1), torch.split(b_KN, EXACT_FLOAT32_DEPTH, 0), strict=True):
-        out_MN += (a.float() @ b.float()).to(torch.int32)
+    chunks = zip(torch.split(a_MK, EXACT_FLOAT32_DEPTH, 1), torch.split(b_KN, EXACT_FLOAT32_DEPTH, 0), strict=True)
+    with torch.autocast(a_MK.device.type, enabled=False):  # it would round the sums to bfloat16
+        for a, b in chunks:
+            out_MN += (a.float() @ b.float()).to(torch.int32)
     return out_MN
 
 
-@cache
-def int_mm_is_exact(device: str) -> bool:
+def probe_int_mm(device: str) -> bool:
     """Whether ``torch._int_mm`` exists on the device type and gets every probe right.
 
     The probes hold extreme values: AVX2 kernels shift one factor to 0 ... 255 and multiply by ``vpmaddubsw``, which
@@ -124,6 +125,17 @@ def int_mm_is_exact(device: str) -> bool:
             if not torch.equal(product.long(), a.long() @ b.long()):
                 return False
     return True
+
+
+def _remembered_probe(device: str) -> bool:
+    if device not in PROBED:
+        PROBED[device] = probe_int_mm(device)
+    return PROBED[device]
+
+
+PROBED: dict[str, bool] = {}
+# Marked so that torch.compile asks once and goes on, instead of tracing the probes.
+int_mm_is_exact: Callable[[str], bool] = torch.compiler.assume_constant_result(_remembered_probe)
 
 
 def _int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:

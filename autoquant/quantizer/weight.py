@@ -236,7 +236,7 @@ def linear(x: Tensor, weight: WeightView, bias: Tensor | None = None) -> Tensor:
         out_TO = int8.matmul(int8.quantize(x_TI, scale), weight.values.t()).float() * scale * weight.scale.t()
     if bias is not None:
         out_TO = out_TO + bias.float()
-    return out_TO.reshape(*x.shape[:-1], -1).to(x.dtype)
+    return out_TO.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
 def input_scale(x_TI: Tensor, weight: WeightView) -> Tensor:

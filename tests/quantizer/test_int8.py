@@ -152,13 +152,13 @@ def test_a_kernel_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     b = torch.randint(-60, 60, (64, 3), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(saturating(b.t() // 4, b), (b.t() // 4).int() @ b.int())  # right where nothing saturates
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    int8.int_mm_is_exact.cache_clear()
+    int8.PROBED.clear()
     try:
         assert not int8.int_mm_is_exact("cpu")
         a = torch.full((4, 64), 127, dtype=torch.int8)
         assert int8.matmul(a, a.t()).unique().tolist() == [127**2 * 64]
     finally:
-        int8.int_mm_is_exact.cache_clear()
+        int8.PROBED.clear()
 
 
 def test_a_device_without_the_kernel_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +166,15 @@ def test_a_device_without_the_kernel_falls_back(monkeypatch: pytest.MonkeyPatch)
         raise NotImplementedError("no kernel")
 
     monkeypatch.setattr(torch, "_int_mm", missing)
-    int8.int_mm_is_exact.cache_clear()
+    int8.PROBED.clear()
     try:
         a = torch.full((2, 3), -127, dtype=torch.int8)
         assert int8.matmul(a, a.t()).unique().tolist() == [127**2 * 3]
     finally:
-        int8.int_mm_is_exact.cache_clear()
+        int8.PROBED.clear()
+
+
+def test_autocast_does_not_reach_the_products() -> None:
+    a = torch.full((2, 1000), 127, dtype=torch.int8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert int8.reference_matmul(a, a.t()).unique().tolist() == [127**2 * 1000]
