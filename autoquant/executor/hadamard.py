@@ -56,7 +56,7 @@ def multiply_kronecker(x: Tensor, factors: list[Tensor], transpose: bool = False
     """``x (F1 (x) F2 (x) ...) / sqrt(product of orders)`` over the last axis, in blocks where the product is smaller
     than it.
     """
-    order = math.prod(f.shape[0] for f in factors)
+    order = math.prod([f.shape[0] for f in factors])  # a list: Dynamo cannot trace a generator here
     shape = x.shape
     y = x.reshape(-1, order)
     for factor in reversed(factors):

@@ -69,7 +69,7 @@ def logits(model: nn.Module, seed: int = 1) -> Tensor:
 
 
 class KeepDouble(TorchFunctionMode):
-    """Norms and softmaxes ask for float32 whatever the model's dtype; here float64 stays float64, so that equality shows."""
+    """Norms and softmaxes ask for float32 whatever the dtype; here float64 stays float64, so that equality shows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

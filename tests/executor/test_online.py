@@ -1,0 +1,94 @@
+"""Online rotations: the function is unchanged, and the wrappers behave as modules."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from handmade import LLAMA, KeepDouble, build, change, llama_like, logits
+
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import apply_
+from autoquant.executor.hadamard import hadamard_matrix
+from autoquant.executor.online import HadamardRotation, RotatedLinear
+
+R3, R4 = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp.down_proj"
+INPUT = "model.layers.{layer}.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("only", [[R3], [R4], [INPUT], [R3, R4, INPUT, "residual", "heads"]])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_function_is_kept(only: list[str], attention: str) -> None:
+    model = build("llama", **LLAMA)
+    model.set_attn_implementation(attention)
+    before = logits(model)
+    applied = apply_(model, llama_like(model), only=only)
+    assert change(before, logits(model)) < 1e-13
+    assert set(applied.online) <= {p.replace("{layer}", str(n)) for p in only for n in range(2)}
+    if R3 in only:
+        assert model.config._attn_implementation == f"autoquant_rotated_{attention}"
+
+
+def test_r3_rotates_what_the_attention_sees() -> None:
+    """Taking the rotation of the keys alone away must show: otherwise R3 would be idle."""
+    model = build("llama", **LLAMA)
+    before = logits(model)
+    apply_(model, llama_like(model), only=[R3])
+    rotation = model.get_submodule("model.layers.0.self_attn.query_key_rotation")
+    calls = []
+    rotation.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
+    assert change(before, logits(model)) < 1e-13
+    assert calls == [(2, 4, 9, 8), (2, 2, 9, 8)]
+
+
+def test_wrappers_survive_deepcopy_state_dict_and_compile() -> None:
+    model = build("llama", dtype=torch.float32, **LLAMA)
+    apply_(model, llama_like(model), only=[R3, R4])
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    other = build("llama", seed=5, dtype=torch.float32, **LLAMA)
+    apply_(other, llama_like(other), only=[R3, R4])
+    assert other.load_state_dict(model.state_dict()).missing_keys == []
+    assert torch.equal(logits(other), expected)
+    assert not any("factor" in name for name in model.state_dict())
+
+
+def test_wrappers_compile_whole() -> None:
+    linear = torch.nn.Linear(24, 5)
+    wrapped = RotatedLinear(linear, 24)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(wrapped, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), wrapped(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [8, 24, 130])
+def test_the_rotation_is_the_hadamard_matrix(size: int) -> None:
+    x = torch.randn(2, 3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    with KeepDouble():
+        assert torch.allclose(HadamardRotation(size)(x), x @ hadamard_matrix(size), atol=1e-13)
+
+
+def test_half_precision_does_not_overflow_inside() -> None:
+    x = torch.full((1, 64), 4e4, dtype=torch.float16)
+    x[:, 1::2] *= -1
+    rotated = HadamardRotation(64)(x)  # one channel holds sqrt(64) times the entry: too large, the others are 0
+    assert rotated.dtype is torch.float16 and int(rotated.isfinite().sum()) == 63
+
+
+def test_a_second_rotation_is_refused() -> None:
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    apply_(model, config, only=[R3])
+    with pytest.raises(AutoQuantError, match=r"R3 model.layers.0.self_attn: is rotated already"):
+        apply_(model, config, only=[R3])
+
+
+def test_an_attention_without_the_interface_is_refused() -> None:
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    path = "model.layers.{layer}.mlp"
+    online = tuple(o.model_copy(update={"path": path}) if o.kind == "R3" else o for o in config.rotation.online)
+    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
+    with pytest.raises(AutoQuantError, match="LlamaMLP does not call transformers' attention interface"):
+        apply_(model, config, only=[path])
