@@ -9,12 +9,12 @@ import numpy as np
 
 from autoquant.analyzer.capture import Captured
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.interpret import operator_name
 from autoquant.analyzer.inventory import linears
+from autoquant.analyzer.operators import NO_RULE, operator_name
 from autoquant.analyzer.rotations import Rotations, analyse_rotations
-from autoquant.analyzer.scale_rules import NO_RULE, Use
+from autoquant.analyzer.scale_analysis import Use
 from autoquant.analyzer.scales import Scales, analyse_scales, module_of
-from autoquant.analyzer.variables import Bools, Reason
+from autoquant.analyzer.variables import Bools, Ints, Reason
 from autoquant.config import Blocked, Linear, Online, Slot
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
@@ -84,7 +84,9 @@ def _blocked_smoothing(scales: Scales) -> list[Blocked]:
             slots.setdefault((slot.path, slot.dim), []).append(slot)
     blocked: dict[Blocked, None] = {}
     for use in scales.analysis.uses:
-        covered = _covered(slots.get((use.weight, use.contracted_dim), []), use.weight, use.contracted_dim, use.in_features)
+        covered = _covered(
+            slots.get((use.weight, use.contracted_dim), []), use.weight, use.contracted_dim, use.in_features
+        )
         for reason in _reasons(scales, use, ~covered):
             blocked[_blocked(module_of(use.weight), "smoothing", reason)] = None
     return list(blocked)
@@ -127,7 +129,7 @@ def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
     return list(blocked)
 
 
-def _rotation_reason(rotations: Rotations, ids: np.ndarray) -> Reason | None:  # type: ignore[type-arg]  # int64
+def _rotation_reason(rotations: Rotations, ids: Ints) -> Reason | None:
     analysis, solution = rotations.analysis, rotations.solution
     fixed = ids[solution.fixed[ids]]
     if len(fixed):
@@ -164,8 +166,14 @@ def _follows_product(use: Use) -> bool:
     node = use.site.node.all_input_nodes[0]
     arguments = [n for n in use.site.node.all_input_nodes if n.op == "call_function"]
     node = arguments[0] if arguments else node
-    while operator_name(node) in ("view", "reshape", "to", "_to_copy", "contiguous", "clone", "alias", "dropout", "transpose", "permute") and node.all_input_nodes:
+    while (
+        operator_name(node)
+        in ("view", "reshape", "to", "_to_copy", "contiguous", "clone", "alias", "dropout", "transpose", "permute")
+        and node.all_input_nodes
+    ):
         node = node.all_input_nodes[0]
-    return operator_name(node) in ("mul", "relu", "silu", "gelu", "pow", "square") and not any(
-        operator_name(n) in ("rsqrt", "layer_norm", "rms_norm") for n in node.all_input_nodes
-    ) and not any(n.op == "placeholder" for n in node.all_input_nodes)
+    return (
+        operator_name(node) in ("mul", "relu", "silu", "gelu", "pow", "square")
+        and not any(operator_name(n) in ("rsqrt", "layer_norm", "rms_norm") for n in node.all_input_nodes)
+        and not any(n.op == "placeholder" for n in node.all_input_nodes)
+    )

@@ -147,10 +147,12 @@ class Families:
     def _seen_axis(self, param: Param, dim: int, role: Role, here: Reason) -> Tensor | None:
         lead = param.full_shape[:-2]
         labels = self.axis(param, dim, role, here, stacked=True)
-        return self._spread(param, labels.view(*(1,) * len(lead), -1) if labels.ndim == 1 else labels.view(*lead, -1), dim)
+        return self._spread(
+            param, labels.view(*(1,) * len(lead), -1) if labels.ndim == 1 else labels.view(*lead, -1), dim
+        )
 
     def _spread(self, param: Param, labels: Tensor, dim: int) -> Tensor | None:
-        """Labels ``[*lead, size]`` of a dimension spread over the full shape without memory, then moved as the weight is."""
+        """Labels ``[*lead, size]`` spread over the full shape without memory, then moved as the weight is."""
         other = len(param.full_shape) - 1 if dim == len(param.full_shape) - 2 else len(param.full_shape) - 2
         full = labels.unsqueeze(other).expand(param.full_shape)
         try:
@@ -181,7 +183,9 @@ class Families:
         key = (param.name, dim, stack, offset, keyed)
         if key not in self._by_key:
             start = int(self.variables.fresh(count, keyed)[0]) if count else self.variables.count
-            self._by_key[key] = Family(param.name, role, dim, stack, offset, keyed, start, count, param.full_shape, here.order)
+            self._by_key[key] = Family(
+                param.name, role, dim, stack, offset, keyed, start, count, param.full_shape, here.order
+            )
         family = self._by_key[key]
         return torch.arange(family.start, family.start + family.count)
 

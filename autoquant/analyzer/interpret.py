@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from autoquant.analyzer.capture import Captured, GraphInput, Piece, module_path
 from autoquant.analyzer.families import Param
+from autoquant.analyzer.operators import CASTS, FILLS, MOVEMENT, RANDOM, operator_name
 from autoquant.analyzer.variables import Reason
 
 MAX_CONSTANT = 1 << 24
@@ -109,7 +110,7 @@ class Walk:
             return _constant(piece.constants[what.name])
         return Unknown(tuple(fake.shape), fake.dtype)
 
-    def _value(self, argument: object) -> Value:
+    def _value(self, argument: Any) -> Value:
         return fx.map_arg(argument, lambda node: self.values[node])
 
     def _call(self, site: Site, names: Mapping[tuple[str, str], str]) -> Value:
@@ -119,9 +120,9 @@ class Walk:
             return args[0][args[1]] if isinstance(args[0], (tuple, list)) else self.no_rule(site, [args[0]])
         args = tuple(_named(a, site, names) for a in args)
         tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
-        if site.operator in _FILLS and site.outputs and site.outputs[0].numel() <= MAX_CONSTANT:
-            fill = _FILLS[site.operator] if _FILLS[site.operator] is not None else args[-1]
-            return Known(torch.full(site.shape, fill, dtype=site.outputs[0].dtype))
+        if site.operator in FILLS and site.outputs and site.outputs[0].numel() <= MAX_CONSTANT:
+            fill = FILLS[site.operator]
+            return Known(torch.full(site.shape, args[-1] if fill is None else fill, dtype=site.outputs[0].dtype))
         if all(isinstance(v, Known) for v in tensors):
             known = _evaluate(site, args, kwargs)
             if known is not None:
@@ -140,29 +141,6 @@ class Walk:
         if is_movement:
             return self.movement(site, _function(site), args, kwargs)
         return self.no_rule(site, tensors)
-
-
-MOVEMENT = frozenset(
-    """alias as_strided_copy broadcast_to chunk clone constant_pad_nd contiguous detach detach_copy diagonal expand
-    expand_as flatten flip gather index index_select lift_fresh_copy movedim narrow pad permute pixel_shuffle ravel
-    repeat repeat_interleave reshape reshape_as roll select slice split split_with_sizes squeeze stack cat concat
-    concatenate swapaxes swapdims t take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold
-    unsafe_chunk unsafe_split unsqueeze view view_as _unsafe_view _reshape_alias""".split()
-)
-"""Operators that copy elements and change none: they are run on the labels themselves."""
-
-
-CASTS = frozenset({"to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"})
-"""Operators that change the number format only."""
-
-
-def operator_name(node: fx.Node) -> str:
-    """``'silu'`` for aten.silu.default; other libraries keep their name space: ``'transformers::grouped_mm'``."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        space, name = target._schema.name.split("::")
-        return name if space == "aten" else f"{space}::{name}"
-    return getattr(target, "__name__", str(target))
 
 
 def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
@@ -211,7 +189,12 @@ def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict
     return param.viewed(one(None), site.shape)
 
 
-_LIKE_VIEW = {"view": "reshape", "_unsafe_view": "reshape", "_reshape_alias": "reshape", "as_strided_copy": "as_strided"}
+_LIKE_VIEW = {
+    "view": "reshape",
+    "_unsafe_view": "reshape",
+    "_reshape_alias": "reshape",
+    "as_strided_copy": "as_strided",
+}
 
 
 def _function(site: Site) -> Callable[..., Any]:
@@ -234,26 +217,19 @@ def _constant(value: Tensor) -> Known | Unknown:
 def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value | None:
     """Compute a constant for real, on the CPU; None where that is not possible."""
     fake = site.outputs
-    if not fake or any(f.numel() > MAX_CONSTANT for f in fake) or site.operator in _RANDOM:
+    if not fake or any(f.numel() > MAX_CONSTANT for f in fake) or site.operator in RANDOM:
         return None
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    real = _map(args, lambda v: v.value if isinstance(v, Known) else torch.device("cpu") if isinstance(v, torch.device) else v)
+    real = _map(
+        args, lambda v: v.value if isinstance(v, Known) else torch.device("cpu") if isinstance(v, torch.device) else v
+    )
     real_kwargs = _map(kwargs, lambda v: v.value if isinstance(v, Known) else v)
     try:
         result = site.node.target(*real, **real_kwargs)  # type: ignore[operator]  # a call_function node
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # no kernel for these dtypes: unknown, which is always safe
     return _map(result, lambda v: Known(v) if isinstance(v, Tensor) else v)
-
-
-_FILLS = {
-    "empty": 0, "new_empty": 0, "empty_like": 0, "empty_strided": 0, "zeros": 0, "new_zeros": 0, "zeros_like": 0,
-    "ones": 1, "new_ones": 1, "ones_like": 1, "full_like": None, "new_full": None,
-}  # fmt: skip
-"""Tensors of one value that does not depend on the arguments' values. Empty ones are written before they are read."""
-
-_RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "randperm", "uniform", "normal"})
 
 
 def _unknowns(site: Site) -> Value:
@@ -281,4 +257,6 @@ def _flat(value: object) -> list[Any]:
 
 
 def _plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice))
+    return value is None or isinstance(
+        value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice)
+    )

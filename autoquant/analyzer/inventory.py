@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from torch import fx
 
-from autoquant.analyzer.interpret import operator_name
-from autoquant.analyzer.scale_rules import Use
+from autoquant.analyzer.operators import CHOICES, PRODUCTS, operator_name
+from autoquant.analyzer.scale_analysis import Use
 from autoquant.analyzer.scales import module_of
 from autoquant.config import Linear
-
-PRODUCTS = frozenset(
-    "linear matmul mm bmm addmm baddbmm einsum scaled_dot_product_attention _grouped_mm transformers::grouped_mm_fallback conv1d".split()
-)
-_CHOICES = frozenset({"topk", "sort", "argmax", "argsort"})
 
 
 def linears(uses: list[Use]) -> tuple[Linear, ...]:
@@ -39,7 +33,7 @@ def linears(uses: list[Use]) -> tuple[Linear, ...]:
 
 
 def _role(node: fx.Node) -> Literal["linear", "lm_head", "router"]:
-    """lm_head if nothing but its own output becomes the model's; router if its output is ranked before it is multiplied."""
+    """Lm_head: its output alone becomes the model's; router: its output is ranked before any further product."""
     if _reaches_choice(node):
         return "router"
     return "lm_head" if _is_output(node) else "linear"
@@ -68,12 +62,8 @@ def _reaches_choice(node: fx.Node) -> bool:
             continue
         seen.add(user)
         name = operator_name(user)
-        if name in _CHOICES:
+        if name in CHOICES:
             return True
         if name not in PRODUCTS and len(seen) < 64:
             queue.extend(user.users)
     return False
-
-
-def by_path(found: tuple[Linear, ...]) -> Mapping[str, Linear]:
-    return {linear.path: linear for linear in found}

@@ -11,7 +11,8 @@ import torch
 from autoquant.analyzer.capture import Captured
 from autoquant.analyzer.families import Family
 from autoquant.analyzer.interpret import Walk
-from autoquant.analyzer.rotation_rules import Read, RotationAnalysis, rules
+from autoquant.analyzer.rotation_analysis import Read, RotationAnalysis
+from autoquant.analyzer.rotation_rules import rules
 from autoquant.analyzer.scales import module_of, slot_of
 from autoquant.analyzer.variables import Ints, Reason, Solution
 from autoquant.config import Norm, Reader, Space, Writer
@@ -66,7 +67,9 @@ def _blocks(analysis: RotationAnalysis, families: Sequence[Family], solution: So
     salts = np.random.default_rng(0).integers(1, 2**63, size=len(families) + len(analysis.splits), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for family, salt in zip(families, salts, strict=False):
-            members = np.bincount(solution.component[analysis.families.labels(family)], minlength=count).astype(np.uint64)
+            members = np.bincount(solution.component[analysis.families.labels(family)], minlength=count).astype(
+                np.uint64
+            )
             code += (members * salt) ^ (members * members * (salt >> np.uint64(7)))
         for split, salt in zip(analysis.splits, salts[len(families) :], strict=True):
             keys = np.zeros(count, dtype=np.uint64)
@@ -87,7 +90,9 @@ def _blocks(analysis: RotationAnalysis, families: Sequence[Family], solution: So
     return blocks
 
 
-def _spaces(analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints) -> tuple[Space, ...]:
+def _spaces(
+    analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints
+) -> tuple[Space, ...]:
     ids = np.concatenate([np.zeros(0, np.int64), *(analysis.families.labels(f) for f in families)])
     which = np.repeat(np.arange(len(families)), [f.count for f in families])
     component = solution.component[ids]
@@ -106,7 +111,9 @@ def _spaces(analysis: RotationAnalysis, families: Sequence[Family], solution: So
     spaces = []
     for (size, members), numbers in sorted(by_signature.items(), key=lambda item: item[0][1]):
         chosen = np.isin(block, numbers)
-        space = _space(analysis, families, solution, size, members, (ids[chosen], which[chosen], component[chosen], block[chosen]))
+        space = _space(
+            analysis, families, solution, size, members, (ids[chosen], which[chosen], component[chosen], block[chosen])
+        )
         if space is not None:
             spaces.append(space)
     return tuple(spaces)
@@ -125,9 +132,13 @@ def _space(
     start = ids[first]
     rank_of_block = {b: i for i, b in enumerate(dict.fromkeys(block[first][np.argsort(start)].tolist()))}
     by_block: dict[int, dict[int, int]] = {b: {} for b in rank_of_block}
-    for c, b in zip(component[first][np.argsort(start)].tolist(), block[first][np.argsort(start)].tolist(), strict=True):
+    for c, b in zip(
+        component[first][np.argsort(start)].tolist(), block[first][np.argsort(start)].tolist(), strict=True
+    ):
         by_block[b].setdefault(c, len(by_block[b]))
-    channel = np.array([rank_of_block[b] * size + by_block[b][c] for c, b in zip(component.tolist(), block.tolist(), strict=True)])
+    channel = np.array(
+        [rank_of_block[b] * size + by_block[b][c] for c, b in zip(component.tolist(), block.tolist(), strict=True)]
+    )
     writers: list[Writer] = []
     reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]] = {}
     for index in members:
@@ -148,7 +159,9 @@ def _space(
     kind = "R1" if any(families[i].role == "table" for i in members) else "R2" if is_value else "other"
     centres = [s for s in analysis.splits if s.centre]
     centre = any(bool(np.isin(solution.component[s.labels], component).any()) for s in centres)
-    name = "residual" if kind == "R1" else f"{module_of(writers[0].path)} -> {', '.join(_tails(reads, writers[0].path))}"
+    name = (
+        "residual" if kind == "R1" else f"{module_of(writers[0].path)} -> {', '.join(_tails(reads, writers[0].path))}"
+    )
     return Space(
         name=name,
         kind=kind,  # type: ignore[arg-type]  # one of the three literals
@@ -160,7 +173,9 @@ def _space(
     )
 
 
-def _tails(reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]], source: str) -> list[str]:
+def _tails(
+    reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]], source: str
+) -> list[str]:
     names = [module_of(reader.path).split(".") for _, readers in reads.values() for reader in readers]
     base = module_of(source).split(".")
     found = []

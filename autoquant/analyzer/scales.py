@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from autoquant.analyzer.capture import Captured
 from autoquant.analyzer.families import Family
 from autoquant.analyzer.index_maps import index_maps
 from autoquant.analyzer.interpret import Walk
-from autoquant.analyzer.capture import Captured
-from autoquant.analyzer.scale_rules import ScaleAnalysis, rules
+from autoquant.analyzer.scale_analysis import ScaleAnalysis
+from autoquant.analyzer.scale_rules import rules
 from autoquant.analyzer.variables import Bools, Floats, Ints, Solution
 from autoquant.config import Slot, SmoothingGroup, SmoothingKind
 
@@ -74,12 +75,14 @@ def _members(analysis: ScaleAnalysis, families: Sequence[Family], solution: Solu
     free = free[np.lexsort((ids[free], component[free]))]
     component, which, ids = component[free], which[free], ids[free]
     _, start, inverse = np.unique(component, return_index=True, return_inverse=True)
-    # Powers count from the first axis met, and are whole numbers where that is possible (a square root feeds nothing else).
+    # Powers count from the first axis met, and the smallest is 1: whole numbers wherever that is possible.
     weight = solution.weight[ids] / solution.weight[ids][start][inverse]
     least = np.full(len(start), 1.0)
     np.minimum.at(least, inverse, np.abs(weight))
     keys = np.array([f.keyed for f in families], dtype=np.int64)[which]
-    one_key = np.minimum.reduceat(keys, start) == np.maximum.reduceat(keys, start) if len(start) else np.zeros(0, np.bool_)
+    one_key = (
+        np.minimum.reduceat(keys, start) == np.maximum.reduceat(keys, start) if len(start) else np.zeros(0, np.bool_)
+    )
     mixed = np.isin(component, solution.component[analysis.variables.mixed()])
     starts = np.array([f.start for f in families], dtype=np.int64)[which]
     return _Members(component, which, ids - starts, weight / least[inverse], (keys != 0) & one_key[inverse] & ~mixed)
@@ -105,7 +108,9 @@ def _in_order_of_appearance(family: Ints, signature: Ints) -> list[Bools]:
 
 
 def _select(members: _Members, chosen: Bools) -> _Members:
-    return _Members(*(getattr(members, name)[chosen] for name in ("component", "family", "position", "weight", "keyed")))
+    return _Members(
+        *(getattr(members, name)[chosen] for name in ("component", "family", "position", "weight", "keyed"))
+    )
 
 
 def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Members) -> SmoothingGroup | None:
@@ -121,7 +126,14 @@ def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Member
     for index in np.unique(members.family):
         for power in sorted(set(members.weight[members.family == index].tolist()), reverse=True):
             here = (members.family == index) & (members.weight == power)
-            slot = slot_of(families[index], members.position[here], channel[here], len(component), bool(members.keyed[here][0]), abs(round(power)))
+            slot = slot_of(
+                families[index],
+                members.position[here],
+                channel[here],
+                len(component),
+                bool(members.keyed[here][0]),
+                abs(round(power)),
+            )
             (sources if power > 0 else targets).append(slot)
     if not sources or not targets:
         return None
@@ -133,13 +145,19 @@ def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Member
         kind = SmoothingKind.NORM_LINEAR if roles == {"leaf"} else SmoothingKind.LINEAR_LINEAR
     stack = matrices(families[int(members.family.min())]) if members.keyed[0] else 1
     return SmoothingGroup(
-        name=group_name(sources, targets), kind=kind, channels=len(component) * stack, sources=tuple(sources), targets=tuple(targets)
+        name=group_name(sources, targets),
+        kind=kind,
+        channels=len(component) * stack,
+        sources=tuple(sources),
+        targets=tuple(targets),
     )
 
 
 def matrices(family: Family) -> int:
     """How many matrices are stacked in the family's parameter."""
-    return int(np.prod(family.full_shape[: family.dim])) if family.role == "leaf" else int(np.prod(family.full_shape[:-2]))
+    return (
+        int(np.prod(family.full_shape[: family.dim])) if family.role == "leaf" else int(np.prod(family.full_shape[:-2]))
+    )
 
 
 def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed: bool, power: int) -> Slot:
@@ -170,7 +188,7 @@ def group_name(sources: Sequence[Slot], targets: Sequence[Slot]) -> str:
 
 
 def module_of(path: str) -> str:
-    """The module that a person means by a parameter: ``…q_proj`` for ``…q_proj.weight``, the parameter itself otherwise."""
+    """The module that a person means by a parameter: ``q_proj`` for ``q_proj.weight``; else the parameter itself."""
     head, _, leaf = path.rpartition(".")
     return head if leaf in ("weight", "bias") and head else path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -178,41 +179,45 @@ class Variables:
         ``keep`` marks, per variable, the rows of linears: where a product has two free factors one of them must be
         given up, and a lone parameter vector (a gain) is given up before the row of a linear is.
         """
-        left, right = _concat(self._left, np.int64), _concat(self._right, np.int64)
-        ratio, order = _concat(self._ratio, np.float64), _concat(self._order, np.int64)
-        products = [np.concatenate([p[i] for p in self._products]) for i in range(3)] if self._products else [np.zeros(0, np.int64)] * 3
-        product_order = np.concatenate([np.full(len(p[0]), p[3]) for p in self._products]) if self._products else np.zeros(0, np.int64)
+        equations = Equations(
+            _ints(self._left), _ints(self._right), np.concatenate([np.zeros(0), *self._ratio]), _ints(self._order)
+        )
+        z, x, y = (
+            _ints([p[0] for p in self._products]),
+            _ints([p[1] for p in self._products]),
+            _ints([p[2] for p in self._products]),
+        )
+        order = _ints([np.full(len(product[0]), product[3], dtype=np.int64) for product in self._products])
         while True:
-            solution = _components(self, left, right, ratio, order)
-            if not len(product_order):
+            solution = _components(self, equations)
+            if not len(order):
                 return solution
-            z, x, y = products
-            fixed = solution.fixed
-            extra: list[tuple[Ints, Ints, float, Ints]] = []
             done = np.zeros(len(z), dtype=np.bool_)
+            found: list[Equations] = []
             for known, one, other, factor in ((x, z, y, 1.0), (y, z, x, 1.0), (z, x, y, -1.0)):
-                hit = fixed[known] & ~done
-                extra.append((one[hit], other[hit], factor, product_order[hit]))
+                hit = solution.fixed[known] & ~done
+                found.append(_equations(one[hit], other[hit], factor, order[hit]))
                 done |= hit
             same = ~done & (solution.component[x] == solution.component[y])
             done |= same
-            for power in np.unique(solution.weight[y[same]] / solution.weight[x[same]]):
-                hit = same & (solution.weight[y] == power * solution.weight[x])
-                extra.append((z[hit], x[hit], 1.0 + float(power), product_order[hit]))
+            share = solution.weight[y] / solution.weight[x]  # log y = share * log x, so log z = (1 + share) log x
+            for value in np.unique(share[same]):
+                hit = same & (share == value)
+                found.append(_equations(z[hit], x[hit], 1.0 + float(value), order[hit]))
             if not done.any():
-                first = product_order == product_order.min()
-                lone = ~_component_any(solution.component, keep)
-                give_up = np.where(lone[y[first]] & ~lone[x[first]], y[first], x[first])
-                at = int(product_order.min())
-                label = self.fixed(Reason("it is multiplied by another scaled tensor", "aten.mul", "", at))
-                fixed_ids = np.full(len(give_up), label, dtype=np.int64)
-                extra.append((give_up, fixed_ids, 1.0, product_order[first]))
-            for a, b, factor, where in extra:
-                if len(a):
-                    left, right = np.concatenate([left, a]), np.concatenate([right, b])
-                    ratio, order = np.concatenate([ratio, np.full(len(a), factor)]), np.concatenate([order, where])
-            products = [p[~done] for p in products]
-            product_order = product_order[~done]
+                found.append(self._give_up(x, y, order, solution, keep))
+            equations = Equations(*(np.concatenate(parts) for parts in zip(equations, *found, strict=True)))
+            z, x, y, order = z[~done], x[~done], y[~done], order[~done]
+
+    def _give_up(self, x: Ints, y: Ints, order: Ints, solution: Solution, keep: Bools) -> Equations:
+        """Fix one factor of the earliest products whose factors are both free."""
+        first = order == order.min()
+        held = np.zeros(int(solution.component.max()) + 1, dtype=np.bool_)
+        held[solution.component[: len(keep)][keep]] = True
+        x_held, y_held = held[solution.component[x[first]]], held[solution.component[y[first]]]
+        chosen = np.where(x_held & ~y_held, y[first], x[first])
+        reason = Reason("it is multiplied by another scaled tensor, which keeps the scale", "mul", "", int(order.min()))
+        return _equations(chosen, np.full(len(chosen), self.fixed(reason)), 1.0, order[first])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +234,26 @@ class Solution:
     reason: Ints
 
 
-def _components(variables: Variables, left: Ints, right: Ints, ratio: Floats, order: Ints) -> Solution:
+class Equations(NamedTuple):
+    """``left = ratio * right`` in log-scales, demanded by the operator at position ``order``: aligned arrays."""
+
+    left: Ints
+    right: Ints
+    ratio: Floats
+    order: Ints
+
+
+def _equations(left: Ints, right: Ints, ratio: float, order: Ints) -> Equations:
+    return Equations(left, right, np.full(len(left), ratio), order)
+
+
+def _ints(parts: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def _components(variables: Variables, equations: Equations) -> Solution:
     count = variables.count
+    left, right, ratio, order = equations
     plain = ratio == 1.0
     coarse = _connected(count, left[plain], right[plain])
     parts = int(coarse.max()) + 1
@@ -260,18 +283,8 @@ def _components(variables: Variables, left: Ints, right: Ints, ratio: Floats, or
 
 def _connected(count: int, left: Ints, right: Ints) -> Ints:
     graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
-
-
-def _component_any(component: Ints, flags: Bools) -> Bools:
-    """Per variable: does its component hold a flagged variable?"""
-    hit = np.zeros(int(component.max()) + 1, dtype=np.bool_)
-    hit[component[: len(flags)][flags]] = True
-    return hit[component]
-
-
-def _concat(parts: list[npt.NDArray[np.generic]], dtype: type) -> npt.NDArray[np.generic]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+    labels: Ints = connected_components(graph, directed=False)[1].astype(np.int64)
+    return labels
 
 
 def _unique_pairs(left: Tensor, right: Tensor) -> tuple[Ints, Ints]:

@@ -1,0 +1,259 @@
+"""What an activation carries through the rotation analysis, and the state of that analysis.
+
+An activation that may be rotated is a :class:`Vector`. Each element carries the label of its *coordinate* (the variable
+of the weight row that made it; equal coordinates are merged as scales are) and of its *instance* (the token or the
+token of a head that it belongs to). A rotation mixes the coordinates of one instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autoquant.analyzer.families import Families, Param
+from autoquant.analyzer.interpret import Known, Site, Unknown, Value
+from autoquant.analyzer.operators import NO_RULE
+from autoquant.analyzer.variables import ZERO, Ints, Reason, Variables
+from autoquant.config import Norm
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """Labels of an activation, int64 tensors of its shape."""
+
+    coordinates: Tensor
+    instances: Tensor
+    gain: Norm | None = None
+    gain_index: Tensor | None = None
+    """Position on the norm's weight, where a gain is pending."""
+    table: str | None = None
+    """The embedding table that alone made it: a norm applied now can be folded into the table."""
+    centred: bool = False
+    """The mean was subtracted: behind a LayerNorm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    """The squares of a vector's elements: only their sum over whole blocks is unchanged by a rotation."""
+
+    of: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of a vector's elements: only subtracting it makes sense, and needs centred writers."""
+
+    of: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """A parameter, or one plus a parameter."""
+
+    param: Param
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A linear that reads a vector."""
+
+    site: Site
+    weight: str
+    bias: str | None
+    dim: int
+    gain: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Coordinates with different keys cannot be mixed."""
+
+    labels: Ints
+    keys: Ints
+    reason: Reason
+    centre: bool = False
+
+
+@dataclass(slots=True)
+class RotationAnalysis:
+    """Coordinates, the splits between them, and who reads them."""
+
+    variables: Variables = field(default_factory=Variables)
+    families: Families = field(init=False)
+    splits: list[Split] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    folded: dict[str, Norm] = field(default_factory=dict)
+    values: list[tuple[Site, Tensor]] = field(default_factory=list)
+    """Attention sites and the coordinates of their values."""
+
+    def __post_init__(self) -> None:
+        self.families = Families(self.variables)
+
+    def end(self, site: Site, values: Sequence[Value], text: str) -> Value:
+        """No rotation gets past this operator."""
+        reason = site.because(text)
+        for value in values:
+            vector = value.of if isinstance(value, (Square, Mean)) else value
+            if isinstance(vector, Vector):
+                self.variables.fix(vector.coordinates, reason)
+            param = value.param if isinstance(value, Gain) else value
+            if isinstance(param, Param):
+                self.families.other_use(param, reason)
+        return self.unknown(site)
+
+    def unknown(self, site: Site) -> Value:
+        made = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+        return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0] if made else None
+
+    def no_rule(self, site: Site, values: Sequence[Value]) -> Value:
+        return self.end(site, values, NO_RULE)
+
+    def crossing(self, site: Site) -> Value:
+        return Unknown(site.shape, site.outputs[0].dtype)
+
+    def finish(self, site: Site, values: Sequence[Value]) -> None:
+        self.end(site, values, "it is an output of the model")
+
+    def split(self, vector: Vector, keys: Tensor, reason: Reason, centre: bool = False) -> None:
+        """Coordinates may be mixed only if they see the same keys, instance by instance."""
+        flat = vector.coordinates.reshape(-1).numpy()
+        code = _mix(
+            vector.instances.reshape(-1).numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            + keys.reshape(-1).numpy().astype(np.uint64)
+        )
+        real = flat != ZERO
+        labels, inverse = np.unique(flat[real], return_inverse=True)
+        sums = np.zeros(len(labels), dtype=np.uint64)
+        np.add.at(sums, inverse, code[real])
+        self.splits.append(Split(labels, sums.view(np.int64), reason, centre))
+
+    # --- data movement ------------------------------------------------------------------------------------------
+
+    def move(
+        self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
+    ) -> Value:
+        first = args[0]
+        if isinstance(first, (tuple, list)):
+            return self._join(site, function, args, kwargs)
+        if (
+            isinstance(first, Param)
+            and site.operator == "index"
+            and _is_table(first)
+            and isinstance(args[1][0], Unknown)
+        ):
+            # A bias or an embedding per expert: whichever row the data choose, its columns write into the space.
+            labels = self.families.axis(first, 1, "row", site.because("it is a table"), stacked=False)
+            labels = labels.expand(site.shape)
+            return Vector(labels, fresh_instances(labels))
+        if not isinstance(first, Vector):
+            return self.end(site, [first, *args[1:]], NO_RULE)
+        if site.operator == "index" and any(isinstance(i, Unknown) for i in args[1]):
+            return self._pick(site, first, list(args[1]))
+        if site.operator == "index_select" and isinstance(args[2], Unknown):
+            return self._pick(site, first, [None] * (int(args[1]) % first.coordinates.ndim) + [args[2]])
+        rest = [_plain(arg) for arg in args[1:]]
+        if any(isinstance(arg, (Unknown, Vector, Square, Mean, Param)) for arg in rest):
+            return self.end(site, [first], "it is rearranged by the data")
+        if site.operator in ("constant_pad_nd", "pad"):
+            if len(rest) > 1 and rest[-1] not in (0, 0.0, None, "constant"):
+                return self.end(site, [first], "it is padded with a constant")
+            rest = rest[:1]
+        return apply(first, lambda labels: function(labels, *rest, **kwargs))
+
+    def _join(
+        self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
+    ) -> Value:
+        parts = [p for p in args[0] if 0 not in shape_of(p)]
+        rest = [_plain(arg) for arg in args[1:]]
+        if not all(isinstance(p, Vector) and p.gain is None for p in parts):
+            return self.end(site, parts, "it is joined with something else")
+        offset = 0
+        instances = []
+        for part in parts:  # instances of different parts are different, unless the parts come from one vector
+            instances.append(part.instances if site.operator in ("cat", "concat") else part.instances + offset)
+            offset += int(part.instances.max()) + 1
+        return Vector(function([p.coordinates for p in parts], *rest, **kwargs), function(instances, *rest, **kwargs))
+
+    def _pick(self, site: Site, vector: Vector, indices: list[Value]) -> Value:
+        """Rows chosen by data: whole instances, as long as no coordinate axis is indexed."""
+        dims = [d for d, i in enumerate(indices) if i is not None]
+        if vector.gain_index is not None:
+            moved = self._pick(site, replace(vector, gain=None, gain_index=None), indices)
+            index = _index_any(vector.gain_index, indices)
+            return replace(moved, gain=vector.gain, gain_index=index) if isinstance(moved, Vector) else moved
+        if any(varies(vector.coordinates, d) for d in dims):
+            return self.end(site, [vector], "its channels are chosen by the data")
+        coordinates = _index_any(vector.coordinates, indices)
+        return Vector(coordinates, fresh_instances(coordinates), centred=vector.centred)
+
+
+def fresh_instances(coordinates: Tensor) -> Tensor:
+    """A new instance for every position of the axes along which the coordinates do not change."""
+    shape = [1 if varies(coordinates, d) else size for d, size in enumerate(coordinates.shape)]
+    return torch.arange(int(np.prod(shape))).view(shape).expand(coordinates.shape)
+
+
+def varies(labels: Tensor, dim: int) -> bool:
+    """Do the labels change along ``dim``?"""
+    return labels.shape[dim] > 1 and bool((labels != labels.narrow(dim, 0, 1)).any())
+
+
+def _index_any(labels: Tensor, indices: Sequence[Value]) -> Tensor:
+    """Index where the labels do not depend on the index."""
+    chosen = [
+        None if i is None else i.value if isinstance(i, Known) else torch.zeros(i.shape, dtype=torch.int64)
+        for i in indices
+    ]
+    indexed: Tensor = torch.ops.aten.index.Tensor(labels, chosen)
+    return indexed
+
+
+def _plain(value: Value) -> Value:
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value.value if isinstance(value, Known) else value
+
+
+def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
+    """Move all labels of a vector alike; a movement with several results gives a tuple of vectors."""
+    coordinates, instances = move(vector.coordinates), move(vector.instances)
+    index = None if vector.gain_index is None else move(vector.gain_index)
+    if isinstance(coordinates, (tuple, list)):
+        parts = index if index is not None else [None] * len(coordinates)
+        return tuple(
+            Vector(c, i, vector.gain, g, None, vector.centred)
+            for c, i, g in zip(coordinates, instances, parts, strict=True)
+        )
+    whole = coordinates.shape == vector.coordinates.shape
+    return Vector(coordinates, instances, vector.gain, index, vector.table if whole else None, vector.centred)
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64: sums of mixed values are equal for equal multisets only, up to collisions of probability 2**-64."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+        return mixed
+
+
+def coordinates_of(value: Vector | Square | Mean) -> Tensor:
+    """The coordinates, of squares and means too."""
+    return value.coordinates if isinstance(value, Vector) else value.of.coordinates
+
+
+def shape_of(value: Value) -> tuple[int, ...]:
+    """Shape of any argument that has one, else ``()``."""
+    if isinstance(value, (Vector, Square, Mean)):
+        return tuple(coordinates_of(value).shape)
+    return tuple(value.value.shape) if isinstance(value, Known) else tuple(getattr(value, "shape", ()))
+
+
+def _is_table(param: Param) -> bool:
+    return len(param.full_shape) == 2 and not param.views
