@@ -337,3 +337,10 @@ def test_a_type_whose_defaults_are_refused_by_its_own_checks(monkeypatch: pytest
         AutoQuantError, match=r"^contrary: has no valid default configuration: ValueError: widths differ$"
     ):
         resolve("contrary")
+
+
+def test_a_configuration_of_several_language_models_is_one_clear_line() -> None:
+    with pytest.raises(
+        AutoQuantError, match=r"^a configuration of type 'musicgen': ValueError: Multiple valid text configs"
+    ):
+        build_meta(resolve("musicgen"))

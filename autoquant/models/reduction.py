@@ -30,6 +30,7 @@ from autoquant.models.source import (
     one_line,
     quiet,
     standard_field,
+    text_config,
 )
 
 _VOCABULARY = 128
@@ -48,6 +49,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"per_tok$|moe_k$|moe_topk|top_k"), 2),
     (re.compile(r"topk_group"), 2),
     (re.compile(r"n_group$|expert_group"), 4),
+    (re.compile(r"n_groups$"), 2),
     (re.compile(r"experts?$|num_experts|expert_num"), 8),
     (re.compile(r"state"), 8),
     (re.compile(r"chunk_size"), 16),
@@ -158,9 +160,7 @@ def layer_kinds(module: nn.Module, config: Any) -> list[int]:
     """
     count = layer_count(config) or 0
     stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    lists = [
-        value for value in vars(config.get_text_config()).values() if isinstance(value, list) and len(value) == count
-    ]
+    lists = [value for value in vars(text_config(config)).values() if isinstance(value, list) and len(value) == count]
     rows: list[dict[str, Any]] = [
         {f"list {i}": repr(value[layer]) for i, value in enumerate(lists)} for layer in range(count)
     ]
@@ -260,7 +260,7 @@ def _failure(loaded: LoadedModel) -> Exception | None:
 
 def _changed(config: Any, changes: Mapping[str, int]) -> Any:
     config = copy.deepcopy(config)
-    text = config.get_text_config()
+    text = text_config(config)
     for name, value in changes.items():
         setattr(text, name, value)
     for name, value in vars(text).items():
@@ -275,12 +275,12 @@ def parameters(module: nn.Module) -> int:
 
 
 def _vocabulary(config: Any) -> int:
-    return int(config.get_text_config().vocab_size)
+    return int(text_config(config).vocab_size)
 
 
 def _reductions(config: Any) -> dict[str, int]:
     """New values of the text configuration's integer fields, by field name."""
-    config = config.get_text_config()
+    config = text_config(config)
     sizes = {name: value for name, value in vars(config).items() if type(value) is int and value > 1}
     changes: dict[str, int] = {}
     for name, value in sizes.items():

@@ -191,7 +191,7 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+    for part in {id(part): part for part in (config, text_config(config))}.values():
         part.use_cache = False
         if "is_decoder" in vars(part):  # encoder types attend to the left only if told so
             part.is_decoder = True
@@ -219,7 +219,7 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
 
 def limit_layers(config: Any, layers: int) -> None:
     """Cut to the first ``layers`` layers, every per-layer list of the configuration with them."""
-    config = config.get_text_config()
+    config = text_config(config)
     before = layer_count(config)
     if before is None:
         raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r} has no num_hidden_layers")
@@ -230,9 +230,17 @@ def limit_layers(config: Any, layers: int) -> None:
     config.num_hidden_layers = layers
 
 
+def text_config(config: Any) -> Any:
+    """The language model's part of a configuration of several, else the configuration itself."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise AutoQuantError(f"a configuration of type {config.model_type!r}: {one_line(error)}") from error
+
+
 def layer_count(config: Any) -> int | None:
     """Number of layers; None where the configuration does not have it under its standard name."""
-    return standard_field(config.get_text_config(), "num_hidden_layers")
+    return standard_field(text_config(config), "num_hidden_layers")
 
 
 def standard_field(config: Any, name: str) -> int | None:
