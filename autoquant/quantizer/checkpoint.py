@@ -133,7 +133,11 @@ def load_model(model: str | Path, dtype: torch.dtype | None = None, prepare: Pre
 
     if is_quantized(model):
         quantized = load_quantized(model, prepare)
-        return quantized if dtype is None else quantized.to(dtype)
+        for (
+            parameter
+        ) in quantized.parameters():  # and no buffers: rotary frequencies stay float32, as transformers has it
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+        return quantized
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto").eval()
     except (OSError, ValueError, SafetensorError) as error:
