@@ -1,4 +1,4 @@
-"""Every group and space of nine kinds of model leaves the logits alone, in float64; and what must not be done is refused."""
+"""Every group and space of nine kinds of model leaves the logits alone; what must not be done is refused."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_overflow_is_refused() -> None:
     model = build("llama", dtype=torch.float16, **LLAMA)
     config = llama_like(model)
     scales = {key: torch.full_like(s, 1e7) for key, s in scales_for(model, config, only=["v_o"]).items()}
-    with pytest.raises(AutoQuantError, match="v_proj.weight overflows torch.float16 when transformed"):
+    with pytest.raises(AutoQuantError, match=r"v_proj.weight overflows torch.float16 when transformed"):
         apply_(model, config, only=["v_o"], scales=scales)
 
 

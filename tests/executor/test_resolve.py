@@ -1,0 +1,270 @@
+"""Config x model: everything that does not fit is found at once, before anything is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from handmade import LLAMA, build, cols, llama_like, make_config, rows
+from handmade_more import MIXTRAL, mixtral_config
+from torch import nn
+
+from autoquant.config import (
+    Config,
+    IndexMap,
+    Norm,
+    Read,
+    Reader,
+    Slot,
+    SmoothingGroup,
+    SmoothingKind,
+    SmoothingOverride,
+    Space,
+    Writer,
+)
+from autoquant.errors import AutoQuantError
+from autoquant.executor.checker import channel_of_position
+from autoquant.executor.inventory import take_inventory
+from autoquant.executor.resolve import resolve
+from autoquant.executor.resolved import Resolved
+
+
+class TwoLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.second = nn.Linear(6, 3, bias=False)
+
+
+def fc(model: nn.Module, sources: list[Slot], targets: list[Slot], channels: int = 6) -> Config:
+    group = SmoothingGroup(
+        name="pair",
+        kind=SmoothingKind.LINEAR_LINEAR,
+        channels=channels,
+        sources=tuple(sources),
+        targets=tuple(targets),
+    )
+    return make_config(model, [group])
+
+
+FIRST = [rows("first.weight", 6), rows("first.bias", 6)]
+SECOND = [cols("second.weight", 6)]
+
+
+def problems(model: nn.Module, config: Config, **options: Any) -> tuple[str, ...]:
+    with pytest.raises(AutoQuantError) as caught:
+        resolve(config, take_inventory(model), **options)
+    assert "nothing was changed" in caught.value.message
+    return caught.value.details
+
+
+def test_a_fitting_config_resolves_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = TwoLinears()
+    resolved = resolve(fc(model, FIRST, SECOND), take_inventory(model))
+    (group,) = resolved.groups
+    assert [s.name for s in group.sources] == ["first.weight", "first.bias"]
+    assert group.alpha == 0.5 and group.layer is None
+
+
+def slot(path: str, size: int, dim: int = 0, **more: Any) -> Slot:
+    return Slot(path=path, dim=dim, size=size, **more)
+
+
+def strided(start: int, count: int, channel: int = 0, stride: int = 1) -> IndexMap:
+    return IndexMap(start=start, shape=(count,), stride=(stride,), channel_start=channel, channel_stride=(1,))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (slot("frist.weight", 6), "pair: no parameter 'frist.weight'; did you mean 'first.weight'?"),
+        (slot("first.weight", 7), "pair: first.weight: the axis has 6 positions (shape (6, 4)), the config says 7"),
+        (slot("first.weight", 6, dim=2), "pair: first.weight: has no dimension 2, its shape is (6, 4)"),
+        (
+            slot("first.weight", 16, dim=1, stack=4),
+            "pair: first.weight: 4 matrices cannot be stacked along dimension 0 of (6, 4)",
+        ),
+        (
+            slot("first.weight", 6, index=(strided(2, 6),)),
+            "pair: first.weight: index: positions 2 to 7 do not fit the 6 of the axis",
+        ),
+        (
+            slot("first.weight", 6, index=(strided(0, 3), strided(2, 3))),
+            "pair: first.weight: index: a position is named twice",
+        ),
+        (
+            slot("first.weight", 6, index=(strided(0, 3, channel=5),)),
+            "pair: first.weight: channel 7 is beyond the 6 of the group",
+        ),
+        (slot("first.weight", 6, index=()), "pair: first.weight: no position carries a channel"),
+        (
+            slot("first.weight", 6, index=(IndexMap(shape=(3,), stride=(1, 1), channel_stride=(1,)),)),
+            "pair: first.weight: index: shape, stride and channel_stride have different lengths",
+        ),
+    ],
+)
+def test_a_wrong_slot_is_said(wrong: Slot, expected: str) -> None:
+    model = TwoLinears()
+    assert problems(model, fc(model, [wrong], SECOND)) == (expected,)
+
+
+def test_all_problems_come_at_once() -> None:
+    model = TwoLinears()
+    config = fc(model, [slot("first.wieght", 6), slot("first.bias", 5)], [slot("secnd.weight", 6, dim=1)])
+    assert len(problems(model, config)) == 3
+
+
+def test_many_problems_are_cut() -> None:
+    model = TwoLinears()
+    found = problems(model, fc(model, [slot(f"x{i}", 6) for i in range(30)], SECOND))
+    assert len(found) == 21 and found[-1] == "... and 10 more"
+
+
+def test_another_model_is_refused() -> None:
+    model = TwoLinears()
+    config = fc(model, FIRST, SECOND)
+    model.third = nn.Linear(2, 2)
+    assert problems(model, config) == ("the config is for a model of 48 parameters, this one has 54",)
+
+
+def test_narrow_floats_are_refused() -> None:
+    model = TwoLinears()
+    config = fc(model, FIRST, SECOND)
+    model.second.weight = nn.Parameter(model.second.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    (found,) = problems(model, config)
+    assert found.startswith("pair: second.weight is torch.float8_e4m3fn; only float16")
+
+
+def test_unknown_names_in_only() -> None:
+    model = TwoLinears()
+    found = problems(model, fc(model, FIRST, SECOND), only=["pear"])
+    assert found == ("the config has no group or space 'pear'; did you mean 'pair'?",)
+
+
+@pytest.mark.parametrize("options", [{"smooth": "none"}, {"only": []}])
+def test_doing_nothing_is_an_error(options: dict[str, Any]) -> None:
+    model = TwoLinears()
+    with pytest.raises(AutoQuantError, match="nothing to do"):
+        resolve(fc(model, FIRST, SECOND), take_inventory(model), **options)
+
+
+def space(**changes: Any) -> Space:
+    made = Space(
+        name="middle",
+        kind="other",
+        size=6,
+        writers=(Writer(path="first.weight", size=6), Writer(path="first.bias", size=6)),
+        reads=(Read(readers=(Reader(path="second.weight", dim=1, size=6),)),),
+    )
+    return made.model_copy(update=changes)
+
+
+def test_a_position_in_two_spaces_is_refused() -> None:
+    model = TwoLinears()
+    config = make_config(model, (), (space(), space(name="again")))
+    assert problems(model, config)[0] == "again: first.weight: the same positions of dimension 0 are already in middle"
+
+
+def test_a_part_of_a_block_is_refused() -> None:
+    model = TwoLinears()
+    reads = (Read(readers=(Reader(path="second.weight", dim=1, size=6, index=(strided(0, 5),)),)),)
+    found = problems(model, make_config(model, (), (space(reads=reads),)))
+    assert found == ("middle: second.weight: holds a part of block 0 only (channel 5 is short)",)
+
+
+def test_centring_without_a_layer_norm_is_refused() -> None:
+    model = TwoLinears()
+    (found,) = problems(model, make_config(model, (), (space(centre=True),)))
+    assert found == "middle: centre: second.weight reads the space without a LayerNorm, centring would change it"
+
+
+def test_a_bias_of_another_shape_is_refused() -> None:
+    model = TwoLinears()
+    reads = (Read(readers=(Reader(path="second.weight", dim=1, size=6, bias="first.bias"),)),)
+    (found,) = problems(model, make_config(model, (), (space(reads=reads),)))
+    assert found == "middle: first.bias: shape (6,) does not fit the linear's (3,)"
+
+
+def test_a_norm_in_two_reads_is_refused() -> None:
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    residual = config.rotation.spaces[0]
+    first = residual.reads[0]
+    split = tuple(Read(norm=first.norm, readers=(r,)) for r in first.readers)
+    changed = residual.model_copy(update={"reads": split + residual.reads[1:]})
+    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"spaces": (changed,)})})
+    found = problems(model, config, smooth="none")
+    assert "input_layernorm.weight: stands in two reads (residual); all its readers belong in one" in found[0]
+
+
+def test_a_norm_of_another_size_is_refused() -> None:
+    model = TwoLinears()
+    model.norm = nn.LayerNorm(5)
+    reads = (Read(norm=Norm(kind="layer", weight="norm.weight"), readers=space().reads[0].readers),)
+    (found,) = problems(model, make_config(model, (), (space(reads=reads),)))
+    assert found == "middle: norm.weight: shape (5,), but the space has 6 channels"
+
+
+def test_layers_missing_for_a_template_are_said() -> None:
+    model = TwoLinears()
+    writers = (Writer(path="layers.{layer}.weight", size=6),)
+    found = problems(model, make_config(model, (), (space(writers=writers),)))
+    assert found == ("middle: layers.{layer}.weight: no layers are given for '{layer}'",)
+
+
+# What is selected.
+
+
+def resolved_llama(update: dict[str, Any] | None = None, **options: Any) -> Resolved:
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    if update:
+        groups = tuple(g.model_copy(update=update) if g.name == "v_o" else g for g in config.smoothing.groups)
+        config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
+    return resolve(config, take_inventory(model), **options)
+
+
+def names(resolved: Resolved) -> list[tuple[str, int | None]]:
+    return [(g.name, g.layer) for g in resolved.groups]
+
+
+def test_norms_that_a_rotation_folded_are_not_smoothed() -> None:
+    assert names(resolved_llama()) == [("v_o", 0), ("v_o", 1), ("up_down", 0), ("up_down", 1)]
+    assert len(names(resolved_llama(rotate=False))) == 8
+    assert len(names(resolved_llama(rotate=False, smooth="fc_fc"))) == 4
+    assert names(resolved_llama(smooth="none")) == []
+
+
+def test_query_key_groups_are_off_unless_enabled() -> None:
+    assert ("v_o", 0) not in names(resolved_llama({"kind": SmoothingKind.QUERY_KEY}))
+    assert ("v_o", 0) in names(resolved_llama({"kind": SmoothingKind.QUERY_KEY, "enable": True}))
+
+
+def test_overrides_choose_layers_and_alpha() -> None:
+    overrides = (SmoothingOverride(layers="1", enable=False), SmoothingOverride(layers="0", alpha=0.85))
+    resolved = resolved_llama({"overrides": overrides, "alpha": 0.3})
+    assert [(g.layer, g.alpha) for g in resolved.groups if g.name == "v_o"] == [(0, 0.85)]
+
+
+def test_one_residual_space_and_heads_per_layer() -> None:
+    spaces = resolved_llama().spaces
+    assert [(s.name, s.layer) for s in spaces] == [("residual", None), ("heads", 0), ("heads", 1)]
+    assert len({seed for s in spaces for seed in s.seeds}) == 1 + 2 * 2
+    residual = spaces[0]
+    assert len(residual.writers) == 1 + 2 * 2 and len(residual.reads) == 2 * 2 + 1
+
+
+def test_experts_that_are_alike_need_no_stack() -> None:
+    model = build("mixtral", **MIXTRAL)
+    resolved = resolve(mixtral_config(model), take_inventory(model))
+    axis = next(r.axis for read in resolved.spaces[0].reads for r in read.readers if "gate_up" in r.name)
+    assert axis.stack is None and axis.dim == 2 and len(axis.channels) == 24
+
+
+def test_channels_of_a_grouped_query_projection() -> None:
+    index = (IndexMap(shape=(2, 2, 3), stride=(6, 3, 1), channel_stride=(3, 0, 1)),)
+    found = channel_of_position(Slot(path="o", dim=1, size=12, index=index))
+    assert not isinstance(found, str)
+    assert found.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
