@@ -260,6 +260,8 @@ def test_every_kind_of_layer_stays() -> None:
     assert layer_kinds(model.module, model.config) == [0, 0, 0, 3]
     model = build_meta(resolve("gemma2", layers=4))
     assert layer_kinds(model.module, model.config) == [0, 1, 0, 1]
+    model = build_meta(resolve("qwen3_next", layers=8))  # every fourth layer attends, and numbers itself
+    assert layer_kinds(model.module, model.config) == [0, 0, 0, 3, 0, 0, 0, 3]
 
 
 def test_what_cannot_be_reduced_keeps_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,11 +156,13 @@ def layer_kinds(module: nn.Module, config: Any) -> list[int]:
     """The kind of each repeated layer, as the index of the first layer like it.
 
     Two layers are alike if their modules, parameter shapes and plain attributes are, and the entries of every
-    per-layer list of ``config``. An attribute that differs in all layers is their number, or derived from it.
+    per-layer list of ``config``. Attributes that number the layers do not count.
     """
     count = layer_count(config) or 0
     stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    lists = [value for value in vars(text_config(config)).values() if isinstance(value, list) and len(value) == count]
+    lists = [
+        value for value in vars(text_config(config)).values() if isinstance(value, list | tuple) and len(value) == count
+    ]
     rows: list[dict[str, Any]] = [
         {f"list {i}": repr(value[layer]) for i, value in enumerate(lists)} for layer in range(count)
     ]
@@ -168,12 +170,20 @@ def layer_kinds(module: nn.Module, config: Any) -> list[int]:
         for layer, part in enumerate(stack):
             rows[layer].update({f"{number} {key}": value for key, value in _attributes(part)})
     keys = {key for row in rows for key in row}
-    numbering = {key for key in keys if count > 2 and len({row.get(key) for row in rows}) == count}
+    held = {key: [(layer, row[key]) for layer, row in enumerate(rows) if key in row] for key in keys}
+    numbering = {key for key, values in held.items() if _numbers(values)}
     first: dict[Any, int] = {}
     return [
         first.setdefault(frozenset((key, value) for key, value in row.items() if key not in numbering), layer)
         for layer, row in enumerate(rows)
     ]
+
+
+def _numbers(values: Sequence[tuple[int, Any]]) -> bool:
+    """Whether an attribute is the number of the layer that has it, or differs in all of them and so derives from it."""
+    return all(type(value) is int and value == layer for layer, value in values) or (
+        len(values) > 2 and len({value for _, value in values}) == len(values)
+    )
 
 
 def _attributes(layer: nn.Module) -> Iterator[tuple[str, Any]]:

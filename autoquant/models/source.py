@@ -227,7 +227,10 @@ def limit_layers(config: Any, layers: int) -> None:
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == before and key != "architectures":
             setattr(config, key, value[:layers])
-    config.num_hidden_layers = layers
+    try:
+        config.num_hidden_layers = layers
+    except NotImplementedError as error:
+        raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r}: {one_line(error)}") from error
 
 
 def text_config(config: Any) -> Any:
