@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.families import Factors, Param
-from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
+from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value, operator_name
 from autoquant.analyzer.operators import NO_RULE
 from autoquant.analyzer.rotation_analysis import (
     Gain,
@@ -73,13 +73,10 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             gain = x.gain or y.gain
             name = gain.weight if gain else None
             return a.end(site, [x, y], f"{name} is applied to it before it is added: it cannot be folded into a linear")
-        if tuple(x.coordinates.shape) != tuple(y.coordinates.shape):
-            return a.end(site, [x, y], "it is added with broadcasting")
-        one, other = x.instances.reshape(-1), y.instances.reshape(-1)
-        together = torch.unique(one * (int(other.max()) + 1) + other).numel()
-        if together != torch.unique(one).numel() or together != torch.unique(other).numel():
-            return a.end(site, [x, y], "vectors of different tokens are added")
-        return Vector(v.merge(x.coordinates, y.coordinates, site.order), x.instances)
+        coordinates = v.merge(x.coordinates, y.coordinates, site.order).contiguous()
+        one, other = torch.broadcast_tensors(x.instances, y.instances)
+        pairs = (one * (int(other.max()) + 1) + other).reshape(-1)  # whatever tokens meet, meet in one instance
+        return Vector(coordinates, torch.unique(pairs, return_inverse=True)[1].view(site.shape))
 
     def added_parameter(site: Site, vector: Value, param: Param) -> Value:
         """A bias or a table of positions: it writes into the space too."""
@@ -123,11 +120,9 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
 
     def scaled(site: Site, vector: Vector, factor: Value) -> Value:
         if scalar(factor) is not None:
-            return (
-                vector
-                if vector.gain is None or vector.gain.bias is None
-                else a.end(site, [vector], "a norm's bias is scaled")
-            )
+            if vector.gain is not None and vector.gain.bias is not None:
+                return a.end(site, [vector], "a norm's bias is scaled")
+            return replace(vector, table=None)  # a norm's epsilon is not scaled with the table
         shape = shape_of(factor)
         if vector.gain is not None and vector.gain.bias is not None:
             return a.end(site, [vector], "a norm's bias is scaled")
@@ -215,13 +210,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
                 a.families.other_use(param, site.because("it belongs to a norm"), "gain0")
         names = [None if param is None else param.name for param in (weight, bias)]
         found = Norm(kind="layer" if layer else "rms", weight=names[0], bias=names[1], offset=0, eps=eps)
-        source = site.node.args[0]
-        if (
-            x.table is not None
-            and isinstance(source, torch.fx.Node)
-            and len(source.users) == 1
-            and x.table not in a.folded
-        ):
+        if x.table is not None and x.table not in a.folded and _read_nowhere_else(site.node.args[0]):
             a.folded[x.table] = found  # of the token alone: the table can hold the result
             return replace(x, table=None)
         if layer:

@@ -119,6 +119,8 @@ class ScaleAnalysis:
         """Run the operator on the labels; indices that depend on the data could pick any row."""
         if site.operator in ("index", "index_select", "gather", "take_along_dim") and not isinstance(args[-1], Known):
             return self._pick(site, args, function)
+        if site.operator == "pad" and any(isinstance(arg, str) and arg != "constant" for arg in args):
+            return self.block(site, [args[0]], "it is padded with its own elements")
         moved = function(*_to_labels(self, site, args), **kwargs)
         results = moved if isinstance(moved, (tuple, list)) else (moved,)
         if self.variables.tagged and not self._keeps_rows(site, function, args, kwargs):
@@ -214,7 +216,8 @@ def _to_labels(analysis: ScaleAnalysis, site: Site, args: tuple[Value, ...]) -> 
     rest = [_index(v) for v in args[1:]]
     if site.operator in ("constant_pad_nd", "pad"):
         fill = rest[-1] if len(rest) > 1 and isinstance(rest[-1], (int, float)) else 0
-        return [data, rest[0], ZERO if fill == 0 else ONE]
+        mode = ["constant"] if site.operator == "pad" else []
+        return [data, rest[0], *mode, ZERO if fill == 0 else ONE]
     return [data, *rest]
 
 
