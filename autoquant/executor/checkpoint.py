@@ -219,7 +219,14 @@ def _apply_loaded(
 
     for name in shards.entries:
         check_finite(name, shards.read(name))
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AutoQuantError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    model, info = loaded
+    if absent := sorted({*info["missing_keys"], *info["mismatched_keys"]}):
+        raise AutoQuantError(f"{source}: {absent[0]} is missing or of another shape")
+    model.eval()
     if dtype is not None:  # widened before the folding, narrowed after it
         model.to(torch.promote_types(model.dtype, dtype))
     plan = make_plan(resolved, take_inventory(model), model.get_parameter, scales)

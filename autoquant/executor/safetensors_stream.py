@@ -47,21 +47,25 @@ def open_shards(folder: Path) -> Shards:
     """
     if (folder / INDEX).is_file():
         try:
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            weight_map: dict[str, str] = dict(json.loads((folder / INDEX).read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise AutoQuantError(f"{folder / INDEX}: not an index of shards ({error})") from error
         files = list(dict.fromkeys(weight_map.values()))
     elif (folder / SINGLE).is_file():
-        files = [SINGLE]
+        files, weight_map = [SINGLE], {}
     else:
         raise AutoQuantError(f"{folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints can be read")
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in files:
+        if Path(file).name != file:
+            raise AutoQuantError(f"{folder / INDEX}: names a shard outside of the folder: {file}")
         if not (folder / file).is_file():
             raise AutoQuantError(f"{folder / file}: shard is missing")
         for name, entry in _read_header(folder, file, metadata).items():
             entries[name] = entry
+    if absent := [name for name in weight_map if name not in entries]:
+        raise AutoQuantError(f"{folder / weight_map[absent[0]]}: lacks the tensor {absent[0]} that the index names")
     return Shards(folder, tuple(files), entries, metadata)
 
 
