@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +101,11 @@ def command(
                 found = _calibrate(rotated, resolved, ids, sequences, length, seed or 0, advance)
         if save_maxima is not None:
             _write_maxima(save_maxima, found)
-        scales = group_scales(resolved, found, rotated.get_parameter, alpha)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scales = group_scales(resolved, found, rotated.get_parameter, alpha)
+        for warning in caught:
+            click.echo(f"warning: {warning.message}", err=True)
         del rotated
     options = {
         "rotate": rotate,
