@@ -346,3 +346,12 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         for name in names:
             table[name] = rule
     return table
+
+
+def _read_nowhere_else(node: object) -> bool:
+    """Does what the embedding looked up go here only, through any number of casts?"""
+    while isinstance(node, torch.fx.Node) and len(node.users) == 1:
+        if operator_name(node) == "embedding":
+            return True
+        node = node.args[0]
+    return False
