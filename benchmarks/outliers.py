@@ -82,7 +82,9 @@ def outlier_scales(
         count = max(1, round(profile.share * group.channels))
         chosen = order[group.channels][:count]
         multiples = top * 3.0 ** -torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([top])
-        wanted = multiples.double() * maximum.median()
+        # The median as it will be: the outliers will all lie above it.
+        median = maximum.index_fill(0, chosen, torch.inf).median()
+        wanted = multiples.double() * median
         s = torch.ones(group.channels, dtype=torch.float64)
         s[chosen] = torch.where(maximum[chosen] > 0, (wanted / maximum[chosen]).clamp_min(1.0), 1.0)
         scales[group.name, group.layer] = s
