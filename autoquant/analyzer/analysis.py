@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from autoquant.analyzer.capture import Captured
+from autoquant.analyzer.capture import Captured, module_path
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.inventory import linears
-from autoquant.analyzer.operators import NO_RULE, operator_name
+from autoquant.analyzer.operators import CASTS, MOVEMENT, NO_RULE, operator_name
 from autoquant.analyzer.rotations import Rotations, analyse_rotations
 from autoquant.analyzer.scale_analysis import Use
 from autoquant.analyzer.scales import Scales, analyse_scales, module_of
@@ -154,11 +155,25 @@ def _online(scales: Scales, rotations: Rotations, found: tuple[Linear, ...]) -> 
             online[Online(kind="R3", path=scores.site.at, size=scores.head_size)] = None
     reached = {reader.path for space in rotations.spaces for read in space.reads for reader in read.readers}
     products = {use.weight: use for use in reversed(scales.analysis.uses)}
+    mixed = _busy_modules(scales)
     for linear in found:
-        if linear.role == "linear" and linear.weight not in reached and linear.in_features > 1:
-            kind = "R4" if _follows_product(products[linear.weight]) else "input"
-            online[Online(kind=kind, path=linear.path, size=linear.in_features)] = None  # type: ignore[arg-type]  # one of two literals
+        alone = linear.stack is None and products[linear.weight].site.at == linear.path not in mixed
+        if alone and linear.role == "linear" and linear.weight not in reached and linear.in_features > 1:
+            kind: Literal["R4", "input"] = "R4" if _follows_product(products[linear.weight]) else "input"
+            online[Online(kind=kind, path=linear.path, size=linear.in_features)] = None
     return tuple(online)
+
+
+def _busy_modules(scales: Scales) -> set[str]:
+    """Modules that do more than one product: their input is not that of a linear alone."""
+    work: dict[str, int] = {}
+    for node in scales.walk.values:
+        if node.op == "call_function" and operator_name(node) not in MOVEMENT | CASTS:
+            work[module_path(node)] = work.get(module_path(node), 0) + 1
+    calls: dict[str, int] = {}
+    for use in scales.analysis.uses:
+        calls[use.site.at] = calls.get(use.site.at, 0) + 1
+    return {path for path, count in work.items() if count > calls.get(path, 0)}
 
 
 def _follows_product(use: Use) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autoquant.analyzer.graph import Captured, GraphInput, How, Names, Piece, lower, module_path, names_of, shape
@@ -65,7 +66,10 @@ def capture(
     for route, run in routes[how]:
         try:
             with undisturbed(module):
-                return Captured(route, run(module, tuple(args), dict(kwargs), names), aliases)
+                inputs = tuple(args), dict(kwargs)
+                if route != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
+                    inputs = _stand_ins_(module, inputs)
+                return Captured(route, run(module, *inputs, names), aliases)
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failures.append(f"{route}: {_first_line(error)}")
     raise AutoQuantError(f"cannot capture {type(module).__name__}: " + "; ".join(failures))
@@ -126,6 +130,32 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+def _stand_ins_(module: nn.Module, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Replace meta tensors of a module, and of its inputs, by fake ones on the CPU; neither has memory.
+
+    A list used as an index becomes a tensor on the device of what it indexes: on meta, its values would be lost.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, torch.Tensor] = {}
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        if id(tensor) not in made:
+            with mode:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            made[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = stand_in(tensor)  # type: ignore[assignment]  # a Parameter for a Parameter
+    changed: tuple[Any, Any] = pytree.tree_map_only(torch.Tensor, stand_in, inputs)
+    return changed
 
 
 def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:

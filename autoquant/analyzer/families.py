@@ -163,14 +163,20 @@ class Families:
         return None if copied else seen
 
     def conflicts(self) -> list[tuple[list[Family], Reason]]:
-        """Parameters that are used in two ways (as ``w`` and as ``1 + w``, as a weight and as a tensor): they cannot scale."""
-        found = []
+        """Parameters that are used in two ways (as ``w`` and as ``1 + w``, as a weight and as a tensor)."""
+        return [
+            ([family for family in self._by_key.values() if family.param == name], reason)
+            for name, reason in self.contested().items()
+        ]
+
+    def contested(self) -> dict[str, Reason]:
+        """The parameters that are used in two ways."""
+        found = {}
         for name, uses in self._uses.items():
             if len(uses) > 1:
                 last = max(uses.values(), key=lambda reason: reason.order)
-                families = [family for family in self._by_key.values() if family.param == name]
                 text = "the parameter is used in different ways: as " + " and as ".join(sorted(uses))
-                found.append((families, Reason(text, last.operator, last.at, last.order)))
+                found[name] = Reason(text, last.operator, last.at, last.order)
         return found
 
     def labels(self, family: Family) -> Ints:

@@ -267,9 +267,9 @@ class _Layers:
         return tuple(_with_layers(text, numbers) for text, numbers in layers.items())
 
     def _split_by_layer(self, reads: Iterable[Read]) -> Iterator[Read]:
-        """Readers that see the space itself need not stay together; readers behind one norm must."""
+        """Readers need not stay together unless a norm with parameters binds them."""
         for read in reads:
-            if read.norm is not None:
+            if _binds(read):
                 yield read
                 continue
             parts: dict[Ref | None, list[Reader]] = {}
@@ -323,12 +323,17 @@ def _paths(item: BaseModel) -> Iterator[str]:
                 yield from _paths(member)
 
 
+def _binds(read: Read) -> bool:
+    """Do the readers share a gain or a bias that is folded into all of them?"""
+    return read.norm is not None and (read.norm.weight is not None or read.norm.bias is not None)
+
+
 def _split_reads(reads: Iterable[Read]) -> Iterator[Read]:
     for read in reads:
-        if read.norm is None:
-            yield from (read.model_copy(update={"readers": (reader,)}) for reader in read.readers)
-        else:
+        if _binds(read):
             yield read.model_copy(update={"readers": _sorted(read.readers)})
+        else:
+            yield from (read.model_copy(update={"readers": (reader,)}) for reader in read.readers)
 
 
 def _with_layers(text: Model, numbers: Sequence[int]) -> Model:

@@ -123,6 +123,9 @@ def lower(program: torch.export.ExportedProgram, names: Names, described: Sequen
             case InputKind.PARAMETER | InputKind.BUFFER:
                 kind: Literal["parameter", "buffer"] = "parameter" if spec.kind is InputKind.PARAMETER else "buffer"
                 inputs[placeholder] = GraphInput(kind, names.canonical.get(str(spec.target), str(spec.target)))
+                held = program.state_dict.get(str(spec.target), program.constants.get(str(spec.target)))
+                if kind == "buffer" and isinstance(held, torch.Tensor) and not held.is_floating_point():
+                    constants[placeholder] = held  # an index: which channels it picks is part of the structure
             case InputKind.CONSTANT_TENSOR:
                 inputs[placeholder] = GraphInput("constant", str(spec.target))
                 constants[placeholder] = program.constants[str(spec.target)]

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from autoquant.analyzer.capture import Captured, GraphInput, Piece, module_path
 from autoquant.analyzer.families import Param
-from autoquant.analyzer.operators import CASTS, FILLS, MOVEMENT, RANDOM, operator_name
+from autoquant.analyzer.operators import CASTS, FILLS, LIKE_ANOTHER, MOVEMENT, RANDOM, operator_name
 from autoquant.analyzer.variables import Reason
 
 MAX_CONSTANT = 1 << 24
@@ -106,8 +106,8 @@ class Walk:
             return Param(what.name, tuple(fake.shape), (), tuple(fake.shape))
         if what.kind == "crossing" and fake.is_floating_point():
             return self.crossing(site)
-        if what.kind in ("buffer", "constant") and what.name in piece.constants:
-            return _constant(piece.constants[what.name])
+        if what.kind in ("buffer", "constant") and site.node.name in piece.constants:
+            return _constant(piece.constants[site.node.name])
         return Unknown(tuple(fake.shape), fake.dtype)
 
     def _value(self, argument: Any) -> Value:
@@ -119,6 +119,8 @@ class Walk:
         if site.operator == "getitem":
             return args[0][args[1]] if isinstance(args[0], (tuple, list)) else self.no_rule(site, [args[0]])
         args = tuple(_named(a, site, names) for a in args)
+        if site.operator in LIKE_ANOTHER:
+            args = args[:1]
         tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
         if site.operator in FILLS and site.outputs and site.outputs[0].numel() <= MAX_CONSTANT:
             fill = FILLS[site.operator]
@@ -203,6 +205,10 @@ def _function(site: Site) -> Callable[..., Any]:
         return lambda labels, *args, **kwargs: labels
     if site.operator in ("view", "_unsafe_view", "_reshape_alias"):
         return lambda labels, shape, *args: labels.reshape(shape)
+    if site.operator in ("reshape_as", "view_as"):
+        return lambda labels: labels.reshape(site.shape)
+    if site.operator == "expand_as":
+        return lambda labels: labels.expand(site.shape)
     target: Callable[..., Any] = site.node.target  # type: ignore[assignment]  # a call_function node
     return target
 

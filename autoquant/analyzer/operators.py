@@ -31,9 +31,12 @@ MOVEMENT = frozenset(
     expand_as flatten flip gather index index_select lift_fresh_copy movedim narrow pad permute pixel_shuffle ravel
     repeat repeat_interleave reshape reshape_as roll select slice split split_with_sizes squeeze stack cat concat
     concatenate swapaxes swapdims t take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold
-    unsafe_chunk unsafe_split unsqueeze view view_as _unsafe_view _reshape_alias""".split()
+    unsafe_chunk unsafe_split unsqueeze view view_as _unsafe_view _reshape_alias numpy_T mT""".split()
 )
 """Operators that copy elements and change none: they are run on the labels themselves."""
+
+LIKE_ANOTHER = frozenset("""expand_as reshape_as view_as type_as""".split())
+"""Operators that take the shape or the number format of their second argument, and nothing else of it."""
 
 CASTS = frozenset("""to _to_copy type_as float half bfloat16 double""".split())
 """Operators that change the number format only."""

@@ -124,7 +124,7 @@ def _uses(run: Callable[[], object]) -> Counter[int]:
     """How often the operators of a run take a tensor of each storage."""
     uses: Counter[int] = Counter()
 
-    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+    class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             for leaf in pytree.tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, torch.Tensor):

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.families import Factors, Param
-from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value, operator_name
-from autoquant.analyzer.operators import NO_RULE
+from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
+from autoquant.analyzer.operators import NO_RULE, operator_name
 from autoquant.analyzer.rotation_analysis import (
     Gain,
     Mean,
@@ -45,7 +45,9 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
     v = a.variables
 
     def passes(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
-        return x if isinstance(x, (Vector, Square, Mean, Gain)) else a.end(site, [x], NO_RULE)
+        if not isinstance(x, (Vector, Square, Mean, Gain)):
+            return a.end(site, [x], NO_RULE)
+        return x if site.outputs[0].is_floating_point() else a.end(site, [x], "it is rounded")
 
     def add(site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
         if kwargs.get("alpha", args[0] if args else 1) != 1:
@@ -145,7 +147,10 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         ):
             return a.end(site, [vector, gain], "it is multiplied by a parameter")
         a.families.other_use(gain.param, site.because("it is a gain"), f"gain{gain.offset}")
-        index = torch.arange(size).expand(vector.coordinates.shape)
+        index = gain.param.replay(torch.arange(size).view(shape))
+        if index.shape[-1] != size:
+            return a.end(site, [vector, gain], "it is multiplied by a parameter")
+        index = index.expand(vector.coordinates.shape)
         norm = Norm(
             kind="layer" if vector.centred else "rms",
             weight=gain.param.name,
@@ -198,18 +203,32 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         site: Site, x: Value, shape: Value, weight: Value = None, bias: Value = None, eps: Value = None, *args: Value
     ) -> Value:
         layer = site.operator == "layer_norm"
+        if not layer:
+            bias, eps = None, bias  # rms_norm has no bias
         if (
             not isinstance(x, Vector)
             or x.gain is not None
             or len(shape) != 1
-            or any(not isinstance(p, (Param, type(None))) for p in (weight, bias))
+            or not isinstance(weight, (Param, Gain, type(None)))
+            or not isinstance(bias, (Param, type(None)))
         ):
             return a.end(site, [x, weight, bias], "it is normalised")
-        for param in (weight, bias):
-            if isinstance(param, Param):
-                a.families.other_use(param, site.because("it belongs to a norm"), "gain0")
-        names = [None if param is None else param.name for param in (weight, bias)]
-        found = Norm(kind="layer" if layer else "rms", weight=names[0], bias=names[1], offset=0, eps=eps)
+        gain = Gain(weight, 0) if isinstance(weight, Param) else weight
+        params = [] if gain is None else [gain.param]
+        if any(param.views for param in (*params, *([] if bias is None else [bias]))):
+            return a.end(site, [x, weight, bias], "it is normalised with a weight that is rearranged")
+        here = site.because("it belongs to a norm")
+        if gain is not None:
+            a.families.other_use(gain.param, here, f"gain{gain.offset}")
+        if bias is not None:
+            a.families.other_use(bias, here, "gain0")
+        found = Norm(
+            kind="layer" if layer else "rms",
+            weight=gain.param.name if gain is not None else None,
+            bias=bias.name if bias is not None else None,
+            offset=1 if gain is not None and gain.offset else 0,
+            eps=eps,
+        )
         if x.table is not None and x.table not in a.folded and _read_nowhere_else(site.node.args[0]):
             a.folded[x.table] = found  # of the token alone: the table can hold the result
             return replace(x, table=None)

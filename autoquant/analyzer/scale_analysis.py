@@ -117,8 +117,10 @@ class ScaleAnalysis:
         self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
     ) -> Value:
         """Run the operator on the labels; indices that depend on the data could pick any row."""
-        if site.operator in ("index", "index_select", "gather", "take_along_dim") and not isinstance(args[-1], Known):
-            return self._pick(site, args, function)
+        if site.operator in ("index", "index_select", "gather", "take_along_dim"):
+            indices = args[1] if site.operator == "index" else [args[2]]
+            if not all(index is None or isinstance(index, Known) for index in indices):
+                return self._pick(site, args, function)
         if site.operator == "pad" and any(isinstance(arg, str) and arg != "constant" for arg in args):
             return self.block(site, [args[0]], "it is padded with its own elements")
         moved = function(*_to_labels(self, site, args), **kwargs)

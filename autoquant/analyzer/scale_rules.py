@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoquant.analyzer.families import Factors, Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import NO_RULE, NONLINEAR, PASSES, base_name
+from autoquant.analyzer.operators import NO_RULE, NONLINEAR, PASSES, PRODUCTS, base_name, operator_name
 from autoquant.analyzer.scale_analysis import ScaleAnalysis, Scores, Use, scalar, shape_of
 
 
@@ -32,6 +32,8 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
                 a.mixed(operand)
 
     def passes(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
+        if site.outputs and not site.outputs[0].is_floating_point():
+            return a.block(site, [x], "it is rounded")
         return a.labels(site, x)
 
     def add(site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
@@ -81,6 +83,10 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
 
     def reduce(site: Site, x: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value) -> Value:
         labels = a.labels(site, x)
+        if isinstance(dim, (Tensor, Param, Known, Unknown)):  # max and min of two tensors
+            other = a.labels(site, dim)
+            elementwise(site, labels, other)
+            return v.merge(labels, other, site.order).expand(site.shape).contiguous()
         if isinstance(dim, bool) or dim is None or dim == []:
             dims, keep = list(range(labels.ndim)), bool(keepdim)
         else:
@@ -94,6 +100,13 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         if not site.outputs[0].is_floating_point():
             return Unknown(site.shape, site.outputs[0].dtype)
         return merged
+
+    def length(
+        site: Site, x: Value, order: Value = 2, dim: Value = None, keepdim: Value = False, **kwargs: Value
+    ) -> Value:
+        if order == 0:
+            return a.block(site, [x], "its non-zero elements are counted")
+        return reduce(site, x, dim, keepdim)
 
     def order(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
         """Topk and sort: positions and values under a common scale."""
@@ -122,6 +135,8 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
     def norm(
         site: Site, x: Value, shape: Value, weight: Value = None, bias: Value = None, *args: Value, **kwargs: Value
     ) -> Value:
+        if site.operator == "rms_norm":
+            bias = None  # it has none: what stands there is epsilon
         a.mixed(a.labels(site, x))
         reason = site.because(
             "it is normalised" if weight is not None else "it is normalised by a norm without a weight"
@@ -211,11 +226,18 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
             out = a.fixed(site.shape, reason)
         return out if bias is None else v.merge(out, a.labels(site, bias), site.order).contiguous()
 
+    def baddbmm(site: Site, bias: Value, x: Value, y: Value, **kwargs: Value) -> Value:
+        """``beta * bias + alpha * x @ y``: numbers change no scale."""
+        if isinstance(bias, (Tensor, Param)):
+            return a.block(site, [bias, x, y], "a product is blended with an activation")
+        return v.merge(matmul(site, x, y), a.labels(site, bias), site.order).contiguous()
+
     def cancel(site: Site, queries: Tensor, keys: Tensor) -> None:
         """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when k's scale is one over q's, channel by channel."""
-        heads = queries.shape[-3] if queries.ndim > 2 else 1
-        kv_heads = len(torch.unique(keys.transpose(0, -3).flatten(1), dim=0)) if keys.ndim > 2 else 1
-        a.scores.append(Scores(site, heads, kv_heads, queries.shape[-1]))
+        if _is_attention(site.node):
+            heads = queries.shape[-3] if queries.ndim > 2 else 1
+            kv_heads = len(torch.unique(keys.transpose(0, -3).flatten(1), dim=0)) if keys.ndim > 2 else 1
+            a.scores.append(Scores(site, heads, kv_heads, queries.shape[-1]))
         q = v.merge_along(queries, [queries.ndim - 2], site.order)
         k = v.merge_along(keys, [keys.ndim - 2], site.order)
         v.equal(q, k, site.order, ratio=-1.0)
@@ -324,7 +346,8 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         (("reciprocal",), power(-1.0)),
         (("clamp", "clamp_min", "clamp_max", "hardtanh", "threshold"), clamp),
         (NONLINEAR, nonlinear),
-        (("sum", "mean", "amax", "amin", "max", "min", "linalg_vector_norm"), reduce),
+        (("sum", "mean", "amax", "amin", "max", "min"), reduce),
+        (("linalg_vector_norm",), length),
         (("topk", "sort"), order),
         (("cumsum",), running),
         (("where",), where),
@@ -334,6 +357,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         (("linear",), linear),
         (("matmul", "mm", "bmm"), matmul),
         (("addmm",), addmm),
+        (("baddbmm",), baddbmm),
         (("scaled_dot_product_attention",), attention),
         (("_grouped_mm", "transformers::grouped_mm_fallback"), grouped),
         (("conv1d",), convolution),
@@ -354,6 +378,23 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         for name in names:
             table[name] = rule
     return table
+
+
+def _is_attention(node: torch.fx.Node) -> bool:
+    """Do the scores go through a softmax before anything else is multiplied by them?"""
+    queue, seen = [node], {node}
+    while queue:
+        found = queue.pop()
+        if operator_name(found) in ("scaled_dot_product_attention", "softmax", "_softmax"):
+            return True
+        users = [user for user in found.users if user not in seen and operator_name(user) not in PRODUCTS]
+        seen.update(users)
+        queue.extend(users[: MAX_STEPS - len(seen)])
+    return False
+
+
+MAX_STEPS = 64
+"""How far a softmax is looked for."""
 
 
 def w_ndim(w: Param) -> int:

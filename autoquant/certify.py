@@ -1,0 +1,186 @@
+"""The certificate: no config is written that was not proved by the code that will apply it.
+
+The same architecture is built small, with random norm weights, biases and routers, and analysed in the same way. Its
+findings must be those of the full-size model, sizes apart. Then each group and each space is applied alone, and all of
+them together, by the real executor, with random scales and rotations, and the logits are compared.
+
+Right configs land below 1e-6 relative and wrong ones above 1e-2, so that 1e-5 separates them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.analyze import Analyzed, build_config, stacks_length
+from autoquant.analyzer.analysis import analyse
+from autoquant.analyzer.capture import capture, check_against_eager
+from autoquant.analyzer.folding import fold
+from autoquant.analyzer.layers import find_stacks, whole
+from autoquant.config import Blocked, Certificate, CertificateRow, Config, Slot
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import apply_
+from autoquant.executor.inventory import take_inventory
+from autoquant.executor.resolve import resolve
+from autoquant.executor.smooth import random_scales
+from autoquant.models import LoadedModel, ModelSource, float64_throughout, grouped_experts, small
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One claim, applied alone (or all of them): the relative change of the logits."""
+
+    name: str
+    kind: str
+    change: float
+
+
+def certify(
+    analyzed: Analyzed, source: ModelSource, *, seed: int = 0, progress: Callable[[str], None] = lambda step: None
+) -> Config:
+    """The config with its certificate; online rotations that the executor cannot place are listed as blocked instead.
+
+    Raises AutoQuantError, naming the group, where a claim changes the logits by more than ``TOLERANCE``, where the
+    small model allows other groups than the large one, or where its graph does not compute what the model does.
+    """
+    progress("building the small model")
+    loaded = small(source, seed)
+    config = small_config(source, loaded)
+    _check_same_claims(analyzed.config, config)
+    config, refused = _placeable(loaded, config)
+    trials = []
+    with float64_throughout():
+        reference = logits(loaded.module, loaded)
+        for name, kind in claims(config):
+            progress(f"proving {name}")
+            trials.append(Trial(name, kind, changed(loaded, reference, config, [name], seed)))
+        names = [name for name, _ in claims(config)]
+        if names:
+            progress("proving all together")
+            trials.append(Trial("all", "all", changed(loaded, reference, config, names, seed)))
+    for trial in trials:
+        if not trial.change <= TOLERANCE:
+            raise AutoQuantError(
+                f"{source.name}: '{trial.name}' ({trial.kind}) changes the logits of the small model by "
+                f"{trial.change:.2g}, more than {TOLERANCE:g}: it is not proved, so nothing is written"
+            )
+    return _with_certificate(analyzed.config, refused, trials, str(reference.dtype).removeprefix("torch."), seed)
+
+
+def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
+    """Analyse a small model with real weights, every layer of it; its graph is checked against eager execution."""
+    with grouped_experts(loaded):
+        captured = capture(loaded.module, loaded.args, loaded.kwargs, "auto")
+    with float64_throughout():
+        difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
+    if not difference <= TOLERANCE:
+        raise AutoQuantError(
+            f"{source.name}: the captured graph differs from the model by {difference:.2g}; nothing read off it holds"
+        )
+    analysis = analyse(captured)
+    maps = whole(find_stacks(loaded.module))
+    findings = fold(analysis.findings, maps)
+    return build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
+
+
+def claims(config: Config) -> Iterator[tuple[str, str]]:
+    """(name, kind) of every group, space and online rotation; online ones go by their path."""
+    for group in config.smoothing.groups:
+        yield group.name, group.kind.value
+    for space in config.rotation.spaces:
+        yield space.name, space.kind
+    for online in config.rotation.online:
+        yield online.path, online.kind
+
+
+def changed(loaded: LoadedModel, reference: Tensor, config: Config, names: list[str], seed: int) -> float:
+    """Relative change of the logits when ``names`` are applied to a copy: ``|new - old| / |old|``, Euclidean."""
+    copied = copy.deepcopy(loaded.module)
+    resolved = resolve(config, take_inventory(copied), only=names, seed=seed)
+    apply_(copied, config, only=names, scales=random_scales(resolved, seed), seed=seed)
+    difference = logits(copied, loaded) - reference
+    return float(difference.norm() / reference.norm())
+
+
+@torch.no_grad()
+def logits(module: nn.Module, loaded: LoadedModel) -> Tensor:
+    """The first floating-point tensor that the model returns, on the loaded model's own inputs."""
+    output: Any = module(*loaded.args, **loaded.kwargs)
+    tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not tensors:
+        raise AutoQuantError(f"{type(module).__name__} returns no tensor to compare")
+    return tensors[0]
+
+
+def _placeable(loaded: LoadedModel, config: Config) -> tuple[Config, dict[str, str]]:
+    """Without the online rotations that the executor refuses, and why it does, by path."""
+    refused: dict[str, str] = {}
+    for online in config.rotation.online:
+        try:
+            apply_(copy.deepcopy(loaded.module), config, only=[online.path])
+        except AutoQuantError as error:
+            refused[online.path] = error.message
+    kept = tuple(o for o in config.rotation.online if o.path not in refused)
+    rotation = config.rotation.model_copy(update={"online": kept})
+    return config.model_copy(update={"rotation": rotation}), refused
+
+
+def _with_certificate(config: Config, refused: dict[str, str], trials: list[Trial], dtype: str, seed: int) -> Config:
+    rows = []
+    for kind in dict.fromkeys(trial.kind for trial in trials):
+        same = [trial for trial in trials if trial.kind == kind]
+        worst = max(same, key=lambda trial: trial.change)
+        name = worst.name if kind != "all" else None
+        rows.append(CertificateRow(kind=kind, count=len(same), worst=float(f"{worst.change:.1e}"), worst_name=name))
+    certificate = Certificate(proved=True, tolerance=TOLERANCE, dtype=dtype, seed=seed, rows=tuple(rows))
+    kept = tuple(online for online in config.rotation.online if online.path not in refused)
+    blocked = tuple(
+        Blocked(path=o.path, layers=o.layers, what="rotation", reason=refused[o.path], operator=o.kind, at=o.path)
+        for o in config.rotation.online
+        if o.path in refused
+    )
+    return config.model_copy(
+        update={
+            "certificate": certificate,
+            "rotation": config.rotation.model_copy(update={"online": kept}),
+            "blocked": (*config.blocked, *blocked),
+        }
+    )
+
+
+def _check_same_claims(large: Config, reduced: Config) -> None:
+    """The small model must allow what the large one does: the same axes of the same parameters to the same powers."""
+    mine, theirs = _shape_of_claims(large), _shape_of_claims(reduced)
+    for name in dict.fromkeys(chain(mine, theirs)):
+        if mine.get(name) != theirs.get(name):
+            raise AutoQuantError(
+                f"{large.provenance.model}: '{name}' is found in the {'full-size' if name in mine else 'small'} model "
+                f"{'with other members than' if name in mine and name in theirs else 'but not'} in the "
+                f"{'small' if name in mine else 'full-size'} one: it cannot be proved (--no-verify skips the proof)"
+            )
+
+
+def _shape_of_claims(config: Config) -> dict[str, list[object]]:
+    """Each claim with its members but without sizes; layers of several kinds that share a name are one entry each."""
+    found: dict[str, list[object]] = {}
+    for group in config.smoothing.groups:
+        members: object = (group.kind, _slots(group.sources), _slots(group.targets))
+        found.setdefault(group.name.partition(" @")[0], []).append(members)
+    for space in config.rotation.spaces:
+        reads = sorted({(repr(read.norm), _slots(read.readers)) for read in space.reads})
+        found.setdefault(space.name.partition(" @")[0], []).append(
+            (space.kind, space.centre, frozenset(_slots(space.writers)), tuple(reads))
+        )
+    return {name: sorted(set(members), key=repr) for name, members in found.items()}
+
+
+def _slots(slots: Iterable[Slot]) -> tuple[object, ...]:
+    return tuple(dict.fromkeys((s.path, s.dim, s.stack is None, s.power, s.offset, s.index is None) for s in slots))
