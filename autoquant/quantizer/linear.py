@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer import int8
+from autoquant.quantizer.locate import Location, locate
 from autoquant.quantizer.observers import Maxima
 from autoquant.quantizer.strategies import PlannedLinear, Scheme
 from autoquant.quantizer.weight import Int8Weight, Mode, linear
@@ -39,23 +39,6 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where a planned weight lives: ``parent`` holds ``owner`` as ``child``, and that the parameter as ``name``."""
-
-    planned: PlannedLinear
-    parent: nn.Module
-    child: str
-    owner: nn.Module
-    name: str
-    parameter: Tensor
-
-    @property
-    def is_linear_module(self) -> bool:
-        """Whether the whole module is a plain linear. Others keep their own code, around an int8 weight."""
-        return type(self.owner).forward is nn.Linear.forward and self.name == "weight"
-
-
 def quantize_(
     model: nn.Module, planned: Sequence[PlannedLinear], maxima: Maxima | None = None, *, clip: Clip = "absmax"
 ) -> None:
@@ -67,27 +50,27 @@ def quantize_(
     Everything is checked before the first replacement. Raises AutoQuantError for a path that the model lacks, a shape
     that differs, a weight with NaN or infinity, a missing or useless calibration maximum.
     """
-    sites = [_locate(model, entry) for entry in planned]
-    scales = [_static_scale(site.planned, maxima or {}) for site in sites]
-    for site in sites:
-        if not site.parameter.isfinite().all():
-            raise AutoQuantError(f"{site.planned.weight}: holds NaN or infinite values")
-    for site, scale in zip(sites, scales, strict=True):
-        values, weight_scale = quantize_weight(site.parameter, site.planned.in_dim, site.planned.scheme, clip)
-        input_scale = None if scale is None else scale.to(values.device)
-        _replace(site, values, weight_scale, input_scale)
+    for entry in planned:
+        if not _locate(model, entry).parameter.isfinite().all():
+            raise AutoQuantError(f"{entry.weight}: holds NaN or infinite values")
+    scales = [_static_scale(entry, maxima or {}) for entry in planned]
+    for entry, scale in zip(planned, scales, strict=True):  # nothing here keeps a replaced weight alive
+        found = locate(model, entry.weight)
+        values, weight_scale = quantize_weight(found.parameter, entry.in_dim, entry.scheme, clip)
+        _replace(found, entry, values, weight_scale, None if scale is None else scale.to(values.device))
 
 
 def replace_with_empty_(model: nn.Module, planned: Sequence[PlannedLinear]) -> None:
     """Like :func:`quantize_` with uninitialised values of the right shapes: what a checkpoint is loaded into."""
-    for site in [_locate(model, entry) for entry in planned]:
-        scheme, stack = site.planned.scheme, () if site.planned.stack is None else (site.planned.stack,)
-        rows = site.planned.out_features if scheme.weight_per_channel else 1
-        shape, device = (*stack, site.planned.out_features, site.planned.in_features), site.parameter.device
-        values = torch.empty(shape, dtype=torch.int8, device=device)
+    for entry in planned:
+        found = _locate(model, entry)
+        stack = () if entry.stack is None else (entry.stack,)
+        rows = entry.out_features if entry.scheme.weight_per_channel else 1
+        device = found.parameter.device
+        values = torch.empty(*stack, entry.out_features, entry.in_features, device=device, dtype=torch.int8)
         scale = torch.empty(*stack, rows, 1, device=device, dtype=torch.float32)
-        input_scale = torch.empty(stack, device=device, dtype=torch.float32) if scheme.is_static else None
-        _replace(site, values, scale, input_scale)
+        input_scale = torch.empty(stack, device=device, dtype=torch.float32) if entry.scheme.is_static else None
+        _replace(found, entry, values, scale, input_scale)
 
 
 def quantize_weight(parameter: Tensor, in_dim: int, scheme: Scheme, clip: Clip = "absmax") -> tuple[Tensor, Tensor]:
@@ -113,22 +96,16 @@ def int8_weights(model: nn.Module) -> Mapping[str, Int8Weight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8Weight)}
 
 
-def _locate(model: nn.Module, planned: PlannedLinear) -> Site:
-    owner_path, _, name = planned.weight.rpartition(".")
-    parent_path, _, child = owner_path.rpartition(".")
-    try:
-        parent, owner = model.get_submodule(parent_path), model.get_submodule(owner_path)
-        parameter = owner.get_parameter(name)
-    except AttributeError:
-        raise AutoQuantError(
-            f"{planned.weight}: the model has no such parameter; the config is of another model"
-        ) from None
+def _locate(model: nn.Module, planned: PlannedLinear) -> Location:
+    """The planned linear's weight, its shape checked."""
+    found = locate(model, planned.weight)
     stack = () if planned.stack is None else (planned.stack,)
     matrix = (planned.out_features, planned.in_features)
     wanted = (*stack, *(matrix if planned.in_dim == len(stack) + 1 else matrix[::-1]))
-    if tuple(parameter.shape) != wanted:
-        raise AutoQuantError(f"{planned.weight}: shape {tuple(parameter.shape)} in the model, {wanted} in the config")
-    return Site(planned, parent, child, owner, name, parameter)
+    got = tuple(found.parameter.shape)
+    if got != wanted:
+        raise AutoQuantError(f"{planned.weight}: shape {got} in the model, {wanted} in the config")
+    return found
 
 
 def _static_scale(planned: PlannedLinear, maxima: Maxima) -> Tensor | None:
@@ -151,13 +128,16 @@ def _static_scale(planned: PlannedLinear, maxima: Maxima) -> Tensor | None:
     return int8.scale_of(largest)
 
 
-def _replace(site: Site, values: Tensor, scale: Tensor, input_scale: Tensor | None) -> None:
-    transposed = site.planned.in_dim != site.parameter.dim() - 1
-    activation = site.planned.scheme.activation
-    weight = Int8Weight(values, scale, input_scale, activation, site.parameter.dtype, transposed)
-    if site.is_linear_module:
-        bias = dict(site.owner.named_parameters(recurse=False)).get("bias")
-        setattr(site.parent, site.child, Int8Linear(weight, bias).train(site.owner.training))
+def _replace(
+    found: Location, planned: PlannedLinear, values: Tensor, scale: Tensor, input_scale: Tensor | None
+) -> None:
+    """A plain linear becomes an Int8Linear. Any other module keeps its own code, around an int8 weight."""
+    transposed = planned.in_dim != found.parameter.dim() - 1
+    weight = Int8Weight(values, scale, input_scale, planned.scheme.activation, found.parameter.dtype, transposed)
+    owner = found.owner
+    if type(owner).forward is nn.Linear.forward and found.name == "weight":
+        bias = dict(owner.named_parameters(recurse=False)).get("bias")
+        setattr(found.parent, found.child, Int8Linear(weight, bias).train(owner.training))
     else:
-        delattr(site.owner, site.name)
-        setattr(site.owner, site.name, weight)
+        delattr(owner, found.name)
+        setattr(owner, found.name, weight)

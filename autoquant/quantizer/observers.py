@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autoquant.errors import AutoQuantError
+from autoquant.quantizer.locate import locate
 
 Maxima = Mapping[str, Tensor]
 """Largest input magnitude per channel by weight name: float32 [I], or [E, I] for a stack of experts."""
@@ -36,12 +37,7 @@ def observe_linears(model: nn.Module, weights: Iterable[str]) -> Iterator[dict[s
 
     Raises AutoQuantError for a name that the model lacks, and for a product of a shape that has no rule.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    chosen = {}
-    for name in weights:
-        if name not in parameters:
-            raise AutoQuantError(f"{name}: the model has no such parameter")
-        chosen[name] = parameters[name]
+    chosen = {name: locate(model, name).parameter for name in weights}
     maxima: dict[str, Tensor] = {}
     with _InputRecorder(chosen, maxima):
         yield maxima

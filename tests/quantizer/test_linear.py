@@ -178,7 +178,10 @@ def test_mse_clipping_lowers_the_weight_error() -> None:
 
 
 BROKEN = {
-    "missing": ({"weight": "frist.weight"}, "frist.weight: the model has no such parameter"),
+    "missing": (
+        {"weight": "frist.weight"},
+        "frist.weight: the model has no such parameter; did you mean 'first.weight'?",
+    ),
     "not a parameter": ({"weight": "experts"}, "experts: the model has no such parameter"),
     "shape": ({"out_features": DIM + 1}, r"first.weight: shape \(12, 12\) in the model, \(13, 12\) in the config"),
     "no maximum": ({"weight": "own.weight"}, "own.weight: no calibration maximum"),
