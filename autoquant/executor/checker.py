@@ -64,9 +64,14 @@ class Checker:
         if not self.problems:
             return
         shown = tuple(dict.fromkeys(self.problems))
+        if len(shown) == 1:
+            raise AutoQuantError(f"the config does not fit the model: {shown[0]}; nothing was changed")
         more = len(shown) - MAX_DETAILS
         details = shown[:MAX_DETAILS] + ((f"... and {more} more",) if more > 0 else ())
-        raise AutoQuantError(f"the config does not fit the model ({len(shown)} problems); nothing was changed", details)
+        raise AutoQuantError(
+            f"the config does not fit the model: {shown[0]} (and {len(shown) - 1} more problems); nothing was changed",
+            details,
+        )
 
     def name(self, path: str, layer: int | None) -> str | None:
         """The parameter's name with its layer filled in, if there is one and it can be folded."""

@@ -59,6 +59,9 @@ def resolve(
         if _selected(o.path, only, rotate and o.enable)
         for r in _resolve_online(config, o, check)
     ]
+    check.begin("")
+    for path in {o.path for o in online if sum(o.path == other.path for other in online) > 1}:
+        check.problem(f"{path}: is rotated online twice; disable one")
     check.finish()
     if not (resolved_spaces or groups or online):
         raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")

@@ -109,4 +109,4 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path, config: Path) -> N
     other = DATA / "stories260K"
     error = refusal(other, config, "-o", tmp_path / "out", "--smooth", "none")
     assert "does not fit the model" in error.message
-    assert any("the config is for a model of" in line for line in error.details)
+    assert any("the config is for a model of" in line for line in (*error.details, error.message))

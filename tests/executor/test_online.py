@@ -11,7 +11,10 @@ from handmade import LLAMA, KeepDouble, build, change, llama_like, logits
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.hadamard import hadamard_matrix
+from autoquant.executor.inventory import take_inventory
 from autoquant.executor.online import HadamardRotation, RotatedLinear
+from autoquant.executor.resolve import resolve
+from autoquant.executor.smooth import random_scales
 
 R3, R4 = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp.down_proj"
 INPUT = "model.layers.{layer}.self_attn.q_proj"
@@ -92,3 +95,23 @@ def test_an_attention_without_the_interface_is_refused() -> None:
     config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
     with pytest.raises(AutoQuantError, match="LlamaMLP does not call transformers' attention interface"):
         apply_(model, config, only=[path])
+
+
+def test_everything_together_with_smoothing() -> None:
+    """Smoothing scales columns that the residual rotation has turned; an online rotation turns them after that."""
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    names = [*(g.name for g in config.smoothing.groups), "residual", "heads", R3, R4, INPUT]
+    scales = random_scales(resolve(config, take_inventory(model), only=names), 0)
+    before = logits(model)
+    apply_(model, config, only=names, scales=scales)
+    assert change(before, logits(model)) < 1e-13
+
+
+def test_a_linear_rotated_twice_is_refused() -> None:
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    online = tuple(o.model_copy(update={"path": R4, "size": 40}) for o in config.rotation.online if o.kind != "R3")
+    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
+    with pytest.raises(AutoQuantError, match="is rotated online twice; disable one"):
+        apply_(model, config, only=[R4])
