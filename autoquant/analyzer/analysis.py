@@ -95,7 +95,8 @@ def _blocked_smoothing(scales: Scales) -> list[Blocked]:
 
 def _reasons(scales: Scales, use: Use, where: Bools) -> list[Reason]:
     """The reason for most of the columns ``where``; none where there are no such columns."""
-    labels = use.labels.reshape(-1, use.in_features)[:, where].reshape(-1).numpy()
+    whole = use.labels.shape[-1] == use.in_features  # else the product reads a slice of the weight
+    labels = (use.labels[..., where] if whole else use.labels).reshape(-1).numpy()
     if not len(labels):
         return []
     table = scales.analysis.variables.reasons

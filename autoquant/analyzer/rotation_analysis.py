@@ -7,6 +7,7 @@ token of a head that it belongs to). A rotation mixes the coordinates of one ins
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -88,6 +89,8 @@ class RotationAnalysis:
     families: Families = field(init=False)
     splits: list[Split] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    lookups: Counter[str] = field(default_factory=Counter)
+    """How often each embedding table is used."""
     folded: dict[str, Norm] = field(default_factory=dict)
     values: list[tuple[Site, Tensor]] = field(default_factory=list)
     """Attention sites and the coordinates of their values."""

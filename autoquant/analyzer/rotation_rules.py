@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autoquant.analyzer.families import Factors, Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import NO_RULE, operator_name
+from autoquant.analyzer.operators import NO_RULE, PRODUCTS, operator_name
 from autoquant.analyzer.rotation_analysis import (
     Gain,
     Mean,
@@ -218,10 +218,12 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if any(param.views for param in (*params, *([] if bias is None else [bias]))):
             return a.end(site, [x, weight, bias], "it is normalised with a weight that is rearranged")
         here = site.because("it belongs to a norm")
+        folds = x.table is not None and None not in (weight, eps) and folds_into_table(site, x.table)
+        owner = f" of {x.table}" if folds else ""
         if gain is not None:
-            a.families.other_use(gain.param, here, f"gain{gain.offset}")
+            a.families.other_use(gain.param, here, f"gain{gain.offset}{owner}")
         if bias is not None:
-            a.families.other_use(bias, here, "gain0")
+            a.families.other_use(bias, here, f"gain0{owner}")
         found = Norm(
             kind="layer" if layer else "rms",
             weight=gain.param.name if gain is not None else None,
@@ -229,7 +231,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             offset=1 if gain is not None and gain.offset else 0,
             eps=eps,
         )
-        if x.table is not None and x.table not in a.folded and _read_nowhere_else(site.node.args[0]):
+        if folds and x.table is not None:
             a.folded[x.table] = found  # of the token alone: the table can hold the result
             return replace(x, table=None)
         if layer:
@@ -241,12 +243,18 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         index = torch.arange(x.coordinates.shape[-1]).expand(x.coordinates.shape)
         return Vector(x.coordinates, x.instances, found, index)
 
+    def folds_into_table(site: Site, table: str) -> bool:
+        """Is it the only use of the table's only lookup, and does more than linears depend on it?"""
+        others = (user for user in site.node.users if operator_name(user) not in PRODUCTS)
+        return a.lookups[table] == 1 and table not in a.folded and _read_nowhere_else(site.node.args[0]) and any(others)
+
     def embedding(site: Site, table: Value, indices: Value, *args: Value, **kwargs: Value) -> Value:
         if not isinstance(table, Param) or table.views or len(table.full_shape) != 2:
             return a.end(site, [table, indices], "the table is computed")
         labels = a.families.axis(table, 1, "table", site.because("it is an embedding"), stacked=False).expand(
             site.shape
         )
+        a.lookups[table.name] += 1
         return Vector(labels, fresh_instances(labels), table=table.name)
 
     def product(site: Site, x: Value, w: Value, contracted: int, bias: Value = None, key: int = 0) -> Value:
@@ -261,7 +269,8 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         columns, rows = (found.columns[0], found.rows[0]) if key else (found.columns, found.rows)
         if isinstance(x, Vector):
             read(site, x, columns, found, w.name, bias)
-        elif isinstance(x, (Square, Mean, Gain, Param)):
+        else:
+            v.fix(columns, site.because("it also reads what is not rotated"))
             a.end(site, [x], NO_RULE)
         rows = rows.unsqueeze(-2).expand(site.shape) if rows.ndim > 1 else rows.expand(site.shape)
         if isinstance(bias, Param) and not bias.views and len(bias.full_shape) == 1:

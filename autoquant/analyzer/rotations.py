@@ -36,13 +36,52 @@ def analyse_rotations(captured: Captured) -> Rotations:
     analysis = RotationAnalysis()
     walk = Walk(captured, rules(analysis), analysis.move, analysis.crossing, analysis.no_rule, analysis.finish)
     walk.run()
-    for families, reason in [*analysis.families.conflicts(), *_twice_read(analysis)]:
+    for families, reason in [*analysis.families.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
         for family in families:
             analysis.variables.fix(torch.from_numpy(analysis.families.labels(family)), reason)
-    solution = analysis.variables.solve(np.zeros(analysis.variables.count, dtype=np.bool_))
+    keep = np.zeros(analysis.variables.count, dtype=np.bool_)
+    solution = analysis.variables.solve(keep)
+    if _fix_means(analysis, solution):
+        solution = analysis.variables.solve(keep)
     families = analysis.families.all()
     blocks = _blocks(analysis, families, solution)
     return Rotations(analysis, walk, solution, blocks, _spaces(analysis, families, solution, blocks))
+
+
+def _fix_means(analysis: RotationAnalysis, solution: Solution) -> bool:
+    """Writers may be centred only where every reader subtracts the mean: end the other spaces that have one."""
+    means = [solution.component[split.labels] for split in analysis.splits if split.centre]
+    if not means:
+        return False
+    found = False
+    for read in analysis.reads:
+        if read.gain is None or read.gain.kind != "layer":
+            for family in analysis.families.all():
+                if (family.param, family.dim) == (read.weight, read.dim):
+                    labels = analysis.families.labels(family)
+                    free = labels[~solution.fixed[labels]]
+                    if np.isin(solution.component[free], np.concatenate(means)).any():
+                        text = "its mean is subtracted for some of its readers only"
+                        analysis.variables.fix(torch.from_numpy(free), read.site.because(text))
+                        found = True
+    return found
+
+
+def _contested_gains(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:
+    """A norm weight that is used elsewhere too must stay what it is: it cannot be folded into its readers."""
+    contested = analysis.families.contested()
+    found = []
+    for family in analysis.families.all():
+        norm = analysis.folded.get(family.param)
+        if norm is not None and family.role == "table":
+            found += [([family], contested[name]) for name in (norm.weight, norm.bias) if name in contested]
+            if analysis.lookups[family.param] > 1:
+                here = Reason("a norm is applied to one of its two uses", "aten.embedding", "", family.order)
+                found.append(([family], here))
+        for read in _reads(analysis, family):
+            names = (read.gain.weight, read.gain.bias) if read.gain else ()
+            found += [([family], contested[name]) for name in names if name in contested]
+    return found
 
 
 def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:

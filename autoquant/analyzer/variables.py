@@ -203,7 +203,10 @@ class Variables:
             share = solution.weight[y] / solution.weight[x]  # log y = share * log x, so log z = (1 + share) log x
             for value in np.unique(share[same]):
                 hit = same & (share == value)
-                found.append(_equations(z[hit], x[hit], 1.0 + float(value), order[hit]))
+                if value == -1.0:  # the scale cancels
+                    found.append(_equations(z[hit], np.full(int(hit.sum()), ONE), 1.0, order[hit]))
+                else:
+                    found.append(_equations(z[hit], x[hit], 1.0 + float(value), order[hit]))
             if not done.any():
                 found.append(self._give_up(x, y, order, solution, keep))
             equations = Equations(*(np.concatenate(parts) for parts in zip(equations, *found, strict=True)))

@@ -48,18 +48,17 @@ def outcomes(module: nn.Module, run: Run, findings: Findings, seed: int = 0) -> 
 def apply_claims(module: nn.Module, findings: Findings, seed: int) -> nn.Module:
     """A copy of ``module`` with random scales in every group and a random rotation in every space.
 
-    Spaces first, as in the executor: folding a norm's gain into its readers leaves it a gain of 1, which a group may
-    scale afterwards.
+    Groups first: a norm that is folded into an embedding table is gone afterwards.
     """
     generator = torch.Generator().manual_seed(seed)
     changed = copy.deepcopy(module)
     _untie_(changed)
-    original = {name: p.detach().clone() for name, p in _parameters(changed)}
     with torch.no_grad():
-        for space in findings.spaces:
-            _rotate_(changed, space, original, generator)
         for group in findings.groups:
             _scale_(changed, group, generator)
+        original = {name: p.detach().clone() for name, p in _parameters(changed)}
+        for space in findings.spaces:
+            _rotate_(changed, space, original, generator)
     return changed
 
 
