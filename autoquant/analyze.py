@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoquant import __version__
 from autoquant.analyzer.analysis import Analysis, analyse
-from autoquant.analyzer.capture import Captured, capture
+from autoquant.analyzer.capture import Captured, capture, undisturbed
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.folding import StackMap, disagreement, fold
 from autoquant.analyzer.layers import find_stacks, represent, whole
@@ -28,6 +29,7 @@ from autoquant.config import (
 )
 from autoquant.models import LoadedModel, ModelSource, build_meta
 from autoquant.structure import fingerprint, shapes_of, ties_of
+from autoquant.threads import one_thread
 
 SCHEMA_URL = f"https://raw.githubusercontent.com/autoquant/autoquant/main/schemas/{SCHEMA_NAME}"
 How = Literal["auto", "dynamo", "export"]
@@ -48,6 +50,7 @@ class Analyzed:
     """Wall-clock time per step: build, capture, analysis, in this order."""
 
 
+@one_thread()
 def analyze(
     source: ModelSource, *, how: How = "auto", full: bool = False, progress: Callable[[str], None] = lambda step: None
 ) -> Analyzed:
@@ -65,7 +68,7 @@ def analyze(
     if full:
         traced, maps = loaded.module, whole(stacks)
     else:
-        traced, maps = represent(loaded.module, stacks, lambda m: m(*loaded.args, **loaded.kwargs))
+        traced, maps = represent(loaded.module, stacks, lambda module: _fake_forward(module, loaded))
     seconds = {"build": built - started, "capture": 0.0, "analysis": 0.0}
     while True:
         captured, analysis = _trace(loaded, traced, how, progress, seconds)
@@ -77,6 +80,11 @@ def analyze(
     findings = fold(analysis.findings, maps)
     config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
     return Analyzed(config, findings, analysis, captured, tuple(maps), seconds)
+
+
+def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
+    with undisturbed(module), FakeTensorMode(allow_non_fake_inputs=True):
+        return module(*loaded.args, **loaded.kwargs)
 
 
 def _trace(

@@ -30,6 +30,7 @@ from autoquant.executor.inventory import take_inventory
 from autoquant.executor.resolve import resolve
 from autoquant.executor.smooth import random_scales
 from autoquant.models import LoadedModel, ModelSource, float64_throughout, grouped_experts, small
+from autoquant.threads import one_thread
 
 TOLERANCE = 1e-5
 
@@ -43,6 +44,7 @@ class Trial:
     change: float
 
 
+@one_thread()
 def certify(
     analyzed: Analyzed, source: ModelSource, *, seed: int = 0, progress: Callable[[str], None] = lambda step: None
 ) -> Config:
