@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from autoquant.analyzer.capture import Captured, module_path
 from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.interpret import shared_names
 from autoquant.analyzer.inventory import linears
 from autoquant.analyzer.operators import CASTS, MOVEMENT, NO_RULE, operator_name
 from autoquant.analyzer.rotations import Rotations, analyse_rotations
 from autoquant.analyzer.scale_analysis import Use
 from autoquant.analyzer.scales import Scales, analyse_scales, module_of
 from autoquant.analyzer.variables import Bools, Ints, Reason
-from autoquant.config import Blocked, Linear, Online, Slot
+from autoquant.config import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
 SHARED = "what it reads must keep its scale for another reader: there "
+
+
+Model = TypeVar("Model", SmoothingGroup, Space)
+Axis = TypeVar("Axis", bound=Slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +44,37 @@ def analyse(captured: Captured) -> Analysis:
     """
     scales = analyse_scales(captured)
     rotations = analyse_rotations(captured)
+    shared = shared_names(captured)
     found = linears(scales.analysis.uses)
     findings = Findings(
         linears=found,
-        groups=scales.groups,
-        spaces=rotations.spaces,
+        groups=tuple(_with_ties(group, shared) for group in scales.groups),
+        spaces=tuple(_with_ties(space, shared) for space in rotations.spaces),
         online=_online(scales, rotations, found),
         blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations)),
         unknown_operators=_unknown_operators(scales, rotations),
     )
     return Analysis(findings, scales, rotations)
+
+
+def _with_ties(item: Model, shared: Mapping[str, tuple[str, ...]]) -> Model:
+    """``item`` with every name of a shared parameter: what is done to one of them is done to all."""
+    if isinstance(item, SmoothingGroup):
+        sources, targets = _named(item.sources, shared), _named(item.targets, shared)
+        return item.model_copy(update={"sources": sources, "targets": targets})
+    reads = tuple(read.model_copy(update={"readers": _named(read.readers, shared)}) for read in item.reads)
+    return item.model_copy(update={"writers": _named(item.writers, shared), "reads": reads})
+
+
+def _named(slots: Iterable[Axis], shared: Mapping[str, tuple[str, ...]]) -> tuple[Axis, ...]:
+    found = []
+    for slot in slots:
+        for name in shared.get(slot.path, (slot.path,)):
+            update = {"path": name}
+            if isinstance(slot, Reader) and slot.bias is not None and name != slot.path:
+                update["bias"] = f"{name.rpartition('.')[0]}.{slot.bias.rpartition('.')[2]}"
+            found.append(slot.model_copy(update=update))
+    return tuple(found)
 
 
 def _unknown_operators(scales: Scales, rotations: Rotations) -> tuple[str, ...]:

@@ -151,21 +151,33 @@ def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
     A table that is shared with a linear is two parameters as soon as it is untied; each use goes by its own name.
     Linears that share a weight go by one name: their scales are the same.
     """
+    return {
+        (group[0], module): users[0][1]
+        for group in captured.aliases
+        for users in _users(captured, group)
+        for module, _ in users
+    }
+
+
+def shared_names(captured: Captured) -> dict[str, tuple[str, ...]]:
+    """A name as the analysis uses it -> all names of the parameter that stay tied: all of them change alike."""
+    found = {}
+    for group in captured.aliases:
+        for users in _users(captured, group):
+            if len(users) > 1:
+                found[users[0][1]] = tuple(name for _, name in users)
+    return found
+
+
+def _users(captured: Captured, group: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(module, name) of those of a parameter's names that look it up as a table, and of the others."""
     table_users = set()
     for piece in captured.pieces:
         for node in piece.graph.graph.nodes:
             if node.op == "call_function" and operator_name(node) == "embedding":
                 table_users.add(module_path(node))
-    names: dict[tuple[str, str], str] = {}
-    for group in captured.aliases:
-        canonical = group[0]
-        by_module = {name.rpartition(".")[0]: name for name in group}
-        tables = [module for module in by_module if module in table_users]
-        others = [module for module in by_module if module not in table_users]
-        for users in (tables, others):
-            for module in users:
-                names[canonical, module] = by_module[users[0]]
-    return names
+    named = [(name.rpartition(".")[0], name) for name in group]
+    return [u for u in named if u[0] in table_users], [u for u in named if u[0] not in table_users]
 
 
 def _named(value: Value, site: Site, names: Mapping[tuple[str, str], str]) -> Value:

@@ -105,6 +105,9 @@ class RotationAnalysis:
             vector = value.of if isinstance(value, (Square, Mean)) else value
             if isinstance(vector, Vector):
                 self.variables.fix(vector.coordinates, reason)
+                for name in (vector.gain.weight, vector.gain.bias) if vector.gain else ():
+                    if name is not None:
+                        self.families.other_use(Param(name, ()), reason)
             param = value.param if isinstance(value, Gain) else value
             if isinstance(param, Param):
                 self.families.other_use(param, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from autoquant.analyzer.capture import Captured
 from autoquant.analyzer.families import Family
-from autoquant.analyzer.interpret import Walk
+from autoquant.analyzer.interpret import Walk, shared_names
 from autoquant.analyzer.rotation_analysis import Read, RotationAnalysis
 from autoquant.analyzer.rotation_rules import rules
 from autoquant.analyzer.scales import module_of, slot_of
@@ -41,29 +41,43 @@ def analyse_rotations(captured: Captured) -> Rotations:
             analysis.variables.fix(torch.from_numpy(analysis.families.labels(family)), reason)
     keep = np.zeros(analysis.variables.count, dtype=np.bool_)
     solution = analysis.variables.solve(keep)
-    if _fix_means(analysis, solution):
+    if _fix_what_spaces_share(analysis, solution, shared_names(captured)):
         solution = analysis.variables.solve(keep)
     families = analysis.families.all()
     blocks = _blocks(analysis, families, solution)
     return Rotations(analysis, walk, solution, blocks, _spaces(analysis, families, solution, blocks))
 
 
-def _fix_means(analysis: RotationAnalysis, solution: Solution) -> bool:
-    """Writers may be centred only where every reader subtracts the mean: end the other spaces that have one."""
-    means = [solution.component[split.labels] for split in analysis.splits if split.centre]
-    if not means:
-        return False
+def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied: Collection[str]) -> bool:
+    """End the spaces whose norms cannot be folded although each reader alone would allow it; were there any?
+
+    Writers may be centred only where every reader subtracts the mean. A gain may be folded only where all that is
+    behind it reads one and the same space, and no other norm holds it.
+    """
+    means = np.concatenate([np.zeros(0, np.int64), *(s.labels for s in analysis.splits if s.centre)])
+    means = np.unique(solution.component[means])
+    spaces: dict[str, set[tuple[int, ...]]] = {}
+    reads = []
+    for family in analysis.families.all():
+        labels = analysis.families.labels(family)
+        labels = labels[~solution.fixed[labels]]
+        components = tuple(np.unique(solution.component[labels]).tolist())
+        for read in _reads(analysis, family) if len(labels) else []:
+            reads.append((read, labels, components))
+            if read.gain is not None and read.gain.weight is not None:
+                spaces.setdefault(read.gain.weight, set()).add(components)
     found = False
-    for read in analysis.reads:
-        if read.gain is None or read.gain.kind != "layer":
-            for family in analysis.families.all():
-                if (family.param, family.dim) == (read.weight, read.dim):
-                    labels = analysis.families.labels(family)
-                    free = labels[~solution.fixed[labels]]
-                    if np.isin(solution.component[free], np.concatenate(means)).any():
-                        text = "its mean is subtracted for some of its readers only"
-                        analysis.variables.fix(torch.from_numpy(free), read.site.because(text))
-                        found = True
+    for read, labels, components in reads:
+        text = None
+        if (read.gain is None or read.gain.kind != "layer") and np.isin(components, means).any():
+            text = "its mean is subtracted for some of its readers only"
+        elif read.gain is not None and read.gain.weight in tied:
+            text = f"{read.gain.weight} is shared with another norm"
+        elif read.gain is not None and len(spaces.get(read.gain.weight or "", ())) > 1:
+            text = f"{read.gain.weight} is applied to other vectors too"
+        if text is not None:
+            analysis.variables.fix(torch.from_numpy(labels), read.site.because(text))
+            found = True
     return found
 
 
