@@ -1,0 +1,245 @@
+"""Ways through a captured graph along one channel, backwards from a reader."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from autoquant.analyzer.effects import (
+    FORMAT,
+    blocking,
+    is_movement,
+    qualified,
+    rotation_effect,
+    scale_effect,
+)
+from autoquant.analyzer.families import Param
+from autoquant.analyzer.graph import module_path
+from autoquant.analyzer.interpret import Walk
+from autoquant.analyzer.operators import PRODUCTS, operator_name
+from autoquant.analyzer.rotation_analysis import Gain, Mean, Square, Vector
+from autoquant.analyzer.rotations import Rotations
+from autoquant.analyzer.scales import Scales
+from autoquant.analyzer.variables import Ints, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operator, or a run of data movement in one module."""
+
+    operator: str
+    at: str
+    effect: str
+
+
+Steps = tuple[Step, ...]
+Effect = Callable[[fx.Node, Collection[fx.Node], Collection[Param]], str]
+
+
+def scale_chains(scales: Scales, component: int) -> Chains:
+    """Ways of the channels whose scale is one degree of freedom."""
+    components = scales.solution.component
+
+    def labels(value: Any) -> Ints | None:
+        return value.numpy() if isinstance(value, Tensor) else None
+
+    reasons = scales.analysis.variables.reasons
+    undoes = "this linear: its columns undo the scale"
+    return Chains(scales.walk, components, component, labels, scale_effect, reasons, undoes)
+
+
+def rotation_chains(rotations: Rotations, component: int) -> Chains:
+    """Ways of one coordinate of a space; -1 for none."""
+
+    def labels(value: Any) -> Ints | None:
+        vector = value.of if isinstance(value, Square | Mean) else value
+        return vector.coordinates.numpy() if isinstance(vector, Vector) else None
+
+    components = rotations.solution.component
+    reasons = rotations.analysis.variables.reasons
+    splits = frozenset(split.reason.order for split in rotations.analysis.splits if len(np.unique(split.keys)) > 1)
+    undoes = "this linear: its columns undo the rotation"
+    return Chains(rotations.walk, components, component, labels, rotation_effect, reasons, undoes, splits)
+
+
+@dataclass(eq=False)
+class Chains:
+    """The nodes that carry one component, and the ways between them."""
+
+    walk: Walk
+    components: Ints
+    component: int
+    labels: Callable[[Any], Ints | None]
+    effect: Effect
+    reasons: dict[int, Reason]
+    undoes: str
+    """What the reader at the end of a way does."""
+    splits: frozenset[int] = frozenset()
+    """Places at which channels see different factors."""
+
+    @cached_property
+    def _order(self) -> dict[fx.Node, int]:
+        nodes = (node for piece in self.walk.captured.pieces for node in piece.graph.graph.nodes)
+        return {node: order for order, node in enumerate(nodes, start=1)}
+
+    @cached_property
+    def _nodes(self) -> dict[int, fx.Node]:
+        return {order: node for node, order in self._order.items()}
+
+    def at(self, reason: Reason) -> fx.Node | None:
+        """The node that gave ``reason``."""
+        return self._nodes.get(reason.order)
+
+    def reason(self, node: fx.Node) -> Reason | None:
+        """What ``node`` blocks for, if it does."""
+        order = self._order[node]
+        return next((reason for reason in self.reasons.values() if reason.order == order), None)
+
+    def carries(self, node: fx.Node, exact: int | None = None) -> bool:
+        """Does what ``node`` makes hold the component (or the very label ``exact``)?"""
+        value = self.walk.values.get(node)
+        for part in value if isinstance(value, tuple | list) else (value,):
+            found = self.labels(part)
+            if found is None or not found.size:
+                continue
+            if exact is not None:
+                if bool((found == exact).any()):
+                    return True
+            elif bool((self.components[found] == self.component).any()):
+                return True
+        return False
+
+    def back(self, start: fx.Node | None, until: fx.Node | None = None, exact: int | None = None) -> list[fx.Node]:
+        """The shortest way from the nearest source (or from ``until``) to ``start``, both included."""
+        if start is None:
+            return []
+        return self._search(
+            start,
+            lambda node: node is until if until is not None else self._is_source(node),
+            lambda node: self.carries(node, exact) or (until is not None and exact is None),
+        )
+
+    def back_to(self, blocker: fx.Node, source: fx.Node | None) -> list[fx.Node]:
+        """The shortest way from ``source`` (else from any source) to an argument of ``blocker``."""
+        starts = [argument for argument in blocker.all_input_nodes if self.carries(argument)]
+        ways = [self._search(start, lambda node: node is source, self.carries) for start in starts]
+        ways = [way for way in ways if way and way[0] is source] or [self.back(start) for start in starts]
+        return min(ways, key=len, default=[])
+
+    def into(self, blocker: fx.Node) -> list[fx.Node]:
+        """What feeds ``blocker``, from the nearest product or embedding on."""
+        for argument in blocker.all_input_nodes:
+            if argument.op == "call_function" and self.labels(_first(self.walk.values.get(argument))) is not None:
+                return self._search(
+                    argument,
+                    lambda node: self._is_source(node, any_component=True),
+                    lambda node: self._is_activation(node),
+                )
+        return []
+
+    def end(self, start: fx.Node | None) -> fx.Node | None:
+        """Where a value that carries nothing stopped carrying: the nearest node before it that blocks."""
+        if start is None:
+            return None
+        way = self._search(
+            start, lambda node: self.reason(node) is not None, lambda node: not self._is_activation(node)
+        )
+        return way[0] if self.reason(way[0]) is not None else None
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        return self.labels(_first(self.walk.values.get(node))) is not None
+
+    def _search(
+        self, start: fx.Node, found: Callable[[fx.Node], bool], follow: Callable[[fx.Node], bool]
+    ) -> list[fx.Node]:
+        """Breadth first, backwards. Where nothing is found: the way to the farthest node that could be followed."""
+        after: dict[fx.Node, fx.Node | None] = {start: None}
+        queue = deque([start])
+        node = start
+        while queue:
+            node = queue.popleft()
+            if found(node):
+                break
+            for argument in node.all_input_nodes:
+                if argument not in after and argument.op == "call_function" and follow(argument):
+                    after[argument] = node
+                    queue.append(argument)
+        way = [node]
+        while (following := after[way[-1]]) is not None:
+            way.append(following)
+        return way
+
+    def _is_source(self, node: fx.Node, any_component: bool = False) -> bool:
+        """Is the channel made here: by the rows of a weight, a table, or a gain?"""
+        params = self.params(node)
+        if not params:
+            return False
+        name = operator_name(node)
+        if name in PRODUCTS or name in ("embedding", "layer_norm", "rms_norm"):
+            return self.effect is scale_effect or name not in ("layer_norm", "rms_norm")
+        carriers = [
+            argument
+            for argument in node.all_input_nodes
+            if self._is_activation(argument) and (any_component or self.carries(argument))
+        ]
+        return not carriers
+
+    def params(self, node: fx.Node) -> list[Param]:
+        """The parameters among a node's arguments."""
+        values = (self.walk.values.get(argument) for argument in node.all_input_nodes)
+        plain = (value.param if isinstance(value, Gain) else value for value in values)
+        return [value for value in plain if isinstance(value, Param)]
+
+    def steps(
+        self,
+        way: Sequence[fx.Node],
+        reader: fx.Node | None = None,
+        blocker: tuple[fx.Node, Reason] | None = None,
+        blocked: bool = False,
+    ) -> Steps:
+        """The nodes of a way in words; data movement within one module on one line.
+
+        ``blocked``: something that is not on the way blocks, and the reader undoes nothing.
+        """
+        steps: list[Step] = []
+        runs: list[bool] = []
+        for position, node in enumerate(dict.fromkeys(way)):
+            name, at = operator_name(node), module_path(node)
+            operator = qualified(name)
+            if name == "getitem":
+                continue
+            moves = is_movement(node)
+            effect = self.effect(node, [a for a in node.all_input_nodes if self.carries(a)], self.params(node))
+            params = sorted(self.params(node), key=lambda param: -len(param.full_shape))  # a weight before its bias
+            if position == 0 and not moves and params:
+                at = params[0].name
+            if name == "mul" and self._order[node] in self.splits:
+                effect = "multiplies each channel by a factor of its own"
+            if blocker is not None and node is blocker[0]:
+                effect, moves = blocking(blocker[1]), False
+            if node is reader:
+                at, effect, moves = (
+                    params[0].name if params else at,
+                    "this linear" if blocked or blocker else self.undoes,
+                    False,
+                )
+            if moves and runs and runs[-1] and steps[-1].at == at:
+                names = dict.fromkeys([*steps[-1].operator.split(", "), operator])
+                merged = (
+                    FORMAT if effect == steps[-1].effect == FORMAT else steps[-1].effect if effect == FORMAT else effect
+                )
+                steps[-1] = Step(", ".join(names), at, merged)
+                continue
+            steps.append(Step(operator, at, effect))
+            runs.append(moves)
+        return tuple(steps)
+
+
+def _first(value: Any) -> Any:
+    return next(iter(value), None) if isinstance(value, tuple | list) else value

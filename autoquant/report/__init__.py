@@ -1,0 +1,1 @@
+"""What people see: text and tables made from a config alone."""

@@ -1,0 +1,255 @@
+"""What a config says about each linear, in words. No torch: everything is read from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoquant.config import Blocked, Config, Linear, Slot, SmoothingGroup, SmoothingKind, Space
+from autoquant.configcheck import positions_and_channels
+from autoquant.paths import LAYER, layer_numbers, layer_set
+
+
+def summarise(config: Config, unknown_operators: Sequence[str] = ()) -> Summary:
+    """Every linear with what reaches it, what is blocked, and totals. ``unknown_operators`` had no rule."""
+    lookup = _Lookup(config)
+    sections: dict[str | None, list[Row]] = {}
+    for linear in config.model.linears:
+        sections.setdefault(linear.layers, []).append(_row(lookup, linear))
+    return Summary(
+        sections=tuple(Section(layers, tuple(rows)) for layers, rows in sections.items()),
+        notes=tuple(lookup.notes),
+        spaces=tuple(_space(space) for space in config.rotation.spaces),
+        query_keys=tuple(_query_key(group) for group in config.smoothing.groups if _is_query_key(group)),
+        blocked_rotations=tuple(
+            f"{b.path}{_in_layers(b.layers)}: {because(b)}" for b in config.blocked if b.what == "rotation"
+        ),
+        totals=_totals(config, unknown_operators),
+    )
+
+
+def because(blocked: Blocked) -> str:
+    """``'it is normalised (aten.add at model.norm)'``."""
+    reason = blocked.reason
+    if blocked.what == "rotation" and reason == "the operator has no rule":
+        reason = "no rotation is known to pass this operator"
+    return f"{reason} ({blocked.operator}{f' at {blocked.at}' if blocked.at else ''})"
+
+
+def reached(config: Config, linear: Linear) -> dict[int | None, bool]:
+    """Per layer of ``linear`` (None where it is in none): do smoothing groups reach every column?
+
+    Query-key groups do not count: they scale keys in the cache, not what a linear reads.
+    """
+    columns = linear.in_features * (linear.stack or 1)
+    covered = {layer: np.zeros(columns, dtype=np.bool_) for layer in _numbers(linear.layers)}
+    for group in config.smoothing.groups:
+        if _is_query_key(group):
+            continue
+        for slot in _slots(group.targets, linear):
+            positions, _ = positions_and_channels(slot)
+            expert = np.arange(columns // slot.size)[:, None] * slot.size  # a slot without a stack is for all of them
+            for layer in _numbers(group.layers):
+                if layer in covered:
+                    covered[layer][(positions + expert).reshape(-1)] = True
+    return {layer: bool(mask.all()) for layer, mask in covered.items()}
+
+
+def _row(lookup: _Lookup, linear: Linear) -> Row:
+    sources = [
+        _source(lookup, linear, group, slot)
+        for group in lookup.config.smoothing.groups
+        if not _is_query_key(group) and _overlap(group.layers, linear.layers)
+        for slot in _slots(group.targets, linear)
+    ]
+    layers = reached(lookup.config, linear)
+    smoothing = list(dict.fromkeys(sources))
+    if not all(layers.values()):
+        blocked = [
+            b
+            for b in lookup.config.blocked
+            if b.what == "smoothing" and b.path == linear.path and _overlap(b.layers, linear.layers)
+        ]
+        references = [lookup.note(because(b), linear.path) for b in blocked]
+        missing = [layer for layer, whole in layers.items() if not whole and layer is not None]
+        where = f" in layers {layer_set(missing)}" if missing and len(missing) < len(layers) else ""
+        what = "part of it" if sources and not where else "no"
+        smoothing.append(f"{what}{where}" + (f", see {_listed(references)}" if references else ""))
+    shape = f"{linear.in_features} -> {linear.out_features}" + (f" x {linear.stack}" if linear.stack else "")
+    name = _inside(linear.path) + (f" ({linear.role})" if linear.role == "router" else "")
+    return Row(name, shape, tuple(smoothing), tuple(_rotations(lookup, linear)), all(layers.values()))
+
+
+def _source(lookup: _Lookup, linear: Linear, group: SmoothingGroup, target: Slot) -> str:
+    """``'norm input_layernorm'``, ``'v -> o from v_proj'``, ``'up -> down from 3072 rows of gate_up_proj'``."""
+    first = group.sources[0]
+    name = _relative(_module(first.path), linear.path)
+    if first.index is not None and first.stack is None:
+        positions, _ = positions_and_channels(first)
+        if len(positions) < first.size:
+            name = f"{len(positions)} rows of {name}"
+    elif first.index is not None and first.stack is not None:
+        positions, _ = positions_and_channels(first)
+        if len(positions) < first.size:
+            name = f"{len(positions) // first.stack} rows of {name}"
+    if group.kind is SmoothingKind.NORM_LINEAR:
+        text = f"norm {name}"
+    elif target.path in lookup.values:
+        text = f"v -> o from {name}"
+    else:
+        text = f"{'up -> down ' if linear.path in lookup.products or linear.stack else ''}from {name}"
+    if group.layers is None or linear.layers is None or set(_numbers(linear.layers)) <= set(_numbers(group.layers)):
+        return text
+    return f"{text} (layers {layer_set(set(layer_numbers(group.layers)) & set(layer_numbers(linear.layers)))})"
+
+
+def _rotations(lookup: _Lookup, linear: Linear) -> Iterator[str]:
+    """Which spaces the linear reads and writes: ``'R1 in'``, ``'R2 out'``, ``'R4 online in'``."""
+    config, inside, outside = lookup.config, [], []
+    for space in config.rotation.spaces:
+        for read in space.reads:
+            if _overlap(read.layers or space.layers, linear.layers) and _slots(read.readers, linear):
+                inside.append(space.kind)
+        for writer in space.writers:
+            if writer.path == linear.weight and writer.dim != linear.in_dim:
+                outside.append(space.kind)
+    online = [
+        o.kind
+        for o in config.rotation.online
+        if o.kind != "R3" and o.path == linear.path and _overlap(o.layers, linear.layers)
+    ]
+    yield from (f"{kind} in" for kind in dict.fromkeys(inside))
+    if not inside:
+        yield from (f"online {kind} in".replace(" input ", " ") for kind in dict.fromkeys(online))
+    yield from (f"{kind} out" for kind in dict.fromkeys(outside))
+
+
+def _space(space: Space) -> str:
+    blocks = f"{space.blocks} blocks of {space.size}" if space.blocks > 1 else f"{space.size}"
+    centre = ", writers centred first (LayerNorm)" if space.centre else ""
+    layers = _in_layers(space.layers) if LAYER in space.writers[0].path or space.kind != "R1" else ""
+    return f"{space.kind} {space.name}{layers}: {blocks}{centre}"
+
+
+def _query_key(group: SmoothingGroup) -> str:
+    return f"{group.name.replace(' -> ', ' <-> ')}{_in_layers(group.layers)}: {group.channels} scales"
+
+
+def _is_query_key(group: SmoothingGroup) -> bool:
+    return group.kind is SmoothingKind.QUERY_KEY
+
+
+def _totals(config: Config, unknown: Sequence[str]) -> str:
+    flags = [whole for linear in config.model.linears for whole in reached(config, linear).values()]
+    spaces = [space for space in config.rotation.spaces if space.kind == "R1"]
+    tables = [b for b in config.blocked if b.what == "rotation" and LAYER not in b.path]
+    if spaces:
+        sizes = ", ".join(str(space.size) for space in spaces)
+        residual = f"residual rotatable ({sizes})"
+    elif tables:
+        first = tables[0]
+        residual = f"residual blocked by {first.operator} at {first.at or 'the model'} ({first.reason})"
+    else:
+        residual = "no residual that could be rotated"
+    names = f" ({', '.join(unknown)})" if unknown else ""
+    return (
+        f"{sum(flags)} of {len(flags)} linears smoothable, {residual}, "
+        f"{len(unknown)} {'operator' if len(unknown) == 1 else 'operators'} without a rule{names}"
+    )
+
+
+def _slots(slots: Iterable[Slot], linear: Linear) -> list[Slot]:
+    """The slots that are columns of the linear's weight."""
+    return [slot for slot in slots if slot.path == linear.weight and slot.dim == linear.in_dim]
+
+
+def _numbers(layers: str | None) -> tuple[int | None, ...]:
+    return (None,) if layers is None else layer_numbers(layers)
+
+
+def _overlap(one: str | None, other: str | None) -> bool:
+    """Have they a layer in common, or is one of them in no layer?"""
+    return one is None or other is None or bool(set(layer_numbers(one)) & set(layer_numbers(other)))
+
+
+def _in_layers(layers: str | None) -> str:
+    return f" (layers {layers})" if layers is not None else ""
+
+
+def _inside(path: str) -> str:
+    """The path below the repeated layer; the whole path where there is none."""
+    return path.partition(f"{LAYER}.")[2] or path
+
+
+def _module(path: str) -> str:
+    head, _, leaf = path.rpartition(".")
+    return head if leaf in ("weight", "bias") and head else path
+
+
+def _relative(path: str, other: str) -> str:
+    """``path`` without the modules that it shares with ``other``."""
+    parts, others = path.split("."), other.split(".")
+    shared = 0
+    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
+        shared += 1
+    return ".".join(parts[shared:])
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(f"[{number}]" for number in dict.fromkeys(numbers))
+
+
+class _Lookup:
+    """What rows need to know of the whole config; collects the footnotes."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.notes: list[str] = []
+        self.values = {
+            reader.path
+            for space in config.rotation.spaces
+            if space.kind == "R2"
+            for read in space.reads
+            for reader in read.readers
+        }
+        self.products = {online.path for online in config.rotation.online if online.kind == "R4"}
+
+    def note(self, text: str, path: str) -> int:
+        """The number of the footnote with this text, a new one where there is none."""
+        text = text.replace(f"{path.partition(LAYER)[0]}{LAYER}.", "") if LAYER in path else text
+        if text not in self.notes:
+            self.notes.append(text)
+        return self.notes.index(text) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One linear, in words."""
+
+    name: str
+    shape: str
+    smoothing: tuple[str, ...]
+    rotation: tuple[str, ...]
+    smoothable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The linears that one set of layers has in common."""
+
+    layers: str | None
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A config in words."""
+
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...]
+    spaces: tuple[str, ...]
+    query_keys: tuple[str, ...]
+    blocked_rotations: tuple[str, ...]
+    totals: str

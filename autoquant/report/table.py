@@ -1,0 +1,111 @@
+"""The table that ``autoquant analyze`` prints: plain characters, readable at 80 columns and in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from autoquant.config import Certificate, Config
+from autoquant.paths import layer_numbers
+from autoquant.report.summary import Row, Section, Summary, summarise
+
+PIPE_WIDTH = 120
+"""Columns where the output is no terminal."""
+
+_KEY = (
+    ("R1 ", "R1: the residual stream, rotated once and for all in the weights that write and read it"),
+    ("R2 ", "R2: the values of each attention head, rotated in the weights as well"),
+    ("other ", "other: a vector that passes from one linear to another, rotated in the weights as well"),
+    ("online R4", "online R4: a Hadamard rotation can be computed before the linear while the model runs"),
+    ("online in", "online in: no rotation in the weights reaches it; one computed while the model runs can"),
+)
+
+
+def print_summary(config: Config, unknown_operators: Sequence[str] = (), file: IO[str] | None = None) -> None:
+    """Print what ``config`` says about each linear, with totals in the last line. ``file``: stdout by default."""
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=file, highlight=False, width=PIPE_WIDTH, color_system=None)
+    summary = summarise(config, unknown_operators)
+    console.print(Text(_headline(config)))
+    console.print()
+    console.print(_table(summary))
+    for title, lines in _lists(config, summary):
+        console.print(Text(title, style="bold"))
+        for line in lines:
+            console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+        console.print()
+    console.print(Text(summary.totals), soft_wrap=True)  # one line, for grep and tail -1
+
+
+def _headline(config: Config) -> str:
+    facts = config.model
+    parts = [_count(facts.layers, "layer")]
+    if facts.hidden_size:
+        parts.append(f"hidden size {facts.hidden_size}")
+    if facts.heads and facts.head_size:
+        over = f" over {facts.kv_heads} key/value heads" if facts.kv_heads and facts.kv_heads != facts.heads else ""
+        parts.append(f"{_count(facts.heads, 'head')}{over} of {facts.head_size}")
+    parts.append(f"{facts.parameters:,} parameters")
+    parts += ["tied " + " = ".join(names) for names in facts.tied]
+    return f"{config.provenance.model}: {', '.join(parts)}"
+
+
+def _table(summary: Summary) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table.add_column("linear", overflow="fold")
+    table.add_column("in -> out", no_wrap=True)
+    table.add_column("smoothed by", overflow="fold")
+    table.add_column("rotation", overflow="fold")
+    for section in summary.sections:
+        table.add_row(Text(_section_title(section), style="bold"))
+        for row in section.rows:
+            table.add_row(f"  {row.name}", row.shape, _smoothing(row), ", ".join(row.rotation) or "-")
+        table.add_row()
+    return table
+
+
+def _section_title(section: Section) -> str:
+    if section.layers is None:
+        return "outside of the layers"
+    return f"{_count(len(layer_numbers(section.layers)), 'layer')}: {section.layers}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _smoothing(row: Row) -> Text:
+    return Text("; ".join(row.smoothing) or "-", style="" if row.smoothable else "yellow")
+
+
+def _lists(config: Config, summary: Summary) -> Iterator[tuple[str, list[str]]]:
+    rotations = [text for section in summary.sections for row in section.rows for text in row.rotation]
+    legend = [text for start, text in _KEY if any(rotation.startswith(start) for rotation in rotations)]
+    if summary.notes:
+        yield "Not smoothable", [f"[{number}] {text}" for number, text in enumerate(summary.notes, start=1)]
+    if summary.query_keys:
+        yield "Keys against queries, of use for int8 key caches (off by default)", list(summary.query_keys)
+    if summary.spaces:
+        yield "Rotations", list(summary.spaces)
+    if summary.blocked_rotations:
+        yield "Not rotatable", list(summary.blocked_rotations)
+    if config.certificate is not None:
+        yield "Proof", _proof(config.certificate)
+    if legend:
+        yield "In the table", legend
+
+
+def _proof(certificate: Certificate) -> list[str]:
+    if not certificate.proved:
+        return ["none: --no-verify was given"]
+    return [
+        f"{row.kind}: {row.count} tried, logits change by {row.worst:.1e} at most (allowed {certificate.tolerance:.0e})"
+        for row in certificate.rows
+    ]
