@@ -9,8 +9,9 @@ Right configs land below 1e-6 relative and wrong ones above 1e-2, so that 1e-5 s
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,14 +26,20 @@ from autoquant.analyzer.folding import fold
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.config import Blocked, Certificate, CertificateRow, Config, Slot
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import apply_
-from autoquant.executor.inventory import take_inventory
+from autoquant.executor.apply import apply_, check_finite
+from autoquant.executor.inventory import Inventory, take_inventory
+from autoquant.executor.online import check_installable
+from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.smooth import random_scales
 from autoquant.models import LoadedModel, ModelSource, float64_throughout, grouped_experts, small
 from autoquant.threads import one_thread
 
 TOLERANCE = 1e-5
+
+
+TOLERANCES = {torch.float64: TOLERANCE, torch.float32: 1e-4}
+"""Per dtype of the model that is compared: rounding alone changes float32 logits by 1e-6 and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,10 @@ class Trial:
     name: str
     kind: str
     change: float
+
+    def holds(self, tolerance: float = TOLERANCE) -> bool:
+        """Whether the logits stayed the same; a NaN did not."""
+        return self.change <= tolerance
 
 
 @one_thread()
@@ -53,28 +64,61 @@ def certify(
     Raises AutoQuantError, naming the group, where a claim changes the logits by more than ``TOLERANCE``, where the
     small model allows other groups than the large one, or where its graph does not compute what the model does.
     """
-    progress("building the small model")
-    loaded = small(source, seed)
-    config = small_config(source, loaded)
-    _check_same_claims(analyzed.config, config)
-    config, refused = _placeable(loaded, config)
-    trials = []
-    with float64_throughout():
-        reference = logits(loaded.module, loaded)
-        for name, kind in claims(config):
-            progress(f"proving {name}")
-            trials.append(Trial(name, kind, changed(loaded, reference, config, [name], seed)))
-        names = [name for name, _ in claims(config)]
-        if names:
-            progress("proving all together")
-            trials.append(Trial("all", "all", changed(loaded, reference, config, names, seed)))
+    loaded, config = small_claims(analyzed, source, seed, progress)
+    config, refused = placeable(loaded.module, config)
+    trials = prove(loaded, config, seed=seed, progress=progress)
     for trial in trials:
-        if not trial.change <= TOLERANCE:
+        if not trial.holds():
             raise AutoQuantError(
                 f"{source.name}: '{trial.name}' ({trial.kind}) changes the logits of the small model by "
                 f"{trial.change:.2g}, more than {TOLERANCE:g}: it is not proved, so nothing is written"
             )
-    return _with_certificate(analyzed.config, refused, trials, str(reference.dtype).removeprefix("torch."), seed)
+    return _with_certificate(analyzed.config, refused, trials, dtype_of(loaded.module), seed)
+
+
+def small_claims(
+    analyzed: Analyzed, source: ModelSource, seed: int, progress: Callable[[str], None]
+) -> tuple[LoadedModel, Config]:
+    """A small random model and its own config, which claims what the full-size one does. Raises AutoQuantError."""
+    progress("building the small model")
+    loaded = small(source, seed)
+    config = small_config(source, loaded)
+    _check_same_claims(analyzed.config, config)
+    return loaded, config
+
+
+def prove(
+    loaded: LoadedModel,
+    config: Config,
+    names: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda step: None,
+) -> tuple[Trial, ...]:
+    """Apply each claim alone and then all together, with random scales and rotations, and compare the logits.
+
+    ``names``: only these claims. In float64 the model's own casts to float32 are widened. Raises AutoQuantError where
+    the config does not fit the model or a weight is not finite.
+    """
+    chosen = [(name, kind) for name, kind in claims(config) if names is None or name in names]
+    together = [name for name, _ in chosen]
+    widen = float64_throughout() if dtype_of(loaded.module) is torch.float64 else contextlib.nullcontext()
+    trials = []
+    with widen:
+        if together:
+            resolve(config, take_inventory(loaded.module), only=together, seed=seed)  # all problems, before any work
+        reference = logits(loaded.module, loaded)
+        if not bool(reference.isfinite().all()):
+            for name, parameter in loaded.module.named_parameters():
+                check_finite(name, parameter)
+            raise AutoQuantError("the model's own logits hold a NaN or an infinity")
+        for name, kind in chosen:
+            progress(f"proving {name}")
+            trials.append(Trial(name, kind, changed(loaded, reference, config, [name], seed)))
+        if together:
+            progress("proving all together")
+            trials.append(Trial("all", "all", changed(loaded, reference, config, together, seed)))
+    return tuple(trials)
 
 
 def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
@@ -103,13 +147,36 @@ def claims(config: Config) -> Iterator[tuple[str, str]]:
         yield online.path, online.kind
 
 
+@torch.no_grad()
 def changed(loaded: LoadedModel, reference: Tensor, config: Config, names: list[str], seed: int) -> float:
-    """Relative change of the logits when ``names`` are applied to a copy: ``|new - old| / |old|``, Euclidean."""
-    copied = copy.deepcopy(loaded.module)
-    resolved = resolve(config, take_inventory(copied), only=names, seed=seed)
-    apply_(copied, config, only=names, scales=random_scales(resolved, seed), seed=seed)
+    """Relative change of the logits when ``names`` are applied to a copy: ``|new - old| / |old|``, Euclidean.
+
+    The copy shares the parameters that stay as they are.
+    """
+    inventory = take_inventory(loaded.module)
+    resolved = resolve(config, inventory, only=names, seed=seed)
+    scales = random_scales(resolved, seed)
+    plan = make_plan(resolved, inventory, loaded.module.get_parameter, scales)
+    copied = _copy_sharing(loaded.module, inventory, plan)
+    apply_(copied, config, only=names, scales=scales, seed=seed)
     difference = logits(copied, loaded) - reference
     return float(difference.norm() / reference.norm())
+
+
+def _copy_sharing(module: nn.Module, inventory: Inventory, plan: Plan) -> nn.Module:
+    """A deep copy, but for the parameters that ``plan`` does not write."""
+    written = {inventory.canonical[name] for name in plan.operations if name in inventory.canonical}
+    kept = [
+        parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if inventory.canonical[name] not in written
+    ]
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in kept})
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
 @torch.no_grad()
@@ -122,12 +189,15 @@ def logits(module: nn.Module, loaded: LoadedModel) -> Tensor:
     return tensors[0]
 
 
-def _placeable(loaded: LoadedModel, config: Config) -> tuple[Config, dict[str, str]]:
+def placeable(module: nn.Module, config: Config) -> tuple[Config, dict[str, str]]:
     """Without the online rotations that the executor refuses, and why it does, by path."""
+    inventory = take_inventory(module)
     refused: dict[str, str] = {}
     for online in config.rotation.online:
         try:
-            apply_(copy.deepcopy(loaded.module), config, only=[online.path])
+            resolved = resolve(config, inventory, only=[online.path])
+            check_installable(module, resolved.online)
+            make_plan(resolved, inventory, module.get_parameter, None)
         except AutoQuantError as error:
             refused[online.path] = error.message
     kept = tuple(o for o in config.rotation.online if o.path not in refused)
@@ -135,14 +205,18 @@ def _placeable(loaded: LoadedModel, config: Config) -> tuple[Config, dict[str, s
     return config.model_copy(update={"rotation": rotation}), refused
 
 
-def _with_certificate(config: Config, refused: dict[str, str], trials: list[Trial], dtype: str, seed: int) -> Config:
+def _with_certificate(
+    config: Config, refused: dict[str, str], trials: Sequence[Trial], dtype: torch.dtype, seed: int
+) -> Config:
     rows = []
     for kind in dict.fromkeys(trial.kind for trial in trials):
         same = [trial for trial in trials if trial.kind == kind]
         worst = max(same, key=lambda trial: trial.change)
         name = worst.name if kind != "all" else None
         rows.append(CertificateRow(kind=kind, count=len(same), worst=float(f"{worst.change:.1e}"), worst_name=name))
-    certificate = Certificate(proved=True, tolerance=TOLERANCE, dtype=dtype, seed=seed, rows=tuple(rows))
+    certificate = Certificate(
+        proved=True, tolerance=TOLERANCE, dtype=str(dtype).removeprefix("torch."), seed=seed, rows=tuple(rows)
+    )
     kept = tuple(online for online in config.rotation.online if online.path not in refused)
     blocked = tuple(
         Blocked(path=o.path, layers=o.layers, what="rotation", reason=refused[o.path], operator=o.kind, at=o.path)

@@ -6,6 +6,7 @@ architecture: sizes are reduced by what their configuration fields are called an
 
 from autoquant.models.reduction import float64_throughout, grouped_experts, layer_kinds, randomise_, small
 from autoquant.models.source import LoadedModel, ModelSource, build_meta, resolve
+from autoquant.models.weights import load_weights
 
 __all__ = [
     "LoadedModel",
@@ -14,6 +15,7 @@ __all__ = [
     "float64_throughout",
     "grouped_experts",
     "layer_kinds",
+    "load_weights",
     "randomise_",
     "resolve",
     "small",

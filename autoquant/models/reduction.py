@@ -81,7 +81,7 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
         model.set_experts_implementation(experts)
         randomise_(loaded.module, seed)
         loaded = LoadedModel(loaded.module, (), dict.fromkeys(loaded.kwargs, tokens), loaded.config)
-        failure = _failure(loaded)
+        failure = failure_of(loaded)
         if failure is None:
             return loaded
     raise AutoQuantError(f"{source.name}: its small model cannot be run: {one_line(failure)}") from failure
@@ -212,7 +212,7 @@ def _small_factory(source: ModelSource, seed: int) -> LoadedModel:
         floats = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
         leaves = [leaf.to(dtype) if is_float else leaf for leaf, is_float in zip(leaves, floats, strict=True)]
         made = LoadedModel(made.module, *pytree.tree_unflatten(leaves, tree))
-        failure = _failure(made)
+        failure = failure_of(made)
         if failure is None:
             return made
     raise AutoQuantError(f"{source.name}: cannot be run: {one_line(failure)}") from failure
@@ -254,12 +254,13 @@ def _refusal(source: ModelSource, changes: Mapping[str, int]) -> Exception | Non
         size = parameters(build(source, config, torch.device("meta"), torch.float32).module)
         if size > _LARGEST:
             raise AutoQuantError(f"{size:,} parameters in two layers, more than {_LARGEST:,}")
-        return _failure(build(source, config, torch.device("cpu"), torch.float32))
+        return failure_of(build(source, config, torch.device("cpu"), torch.float32))
     except Exception as error:  # a configuration's own checks, or the architecture's code
         return error
 
 
-def _failure(loaded: LoadedModel) -> Exception | None:
+def failure_of(loaded: LoadedModel) -> Exception | None:
+    """Why the model cannot be run on its own inputs, None if it can."""
     try:
         with quiet(), torch.random.fork_rng(devices=()), torch.no_grad():
             loaded.module(*loaded.args, **loaded.kwargs)
