@@ -103,7 +103,7 @@ class Families:
         """Labels of a parameter used as a tensor, in the shape it is seen in; None if it is too large."""
         shape = param.full_shape
         self._use(param, f"a tensor{' plus 1' * offset}{' by data' if param.key else ''}", here)
-        if int(np.prod(shape)) > MAX_ELEMENTS:
+        if int(np.prod(shape)) > MAX_ELEMENTS or (param.key and len(shape) > 2):
             return None
         wide = [dim for dim, size in enumerate(shape) if size > 1]
         if param.key:
@@ -143,6 +143,15 @@ class Families:
         if columns is None or rows is None:
             return None
         return Factors(columns.select(output, 0), rows.select(contracted, 0), column, row)
+
+    def channels(self, param: Param, here: Reason) -> Tensor | None:
+        """Labels ``[channels]`` of dimension 0 of a depthwise convolution's weight, None where a view mixed them up.
+
+        One family serves input and output: ``y = w * x`` per channel, so the weight can take the ratio of their scales.
+        """
+        labels = self.axis(param, 0, "column", here, stacked=False)
+        seen = param.replay(labels.view(-1, *(1,) * (len(param.full_shape) - 1)).expand(param.full_shape))
+        return seen.flatten(1)[:, 0] if _constant_along(seen.flatten(1), 1) else None
 
     def _seen_axis(self, param: Param, dim: int, role: Role, here: Reason) -> Tensor | None:
         lead = param.full_shape[:-2]

@@ -7,6 +7,7 @@ arguments; what it returns becomes the value of the node.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 
 from autoquant.analyzer.capture import Captured, GraphInput, Piece, module_path
 from autoquant.analyzer.families import Param
-from autoquant.analyzer.operators import CASTS, FILLS, LIKE_ANOTHER, MOVEMENT, RANDOM, operator_name
+from autoquant.analyzer.operators import CASTS, CHOOSING, FILLS, LIKE_ANOTHER, MOVEMENT, RANDOM, operator_name
 from autoquant.analyzer.variables import Reason
 
 MAX_CONSTANT = 1 << 24
@@ -140,9 +141,10 @@ class Walk:
         rule = self.rules.get(site.operator)
         if rule is not None:
             return rule(site, *args, **kwargs)
-        if is_movement:
-            return self.movement(site, _function(site), args, kwargs)
-        return self.no_rule(site, tensors)
+        if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Unknown) for v in _flat(args[1:]))):
+            with contextlib.suppress(RuntimeError, TypeError):
+                return self.movement(site, _function(site), args, kwargs)
+        return self.no_rule(site, tensors)  # sizes and shifts that the data decide are no rule either
 
 
 def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:

@@ -35,6 +35,9 @@ MOVEMENT = frozenset(
 )
 """Operators that copy elements and change none: they are run on the labels themselves."""
 
+CHOOSING = frozenset("""index index_select gather take_along_dim cat concat concatenate stack""".split())
+"""Data movement that may depend on the data."""
+
 LIKE_ANOTHER = frozenset("""expand_as reshape_as view_as type_as""".split())
 """Operators that take the shape or the number format of their second argument, and nothing else of it."""
 

@@ -203,6 +203,8 @@ def _space(
             writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))
             continue
         gain = readers[0].gain
+        if gain is not None and (gain.weight or gain.bias) and slot.index is not None:
+            return None  # the norm counts its channels in another order, or has others too
         key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
         reads.setdefault(key, (gain, []))[1].append(Reader(**slot.model_dump(), bias=readers[0].bias))
     if not writers or not reads:

@@ -139,7 +139,7 @@ class ScaleAnalysis:
         if not isinstance(args[0], Tensor) or args[0].ndim == 0:
             return False
         rows = torch.arange(args[0].shape[0]).view(-1, *(1,) * (args[0].ndim - 1)).expand(args[0].shape)
-        moved = function(rows, *args[1:], **kwargs)
+        moved = function(*_to_labels(self, site, (rows, *args[1:])), **kwargs)
         for result in moved if isinstance(moved, (tuple, list)) else (moved,):
             if result.ndim == 0 or result.shape[0] != args[0].shape[0]:
                 return False
