@@ -20,7 +20,7 @@ from autoquant.analyzer.variables import Bools, Ints, Reason
 from autoquant.config import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
-SHARED = "what it reads must keep its scale for another reader: there "
+SHARED = "its scale is that of a tensor that must keep it: "
 
 
 Model = TypeVar("Model", SmoothingGroup, Space)

@@ -305,9 +305,20 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
     def matmul(site: Site, x: Value, y: Value) -> Value:
         if isinstance(y, Param):
             return product(site, x, y, len(y.shape) - 2)
+        if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Vector):
+            return product_from_left(site, x, y)
         if isinstance(y, Vector) and isinstance(x, (Unknown, Known)):
             return summed_over_tokens(site, y)
         return a.end(site, [x, y], "it is a product of two activations")
+
+    def product_from_left(site: Site, w: Param, x: Vector) -> Value:
+        """``w @ x``: the columns of ``w`` are summed with the rows of ``x``."""
+        found = a.families.factors(w, 1, 0, site.because("it is a weight"))
+        if found is None:
+            return a.end(site, [w, x], "rows and columns of the weight are mixed by a reshape")
+        read(site, apply(x, lambda labels: labels.transpose(-1, -2)), found.columns, found, w.name, None)
+        rows = found.rows.unsqueeze(-1).expand(site.shape)
+        return Vector(rows, fresh_instances(rows))
 
     def summed_over_tokens(site: Site, values: Vector) -> Value:
         """Sums of vectors with coefficients per position of the result: every axis but the last has its own."""

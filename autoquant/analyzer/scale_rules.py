@@ -79,7 +79,8 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         return a.block(site, [x, low, high], "it is clamped")
 
     def nonlinear(site: Site, *args: Value, **kwargs: Value) -> Value:
-        return a.block(site, [*args, *kwargs.values()], "it is not proportional to its input")
+        name = site.operator.rpartition("::")[2]
+        return a.block(site, [*args, *kwargs.values()], f"{name}(s x) is not s {name}(x)")
 
     def reduce(site: Site, x: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value) -> Value:
         labels = a.labels(site, x)
@@ -292,21 +293,19 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         groups: int = 1,
     ) -> Value:
         """conv1d over time: depthwise, or dense in its channels."""
-        if not isinstance(w, Param) or w.views or not isinstance(x, Tensor) or len(w.full_shape) != 3:
-            return a.block(site, [x, w, bias], NO_RULE)
-        out_channels, per_group, _ = w.full_shape
-        here = site.because("it is a weight")
-        if groups == out_channels and per_group == 1:
-            rows = columns = a.families.axis(w, 0, "row", here, stacked=False)
-        else:
+        if not isinstance(w, Param) or not isinstance(x, Tensor):
+            return a.block(site, [x, w, bias], "it is a convolution with a computed weight")
+        if w_ndim(w) != 3 or groups != w.shape[0] or w.shape[1] != 1:
             return a.block(site, [x, w, bias], "it is a convolution that mixes channels")
+        channels = a.families.channels(w, site.because("it is a weight"))
+        if channels is None:
+            return a.block(site, [x, w, bias], "the channels of the weight are mixed by a reshape")
         a.mixed(x)
         labels = v.merge_along(x, [d for d in range(x.ndim) if d != x.ndim - 2], site.order)
-        # One family serves input and output: y = w * x per channel, so the weight can take the ratio of their scales.
-        out = v.product(labels, columns, site.order)
+        out = v.product(labels, channels, site.order)
         if bias is not None:
             v.equal(out, a.labels(site, bias), site.order)
-        return out.unsqueeze(-1).expand(site.shape).contiguous() if rows.numel() else a.fixed(site.shape, here)
+        return out.unsqueeze(-1).expand(site.shape).contiguous()
 
     def put(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
         """Writes some elements of a tensor: wherever they go, they must agree with what they meet along those axes."""

@@ -139,7 +139,9 @@ def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Member
         return None
     roles = {families[i].role for i in np.unique(members.family[members.weight > 0])}
     readers = {(use.weight, use.contracted_dim) for use in analysis.uses}
-    if not any((slot.path, slot.dim) in readers for slot in targets):
+    # A depthwise convolution is not quantized: a scale that it alone takes is legal and of no use.
+    useful = any((slot.path, slot.dim) in readers for slot in targets)
+    if not any(families[i].role == "column" for i in np.unique(members.family[members.weight < 0])):
         kind = SmoothingKind.QUERY_KEY
     else:
         kind = SmoothingKind.NORM_LINEAR if roles == {"leaf"} else SmoothingKind.LINEAR_LINEAR
@@ -147,6 +149,7 @@ def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Member
     return SmoothingGroup(
         name=group_name(sources, targets),
         kind=kind,
+        enable=None if useful or kind is SmoothingKind.QUERY_KEY else False,
         channels=len(component) * stack,
         sources=tuple(sources),
         targets=tuple(targets),
