@@ -178,7 +178,7 @@ def _online(scales: Scales, rotations: Rotations, found: tuple[Linear, ...]) -> 
     """R3 wherever queries meet keys; a rotation before every linear that no offline one reaches."""
     online: dict[Online, None] = {}
     for scores in scales.analysis.scores:
-        if scores.head_size > 1:
+        if scores.head_size > 1 and scores.site.at:  # a module to put it in
             online[Online(kind="R3", path=scores.site.at, size=scores.head_size)] = None
     reached = {reader.path for space in rotations.spaces for read in space.reads for reader in read.readers}
     products = {use.weight: use for use in reversed(scales.analysis.uses)}

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 
 from autoquant.errors import AutoQuantError
 
@@ -79,7 +81,7 @@ def build_meta(source: ModelSource) -> LoadedModel:
     """The full-size module on the meta device, without weights, and three tokens of input.
 
     Configurations: float32, no cache, scaled-dot-product attention where the class takes it and eager attention
-    elsewhere. Factories are called under ``torch.device("meta")``.
+    elsewhere. Factories are called with floating-point tensors on the meta device and integers for real.
     """
     if source.config is None:
         return call_factory(source, torch.device("meta"))
@@ -168,7 +170,7 @@ def _import_factory(model: str) -> Any:
 def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
     """The module and inputs that a factory makes on ``device``. Raises AutoQuantError with what it said."""
     try:
-        with torch.random.fork_rng(devices=()), device:
+        with torch.random.fork_rng(devices=()), _WithoutWeights() if device.type == "meta" else device:
             made = source.factory()
     except Exception as error:  # the user's code
         raise AutoQuantError(f"{source.name}: {one_line(error)}") from error
@@ -176,6 +178,8 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
         raise AutoQuantError(f"{source.name}: expected (nn.Module, example_inputs), got {type(made).__name__}")
     module, example = made
     module.eval()
+    if device.type == "meta":
+        _drop_values_(module)
     if isinstance(example, Mapping):
         args, kwargs = (), dict(example)
     elif isinstance(example, tuple):
@@ -184,6 +188,33 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
         raise AutoQuantError(f"{source.name}: example inputs: expected a tuple or a dict, got {type(example).__name__}")
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
     return LoadedModel(module, args, kwargs)
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Floating-point tensors are made on the meta device, integers for real: what an index picks is structure."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in _device_constructors() or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        dtype = kwargs.get("dtype")
+        if func in _BY_VALUE if dtype is None else not dtype.is_floating_point:
+            return func(*args, **kwargs)
+        return func(*args, **{**kwargs, "device": "meta"})
+
+
+_BY_VALUE = (torch.tensor, torch.as_tensor, torch.asarray, torch.arange, torch.randint, torch.randperm)
+"""Constructors that make integers unless they are told otherwise."""
+
+
+def _drop_values_(module: nn.Module) -> None:
+    """Move what is floating-point, and was made from values, to the meta device too."""
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_floating_point() and not tensor.is_meta:
+                    meta = tensor.detach().to("meta")
+                    table[name] = nn.Parameter(meta) if isinstance(tensor, nn.Parameter) else meta  # type: ignore[assignment]  # of its own kind
 
 
 def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
