@@ -88,7 +88,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             if (
                 vector.gain.bias is None
                 and param.shape == param.full_shape
-                and len(param.shape) == 1
+                and param.shape == tuple(vector.coordinates.shape[-1:])
                 and vector.gain_index is not None
             ):
                 a.families.other_use(param, site.because("it is a norm's bias"), "gain")
