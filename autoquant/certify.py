@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -90,34 +90,32 @@ def small_claims(
 def prove(
     loaded: LoadedModel,
     config: Config,
-    names: Sequence[str] | None = None,
     *,
     seed: int = 0,
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[Trial, ...]:
     """Apply each claim alone and then all together, with random scales and rotations, and compare the logits.
 
-    ``names``: only these claims. In float64 the model's own casts to float32 are widened. Raises AutoQuantError where
+    In float64 the model's own casts to float32 are widened. Raises AutoQuantError where
     the config does not fit the model or a weight is not finite.
     """
-    chosen = [(name, kind) for name, kind in claims(config) if names is None or name in names]
-    together = [name for name, _ in chosen]
     widen = float64_throughout() if dtype_of(loaded.module) is torch.float64 else contextlib.nullcontext()
+    chosen = list(claims(config))
     trials = []
     with widen:
-        if together:
-            resolve(config, take_inventory(loaded.module), only=together, seed=seed)  # all problems, before any work
+        if chosen:  # all problems, before any work
+            resolve(config, take_inventory(loaded.module), only=[name for name, _ in chosen], seed=seed)
         reference = logits(loaded.module, loaded)
         if not bool(reference.isfinite().all()):
             for name, parameter in loaded.module.named_parameters():
                 check_finite(name, parameter)
             raise AutoQuantError("the model's own logits hold a NaN or an infinity")
         for name, kind in chosen:
-            progress(f"proving {name}")
-            trials.append(Trial(name, kind, changed(loaded, reference, config, [name], seed)))
-        if together:
+            progress(f"proving {name} ({kind})")
+            trials.append(Trial(name, kind, changed(loaded, reference, keep(config, [(name, kind)]), seed)))
+        if chosen:
             progress("proving all together")
-            trials.append(Trial("all", "all", changed(loaded, reference, config, together, seed)))
+            trials.append(Trial("all", "all", changed(loaded, reference, config, seed)))
     return tuple(trials)
 
 
@@ -147,12 +145,27 @@ def claims(config: Config) -> Iterator[tuple[str, str]]:
         yield online.path, online.kind
 
 
+def keep(config: Config, chosen: Collection[tuple[str, str]]) -> Config:
+    """The config with the claims (name, kind) of ``chosen`` only. A group and a space may share a name."""
+    smoothing, rotation = config.smoothing, config.rotation
+    groups = tuple(group for group in smoothing.groups if (group.name, group.kind.value) in chosen)
+    spaces = tuple(space for space in rotation.spaces if (space.name, space.kind) in chosen)
+    online = tuple(online for online in rotation.online if (online.path, online.kind) in chosen)
+    return config.model_copy(
+        update={
+            "smoothing": smoothing.model_copy(update={"groups": groups}),
+            "rotation": rotation.model_copy(update={"spaces": spaces, "online": online}),
+        }
+    )
+
+
 @torch.no_grad()
-def changed(loaded: LoadedModel, reference: Tensor, config: Config, names: list[str], seed: int) -> float:
-    """Relative change of the logits when ``names`` are applied to a copy: ``|new - old| / |old|``, Euclidean.
+def changed(loaded: LoadedModel, reference: Tensor, config: Config, seed: int) -> float:
+    """Relative change of the logits when all of ``config`` is applied to a copy: ``|new - old| / |old|``, Euclidean.
 
     The copy shares the parameters that stay as they are.
     """
+    names = [name for name, _ in claims(config)]
     inventory = take_inventory(loaded.module)
     resolved = resolve(config, inventory, only=names, seed=seed)
     scales = random_scales(resolved, seed)
@@ -200,9 +213,7 @@ def placeable(module: nn.Module, config: Config) -> tuple[Config, dict[str, str]
             make_plan(resolved, inventory, module.get_parameter, None)
         except AutoQuantError as error:
             refused[online.path] = error.message
-    kept = tuple(o for o in config.rotation.online if o.path not in refused)
-    rotation = config.rotation.model_copy(update={"online": kept})
-    return config.model_copy(update={"rotation": rotation}), refused
+    return keep(config, [(name, kind) for name, kind in claims(config) if name not in refused]), refused
 
 
 def _with_certificate(

@@ -14,17 +14,23 @@ from autoquant.models.source import LoadedModel, one_line, quiet
 BATCH, TOKENS = 2, 16
 
 
-def load_weights(folder: Path, dtype: torch.dtype = torch.float64, seed: int = 0) -> LoadedModel:
+def load_weights(
+    folder: Path, dtype: torch.dtype = torch.float64, seed: int = 0, *, trust_remote_code: bool = False
+) -> LoadedModel:
     """The checkpoint in ``folder``, on the CPU and in evaluation mode, with random token ids [2, 16].
 
     Raises AutoQuantError where it cannot be loaded or run, and where a parameter is missing from it or has another
     shape there: transformers would give it random values.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # the checkpoint's format, its configuration, or the architecture's own code
         raise AutoQuantError(f"{folder}: cannot be loaded: {one_line(error)}") from error
     model, info = loaded
