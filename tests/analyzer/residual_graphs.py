@@ -1,0 +1,236 @@
+"""Small graphs with a residual stream: an embedding, norms, and linears that read and write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from small_graphs import IDS, Graph, lin, par, rms
+from torch import nn
+
+
+def tied():
+    e = nn.Embedding(7, 4)
+    h = nn.Linear(4, 7, bias=False)
+    h.weight = e.weight
+    return Graph(
+        lambda s, i: s.h(s.n(s.e(i) + s.b(s.n2(s.e(i))))),
+        e=e,
+        h=h,
+        n=nn.RMSNorm(4, eps=1e-6),
+        n2=nn.RMSNorm(4, eps=1e-6),
+        b=lin(),
+    )
+
+
+def embedded(f, **k):
+    return Graph(f, e=nn.Embedding(7, 4), **k)
+
+
+RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "post_norm": lambda: (
+        embedded(
+            lambda s, i: (lambda e: s.o(s.f_(e + s.n(s.b(s.m(e))))))(s.e(i)),
+            n=nn.RMSNorm(4),
+            m=nn.RMSNorm(4),
+            f_=nn.RMSNorm(4),
+            b=lin(),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "tied": lambda: (tied(), IDS),
+    "extra_output_space": lambda: (
+        embedded(lambda s, i: (lambda h: (s.o(s.n(h)), h))(s.e(i)), n=nn.RMSNorm(4), o=lin()),
+        IDS,
+    ),
+    "norm_read_and_added": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.n2(s.b(h) + h)))(s.n(s.e(i) + s.p(s.n3(s.e(i))))),
+            n=nn.RMSNorm(4),
+            n2=nn.RMSNorm(4),
+            n3=nn.RMSNorm(4),
+            p=lin(),
+            b=lin(),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "buffer_space": lambda: (
+        embedded(lambda s, i: s.o(s.n(s.e(i) * s.k)), n=nn.RMSNorm(4), o=lin(), k=torch.rand(4).double()),
+        IDS,
+    ),
+    "emb_scaled_norm": lambda: (embedded(lambda s, i: s.o(s.n(s.e(i) * 3.0)), n=nn.RMSNorm(4, eps=0.1), o=lin()), IDS),
+    "emb_norm": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.f_(h + s.b(s.n2(h)))))(s.n(s.e(i))),
+            n=nn.LayerNorm(4),
+            n2=nn.RMSNorm(4),
+            f_=nn.RMSNorm(4),
+            b=lin(),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "mlp_bias_ln_space": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.f_(h + s.b(F.gelu(s.c(s.n2(h)))))))(s.e(i) + s.pos),
+            n2=nn.LayerNorm(4),
+            f_=nn.LayerNorm(4),
+            b=lin(8, 4),
+            c=lin(4, 8),
+            o=lin(4, 4, False),
+            pos=par(3, 4),
+        ),
+        IDS,
+    ),
+    "pos_table": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.f_(h)))(s.e(i) + s.pe(torch.arange(3))),
+            pe=nn.Embedding(5, 4),
+            f_=nn.LayerNorm(4),
+            o=lin(4, 4, False),
+        ),
+        IDS,
+    ),
+    "pos_slice": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.f_(h)))(s.e(i) + s.pos[:3]),
+            pos=par(5, 4),
+            f_=nn.RMSNorm(4),
+            o=lin(4, 4, False),
+        ),
+        IDS,
+    ),
+    "norm_gain_two_offsets": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.b(rms(s, h) * (1 + s.w)) + s.c(rms(s, h) * s.w))(s.e(i)),
+            w=par(4),
+            b=lin(),
+            c=lin(),
+        ),
+        IDS,
+    ),
+    "norm_gain_reused": lambda: (
+        embedded(lambda s, i: (lambda h: s.b(s.n(h)) * s.n.weight)(s.e(i)), n=nn.RMSNorm(4), b=lin()),
+        IDS,
+    ),
+    "norm_twice_space": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.b(s.n(h)) + s.c(s.n(s.e2(i))))(s.e(i)),
+            e2=nn.Embedding(7, 4),
+            n=nn.RMSNorm(4),
+            b=lin(),
+            c=lin(),
+        ),
+        IDS,
+    ),
+    "two_norms_one_linear": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.b(s.n(h) + 0 * h) + s.b(s.n2(h)))(s.e(i)),
+            n2=nn.RMSNorm(4),
+            n=nn.RMSNorm(4),
+            b=lin(),
+        ),
+        IDS,
+    ),
+    "ln_and_raw": lambda: (
+        embedded(lambda s, i: (lambda h: s.b(s.n(h)) + s.c(h))(s.e(i)), n=nn.LayerNorm(4), b=lin(), c=lin()),
+        IDS,
+    ),
+    "ln_and_rms": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.b(s.n(h)) + s.c(s.n2(h)))(s.e(i)),
+            n=nn.LayerNorm(4),
+            n2=nn.RMSNorm(4),
+            b=lin(),
+            c=lin(),
+        ),
+        IDS,
+    ),
+    "ln_only_bias": lambda: (
+        embedded(lambda s, i: (lambda h: s.b(s.n(h)))(s.e(i)), n=nn.LayerNorm(4, elementwise_affine=False), b=lin()),
+        IDS,
+    ),
+    "emb_twice_folded": lambda: (
+        embedded(
+            lambda s, i: s.o(s.n(s.e(i))) + s.p(s.n2(s.e(i))),
+            n=nn.RMSNorm(4, eps=0.1),
+            n2=nn.RMSNorm(4, eps=0.1),
+            o=lin(),
+            p=lin(),
+        ),
+        IDS,
+    ),
+    "emb_twice_folded_same": lambda: (
+        embedded(lambda s, i: s.o(s.n(s.e(i))) + s.p(s.n(s.e(i.flip(1)))), n=nn.RMSNorm(4, eps=0.1), o=lin(), p=lin()),
+        IDS,
+    ),
+    "emb_folded_norm_reused": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.n(h + s.p(h))))(s.n(s.e(i))), n=nn.RMSNorm(4, eps=0.1), o=lin(), p=lin()
+        ),
+        IDS,
+    ),
+    "emb_folded_then_tied": lambda: (tied(), IDS),
+    "token_mix": lambda: (
+        embedded(lambda s, i: (lambda h: s.o(s.n(h + h.roll(1, 1))))(s.e(i)), n=nn.RMSNorm(4), o=lin()),
+        IDS,
+    ),
+    "token_mean": lambda: (
+        embedded(lambda s, i: (lambda h: s.o(s.n(h + h.mean(1, keepdim=True))))(s.e(i)), n=nn.RMSNorm(4), o=lin()),
+        IDS,
+    ),
+    "token_cumsum": lambda: (
+        embedded(lambda s, i: (lambda h: s.o(s.n(h.cumsum(1))))(s.e(i)), n=nn.RMSNorm(4), o=lin()),
+        IDS,
+    ),
+    "half_norm": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(torch.cat([s.n(h[..., :2]), h[..., 2:]], -1)))(s.e(i)), n=nn.RMSNorm(2), o=lin()
+        ),
+        IDS,
+    ),
+    "stack_tokens": lambda: (
+        embedded(lambda s, i: (lambda h: s.o(torch.cat([h[:, :2], h[:, 1:]], -1)))(s.e(i)), o=lin(8, 4)),
+        IDS,
+    ),
+    "cat_tokens": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.n(torch.cat([h, s.e2(i)], 1) + torch.cat([s.e2(i), h], 1))))(s.e(i)),
+            e2=nn.Embedding(7, 4),
+            n=nn.RMSNorm(4),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "layer_scale": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.f_(h + s.g * s.b(s.n(h)))))(s.e(i)),
+            n=nn.RMSNorm(4),
+            f_=nn.RMSNorm(4),
+            b=lin(),
+            o=lin(),
+            g=par(4),
+        ),
+        IDS,
+    ),
+    "layer_scalar": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.f_(h * s.g1 + s.g * s.b(s.n(h)))))(s.e(i)),
+            n=nn.RMSNorm(4),
+            f_=nn.RMSNorm(4),
+            b=lin(),
+            o=lin(),
+            g=par(1),
+            g1=par(1),
+        ),
+        IDS,
+    ),
+    "norm_bias_no_reader_bias": lambda: (
+        embedded(lambda s, i: (lambda h: s.n(h) @ s.w)(s.e(i)), n=nn.LayerNorm(4), w=par(4, 5)),
+        IDS,
+    ),
+}
