@@ -23,6 +23,7 @@ test-slow: $(INSTALLED)
 
 configs: $(INSTALLED)
 	$(BIN)/python -m autoquant schema -o schemas --force
+	$(BIN)/python -m autoquant.generate generated_configs
 
 install: $(INSTALLED)
 

@@ -88,7 +88,7 @@ def _linears(config: Config, model: Structure) -> Iterator[Problem]:
 
 def _vector(size: int, shape: Sequence[int]) -> str | None:
     """What is wrong with the shape of a bias or a norm weight, if anything."""
-    return None if shape and shape[-1] == size else f"expected {size} elements"
+    return None if shape and shape[-1] == size else f"the config says {size} elements"
 
 
 def _matrix(linear: Linear, shape: Sequence[int]) -> str | None:
@@ -96,11 +96,11 @@ def _matrix(linear: Linear, shape: Sequence[int]) -> str | None:
     if linear.in_dim >= len(shape):
         return f"it has no dimension {linear.in_dim} (in_dim)"
     if shape[linear.in_dim] != linear.in_features:
-        return f"expected {linear.in_features} (in_features) in dimension {linear.in_dim}"
+        return f"the config says {linear.in_features} (in_features) in dimension {linear.in_dim}"
     others = math.prod(shape) // max(linear.in_features, 1)
     if len(shape) > 1 and others != linear.out_features * (linear.stack or 1):
         stack = f" in each of {linear.stack} matrices" if linear.stack else ""
-        return f"expected {linear.out_features} (out_features){stack} in the other dimension"
+        return f"the config says {linear.out_features} (out_features){stack} in the other dimension"
     return None
 
 
@@ -150,10 +150,10 @@ def _axis(slot: Slot, shape: Sequence[int]) -> str | None:
     if slot.dim >= len(shape):
         return f"it has no dimension {slot.dim} (dim)"
     if slot.stack is not None and slot.stack not in (math.prod(shape[:-2]), math.prod(shape[: slot.dim])):
-        return f"expected {slot.stack} stacked matrices (stack)"
+        return f"the config says {slot.stack} stacked matrices (stack)"
     if slot.size != shape[slot.dim] * (slot.stack or 1):
         stacked = f", {slot.stack} matrices together" if slot.stack else ""
-        return f"expected {slot.size} positions (size) along dimension {slot.dim}{stacked}"
+        return f"the config says {slot.size} positions (size) along dimension {slot.dim}{stacked}"
     return None
 
 

@@ -210,7 +210,7 @@ class Chains:
         steps: list[Step] = []
         runs: list[bool] = []
         for position, node in enumerate(dict.fromkeys(way)):
-            name, at = operator_name(node), module_path(node)
+            name, at = operator_name(node), module_path(node) or "the model"
             operator = qualified(name)
             if name == "getitem":
                 continue

@@ -129,4 +129,4 @@ def origin(node: fx.Node) -> str:
         node = node.all_input_nodes[0]
     if node.op != "call_function":
         return "an input or a parameter"
-    return f"{operator_name(node).rpartition('::')[2]} at {module_path(node)}"
+    return f"{operator_name(node).rpartition('::')[2]} at {module_path(node) or 'the model'}"

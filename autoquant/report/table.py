@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from io import StringIO
+from textwrap import wrap
 from typing import IO
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -30,16 +31,24 @@ _KEY = (
 def print_summary(config: Config, unknown_operators: Sequence[str] = (), file: IO[str] | None = None) -> None:
     """Print what ``config`` says about each linear, with totals in the last line. ``file``: stdout by default."""
     console = Console(file=file, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=file, highlight=False, width=PIPE_WIDTH, color_system=None)
-    summary = summarise(config, unknown_operators)
+    if console.is_terminal:
+        _print(console, config, summarise(config, unknown_operators))
+        return
+    buffer = StringIO()
+    _print(Console(file=buffer, highlight=False, width=PIPE_WIDTH), config, summarise(config, unknown_operators))
+    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]  # cells are padded to the column's width
+    print("\n".join(lines), file=file)
+
+
+def _print(console: Console, config: Config, summary: Summary) -> None:
     console.print(Text(_headline(config)))
     console.print()
     console.print(_table(summary))
     for title, lines in _lists(config, summary):
         console.print(Text(title, style="bold"))
         for line in lines:
-            console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+            for text in wrap(line, console.width, initial_indent="  ", subsequent_indent="      "):
+                console.print(Text(text))
         console.print()
     console.print(Text(summary.totals), soft_wrap=True)  # one line, for grep and tail -1
 

@@ -1,0 +1,90 @@
+"""Regenerates the committed configs: ``python -m autoquant.generate [FOLDER] [MODEL ...]``.
+
+Without MODEL every config of the folder is made anew; the file ``NAME.json`` is that of the model type NAME, at its
+default size. An index of them all is written beside them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from autoquant.config import SCHEMA_NAME, Config
+from autoquant.configfile import load_config, save_config
+from autoquant.errors import AutoQuantError
+from autoquant.files import write_text
+from autoquant.report.summary import because, reached
+
+FOLDER = Path("generated_configs")
+SCHEMA = f"../schemas/{SCHEMA_NAME}"
+COMMAND = "make configs"
+
+
+def generate(model: str) -> Config:
+    """The config of a model type, with its certificate and the path of the committed schema."""
+    from autoquant.analyze import analyze
+    from autoquant.certify import certify
+    from autoquant.models import resolve
+
+    source = resolve(model)
+    config = certify(analyze(source), source)
+    return config.model_copy(update={"schema_": SCHEMA})
+
+
+def index_text(configs: Mapping[str, Config]) -> str:
+    """``README.md`` of the folder: what each config offers, in Markdown."""
+    lines = [
+        "# Generated configs",
+        "",
+        f"One config for the default size of each model type, written by `{COMMAND}`. A test fails where a config is",
+        "not what the analyzer finds.",
+        "",
+        "| config | layers | parameters | linears smoothed | groups | residual rotation | other spaces | online |",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for name, config in sorted(configs.items()):
+        flags = [whole for linear in config.model.linears for whole in reached(config, linear).values()]
+        cells = [
+            f"[{name}]({name}.json)",
+            str(config.model.layers),
+            f"{config.model.parameters:,}",
+            f"{sum(flags)} of {len(flags)}",
+            str(len(config.smoothing.groups)),
+            _residual(config),
+            str(sum(space.kind != "R1" for space in config.rotation.spaces)),
+            str(len(config.rotation.online)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _residual(config: Config) -> str:
+    spaces = [space for space in config.rotation.spaces if space.kind == "R1"]
+    if spaces:
+        return ", ".join(f"{space.size}{', centred first' if space.centre else ''}" for space in spaces)
+    blocked = next((blocked for blocked in config.blocked if blocked.what == "rotation"), None)
+    return f"blocked: {because(blocked)}" if blocked is not None else "none"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the configs and the index; 1 where a model failed, whose old config then stays."""
+    folder = Path(arguments[0]) if arguments else FOLDER
+    names = list(arguments[1:]) or sorted(path.stem for path in folder.glob("*.json"))
+    failed = 0
+    for name in names:
+        start = time.perf_counter()
+        try:
+            save_config(generate(name), folder / f"{name}.json", force=True)
+            print(f"{folder / name}.json ({time.perf_counter() - start:.1f} s)", flush=True)
+        except AutoQuantError as error:
+            failed += 1
+            print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+    configs = {path.stem: load_config(path) for path in sorted(folder.glob("*.json"))}
+    write_text(folder / "README.md", index_text(configs), force=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
