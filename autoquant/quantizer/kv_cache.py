@@ -26,6 +26,9 @@ from autoquant.errors import AutoQuantError
 from autoquant.quantizer import int8
 from autoquant.quantizer.strategies import Granularity
 
+CacheMaxima = Mapping[str, Mapping[int, Tensor]]
+"""``key`` and ``value``: layer -> largest magnitude per channel, float32 [H, D]."""
+
 SCALE_BYTES = 4
 MODULE = "kv_cache_int8"
 
@@ -144,19 +147,34 @@ def _int8_layer(layer: Any, granularity: Granularity, key: Tensor | None, value:
     return layer
 
 
-def quantize_cache_(model: nn.Module, granularity: Granularity, maxima: Mapping[str, Tensor] | None = None) -> None:
+def quantize_cache_(model: nn.Module, granularity: Granularity, maxima: CacheMaxima | None = None) -> None:
     """Make ``model`` use an int8 cache from now on, in ``generate`` and in every forward pass.
 
     ``maxima`` are those of :func:`observe_cache`, needed by static scales. Raises AutoQuantError without them.
     """
+    install_(model, kv_scales(model, granularity, maxima))
+
+
+def kv_scales(model: nn.Module, granularity: Granularity, maxima: CacheMaxima | None = None) -> KVScales:
+    """The scales that :func:`quantize_cache_` installs; one for each layer of the model's cache."""
     key = value = None
     if granularity.is_static:
         if not maxima:
             raise AutoQuantError("a static int8 cache needs the key and value maxima of a calibration pass")
-        key, value = (int8.scale_of(maxima[name]) for name in ("key", "value"))
-        if not (key.isfinite().all() and value.isfinite().all()):
-            raise AutoQuantError("keys or values were NaN or infinite during calibration")
-    install_(model, KVScales(granularity, key, value))
+        key, value = (_static_scales(model, maxima[name]) for name in ("key", "value"))
+    return KVScales(granularity, key, value)
+
+
+def _static_scales(model: nn.Module, maxima: Mapping[int, Tensor]) -> Tensor:
+    """Float32 [layers]."""
+    layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]  # a PreTrainedConfig
+    largest = torch.zeros(len(layers), dtype=torch.float32)
+    for layer, maximum in maxima.items():
+        largest[layer] = maximum.max()
+    scales = int8.scale_of(largest)
+    if not scales.isfinite().all():
+        raise AutoQuantError("keys or values were NaN or infinite during calibration")
+    return scales.to(next(iter(maxima.values())).device)
 
 
 def install_(model: nn.Module, scales: KVScales) -> None:
@@ -188,12 +206,13 @@ def _use_int8_cache(
 
 
 @contextmanager
-def observe_cache(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def observe_cache(model: nn.Module) -> Iterator[dict[str, dict[int, Tensor]]]:
     """Collect, while the context is open, the maxima of the keys and values that attention layers store.
 
-    Yields a dictionary that holds ``key`` and ``value``, float32 [layers], 0 for layers without a cache.
+    Yields ``key`` and ``value``, each a dictionary layer -> float32 [H, D], empty while nothing was stored. Per channel,
+    because the values' channels may be smoothed afterwards.
     """
-    maxima: dict[str, Tensor] = {}
+    maxima: dict[str, dict[int, Tensor]] = {}
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -205,8 +224,9 @@ def observe_cache(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         def recording(keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
             for name, states in (("key", keys), ("value", values)):
-                seen = maxima.setdefault(name, torch.zeros(len(cache.layers), dtype=torch.float32, device=keys.device))
-                seen[layer] = torch.maximum(seen[layer], int8.absmax(states.detach()).squeeze())
+                seen = maxima.setdefault(name, {})
+                maximum = int8.absmax(states.detach(), (0, 2))[0, :, 0]
+                seen[layer] = torch.maximum(seen[layer], maximum) if layer in seen else maximum
             return update(keys, values, layer, *rest, **named)
 
         cache.update = recording  # type: ignore[method-assign]  # on this one cache object, for this one pass

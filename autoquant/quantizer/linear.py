@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from autoquant.calibration import Maxima
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer import int8
 from autoquant.quantizer.locate import Location, locate
-from autoquant.quantizer.observers import Maxima
 from autoquant.quantizer.strategies import PlannedLinear, Scheme
 from autoquant.quantizer.weight import Int8Weight, Mode, linear
 

@@ -15,6 +15,7 @@ from autoquant.quantizer.kv_cache import (
     cache_bytes,
     install_,
     new_cache,
+    kv_scales,
     observe_cache,
     pack,
     quantize_cache_,
@@ -44,7 +45,7 @@ def ids(length: int, batch: int = 1) -> Tensor:
     return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def maxima_of(made: Any, tokens: Tensor) -> dict[str, Tensor]:
+def maxima_of(made: Any, tokens: Tensor) -> dict[str, dict[int, Tensor]]:
     with torch.no_grad(), observe_cache(made) as maxima:
         made(tokens)
     return maxima
@@ -88,8 +89,11 @@ def test_maxima_are_those_of_the_cached_tensors() -> None:
     with torch.no_grad():
         made(tokens, past_key_values=cache)
     maxima = maxima_of(made, tokens)
-    assert torch.equal(maxima["key"], torch.stack([layer.keys.abs().max() for layer in cache.layers]))
-    assert torch.equal(maxima["value"], torch.stack([layer.values.abs().max() for layer in cache.layers]))
+    for number, layer in enumerate(cache.layers):
+        assert torch.equal(maxima["key"][number], layer.keys.abs().amax((0, 2)))
+        assert torch.equal(maxima["value"][number], layer.values.abs().amax((0, 2)))
+    scales = kv_scales(made, Granularity.TENSOR_STATIC, maxima)
+    assert torch.equal(scales.value, torch.stack([layer.values.abs().max() / 127 for layer in cache.layers]))
     assert not made._forward_pre_hooks, "the hook was left behind"
 
 
