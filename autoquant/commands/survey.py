@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, metavar="DIR")
+@click.option("--types", metavar="A,B", help="Only these model types.")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N types, drawn by --seed.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Types at a time.")
+@click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds that one type may take.")
+def command(output: Path, types: str | None, sample: int | None, seed: int, jobs: int, timeout: float) -> None:
+    """Analyze and prove every causal language model type of transformers.
+
+    Writes coverage.md and coverage.json; finished rows are kept in DIR/rows, and a second run goes on from there.
+    """
+    import json
+
+    from autoquant.files import write_text
+    from autoquant.paths import did_you_mean
+    from autoquant.survey import coverage_text, registered_types, survey, totals
+
+    known = registered_types()
+    chosen = types.split(",") if types else known
+    for name in chosen:
+        if name not in known:
+            raise click.BadParameter(f"no model type '{name}'{did_you_mean(name, known)}", param_hint="--types")
+    if sample is not None:
+        chosen = sorted(random.Random(seed).sample(chosen, min(sample, len(chosen))))
+    left = len(chosen)
+
+    def done(row: dict[str, object]) -> None:
+        nonlocal left
+        left -= 1
+        verdict = "not captured" if not row["captured"] else "proved" if "certificate" in row else "not proved"
+        click.echo(f"{row['type']}: {verdict} ({row.get('seconds', '?')} s), {left} to go", err=True)
+
+    rows = survey(chosen, output / "rows", jobs=jobs, timeout=timeout, done=done)
+    write_text(output / "coverage.json", json.dumps(rows, indent=1) + "\n", force=True)
+    write_text(output / "coverage.md", coverage_text(rows, "autoquant survey"), force=True)
+    click.echo(", ".join(f"{number} {what}" for what, number in totals(rows).items()))
