@@ -43,14 +43,33 @@ def print_summary(config: Config, unknown_operators: Sequence[str] = (), file: I
 def _print(console: Console, config: Config, summary: Summary) -> None:
     console.print(Text(_headline(config)))
     console.print()
-    console.print(_table(summary))
+    table = _table(summary)
+    if console.measure(table).maximum <= console.width:
+        console.print(table)
+    else:
+        _print_lines(console, summary)
     for title, lines in _lists(config, summary):
         console.print(Text(title, style="bold"))
         for line in lines:
-            for text in wrap(line, console.width, initial_indent="  ", subsequent_indent="      "):
-                console.print(Text(text))
+            _print_wrapped(console, line)
         console.print()
     console.print(Text(summary.totals), soft_wrap=True)  # one line, for grep and tail -1
+
+
+def _print_lines(console: Console, summary: Summary) -> None:
+    """The table for a terminal that is too narrow for it: two lines a linear, so that no name is broken."""
+    for section in summary.sections:
+        console.print(Text(_section_title(section), style="bold"))
+        for row in section.rows:
+            console.print(Text(f"  {row.name}: {row.shape}"), soft_wrap=True)
+            rotation = ", ".join(row.rotation) or "-"
+            _print_wrapped(console, f"smoothed by: {_smoothing(row)}; rotation: {rotation}", indent=6)
+        console.print()
+
+
+def _print_wrapped(console: Console, line: str, indent: int = 2) -> None:
+    for text in wrap(line, console.width, initial_indent=" " * indent, subsequent_indent="      "):
+        console.print(Text(text))
 
 
 def _headline(config: Config) -> str:
