@@ -15,7 +15,7 @@ from autoquant.config import SCHEMA_NAME, Config
 from autoquant.configfile import load_config, save_config
 from autoquant.errors import AutoQuantError
 from autoquant.files import write_text
-from autoquant.report.summary import because, reached
+from autoquant.report.summary import reached
 
 FOLDER = Path("generated_configs")
 SCHEMA = f"../schemas/{SCHEMA_NAME}"
@@ -65,7 +65,7 @@ def _residual(config: Config) -> str:
     if spaces:
         return ", ".join(f"{space.size}{', centred first' if space.centre else ''}" for space in spaces)
     blocked = next((blocked for blocked in config.blocked if blocked.what == "rotation"), None)
-    return f"blocked: {because(blocked)}" if blocked is not None else "none"
+    return f"blocked by {blocked.operator} at {blocked.at}" if blocked is not None else "none"
 
 
 def main(arguments: Sequence[str]) -> int:

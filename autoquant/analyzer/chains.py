@@ -209,6 +209,7 @@ class Chains:
         """
         steps: list[Step] = []
         runs: list[bool] = []
+        stopped = False
         for position, node in enumerate(dict.fromkeys(way)):
             name, at = operator_name(node), module_path(node) or "the model"
             operator = qualified(name)
@@ -221,8 +222,10 @@ class Chains:
                 at = params[0].name
             if name == "mul" and self._order[node] in self.splits:
                 effect = "multiplies each channel by a factor of its own"
+            if stopped and not moves:
+                effect = ""  # nothing that it could pass is left
             if blocker is not None and node is blocker[0]:
-                effect, moves = blocking(blocker[1]), False
+                effect, moves, stopped = blocking(blocker[1]), False, True
             if node is reader:
                 at, effect, moves = (
                     params[0].name if params else at,

@@ -16,8 +16,10 @@ from autoquant.config import Certificate, Config
 from autoquant.paths import layer_numbers
 from autoquant.report.summary import Row, Section, Summary, summarise
 
-PIPE_WIDTH = 120
+PIPE_WIDTH = 140
 """Columns where the output is no terminal."""
+ANY_WIDTH = 1000
+"""Wider than any table."""
 
 _KEY = (
     ("R1 ", "R1: the residual stream, rotated once and for all in the weights that write and read it"),
@@ -44,7 +46,7 @@ def _print(console: Console, config: Config, summary: Summary) -> None:
     console.print(Text(_headline(config)))
     console.print()
     table = _table(summary)
-    if console.measure(table).maximum <= console.width:
+    if console.measure(table, options=console.options.update(width=ANY_WIDTH)).maximum <= console.width:
         console.print(table)
     else:
         _print_lines(console, summary)
@@ -87,10 +89,10 @@ def _headline(config: Config) -> str:
 
 def _table(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    table.add_column("linear", overflow="fold")
+    table.add_column("linear", no_wrap=True)
     table.add_column("in -> out", no_wrap=True)
-    table.add_column("smoothed by", overflow="fold")
-    table.add_column("rotation", overflow="fold")
+    table.add_column("smoothed by", no_wrap=True)
+    table.add_column("rotation", no_wrap=True)
     for section in summary.sections:
         table.add_row(Text(_section_title(section), style="bold"))
         for row in section.rows:

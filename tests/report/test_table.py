@@ -44,7 +44,8 @@ def test_a_pipe_gets_plain_text(example_config: Config) -> None:
 NARROW = """\
 4 layers: 0-3
   qkv: 8 -> 12
-      smoothed by: norm norm; rotation: R1 in
+      smoothed by: norm norm; rotation: R1
+      in
   out: 8 -> 8
       smoothed by: from 4 rows of qkv;
       rotation: online in, R1 out

@@ -1,0 +1,99 @@
+"""The committed configs are what the analyzer finds. After a change of the analyzer: ``make configs``."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from autoquant.config import Config
+from autoquant.configfile import config_text, load_config
+
+FOLDER = Path(__file__).parents[1] / "generated_configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+TYPES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "granite",
+    "olmo",
+    "qwen3",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "olmo2",
+    "cohere",
+    "opt",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "phi",
+    "stablelm",
+    "nemotron",
+    "starcoder2",
+    "bloom",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v3",
+    "mamba",
+    "falcon_h1",
+    "bamba",
+]
+
+
+def drift(committed: Config, fresh: Config) -> str:
+    """Lines that differ, but for what was measured: rounding depends on the processor."""
+    plain = [config_text(config.model_copy(update={"certificate": None})) for config in (committed, fresh)]
+    return "\n".join(
+        difflib.unified_diff(*(text.splitlines() for text in plain), "committed", "fresh", lineterm="", n=1)
+    )
+
+
+def skip_for_other_versions(config: Config) -> None:
+    for package, wanted in (("torch", config.provenance.torch), ("transformers", config.provenance.transformers)):
+        if version(package).partition("+")[0] != wanted:
+            pytest.skip(f"written with {package} {wanted}, this is {version(package)}")
+
+
+def test_there_is_one_for_every_type() -> None:
+    assert sorted(TYPES) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_valid_and_proved(name: str) -> None:
+    config = load_config(FOLDER / f"{name}.json")
+    assert (config.provenance.model, config.schema_) == (name, "../schemas/autoquant-config.schema.json")
+    assert config.certificate is not None and config.certificate.proved
+    assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == config_text(config)
+
+
+def test_the_index_is_that_of_the_configs() -> None:
+    from autoquant.generate import index_text
+
+    configs = {name: load_config(FOLDER / f"{name}.json") for name in NAMES}
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == index_text(configs), "run: make configs"
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("", marks=pytest.mark.slow)])
+def test_drift(name: str) -> None:
+    from autoquant.analyze import analyze
+    from autoquant.generate import SCHEMA, generate
+    from autoquant.models import resolve
+
+    for each in [name] if name else NAMES:
+        committed = load_config(FOLDER / f"{each}.json")
+        skip_for_other_versions(committed)
+        fresh = analyze(resolve(each)).config.model_copy(update={"schema_": SCHEMA}) if name else generate(each)
+        assert not drift(committed, fresh), f"{each}: run 'make configs'\n{drift(committed, fresh)}"
+
+
+def test_that_drift_would_be_seen(example_config: Config) -> None:
+    smoothing = example_config.smoothing.model_copy(update={"alpha": 0.6})
+    changed = drift(example_config, example_config.model_copy(update={"smoothing": smoothing}))
+    assert '-    "alpha": 0.5,\n+    "alpha": 0.6,' in changed
+    assert drift(example_config, example_config) == ""
