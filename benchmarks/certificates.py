@@ -29,9 +29,36 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("AUTOQUANT_DATA", HERE.parent.parent / "shared" / "data"))
 TRAINED = ("wikinano1m", "wikinano30m", "stories260K", "babyllama361")
 TYPES = (
-    "llama mistral qwen2 granite olmo qwen3 phi3 gemma gemma2 gemma3_text glm4 olmo2 cohere opt gpt2 gpt_neox falcon phi "
-    "stablelm nemotron starcoder2 bloom mixtral qwen3_moe qwen2_moe deepseek_v3 mamba falcon_h1 bamba"
-).split()
+    "llama",
+    "mistral",
+    "qwen2",
+    "granite",
+    "olmo",
+    "qwen3",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "olmo2",
+    "cohere",
+    "opt",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "phi",
+    "stablelm",
+    "nemotron",
+    "starcoder2",
+    "bloom",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v3",
+    "mamba",
+    "falcon_h1",
+    "bamba",
+)
 KINDS = {
     "norm -> linear": ("norm_linear",),
     "fc -> fc": ("linear_linear",),
@@ -113,12 +140,12 @@ def report(small: Sequence[Row], own: Sequence[Row]) -> str:
         "`autoquant verify MODEL CONFIG`: two sequences of 16 random tokens, float64.",
         table(own, counts=False),
         "## Mistakes",
-        "Each put into one proved claim (or, where the executor refuses such a config, into the executor); small models "
-        "as above (`benchmarks/mutations.py`). The last column is the same mistake on a model with the gains 1 and "
-        "biases 0 of default initialisation: a certificate on such a model is blind to those in bold.",
+        "Each put into one proved claim (or, where the executor refuses such a config, into the executor); two layers, "
+        "small as above (`benchmarks/mutations.py`). The last column is the same mistake on a model with the gains 1 "
+        "and biases 0 of default initialisation: a certificate on such a model is blind to those in bold.",
         mistakes(),
         "## Blocked",
-        "Query-key groups aside, every linear that no claim reaches says why.",
+        "What the analyzer lists as impossible, in its own words; online rotations that the executor cannot place too.",
         *(f"**{row.name}**\n\n{reasons(row.blocked)}" for row in small if row.blocked),
     ]
     return "\n\n".join(parts) + "\n"

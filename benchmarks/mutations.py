@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import nn
 
 from autoquant import certify
@@ -147,7 +148,8 @@ def case(model: str, tied: bool) -> tuple[LoadedModel, LoadedModel, Config]:
     source = resolve(model, layers=2)
     source.config.tie_word_embeddings = tied or source.config.tie_word_embeddings
     loaded = small(source, SEED)
-    with patch("autoquant.models.reduction.randomise_", lambda module, seed: None):
+    with torch.random.fork_rng(), patch("autoquant.models.reduction.randomise_", lambda module, seed: None):
+        torch.manual_seed(SEED)
         default = small(source, SEED)
     return loaded, default, small_config(source, loaded)
 
