@@ -61,6 +61,12 @@ def test_an_existing_file_is_refused_before_the_work(tmp_path: Path, monkeypatch
     assert path.read_text() == "mine"
 
 
+def test_a_dash_is_no_file() -> None:
+    result = analyze("tiny:plain", "-o", "-")
+    assert result.exit_code == 2
+    assert "--format json prints the config" in result.stderr
+
+
 def test_explain_replaces_the_table() -> None:
     result = analyze("tiny:plain", "--explain", "steps.{layer}.fall")
     assert result.stdout.startswith("steps.0.fall: a linear from 24 to 16 channels\n")

@@ -60,6 +60,8 @@ def command(
     from autoquant.files import check_target
     from autoquant.report.progress import steps
 
+    if output == Path("-"):
+        raise click.BadParameter("expected a file; --format json prints the config", param_hint="-o")
     if output is not None:
         check_target(output, force=force)
     with steps(quiet) as progress:
