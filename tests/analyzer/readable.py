@@ -17,7 +17,9 @@ def slot_text(slot: Slot) -> str:
     if slot.stack is not None:
         text += f"x{slot.stack}"
     if slot.index is not None:
-        text += f"[{' '.join(map(_block_text, slot.index))}]"
+        blocks = [_block_text(block) for block in slot.index]
+        shown = blocks if len(blocks) <= 4 else [*blocks[:2], "..", f"{len(blocks)} blocks"]
+        text += f"[{' '.join(shown)}]"
     if slot.power != 1:
         text += f"^{slot.power}"
     return f"1+{text}" if slot.offset else text

@@ -28,7 +28,7 @@ Step = Callable[["Program", list[Tensor]], Tensor]
 
 
 class Program(nn.Module):
-    """Steps over a pool of activations ``[1, tokens, width]``; the last one and all planted ones are read by linears."""
+    """Steps over a pool of activations ``[1, tokens, width]``; the last and all planted ones are read by linears."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
