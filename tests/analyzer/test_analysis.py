@@ -1,0 +1,105 @@
+"""From a graph to findings: a model from outside transformers, and what findings promise as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import analysed, outcomes, randomised
+from readable import text
+from torch import Tensor, nn
+
+from autoquant.analyze import analyze
+from autoquant.analyzer.analysis import qualified
+from autoquant.models import resolve
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+ODD = """\
+norm_linear 24 layers 0-1
+    stages.{layer}.tame_a.weight.0
+ -> stages.{layer}.vkq.weight.1
+query_key 24 layers 0-1
+    stages.{layer}.vkq.weight.0[24..47] stages.{layer}.vkq.bias.0[24..47]
+ -> stages.{layer}.vkq.weight.0[48..71] stages.{layer}.vkq.bias.0[48..71]
+linear_linear 24 layers 0-1
+    stages.{layer}.vkq.weight.0[0..23] stages.{layer}.vkq.bias.0[0..23]
+ -> stages.{layer}.glue.0[0:2x2x6/12,6,1>12+6,-12,1]
+norm_linear 24 layers 0-1
+    stages.{layer}.tame_b.weight.0
+ -> stages.{layer}.puff.weight.1
+linear_linear 40 layers 0-1
+    stages.{layer}.puff.weight.0[1:40/2>1]
+ -> stages.{layer}.squeeze.weight.1
+norm_linear 24
+    last.weight.0
+ -> voice.weight.1
+R1 1 x 24
+    words.weight.1
+    stages.{layer}.glue.1 layers 0-1
+    stages.{layer}.squeeze.weight.0 layers 0-1
+ -> rms(stages.{layer}.tame_a.weight) stages.{layer}.vkq.weight.1 +bias layers 0-1
+ -> rms(stages.{layer}.tame_b.weight) stages.{layer}.puff.weight.1 layers 0-1
+ -> rms(last.weight) voice.weight.1
+R2 4 x 6 layers 0-1
+    stages.{layer}.vkq.weight.0[0..23]
+    stages.{layer}.vkq.bias.0[0..23]
+ -> stages.{layer}.glue.0[0:2x2x6/12,6,1>12+6,-12,1]"""
+
+
+@pytest.fixture
+def odd(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(EXAMPLES)
+    return "odd_model:build"
+
+
+def test_a_model_with_names_that_nobody_uses(odd: str) -> None:
+    analyzed = analyze(resolve(odd))
+    lines = [line for line in text(analyzed.findings).splitlines() if not line.startswith("online")]
+    assert "\n".join(lines) == ODD
+    assert analyzed.findings.blocked == ()
+    assert {linear.path: linear.role for linear in analyzed.findings.linears}["voice"] == "lm_head"
+
+
+def test_its_claims_hold(odd: str) -> None:
+    module, args = resolve(odd).factory()
+    module = randomised(module)
+    for outcome in outcomes(module, lambda m: m(*args), analysed(module, *args)):
+        assert outcome.change < 1e-9, outcome
+
+
+def test_nothing_of_the_model_changes() -> None:
+    module = randomised(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    analysed(module, torch.randn(1, 3, 4, dtype=torch.float64))
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_graph_breaks_end_every_scale_that_crosses_them() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.c(torch.relu(self.b(x)))
+
+    from autoquant.analyzer.analysis import analyse
+    from autoquant.analyzer.capture import capture
+
+    module = randomised(Broken())
+    x = torch.randn(1, 3, 4, dtype=torch.float64)
+    captured = capture(module, (x,), {}, "dynamo")
+    assert captured.how == "dynamo-pieces"
+    findings = analyse(captured).findings
+    assert [group.name for group in findings.groups] == ["b -> c"]
+    for outcome in outcomes(module, lambda m: m(x), findings):
+        assert outcome.change < 1e-9, outcome
+
+
+def test_operators_are_named_in_full() -> None:
+    assert qualified("silu") == "aten.silu"
+    assert qualified("transformers::grouped_mm_fallback") == "transformers.grouped_mm_fallback"
