@@ -173,7 +173,7 @@ def _load(source: Path, config: Config, resolved: Resolved, seed: int | None) ->
     if torch.cuda.is_available():
         model = model.cuda()
     if resolved.spaces:
-        apply_(model, config, only=[space.name for space in resolved.spaces], seed=seed)
+        apply_(model, config, smooth="none", seed=seed)
     return model
 
 
