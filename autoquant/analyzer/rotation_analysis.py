@@ -170,7 +170,11 @@ class RotationAnalysis:
             if len(rest) > 1 and rest[-1] not in (0, 0.0, None, "constant"):
                 return self.end(site, [first], "it is padded with a constant")
             rest = rest[:1]
-        return apply(first, lambda labels: function(labels, *rest, **kwargs))
+        moved = apply(first, lambda labels: function(labels, *rest, **kwargs))
+        if site.operator in ("tril", "triu", "constant_pad_nd", "pad") and isinstance(moved, Vector):
+            here = site.because("some of its channels become 0")
+            self.split(moved, torch.zeros_like(moved.instances), here)
+        return moved
 
     def _join(
         self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
@@ -243,6 +247,7 @@ def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """splitmix64: sums of mixed values are equal for equal multisets only, up to collisions of probability 2**-64."""
     with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)  # else 0 would count for nothing
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))

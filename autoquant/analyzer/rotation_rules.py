@@ -100,6 +100,8 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         return Vector(v.merge(vector.coordinates, labels, site.order).expand(site.shape), vector.instances)
 
     def multiply(site: Site, x: Value, y: Value, **kwargs: Value) -> Value:
+        if kwargs.get("rounding_mode") is not None:
+            return a.end(site, [x, y], "it is rounded")
         if isinstance(x, Vector) and isinstance(y, Vector):
             if x.coordinates is y.coordinates or (
                 x.gain is None
