@@ -123,8 +123,7 @@ def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
     """Analyse a small model with real weights, every layer of it; its graph is checked against eager execution."""
     with grouped_experts(loaded):
         captured = capture(loaded.module, loaded.args, loaded.kwargs, "auto")
-    with float64_throughout():
-        difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
+    difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
     if not difference <= TOLERANCE:
         raise AutoQuantError(
             f"{source.name}: the captured graph differs from the model by {difference:.2g}; nothing read off it holds"
