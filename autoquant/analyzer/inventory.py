@@ -57,7 +57,7 @@ def _reaches_choice(node: fx.Node) -> bool:
     seen = {node}
     queue = list(node.users)
     while queue:
-        user = queue.pop()
+        user = queue.pop(0)  # nearest first: the number of nodes looked at is limited
         if user in seen or user.op != "call_function":
             continue
         seen.add(user)
