@@ -93,7 +93,13 @@ def build_skeleton(folder: Path) -> nn.Module:
     """The checkpoint's model on the meta device: names, shapes and ties without weights."""
     if not (folder / "config.json").is_file():
         raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AutoQuantError(f"{folder / 'config.json'}: cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise AutoQuantError(f"{folder / 'config.json'}: expected a JSON object with a model_type")
+    if "quantization_config" in settings:
         raise AutoQuantError(f"{folder}: is quantized already; its weights cannot be folded")
     return build_meta(resolve_model(str(folder))).module
 

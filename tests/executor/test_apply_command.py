@@ -73,6 +73,17 @@ def test_the_trained_model_computes_the_same(tmp_path: Path, config: Path, smoot
     assert (out / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
 
 
+def test_a_space_may_have_the_name_of_a_group(tmp_path: Path, config: Path) -> None:
+    """The analyzer names both by their members: v_proj -> o_proj."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    shared = tmp_path / "shared.json"
+    shared.write_text(config.read_text().replace('"name": "heads"', '"name": "v_o"'))
+    options = ["--calibration", tmp_path / "text.txt", "--sequences", 2, "--length", 64, "--dtype", "float32"]
+    result = run(MODEL, shared, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert nll(load(tmp_path / "out")) == pytest.approx(nll(load(MODEL)), rel=2e-6)
+
+
 def test_maxima_can_be_kept_and_used_again(tmp_path: Path, config: Path) -> None:
     text, maxima = tmp_path / "text.txt", tmp_path / "maxima.safetensors"
     text.write_text(TEXT)

@@ -201,6 +201,14 @@ def test_no_folder_and_no_config(tmp_path: Path) -> None:
         apply_checkpoint(tmp_path / "in", config, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("text", "message"), [('{"model_type": ', "cannot be read as JSON"), ("[]", "a JSON object")])
+def test_a_broken_config_json(tmp_path: Path, text: str, message: str) -> None:
+    config = saved(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(text)
+    with pytest.raises(AutoQuantError, match=rf"config\.json: .*{message}"):
+        apply_checkpoint(tmp_path / "model", config, tmp_path / "out")
+
+
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
     config = saved(tmp_path / "in")
     settings = json.loads((tmp_path / "in" / "config.json").read_text())
