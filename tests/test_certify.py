@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from functools import cache
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from autoquant.analyze import Analyzed, analyze
 from autoquant.certify import TOLERANCE, certify, changed, claims, keep, logits, placeable, prove, small_config
+from autoquant.cli import main
 from autoquant.config import Config
 from autoquant.errors import AutoQuantError
 from autoquant.models import LoadedModel, ModelSource, float64_throughout, resolve, small
@@ -52,6 +55,11 @@ def with_groups(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
 
 
+def forgetful(config: Config) -> Config:
+    """One reader of the first norm is left out."""
+    return with_groups(config, targets=config.smoothing.groups[0].targets[1:])
+
+
 def test_a_right_config_gets_its_certificate() -> None:
     source, found = analyzed("llama")
     config = certify(found, source)
@@ -87,9 +95,6 @@ def test_a_wrong_claim_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     """An analyzer that forgets a target in the full-size and in the small model: only the figure can tell."""
     source, found = analyzed("llama")
 
-    def forgetful(config: Config) -> Config:
-        return with_groups(config, targets=config.smoothing.groups[0].targets[1:])
-
     def wrong(source: ModelSource, loaded: LoadedModel) -> Config:
         return forgetful(small_config(source, loaded))
 
@@ -99,6 +104,21 @@ def test_a_wrong_claim_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> No
         certify(replace(found, config=forgetful(found.config)), source)
     assert caught.value.message.startswith(f"llama: '{name}' (norm_linear) changes the logits of the small model by ")
     assert caught.value.message.endswith("it is not proved, so nothing is written")
+
+
+def test_the_command_writes_nothing_that_is_not_proved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, found = analyzed("llama")
+
+    monkeypatch.setattr("autoquant.analyze.analyze", lambda *_, **__: replace(found, config=forgetful(found.config)))
+    monkeypatch.setattr("autoquant.certify.small_config", lambda *given: forgetful(small_config(*given)))
+    target = tmp_path / "c.json"
+    result = CliRunner().invoke(main, ["analyze", "llama", "--layers", "2", "-o", str(target)])
+    assert result.exit_code == 1
+    assert f"'{found.config.smoothing.groups[0].name}' (norm_linear) changes the logits" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    unproved = CliRunner().invoke(main, ["analyze", "llama", "--layers", "2", "-o", str(target), "--no-verify"])
+    assert unproved.exit_code == 0
+    assert json.loads(target.read_text(encoding="utf-8"))["certificate"]["proved"] is False
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_a_space_may_have_the_name_of_a_group(tmp_path: Path, config: Path) -> N
     """The analyzer names both by their members: v_proj -> o_proj."""
     (tmp_path / "text.txt").write_text(TEXT)
     shared = tmp_path / "shared.json"
+    assert '"name": "heads"' in config.read_text()
     shared.write_text(config.read_text().replace('"name": "heads"', '"name": "v_o"'))
     options = ["--calibration", tmp_path / "text.txt", "--sequences", 2, "--length", 64, "--dtype", "float32"]
     result = run(MODEL, shared, "-o", tmp_path / "out", *options)
