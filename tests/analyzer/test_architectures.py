@@ -281,7 +281,7 @@ BOTH = [
     "bloom",
     "olmo2",
 ]
-DEEP = {"mamba": 6, "gemma2": 6, "deepseek_v3": 6, "jamba": 9, "falcon_h1": 3, "qwen3_next": 5}
+DEEP = {"mamba": 6, "gemma2": 6, "deepseek_v3": 6, "jamba": 9, "falcon_h1": 3, "gemma3_text": 7}
 
 
 @pytest.mark.parametrize("name", BOTH)
