@@ -8,7 +8,7 @@ from torch import fx
 
 from autoquant.analyzer.families import Param
 from autoquant.analyzer.graph import module_path
-from autoquant.analyzer.operators import CASTS, MOVEMENT, NO_RULE, PASSES, PRODUCTS, operator_name
+from autoquant.analyzer.operators import CASTS, MOVEMENT, PASSES, PRODUCTS, operator_name
 from autoquant.analyzer.variables import Reason
 
 MOVES = "moves elements"
@@ -110,12 +110,7 @@ def rotation_effect(node: fx.Node, carriers: Collection[fx.Node], params: Collec
 
 def blocking(reason: Reason) -> str:
     """The last line of a chain that ends: ``'BLOCKS: it is not proportional to its input'``."""
-    return f"BLOCKS: {reason_text(reason)}"
-
-
-def reason_text(reason: Reason) -> str:
-    """The reason in words; the rotation rules name only what rotations pass."""
-    return "no scale and no rotation is known to pass this operator" if reason.text == NO_RULE else reason.text
+    return f"BLOCKS: {reason.text}"
 
 
 def params_text(params: Collection[Param]) -> str:

@@ -14,7 +14,7 @@ from torch import fx
 
 from autoquant.analyzer.analysis import NO_SOURCE, Analysis
 from autoquant.analyzer.chains import Chains, Steps, rotation_chains, scale_chains
-from autoquant.analyzer.effects import qualified, reason_text
+from autoquant.analyzer.effects import qualified
 from autoquant.analyzer.folding import StackMap
 from autoquant.analyzer.rotation_analysis import Vector
 from autoquant.analyzer.rotations import Rotations
@@ -163,7 +163,7 @@ def _stopped(
 ) -> Answer:
     """Blocked by an operator between the source and the linear: the way there, and what fed the blocking one."""
     blocker = chains.at(reason)
-    note = f"blocked by {qualified(reason.operator)}{f' at {reason.at}' if reason.at else ''}: {reason_text(reason)}"
+    note = f"blocked by {qualified(reason.operator)}{f' at {reason.at}' if reason.at else ''}: {reason.text}"
     if blocker is None:
         return Answer(what, (), (note,))
     way = chains.back(start, until=blocker, exact=exact)
@@ -184,7 +184,7 @@ def _elsewhere(what: str, chains: Chains, reason: Reason, first: Chain, way: Seq
     """What the linear reads is fixed by another reader of the same channels."""
     blocker = chains.at(reason)
     place = f"{qualified(reason.operator)}{f' at {reason.at}' if reason.at else ''}"
-    note = f"the same channels are needed by {place}, which blocks: {reason_text(reason)}"
+    note = f"the same channels are needed by {place}, which blocks: {reason.text}"
     if blocker is None:
         return Answer(what, (first,), (note,))
     other = chains.back_to(blocker, way[0] if way else None)

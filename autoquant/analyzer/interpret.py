@@ -40,6 +40,20 @@ class Unknown:
 
 
 @dataclass(frozen=True, slots=True)
+class Opaque:
+    """A tensor that cannot be followed: its size depends on the data, or it is too large. Nothing passes it."""
+
+
+MAX_FOLLOWED = 1 << 25
+"""Largest activation that is labelled element by element."""
+
+
+def unwieldy(fake: Tensor) -> bool:
+    """Is this a tensor that cannot be followed?"""
+    return any(not isinstance(size, int) for size in fake.shape) or fake.numel() > MAX_FOLLOWED
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """Where a rule is applied."""
 
@@ -74,6 +88,8 @@ class Walk:
     crossing: Callable[[Site], Value]
     """Makes the value of a tensor that comes out of a graph break."""
     no_rule: Callable[[Site, Sequence[Value]], Value]
+    give_up: Callable[[Site, Sequence[Value], str], Value]
+    """Blocks all values that meet at a site, for the reason given."""
     finish: Callable[[Site, Sequence[Value]], None]
     """Called with everything that a piece returns."""
     values: dict[fx.Node, Value] = field(default_factory=dict)
@@ -91,7 +107,8 @@ class Walk:
                     held = getattr(piece.graph, str(node.target), None)
                     self.values[node] = _constant(held) if isinstance(held, Tensor) else held
                 elif node.op == "output":
-                    self.finish(site, [v for v in _flat(self._value(node.args)) if not _plain(v)])
+                    values = [v for v in _flat(self._value(node.args)) if not _plain(v)]
+                    self.finish(site, [v for v in values if not isinstance(v, Opaque)])
                 else:
                     self.values[node] = self._call(site, names)
 
@@ -123,6 +140,14 @@ class Walk:
         if site.operator in LIKE_ANOTHER:
             args = args[:1]
         tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
+        if isinstance(args[0] if args else None, Param) and len(tensors) == 1:
+            if site.operator in CASTS:
+                return args[0]
+            if site.operator in MOVEMENT:
+                return _moved_param(args[0], site, args, kwargs)
+        if any(isinstance(v, Opaque) for v in tensors) or any(unwieldy(fake) for fake in site.outputs):
+            rest = [v for v in tensors if not isinstance(v, Opaque)]
+            return self.give_up(site, rest, "it meets a tensor that is too large to follow, or sized by the data")
         if site.operator in FILLS and site.outputs and site.outputs[0].numel() <= MAX_CONSTANT:
             fill = FILLS[site.operator]
             return Known(torch.full(site.shape, args[-1] if fill is None else fill, dtype=site.outputs[0].dtype))
@@ -133,11 +158,6 @@ class Walk:
         if all(isinstance(v, (Known, Unknown)) for v in tensors):
             return _unknowns(site)
         is_movement = site.operator in MOVEMENT
-        if isinstance(args[0], Param) and len(tensors) == 1:
-            if site.operator in CASTS:
-                return args[0]
-            if is_movement:
-                return _moved_param(args[0], site, args, kwargs)
         rule = self.rules.get(site.operator)
         if rule is not None:
             return rule(site, *args, **kwargs)
@@ -254,7 +274,7 @@ def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> 
 
 def _unknowns(site: Site) -> Value:
     val = site.node.meta.get("val")
-    made = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+    made = tuple(Opaque() if unwieldy(f) else Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
     return made if isinstance(val, (tuple, list)) else made[0] if made else None
 
 

@@ -25,6 +25,7 @@ def base_name(node: fx.Node) -> str:
 
 
 NO_RULE = "the operator has no rule"
+NO_ROTATION = "no rotation passes it"
 
 MOVEMENT = frozenset(
     """alias as_strided_copy broadcast_to chunk clone constant_pad_nd contiguous detach detach_copy diagonal expand

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.families import Families, Param
-from autoquant.analyzer.interpret import Known, Site, Unknown, Value
-from autoquant.analyzer.operators import NO_RULE
+from autoquant.analyzer.interpret import Known, Opaque, Site, Unknown, Value, unwieldy
+from autoquant.analyzer.operators import NO_ROTATION
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Variables
 from autoquant.config import Norm
 
@@ -114,11 +114,11 @@ class RotationAnalysis:
         return self.unknown(site)
 
     def unknown(self, site: Site) -> Value:
-        made = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+        made = tuple(Opaque() if unwieldy(f) else Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
         return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0] if made else None
 
     def no_rule(self, site: Site, values: Sequence[Value]) -> Value:
-        return self.end(site, values, NO_RULE)
+        return self.end(site, values, NO_ROTATION)
 
     def crossing(self, site: Site) -> Value:
         return Unknown(site.shape, site.outputs[0].dtype)
@@ -158,7 +158,7 @@ class RotationAnalysis:
             labels = labels.expand(site.shape)
             return Vector(labels, fresh_instances(labels))
         if not isinstance(first, Vector):
-            return self.end(site, [first, *args[1:]], NO_RULE)
+            return self.end(site, [first, *args[1:]], NO_ROTATION)
         if site.operator == "index" and any(isinstance(i, Unknown) for i in args[1]):
             return self._pick(site, first, list(args[1]))
         if site.operator == "index_select" and isinstance(args[2], Unknown):

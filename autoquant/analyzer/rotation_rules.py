@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autoquant.analyzer.families import Factors, Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import NO_RULE, PRODUCTS, operator_name
+from autoquant.analyzer.operators import NO_ROTATION, PRODUCTS, operator_name
 from autoquant.analyzer.rotation_analysis import (
     Gain,
     Mean,
@@ -46,7 +46,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
 
     def passes(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
         if not isinstance(x, (Vector, Square, Mean, Gain)):
-            return a.end(site, [x], NO_RULE)
+            return a.end(site, [x], NO_ROTATION)
         return x if site.outputs[0].is_floating_point() else a.end(site, [x], "it is rounded")
 
     def add(site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
@@ -115,7 +115,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if isinstance(vector, (Square, Mean)):
             return vector if scalar(factor) is not None else a.end(site, [vector, factor], "it is multiplied")
         if not isinstance(vector, Vector):
-            return a.end(site, [x, y], NO_RULE)
+            return a.end(site, [x, y], NO_ROTATION)
         if site.operator in ("div", "true_divide") and vector is not x:
             return a.end(site, [x, y], "it is divided by")
         if isinstance(factor, (Param, Gain)):
@@ -273,7 +273,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             read(site, x, columns, found, w.name, bias)
         else:
             v.fix(columns, site.because("it also reads what is not rotated"))
-            a.end(site, [x], NO_RULE)
+            a.end(site, [x], NO_ROTATION)
         rows = rows.unsqueeze(-2).expand(site.shape) if rows.ndim > 1 else rows.expand(site.shape)
         if isinstance(bias, Param) and not bias.views and len(bias.full_shape) == 1:
             labels = a.families.leaf(bias, 0, site.because("it is a bias"))
@@ -341,7 +341,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
     ) -> Value:
         a.end(site, [q, k, mask], "it enters attention scores")
         if not isinstance(value, Vector):
-            return a.end(site, [value], NO_RULE)
+            return a.end(site, [value], NO_ROTATION)
         if kwargs.get("enable_gqa", len(args) > 3 and args[3]):
             repeats = site.shape[-3] // value.coordinates.shape[-3]
             value = apply(value, lambda labels: labels.repeat_interleave(repeats, -3))

@@ -34,7 +34,15 @@ class Rotations:
 def analyse_rotations(captured: Captured) -> Rotations:
     """Find every vector space of the graph that an orthogonal matrix can be put on."""
     analysis = RotationAnalysis()
-    walk = Walk(captured, rules(analysis), analysis.move, analysis.crossing, analysis.no_rule, analysis.finish)
+    walk = Walk(
+        captured,
+        rules(analysis),
+        movement=analysis.move,
+        crossing=analysis.crossing,
+        no_rule=analysis.no_rule,
+        give_up=analysis.end,
+        finish=analysis.finish,
+    )
     walk.run()
     for families, reason in [*analysis.families.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
         for family in families:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.families import Families, Param
-from autoquant.analyzer.interpret import Known, Site, Unknown, Value
+from autoquant.analyzer.interpret import Known, Opaque, Site, Unknown, Value, unwieldy
 from autoquant.analyzer.operators import GROUPING, NO_RULE, base_name
 from autoquant.analyzer.variables import ONE, ZERO, Reason, Variables
 
@@ -90,7 +90,11 @@ class ScaleAnalysis:
 
     def outputs(self, site: Site, reason: Reason) -> Value:
         made = tuple(
-            self.fixed(f.shape, reason) if f.is_floating_point() else Unknown(tuple(f.shape), f.dtype)
+            Opaque()
+            if unwieldy(f)
+            else self.fixed(f.shape, reason)
+            if f.is_floating_point()
+            else Unknown(tuple(f.shape), f.dtype)
             for f in site.outputs
         )
         return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0] if made else None

@@ -31,7 +31,15 @@ class Scales:
 def analyse_scales(captured: Captured) -> Scales:
     """Find every scale that the graph leaves free."""
     analysis = ScaleAnalysis()
-    walk = Walk(captured, rules(analysis), analysis.move, analysis.crossing, analysis.no_rule, analysis.finish)
+    walk = Walk(
+        captured,
+        rules(analysis),
+        movement=analysis.move,
+        crossing=analysis.crossing,
+        no_rule=analysis.no_rule,
+        give_up=analysis.block,
+        finish=analysis.finish,
+    )
     walk.run()
     for families, reason in analysis.families.conflicts():
         for family in families:

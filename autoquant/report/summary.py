@@ -32,10 +32,7 @@ def summarise(config: Config, unknown_operators: Sequence[str] = ()) -> Summary:
 
 def because(blocked: Blocked) -> str:
     """``'it is normalised (aten.add at model.norm)'``."""
-    reason = blocked.reason
-    if blocked.what == "rotation" and reason == "the operator has no rule":
-        reason = "no rotation is known to pass this operator"
-    return f"{reason} ({blocked.operator}{f' at {blocked.at}' if blocked.at else ''})"
+    return f"{blocked.reason} ({blocked.operator}{f' at {blocked.at}' if blocked.at else ''})"
 
 
 def reached(config: Config, linear: Linear) -> dict[int | None, bool]:

@@ -48,9 +48,9 @@ def test_columns_that_no_group_reaches_make_it_partial(example_config: Config) -
 
 
 def test_a_blocked_residual_is_named_in_the_totals(example_config: Config) -> None:
-    reason = {"path": "table", "layers": None, "what": "rotation", "reason": "the operator has no rule"}
+    reason = {"path": "table", "layers": None, "what": "rotation", "reason": "no rotation passes it"}
     blocked = example_config.blocked[0].model_copy(update={**reason, "operator": "aten.add", "at": "net.0"})
     rotation = example_config.rotation.model_copy(update={"spaces": ()})
     config = example_config.model_copy(update={"rotation": rotation, "blocked": (blocked,)})
     assert "residual blocked by aten.add at net.0 (" in summarise(config).totals
-    assert because(blocked) == "no rotation is known to pass this operator (aten.add at net.0)"
+    assert because(blocked) == "no rotation passes it (aten.add at net.0)"
