@@ -52,9 +52,11 @@ class InputMaxima(TorchDispatchMode):
         """Look for products with ``weight`` from now on."""
         self.watched.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight.detach()))
 
-    def forget(self) -> None:
-        """Watch nothing; what was found is kept."""
-        self.watched.clear()
+    def twin(self) -> InputMaxima:
+        """Another context for another thread, which watches the same and collects into the same."""
+        other = InputMaxima()
+        other.watched, other.maxima = self.watched, self.maxima
+        return other
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name

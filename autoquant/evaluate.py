@@ -36,7 +36,12 @@ class Windows:
     @property
     def predicted(self) -> int:
         """Number of predicted tokens."""
-        return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self.batches)
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of predicted tokens of each window."""
+        return tuple(batch.shape[1] - 1 for batch in self.batches for _ in range(len(batch)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +66,14 @@ class Evaluation:
     @property
     def perplexity(self) -> Estimate:
         """``exp(nll)``, its standard error by the delta method."""
-        return _exp(self.nll)
+        return exp_estimate(self.nll)
 
     @property
     def perplexity_ratio(self) -> Estimate | None:
         """Perplexity divided by the reference's. Paired: the error is that of the difference, not of two
         perplexities.
         """
-        return None if self.log_ratio is None else _exp(self.log_ratio)
+        return None if self.log_ratio is None else exp_estimate(self.log_ratio)
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
@@ -124,8 +129,24 @@ def evaluate(
             sums[name] += values.sum(-1, dtype=torch.float64).tolist()
         if progress is not None:
             progress(len(ids))
-    estimates = {name: _ratio(values, counts) for name, values in sums.items() if values}
+    estimates = {name: ratio_estimate(values, counts) for name, values in sums.items() if values}
     return Evaluation(windows.predicted, len(counts), **estimates)
+
+
+@torch.no_grad()
+def nll_per_window(
+    model: LogitsOf, windows: Windows, progress: Callable[[int], None] = lambda windows: None
+) -> tuple[float, ...]:
+    """Negative log-likelihood of each window in nats, summed over its predicted tokens in float64.
+
+    What is kept of a model so that it can be compared with others later, window by window:
+    ``ratio_estimate`` of the differences is the paired difference with its standard error.
+    """
+    sums: list[float] = []
+    for ids in windows.batches:
+        sums += _nll(_log_softmax(model(ids)), ids).sum(-1, dtype=torch.float64).tolist()
+        progress(len(ids))
+    return tuple(sums)
 
 
 def logits_of(module: nn.Module) -> LogitsOf:
@@ -179,7 +200,7 @@ def _kl(expected: Tensor, predicted: Tensor) -> Tensor:
     return torch.where(expected == -torch.inf, 0.0, terms).sum(-1)
 
 
-def _ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
+def ratio_estimate(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
     """Ratio estimator: windows differ in length, so the mean is sum / count and its error that of the residuals.
 
     Cochran 1977, Sampling Techniques, eq. 2.46 and 6.13: var = W / (W - 1) * sum((s_w - mean * n_w)^2) / (sum n_w)^2.
@@ -192,7 +213,7 @@ def _ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(number / (number - 1) * residuals) / total)
 
 
-def _exp(estimate: Estimate) -> Estimate:
+def exp_estimate(estimate: Estimate) -> Estimate:
     """``exp`` of an estimate, infinite where float64 ends; its error to first order."""
     value = math.exp(estimate.mean) if not estimate.mean > 709 else math.inf
     return Estimate(value, value * estimate.standard_error)

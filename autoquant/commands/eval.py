@@ -51,8 +51,8 @@ def command(
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from autoquant import load
     from autoquant.evaluate import cut_windows, evaluate, logits_of, tokenize
-    from autoquant.quantizer.checkpoint import load_model
 
     def tokens_of(name: str) -> tuple[list[int], int | None]:
         try:
@@ -64,7 +64,7 @@ def command(
     disable_progress_bar()  # transformers' own, one for each model's weights
     precision = None if dtype == "auto" else getattr(torch, dtype)
     expected = None if reference is None else tokens_of(reference)
-    reference_logits = None if reference is None else logits_of(load_model(reference, precision))
+    reference_logits = None if reference is None else logits_of(load(reference, precision))
     results: dict[str, Evaluation] = {}
     errors = Console(stderr=True)
     for name in models:
@@ -72,7 +72,7 @@ def command(
         if expected is not None and expected != (ids, bos):
             raise AutoQuantError(f"{name}: its tokenizer differs from that of {reference}, so their logits do too")
         windows = cut_windows(ids, window, bos, tokens, batch)
-        model = logits_of(load_model(name, precision))
+        model = logits_of(load(name, precision))
         with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
             task = progress.add_task(name, total=sum(len(rows) for rows in windows.batches))
             results[name] = evaluate(model, windows, reference_logits, partial(progress.advance, task))

@@ -59,7 +59,7 @@ def execute_(model: nn.Module, plan: Plan, progress: Callable[[int, int], None] 
         old = model.get_parameter(name)
         _set_parameter_(model, name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
     if plan.untied:
-        _record_untied_(model)
+        record_untied_(model)
     for name, weight_name in plan.created.items():
         weight = model.get_parameter(weight_name)
         _set_parameter_(
@@ -102,7 +102,7 @@ def _set_parameter_(model: nn.Module, name: str, parameter: nn.Parameter) -> Non
     setattr(model.get_submodule(owner), attribute, parameter)
 
 
-def _record_untied_(model: nn.Module) -> None:
+def record_untied_(model: nn.Module) -> None:
     """Models of transformers tie again when saved or loaded unless their config says otherwise."""
     for module in model.modules():
         config = getattr(module, "config", None)

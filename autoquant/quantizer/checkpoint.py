@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoquant.config import Config
@@ -29,6 +29,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.quantizer.kv_cache import MODULE, KVScales, install_
 from autoquant.quantizer.linear import replace_with_empty_
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
+from autoquant.quantizer.tensor_file import Described, write_tensors
 
 TENSORS = "autoquant.safetensors"
 CONFIG = "autoquant.json"
@@ -52,16 +53,32 @@ def save_quantized(
     is written under a temporary name beside ``directory`` and renamed. Raises AutoQuantError where it exists and
     ``force`` is false, and where it cannot be written.
     """
+    tensors, shared = _unshared(model.state_dict(keep_vars=True))
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    facts = {"dtype": _name(_float_dtype(model)), "shared": shared, "provenance": dict(provenance)}
+    write_folder(model, directory, config, facts, described, tensors.items(), tokenizer, force=force)
+
+
+def write_folder(
+    model: Any,
+    directory: Path,
+    config: Config,
+    facts: Mapping[str, Any],
+    described: Described,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Any = None,
+    *,
+    force: bool = False,
+) -> None:
+    """What :func:`save_quantized` does, for tensors that come one at a time; of ``model`` only the configs are used."""
     if directory.exists() and not force:
         raise AutoQuantError(f"{directory}: exists already; give --force to replace it")
-    tensors, shared = _unshared(model.state_dict(keep_vars=True))
-    facts = {"dtype": str(_float_dtype(model)).removeprefix("torch."), "shared": shared, "provenance": dict(provenance)}
     temporary = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
         temporary.chmod(0o755)  # mkdtemp's is private
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        write_tensors(temporary / TENSORS, described, tensors)
         (temporary / CONFIG).write_text(config_text(config), encoding="utf-8")
         (temporary / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         model.config.save_pretrained(temporary)
@@ -72,7 +89,7 @@ def save_quantized(
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(temporary, directory)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise AutoQuantError(f"{directory}: cannot be written: {error}") from error
     finally:
         if temporary is not None:
@@ -133,9 +150,8 @@ def load_model(model: str | Path, dtype: torch.dtype | None = None, prepare: Pre
 
     if is_quantized(model):
         quantized = load_quantized(model, prepare)
-        for (
-            parameter
-        ) in quantized.parameters():  # and no buffers: rotary frequencies stay float32, as transformers has it
+        # Buffers are left alone: rotary frequencies stay float32, as transformers has it.
+        for parameter in quantized.parameters():
             parameter.data = parameter.data.to(dtype or parameter.dtype)
         return quantized
     try:
@@ -174,6 +190,10 @@ def _unshared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
         else:
             shared[name] = source
     return kept, shared
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:

@@ -209,8 +209,8 @@ def _use_int8_cache(
 def observe_cache(model: nn.Module) -> Iterator[dict[str, dict[int, Tensor]]]:
     """Collect, while the context is open, the maxima of the keys and values that attention layers store.
 
-    Yields ``key`` and ``value``, each a dictionary layer -> float32 [H, D], empty while nothing was stored. Per channel,
-    because the values' channels may be smoothed afterwards.
+    Yields ``key`` and ``value``, each a dictionary layer -> float32 [H, D], empty while nothing was stored. By
+    channel, because the values' channels may be smoothed afterwards.
     """
     maxima: dict[str, dict[int, Tensor]] = {}
 

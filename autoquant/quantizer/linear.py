@@ -53,7 +53,7 @@ def quantize_(
     for entry in planned:
         if not _locate(model, entry).parameter.isfinite().all():
             raise AutoQuantError(f"{entry.weight}: holds NaN or infinite values")
-    scales = [_static_scale(entry, maxima or {}) for entry in planned]
+    scales = [static_scale(entry, maxima or {}) for entry in planned]
     for entry, scale in zip(planned, scales, strict=True):  # nothing here keeps a replaced weight alive
         found = locate(model, entry.weight)
         values, weight_scale = quantize_weight(found.parameter, entry.in_dim, entry.scheme, clip)
@@ -84,6 +84,26 @@ def quantize_weight(parameter: Tensor, in_dim: int, scheme: Scheme, clip: Clip =
     return int8.quantize(weight, scale).contiguous(), scale
 
 
+def static_scale(planned: PlannedLinear, maxima: Maxima) -> Tensor | None:
+    """Float32 scale of a static input: [] or, for a stack, [E] with unvisited experts at the largest of the others."""
+    if not planned.scheme.is_static:
+        return None
+    if planned.weight not in maxima:
+        raise AutoQuantError(f"{planned.weight}: no calibration maximum of its input, which a static strategy needs")
+    maximum = maxima[planned.weight].float()
+    if not maximum.isfinite().all():
+        raise AutoQuantError(f"{planned.weight}: its input was NaN or infinite during calibration")
+    largest = maximum.amax()
+    if largest == 0:
+        raise AutoQuantError(
+            f"{planned.weight}: its input was always zero during calibration, so no static scale exists"
+        )
+    if planned.stack is not None:
+        each = maximum.expand(planned.stack, -1).amax(-1)
+        largest = torch.where(each > 0, each, largest)
+    return int8.scale_of(largest)
+
+
 def set_mode_(model: nn.Module, mode: Mode) -> None:
     """Compute every int8 linear of ``model`` in int8, or on the same rounded values in float32 (``fake``)."""
     for module in model.modules():
@@ -106,26 +126,6 @@ def _locate(model: nn.Module, planned: PlannedLinear) -> Location:
     if got != wanted:
         raise AutoQuantError(f"{planned.weight}: shape {got} in the model, {wanted} in the config")
     return found
-
-
-def _static_scale(planned: PlannedLinear, maxima: Maxima) -> Tensor | None:
-    """Float32 scale of a static input: [] or, for a stack, [E] with unvisited experts at the largest of the others."""
-    if not planned.scheme.is_static:
-        return None
-    if planned.weight not in maxima:
-        raise AutoQuantError(f"{planned.weight}: no calibration maximum of its input, which a static strategy needs")
-    maximum = maxima[planned.weight].float()
-    if not maximum.isfinite().all():
-        raise AutoQuantError(f"{planned.weight}: its input was NaN or infinite during calibration")
-    largest = maximum.amax()
-    if largest == 0:
-        raise AutoQuantError(
-            f"{planned.weight}: its input was always zero during calibration, so no static scale exists"
-        )
-    if planned.stack is not None:
-        each = maximum.expand(planned.stack, -1).amax(-1)
-        largest = torch.where(each > 0, each, largest)
-    return int8.scale_of(largest)
 
 
 def _replace(

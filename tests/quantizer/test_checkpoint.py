@@ -147,11 +147,11 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full_disk(*arguments: Any, **named: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("autoquant.quantizer.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("autoquant.quantizer.checkpoint.write_tensors", full_disk)
     with pytest.raises(AutoQuantError, match=r"cannot be written.*No space left"):
         save_quantized(*quantized_into(tmp_path / "out"), {})
     monkeypatch.setattr(
-        "autoquant.quantizer.checkpoint.save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        "autoquant.quantizer.checkpoint.write_tensors", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         save_quantized(*quantized_into(tmp_path / "out"), {})

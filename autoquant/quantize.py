@@ -1,0 +1,203 @@
+"""The order of work on one model: untie, fold, rotate -> one calibration sweep -> smooth -> quantize.
+
+Each step is a function of its own, so that many strategies can share what they have in common. Rotation comes before
+the sweep because static scales must be those of the rotated activations; smoothing comes after it because what it does
+to a maximum follows by arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.calibration import Maxima
+from autoquant.config import Config, SmoothingKind, Strategy
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import execute_
+from autoquant.executor.calibrate import group_maxima
+from autoquant.executor.inventory import Inventory, take_inventory
+from autoquant.executor.online import check_installable
+from autoquant.executor.plan import Plan, make_plan
+from autoquant.executor.resolve import resolve
+from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace
+from autoquant.executor.smooth import group_scales
+from autoquant.preopt import Preopt
+from autoquant.quantizer.kv_cache import CacheMaxima, observe_cache, quantize_cache_
+from autoquant.quantizer.linear import quantize_
+from autoquant.quantizer.observers import observe_linears
+from autoquant.quantizer.strategies import kv_granularity, needs_calibration, plan_linears
+
+Scales = Mapping[tuple[str, int | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What is done before quantization. ``value_heads``: the per-head value spaces, rotated or not."""
+
+    resolved: Resolved
+    value_heads: tuple[ResolvedSpace, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What one calibration sweep found: the linears' inputs by weight name, and the cached keys and values."""
+
+    inputs: Maxima = field(default_factory=dict)
+    cache: CacheMaxima = field(default_factory=dict)
+
+
+def select(config: Config, inventory: Inventory, preopt: Preopt, seed: int | None = None) -> Selected:
+    """The spaces, groups and online rotations that ``preopt`` asks for, among those that the config enables.
+
+    Left out are groups that serve no quantized linear and groups of linears that are rotated online, whose inputs
+    need no smoothing. Raises AutoQuantError where the config does not fit the model.
+    """
+    if preopt.rotation == "none" and not preopt.alphas:
+        return Selected(Resolved((), (), ()))
+    resolved = resolve(config, inventory, rotate=preopt.rotation != "none", seed=seed)
+    only_r1 = preopt.rotation == "R1"
+    spaces = tuple(space for space in resolved.spaces if space.kind == "R1" or not only_r1)
+    online = () if only_r1 else resolved.online
+    quantized = {linear.weight for linear in plan_linears(config)}
+    wrapped = tuple(f"{rotation.path}." for rotation in online if rotation.kind != "R3")
+
+    def wanted(group: ResolvedGroup) -> bool:
+        chosen = group.kind in preopt.alphas or group.kind is SmoothingKind.QUERY_KEY
+        members = [slot.name for slot in (*group.sources, *group.targets)]
+        serves = any(slot.name in quantized for slot in group.targets)
+        return chosen and serves and not any(name.startswith(wrapped) for name in members if wrapped)
+
+    groups = tuple(_with_alpha(group, preopt) for group in resolved.groups if wanted(group))
+    heads = [space.name for space in config.rotation.spaces if space.kind == "R2"]
+    value_heads = resolve(config, inventory, only=heads).spaces if heads else ()
+    return Selected(Resolved(spaces, groups, online), value_heads)
+
+
+def _with_alpha(group: ResolvedGroup, preopt: Preopt) -> ResolvedGroup:
+    alpha = preopt.alphas.get(group.kind)
+    return group if alpha is None else dataclasses.replace(group, alpha=alpha)
+
+
+def rotation_plan(selected: Selected, inventory: Inventory, read: Callable[[str], Tensor]) -> Plan:
+    """The plan of everything that comes before the sweep."""
+    resolved = selected.resolved
+    return make_plan(Resolved(resolved.spaces, (), resolved.online), inventory, read, None)
+
+
+def smoothing_plan(selected: Selected, inventory: Inventory, read: Callable[[str], Tensor], scales: Scales) -> Plan:
+    """The plan of what comes after the sweep; ``inventory`` and ``read`` are those of the rotated model."""
+    return make_plan(Resolved((), selected.resolved.groups, ()), inventory, read, scales)
+
+
+@torch.no_grad()
+def rotate_(model: nn.Module, selected: Selected) -> Plan:
+    """Untie, fold and rotate a model in place; online rotations are installed."""
+    check_installable(model, selected.resolved.online)
+    plan = rotation_plan(selected, take_inventory(model), model.get_parameter)
+    execute_(model, plan)
+    return plan
+
+
+@torch.no_grad()
+def sweep(
+    model: nn.Module,
+    weights: Iterable[str],
+    batches: Sequence[Tensor],
+    *,
+    cache: bool,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Sweep:
+    """Run ``batches`` of token ids [B, S] through the model once; ``cache``: keys and values are observed as well."""
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        inputs = stack.enter_context(observe_linears(model, weights))
+        stored = stack.enter_context(observe_cache(model)) if cache else {}
+        for done, batch in enumerate(batches, 1):
+            model(batch.to(device))
+            progress(done)
+    return Sweep(inputs, stored)
+
+
+def swept_weights(config: Config, selected: Selected) -> tuple[str, ...]:
+    """Names of the weights whose inputs a sweep has to see, for any strategy."""
+    names = [linear.weight for linear in plan_linears(config)]
+    names += [slot.name for group in selected.resolved.groups for slot in group.targets]
+    return tuple(dict.fromkeys(names))
+
+
+def smoothing_scales(selected: Selected, swept: Sweep, read: Callable[[str], Tensor]) -> dict[Any, Tensor]:
+    """Scales of every selected group; ``read`` gives the rotated model's parameters."""
+    resolved = selected.resolved
+    with warnings.catch_warnings():  # dead channels keep scale 1: nothing that a caller could act on
+        warnings.simplefilter("ignore", UserWarning)
+        return group_scales(resolved, group_maxima(resolved, swept.inputs), read)
+
+
+def smoothed(selected: Selected, swept: Sweep, scales: Scales) -> Sweep:
+    """What a sweep of the smoothed model would find: each channel's maximum times the scale of its source."""
+    inputs = dict(swept.inputs)
+    values = dict(swept.cache.get("value", {}))
+    for group in selected.resolved.groups:
+        s = scales[group.name, group.layer].double().cpu()
+        for slot in group.targets:
+            factors = slot.axis.gather(s**slot.power, 1.0).to(inputs[slot.name].device)
+            maximum = inputs[slot.name]
+            inputs[slot.name] = (maximum.double() * factors.reshape(-1, maximum.shape[-1])).view(maximum.shape).float()
+        if values and group.kind is SmoothingKind.LINEAR_LINEAR and group.layer in values:
+            values[group.layer] = _smoothed_values(selected, group, s, values[group.layer])
+    return Sweep(inputs, {**swept.cache, "value": values} if values else swept.cache)
+
+
+def _smoothed_values(selected: Selected, group: ResolvedGroup, s: Tensor, maximum_HD: Tensor) -> Tensor:
+    """The maxima of a layer's cached values after a group scaled their rows, or as they were if it scaled others.
+
+    A per-head space tells which row makes which channel of which head.
+    """
+    sources = {slot.name: slot for slot in group.sources}
+    for space in selected.value_heads:
+        for writer in space.writers if space.layer == group.layer else ():
+            slot = sources.get(writer.name)
+            if slot is None or slot.axis.dim != writer.axis.dim:
+                continue
+            positions = (slot.axis.channels >= 0) & (writer.axis.channels >= 0)
+            factors = torch.ones(maximum_HD.numel(), dtype=torch.float64)
+            factors[writer.axis.channels[positions]] = s[slot.axis.channels[positions]] ** slot.power
+            return (maximum_HD.double() * factors.view(maximum_HD.shape).to(maximum_HD.device)).float()
+    if group.channels == maximum_HD.numel():
+        raise AutoQuantError(
+            f"{group.name} (layer {group.layer}): may scale the cached values, and no per-head space of the config "
+            "tells which: choose a strategy without a static cache, or disable the group"
+        )
+    return maximum_HD
+
+
+@torch.no_grad()
+def smooth_(model: nn.Module, selected: Selected, swept: Sweep) -> Sweep:
+    """Smooth a rotated model in place; returns the maxima as they are afterwards."""
+    if not selected.resolved.groups:
+        return swept
+    scales = smoothing_scales(selected, swept, model.get_parameter)
+    execute_(model, smoothing_plan(selected, take_inventory(model), model.get_parameter, scales))
+    return smoothed(selected, swept, scales)
+
+
+@torch.no_grad()
+def quantize_model_(model: nn.Module, config: Config, strategy: Strategy, swept: Sweep) -> None:
+    """Replace a prepared model's linears, and its cache where the strategy has one, by int8."""
+    quantize_(model, plan_linears(config, strategy), swept.inputs)
+    granularity = kv_granularity(config, strategy)
+    if granularity is not None:
+        quantize_cache_(model, granularity, swept.cache)
+
+
+def needs_sweep(config: Config, strategy: Strategy, selected: Selected) -> bool:
+    """Whether anything has to be calibrated."""
+    static = needs_calibration(plan_linears(config, strategy), kv_granularity(config, strategy))
+    return static or bool(selected.resolved.groups)
