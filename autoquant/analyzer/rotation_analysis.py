@@ -36,6 +36,13 @@ class Vector:
     """The embedding table that alone made it: a norm applied now can be folded into the table."""
     centred: bool = False
     """The mean was subtracted: behind a LayerNorm."""
+    factors: Tensor | None = None
+    """A number for what each element was multiplied by on its way, None for nothing."""
+
+    def times(self, keys: Tensor) -> Tensor:
+        """``factors`` after a product with the factors that ``keys`` number."""
+        before = torch.zeros_like(self.coordinates) if self.factors is None else self.factors
+        return mixed(before, keys.expand_as(before))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +136,25 @@ class RotationAnalysis:
     def split(self, vector: Vector, keys: Tensor, reason: Reason, centre: bool = False) -> None:
         """Coordinates may be mixed only if they see the same keys, instance by instance."""
         flat = vector.coordinates.reshape(-1).numpy()
-        code = _mix(
-            vector.instances.reshape(-1).numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            + keys.reshape(-1).numpy().astype(np.uint64)
-        )
+        self._split(flat, mixed(vector.instances, keys).reshape(-1).numpy(), reason, centre)
+
+    def split_copies(self, labels: Tensor, keys: Tensor, reason: Reason) -> None:
+        """A reader pairs the copies of its channels ``labels [in]`` in order: the n-th ones must see the same keys."""
+        order = torch.argsort(labels, stable=True)
+        found = labels[order]
+        first = torch.searchsorted(found, found)
+        if bool((first == torch.arange(len(found))).all()):
+            return  # no channel twice
+        rank = torch.arange(len(found)) - first
+        self._split(found.numpy(), mixed(rank, keys[order]).numpy(), reason)
+
+    def _split(self, flat: Ints, code: Ints, reason: Reason, centre: bool = False) -> None:
         real = flat != ZERO
         labels, inverse = np.unique(flat[real], return_inverse=True)
-        sums = np.zeros(len(labels), dtype=np.uint64)
-        np.add.at(sums, inverse, code[real])
-        self.splits.append(Split(labels, sums.view(np.int64), reason, centre))
+        sums = np.zeros(len(labels), dtype=np.int64)
+        with np.errstate(over="ignore"):
+            np.add.at(sums, inverse, code[real])
+        self.splits.append(Split(labels, sums, reason, centre))
 
     # --- data movement ------------------------------------------------------------------------------------------
 
@@ -188,7 +205,12 @@ class RotationAnalysis:
         for part in parts:  # instances of different parts are different, unless the parts come from one vector
             instances.append(part.instances if site.operator in ("cat", "concat") else part.instances + offset)
             offset += int(part.instances.max()) + 1
-        return Vector(function([p.coordinates for p in parts], *rest, **kwargs), function(instances, *rest, **kwargs))
+        factors = [torch.zeros_like(p.coordinates) if p.factors is None else p.factors for p in parts]
+        return Vector(
+            function([p.coordinates for p in parts], *rest, **kwargs),
+            function(instances, *rest, **kwargs),
+            factors=function(factors, *rest, **kwargs),
+        )
 
     def _pick(self, site: Site, vector: Vector, indices: list[Value]) -> Value:
         """Rows chosen by data: whole instances, as long as no coordinate axis is indexed."""
@@ -200,7 +222,10 @@ class RotationAnalysis:
         if any(varies(vector.coordinates, d) for d in dims):
             return self.end(site, [vector], "its channels are chosen by the data")
         coordinates = _index_any(vector.coordinates, indices)
-        return Vector(coordinates, fresh_instances(coordinates), centred=vector.centred)
+        factors = vector.factors
+        if factors is not None:  # any row may be picked: what a channel saw in all of them counts
+            factors = _index_any(factors.sum(dims, keepdim=True).expand(factors.shape), indices)
+        return Vector(coordinates, fresh_instances(coordinates), centred=vector.centred, factors=factors)
 
 
 def fresh_instances(coordinates: Tensor) -> Tensor:
@@ -234,14 +259,23 @@ def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
     """Move all labels of a vector alike; a movement with several results gives a tuple of vectors."""
     coordinates, instances = move(vector.coordinates), move(vector.instances)
     index = None if vector.gain_index is None else move(vector.gain_index)
+    factors = None if vector.factors is None else move(vector.factors)
     if isinstance(coordinates, (tuple, list)):
-        parts = index if index is not None else [None] * len(coordinates)
+        none = [None] * len(coordinates)
         return tuple(
-            Vector(c, i, vector.gain, g, None, vector.centred)
-            for c, i, g in zip(coordinates, instances, parts, strict=True)
+            Vector(c, i, vector.gain, g, None, vector.centred, f)
+            for c, i, g, f in zip(coordinates, instances, index or none, factors or none, strict=True)
         )
     whole = coordinates.shape == vector.coordinates.shape
-    return Vector(coordinates, instances, vector.gain, index, vector.table if whole else None, vector.centred)
+    return Vector(coordinates, instances, vector.gain, index, vector.table if whole else None, vector.centred, factors)
+
+
+def mixed(left: Tensor, right: Tensor) -> Tensor:
+    """A number for each pair of labels (int64, same shape after broadcasting): different pairs, different numbers."""
+    one, other = torch.broadcast_tensors(left, right)
+    with np.errstate(over="ignore"):
+        pairs = _mix(one.numpy().astype(np.uint64)) + other.numpy().astype(np.uint64)
+    return torch.from_numpy(_mix(pairs).view(np.int64))
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -250,8 +284,8 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         values = values + np.uint64(0x9E3779B97F4A7C15)  # else 0 would count for nothing
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
-        return mixed
+        result: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+        return result
 
 
 def coordinates_of(value: Vector | Square | Mean) -> Tensor:

@@ -32,6 +32,7 @@ from autoquant.analyzer.rotation_analysis import (
     apply,
     coordinates_of,
     fresh_instances,
+    mixed,
     shape_of,
     varies,
 )
@@ -78,7 +79,12 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         coordinates = v.merge(x.coordinates, y.coordinates, site.order).contiguous()
         one, other = torch.broadcast_tensors(x.instances, y.instances)
         pairs = (one * (int(other.max()) + 1) + other).reshape(-1)  # whatever tokens meet, meet in one instance
-        return Vector(coordinates, torch.unique(pairs, return_inverse=True)[1].view(site.shape))
+        instances = torch.unique(pairs, return_inverse=True)[1].view(site.shape)
+        if x.factors is None and y.factors is None:
+            return Vector(coordinates, instances)
+        none = torch.zeros(1, dtype=torch.int64)
+        factors = mixed(*(none if side.factors is None else side.factors for side in (x, y)))
+        return Vector(coordinates, instances, factors=factors.expand(site.shape))
 
     def added_parameter(site: Site, vector: Value, param: Param) -> Value:
         """A bias or a table of positions: it writes into the space too."""
@@ -122,6 +128,10 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             return gained(site, vector, factor if isinstance(factor, Gain) else Gain(factor, 0))
         return scaled(site, vector, factor)
 
+    def seen_along(vector: Vector, dims: Sequence[int], keepdim: bool, shape: tuple[int, ...]) -> Tensor | None:
+        """What each channel of a sum over ``dims`` was multiplied by, anywhere along them."""
+        return None if vector.factors is None else vector.factors.sum(list(dims), keepdim=keepdim).expand(shape)
+
     def scaled(site: Site, vector: Vector, factor: Value) -> Value:
         if scalar(factor) is not None:
             if vector.gain is not None and vector.gain.bias is not None:
@@ -135,7 +145,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         except RuntimeError:
             return a.end(site, [vector], "it is broadcast")
         a.split(vector, keys, site.because("its channels are multiplied by different factors"))
-        return replace(vector, table=None)
+        return replace(vector, table=None, factors=vector.times(keys + (site.order << 32)))
 
     def gained(site: Site, vector: Vector, gain: Gain) -> Value:
         """A norm weight: it waits for the linears that it can be folded into."""
@@ -179,7 +189,8 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             return measured(site, vector, dims, "its length is taken over part of its channels")
         if not any(varies(vector.coordinates, d) for d in dims):
             coordinates = v.merge_along(vector.coordinates, dims, site.order, bool(keepdim))
-            return Vector(coordinates, fresh_instances(coordinates))
+            factors = seen_along(vector, dims, bool(keepdim), tuple(coordinates.shape))
+            return Vector(coordinates, fresh_instances(coordinates), factors=factors)
         if site.operator == "mean" and keepdim and dims == [ndim - 1]:
             centred(site, vector, dims)
             return Mean(vector)
@@ -294,6 +305,10 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         v.equal(columns, labels, site.order)
         if x.gain_index is not None and not bool((x.gain_index == torch.arange(x.gain_index.shape[-1])).all()):
             a.end(site, [x], "the norm's weight is rearranged before it is read")
+        if x.factors is not None:
+            seen = mixed(x.instances, x.factors).flatten(0, -2).sum(0)
+            for copies in labels if labels.ndim > 1 else [labels]:
+                a.split_copies(copies, seen, site.because("copies of its channels that saw different factors are read"))
         name = bias.name if isinstance(bias, Param) else None
         bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
         a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))
@@ -330,11 +345,11 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         labels = v.merge_along(values.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
         # The heads of a token are read together, also where they all look at the same values.
         instances = fresh_instances(labels.narrow(-3, 0, 1) if labels.ndim > 3 else labels).expand(labels.shape)
-        out = Vector(labels, instances)
+        out = Vector(labels, instances, factors=seen_along(values, [dim], True, tuple(site.shape)))
         keys = torch.arange(int(np.prod(site.shape[:-1]))).view(*site.shape[:-1], 1).expand(site.shape)
         a.split(out, keys, site.because("heads have attention weights of their own"))
         a.values.append((site, labels))
-        return out
+        return replace(out, factors=out.times(keys + (site.order << 32)))
 
     def attention(
         site: Site, q: Value, k: Value, value: Value, mask: Value = None, *args: Value, **kwargs: Value
