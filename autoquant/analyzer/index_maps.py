@@ -11,7 +11,7 @@ MAX_BLOCKS = 4096
 
 
 def index_maps(positions: Ints, channels: Ints, size: int) -> tuple[IndexMap, ...] | None:
-    """The shortest list of strided blocks that enumerates ``positions`` (sorted) with their ``channels``.
+    """A short list of strided blocks that enumerates ``positions`` (sorted) with their ``channels``.
 
     None stands for the whole axis in order, as in the config file.
     """
@@ -23,7 +23,69 @@ def index_maps(positions: Ints, channels: Ints, size: int) -> tuple[IndexMap, ..
         block, length = _longest(positions[at:], channels[at:])
         found.append(block)
         at += length
-    return tuple(found)
+    repeating = _repeating(positions, channels) if len(found) > 2 else None
+    return tuple(repeating if repeating is not None and len(repeating) < len(found) else found)
+
+
+MAX_PERIOD = 32
+
+
+def _repeating(positions: Ints, channels: Ints) -> list[IndexMap] | None:
+    """Runs that repeat as a pattern (partial rotary: per head two tied halves and the rest); None if they do not."""
+    breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(channels) != 1)) + 1
+    start = np.concatenate([[0], breaks])
+    length = np.diff(np.concatenate([start, [len(positions)]]))
+    for period in range(1, min(MAX_PERIOD, len(start) // 2) + 1):
+        if len(start) % period:
+            continue
+        at, lengths = start.reshape(-1, period), length.reshape(-1, period)
+        step, channel_step = np.diff(positions[at], axis=0), np.diff(channels[at], axis=0)
+        if all(bool((rows == rows[:1]).all()) for rows in (lengths, step, channel_step)):
+            runs = [
+                (
+                    (int(positions[at[0, i]]), int(channels[at[0, i]])),
+                    (len(at), int(lengths[0, i])),
+                    (int(step[0, i]), 1),
+                    (int(channel_step[0, i]), 1),
+                )
+                for i in range(period)
+            ]
+            return _joined(runs)
+    return None
+
+
+Run = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def _joined(runs: list[Run]) -> list[IndexMap]:
+    """Runs of one shape at equal distances, as one block."""
+    found = []
+    while runs:
+        (start, channel), shape, stride, channel_stride = runs[0]
+        alike = 1
+        while alike < len(runs) and runs[alike][1:] == runs[0][1:]:
+            before, here = runs[alike - 1][0], runs[alike][0]
+            first = runs[1][0]
+            if (here[0] - before[0], here[1] - before[1]) != (first[0] - start, first[1] - channel):
+                break
+            alike += 1
+        if alike > 1:
+            step, channel_step = runs[1][0][0] - start, runs[1][0][1] - channel
+            found.append(
+                IndexMap(
+                    start=start,
+                    shape=(shape[0], alike, shape[1]),
+                    stride=(stride[0], step, stride[1]),
+                    channel_start=channel,
+                    channel_stride=(channel_stride[0], channel_step, channel_stride[1]),
+                )
+            )
+        else:
+            found.append(
+                IndexMap(start=start, shape=shape, stride=stride, channel_start=channel, channel_stride=channel_stride)
+            )
+        runs = runs[alike:]
+    return found
 
 
 def _longest(positions: Ints, channels: Ints) -> tuple[IndexMap, int]:

@@ -49,6 +49,8 @@ class ScaleAnalysis:
     uses: list[Use] = field(default_factory=list)
     grouped_by: dict[int, int] = field(default_factory=dict)
     scores: list[Scores] = field(default_factory=list)
+    cancelled: list[Tensor] = field(default_factory=list)
+    """Labels of queries whose scales the keys cancel, and the like."""
 
     def __post_init__(self) -> None:
         self.families = Families(self.variables)

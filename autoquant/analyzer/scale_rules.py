@@ -242,6 +242,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         q = v.merge_along(queries, [queries.ndim - 2], site.order)
         k = v.merge_along(keys, [keys.ndim - 2], site.order)
         v.equal(q, k, site.order, ratio=-1.0)
+        a.cancelled.append(torch.unique(q))
 
     def attention(
         site: Site, q: Value, k: Value, value: Value, mask: Value = None, *args: Value, **kwargs: Value

@@ -66,9 +66,10 @@ class _Members:
 def _groups(analysis: ScaleAnalysis, solution: Solution) -> tuple[SmoothingGroup, ...]:
     families = analysis.families.all()
     members = _members(analysis, families, solution)
+    crossed = np.concatenate([np.zeros(0, np.int64), *(solution.component[q.numpy()] for q in analysis.cancelled)])
     groups = []
     for signature in _in_order_of_appearance(members.family, _signatures(members)):
-        group = _group(analysis, families, _select(members, signature))
+        group = _group(analysis, families, _select(members, signature), crossed)
         if group is not None:
             groups.append(group)
     return tuple(groups)
@@ -121,7 +122,9 @@ def _select(members: _Members, chosen: Bools) -> _Members:
     )
 
 
-def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Members) -> SmoothingGroup | None:
+def _group(
+    analysis: ScaleAnalysis, families: Sequence[Family], members: _Members, crossed: Ints
+) -> SmoothingGroup | None:
     """One group from the components of one signature; None where they hold no source with a target."""
     if not np.allclose(members.weight, np.round(members.weight)):
         return None
@@ -147,9 +150,9 @@ def _group(analysis: ScaleAnalysis, families: Sequence[Family], members: _Member
         return None
     roles = {families[i].role for i in np.unique(members.family[members.weight > 0])}
     readers = {(use.weight, use.contracted_dim) for use in analysis.uses}
-    # A depthwise convolution is not quantized: a scale that it alone takes is legal and of no use.
+    # A depthwise convolution or a gain is not quantized: a scale that it alone takes is legal and of no use.
     useful = any((slot.path, slot.dim) in readers for slot in targets)
-    if not any(families[i].role == "column" for i in np.unique(members.family[members.weight < 0])):
+    if bool(np.isin(members.component, crossed).any()):
         kind = SmoothingKind.QUERY_KEY
     else:
         kind = SmoothingKind.NORM_LINEAR if roles == {"leaf"} else SmoothingKind.LINEAR_LINEAR

@@ -212,12 +212,12 @@ EXPECTED: dict[str, list[str]] = {
     "cat_tokens": ["norm_linear 4 n.weight.0 -> o.weight.1"],
     "layer_scale": [
         "norm_linear 4 n.weight.0 -> b.weight.1",
-        "query_key 4 b.weight.0 b.bias.0 -> g.0",
+        "linear_linear 4 b.weight.0 b.bias.0 -> g.0",
         "norm_linear 4 f_.weight.0 -> o.weight.1",
     ],
     "layer_scalar": [
         "norm_linear 4 n.weight.0 -> b.weight.1",
-        "query_key 1 b.weight.0[0:4/1>0] b.bias.0[0:4/1>0] -> g.0",
+        "linear_linear 1 b.weight.0[0:4/1>0] b.bias.0[0:4/1>0] -> g.0",
         "norm_linear 4 f_.weight.0 -> o.weight.1",
     ],
     "norm_bias_no_reader_bias": ["norm_linear 4 n.weight.0 n.bias.0 -> w.0"],
