@@ -20,6 +20,7 @@ from autoquant.analyzer.variables import Bools, Ints, Reason
 from autoquant.config import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
+NO_MODULE = "no rotation in the weights reaches its input, and it is no module that an online one could precede"
 SHARED = "its scale is that of a tensor that must keep it: "
 
 
@@ -46,12 +47,13 @@ def analyse(captured: Captured) -> Analysis:
     rotations = analyse_rotations(captured)
     shared = shared_names(captured)
     found = linears(scales.analysis.uses)
+    online, nowhere = _online(scales, rotations, found)
     findings = Findings(
         linears=found,
         groups=tuple(_with_ties(group, shared) for group in scales.groups),
         spaces=tuple(_with_ties(space, shared) for space in rotations.spaces),
-        online=_online(scales, rotations, found),
-        blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations)),
+        online=online,
+        blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations), *nowhere),
         unknown_operators=_unknown_operators(scales, rotations),
     )
     return Analysis(findings, scales, rotations)
@@ -174,9 +176,15 @@ def _blocked(path: str, what: str, reason: Reason) -> Blocked:
     return Blocked(path=path, what=what, reason=reason.text, operator=qualified(reason.operator), at=reason.at)  # type: ignore[arg-type]  # one of two literals
 
 
-def _online(scales: Scales, rotations: Rotations, found: tuple[Linear, ...]) -> tuple[Online, ...]:
-    """R3 wherever queries meet keys; a rotation before every linear that no offline one reaches."""
+def _online(
+    scales: Scales, rotations: Rotations, found: tuple[Linear, ...]
+) -> tuple[tuple[Online, ...], tuple[Blocked, ...]]:
+    """R3 wherever queries meet keys; a rotation before every linear that no offline one reaches.
+
+    Also the linears that have no module of their own to put one in front of (the experts of a stack).
+    """
     online: dict[Online, None] = {}
+    nowhere: dict[Blocked, None] = {}
     for scores in scales.analysis.scores:
         if scores.head_size > 1 and scores.site.at:  # a module to put it in
             online[Online(kind="R3", path=scores.site.at, size=scores.head_size)] = None
@@ -184,11 +192,15 @@ def _online(scales: Scales, rotations: Rotations, found: tuple[Linear, ...]) -> 
     products = {use.weight: use for use in reversed(scales.analysis.uses)}
     mixed = _busy_modules(scales)
     for linear in found:
-        alone = linear.stack is None and products[linear.weight].site.at == linear.path not in mixed
-        if alone and linear.role == "linear" and linear.weight not in reached and linear.in_features > 1:
+        if linear.role != "linear" or linear.weight in reached or linear.in_features == 1:
+            continue
+        site = products[linear.weight].site
+        if linear.stack is None and site.at == linear.path not in mixed:
             kind: Literal["R4", "input"] = "R4" if _follows_product(products[linear.weight]) else "input"
             online[Online(kind=kind, path=linear.path, size=linear.in_features)] = None
-    return tuple(online)
+        else:
+            nowhere[_blocked(linear.path, "rotation", site.because(NO_MODULE))] = None
+    return tuple(online), tuple(nowhere)
 
 
 def _busy_modules(scales: Scales) -> set[str]:
