@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT := out
+STATIC := --strategy w_int8_per_channel_a_int8_per_tensor_static --force \
+	--calibration autoquant/data/sample.calibration.txt --sequences 6 --length 128
 
 .PHONY: demo test test-slow configs install clean
 
@@ -11,6 +13,11 @@ demo: $(INSTALLED)
 	mkdir -p $(OUT)
 	$(BIN)/autoquant analyze autoquant/data/wikinano1m -o $(OUT)/wikinano1m.json --force
 	$(BIN)/autoquant analyze qwen3_moe -o $(OUT)/qwen3_moe.json --force
+	$(BIN)/autoquant quantize autoquant/data/wikinano1m $(OUT)/wikinano1m.json -o $(OUT)/plain \
+		--no-rotate --smooth none $(STATIC)
+	$(BIN)/autoquant quantize autoquant/data/wikinano1m $(OUT)/wikinano1m.json -o $(OUT)/int8 $(STATIC)
+	$(BIN)/autoquant eval autoquant/data/wikinano1m $(OUT)/plain $(OUT)/int8 --reference autoquant/data/wikinano1m \
+		--data autoquant/data/sample.evaluation.txt --window 128
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -170,7 +170,7 @@ def load_tokenizer(source: Path | str) -> Any:
 def calibration_windows(
     tokenizer: Any, calibration: Path, sequences: int, length: int, seed: int | None
 ) -> tuple[Tensor, ...]:
-    """``sequences`` windows [1, S] of ``length`` tokens, each behind BOS: the first ones, or random ones by ``seed``."""
+    """``sequences`` windows [1, S] of ``length`` tokens, each behind BOS: the first, or random by ``seed``."""
     ids = tokenize(tokenizer, read_text(calibration))
     return tuple(calibration_batches(cut_windows(ids, length, tokenizer.bos_token_id), sequences, seed))
 
