@@ -342,7 +342,7 @@ def test_a_type_whose_defaults_are_refused_by_its_own_checks(monkeypatch: pytest
 
 
 def test_a_configuration_of_several_language_models_is_one_clear_line() -> None:
-    with pytest.raises(
-        AutoQuantError, match=r"^a configuration of type 'musicgen': ValueError: Multiple valid text configs"
-    ):
+    # Older versions of transformers refuse the default configuration itself, also in one line.
+    expected = r"^a configuration of type 'musicgen': ValueError: Multiple valid text configs|^musicgen: has no valid"
+    with pytest.raises(AutoQuantError, match=expected):
         build_meta(resolve("musicgen"))

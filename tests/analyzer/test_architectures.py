@@ -14,7 +14,7 @@ from readable import group_lines, space_lines, text
 from syrupy.assertion import SnapshotAssertion
 
 from autoquant.analyze import analyze
-from autoquant.analyzer.analysis import analyse
+from autoquant.analyzer.analysis import NO_MODULE, analyse
 from autoquant.analyzer.capture import capture
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.folding import canonical, unfold
@@ -170,7 +170,7 @@ def test_table_of_rotations(name: str) -> None:
         name
         in ["olmo", "cohere", "opt", "gpt2", "gpt_neox", "falcon", "phi", "stablelm", "nemotron", "starcoder2", "bloom"]
     )
-    assert blocked == []
+    assert {b.reason for b in blocked} <= {NO_MODULE}, "only the experts' own inputs"
     readers = {r.path.rpartition(".")[0] or r.path for read in space.reads for r in read.readers}
     assert "lm_head" in readers
 

@@ -19,7 +19,7 @@ def enumerated(maps: tuple[IndexMap, ...] | None, size: int) -> list[tuple[int, 
 def test_round_trip(channels: dict[int, int]) -> None:
     positions = sorted(channels)
     maps = index_maps(np.array(positions), np.array([channels[p] for p in positions]), 41)
-    assert enumerated(maps, 41) == [(p, channels[p]) for p in positions]
+    assert sorted(enumerated(maps, 41)) == [(p, channels[p]) for p in positions]
 
 
 def test_whole_axis_needs_no_map() -> None:

@@ -170,10 +170,11 @@ def test_two_attentions_in_a_layer_count_by_two() -> None:
     ("model_type", "reason"),
     [
         ("zamba2", "layer 12 and layer 6 share the parameter shared_transformer.self_attn.q_proj.weight"),
-        ("gemma3n_text", "the model does not run with fewer layers: RuntimeError: shape"),
+        # What it says first depends on the version: per-layer inputs, or layers that share keys with earlier ones.
+        ("gemma3n_text", ("the model does not run with fewer layers", "layer 20 refers to layer 18")),
     ],
 )
-def test_models_that_depend_on_their_depth_stay_whole(model_type: str, reason: str) -> None:
+def test_models_that_depend_on_their_depth_stay_whole(model_type: str, reason: str | tuple[str, ...]) -> None:
     model = build(model_type)
     stacks = find_stacks(model)
     pruned, (stack_map,) = represent(model, stacks, forward)

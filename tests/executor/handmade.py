@@ -5,12 +5,12 @@ They state what the analyzer must find; here they let the executor be tested wit
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from autoquant.config import (
     Config,
@@ -31,6 +31,7 @@ from autoquant.config import (
     Space,
     Writer,
 )
+from autoquant.models import float64_throughout
 
 NORM, FC, QK = SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR, SmoothingKind.QUERY_KEY
 
@@ -63,23 +64,10 @@ def randomise_(model: nn.Module, seed: int) -> None:
 def logits(model: nn.Module, seed: int = 1) -> Tensor:
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]  # transformers models have it
     ids = torch.randint(0, vocabulary, (2, 9), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad(), KeepDouble():
+    double = next(model.parameters()).dtype is torch.float64
+    with torch.no_grad(), float64_throughout() if double else contextlib.nullcontext():
         out: Tensor = model(ids, use_cache=False).logits
     return out
-
-
-class KeepDouble(TorchFunctionMode):
-    """Norms and softmaxes ask for float32 whatever the dtype; here float64 stays float64, so that equality shows."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.Tensor.float, torch.Tensor.to) and args[0].dtype is torch.float64:
-            wanted = {torch.float32, torch.float16}
-            if func is torch.Tensor.float or wanted & {*args[1:], kwargs.get("dtype")}:
-                return args[0]
-        if kwargs.get("dtype") is torch.float32 and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 def change(before: Tensor, after: Tensor) -> float:

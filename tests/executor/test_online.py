@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from handmade import LLAMA, KeepDouble, build, change, llama_like, logits
+from handmade import LLAMA, build, change, llama_like, logits
 
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
@@ -15,6 +15,7 @@ from autoquant.executor.inventory import take_inventory
 from autoquant.executor.online import HadamardRotation, RotatedLinear
 from autoquant.executor.resolve import resolve
 from autoquant.executor.smooth import random_scales
+from autoquant.models import float64_throughout
 
 R3, R4 = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp.down_proj"
 INPUT = "model.layers.{layer}.self_attn.q_proj"
@@ -68,7 +69,7 @@ def test_wrappers_compile_whole() -> None:
 @pytest.mark.parametrize("size", [8, 24, 130])
 def test_the_rotation_is_the_hadamard_matrix(size: int) -> None:
     x = torch.randn(2, 3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
-    with KeepDouble():
+    with float64_throughout():
         assert torch.allclose(HadamardRotation(size)(x), x @ hadamard_matrix(size), atol=1e-13)
 
 
