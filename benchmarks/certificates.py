@@ -28,37 +28,7 @@ from autoquant.verify import verify_weights
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("AUTOQUANT_DATA", HERE.parent.parent / "shared" / "data"))
 TRAINED = ("wikinano1m", "wikinano30m", "stories260K", "babyllama361")
-TYPES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "granite",
-    "olmo",
-    "qwen3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "olmo2",
-    "cohere",
-    "opt",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "phi",
-    "stablelm",
-    "nemotron",
-    "starcoder2",
-    "bloom",
-    "mixtral",
-    "qwen3_moe",
-    "qwen2_moe",
-    "deepseek_v3",
-    "mamba",
-    "falcon_h1",
-    "bamba",
-)
+TYPES = tuple(sorted(path.stem for path in (HERE.parent / "generated_configs").glob("*.json")))
 KINDS = {
     "norm -> linear": ("norm_linear",),
     "fc -> fc": ("linear_linear",),

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode: neighbours are not on the path
 from quantized import DATA, PACKAGED, config_of
 
 from autoquant.cli import main

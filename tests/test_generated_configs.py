@@ -7,43 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from model_types import TYPES
 
 from autoquant.config import Config
 from autoquant.configfile import config_text, load_config
 
 FOLDER = Path(__file__).parents[1] / "generated_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-TYPES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "granite",
-    "olmo",
-    "qwen3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "olmo2",
-    "cohere",
-    "opt",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "phi",
-    "stablelm",
-    "nemotron",
-    "starcoder2",
-    "bloom",
-    "mixtral",
-    "qwen3_moe",
-    "qwen2_moe",
-    "deepseek_v3",
-    "mamba",
-    "falcon_h1",
-    "bamba",
-]
 
 
 def drift(committed: Config, fresh: Config) -> str:

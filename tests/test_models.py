@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_types import TYPES as TABLE
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -25,38 +26,7 @@ from autoquant.models import (
     small,
 )
 
-TYPES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "granite",
-    "olmo",
-    "qwen3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "olmo2",
-    "cohere",
-    "opt",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "phi",
-    "stablelm",
-    "nemotron",
-    "starcoder2",
-    "bloom",
-    "mixtral",
-    "qwen3_moe",
-    "qwen2_moe",
-    "deepseek_v3",
-    "mamba",
-    "falcon_h1",
-    "bamba",
-    "gpt_oss",
-]
+TYPES = [*TABLE, "gpt_oss"]
 # Copies: where layouts and types allow it, they do not appear.
 COPIES = {"contiguous", "clone", "_to_copy", "to"}
 FACTORY = """

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode: neighbours are not on the path
 from quantized import PACKAGED, STATIC_KV, config_of, windows
+from torch import nn
 
 from autoquant.config import Strategy
 from autoquant.errors import AutoQuantError

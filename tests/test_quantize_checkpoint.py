@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode: neighbours are not on the path
 from quantized import DATA, PACKAGED, STATIC_KV, config_of, gpt2, windows
+from torch import nn
 
 import autoquant
 from autoquant.cli import main

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from model_types import TYPES as TABLE
 from oracle import outcomes
 from readable import group_lines, space_lines, text
 from syrupy.assertion import SnapshotAssertion
@@ -21,38 +22,7 @@ from autoquant.analyzer.folding import canonical, unfold
 from autoquant.models import float64_throughout, grouped_experts, resolve, small
 
 LAYERS = {"deepseek_v3": 4, "gemma3_text": 7, "bamba": 11}  # enough for one of every kind of layer
-TYPES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "granite",
-    "olmo",
-    "qwen3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "olmo2",
-    "cohere",
-    "opt",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "phi",
-    "stablelm",
-    "nemotron",
-    "starcoder2",
-    "bloom",
-    "mixtral",
-    "qwen3_moe",
-    "qwen2_moe",
-    "deepseek_v3",
-    "mamba",
-    "falcon_h1",
-    "bamba",
-    "gpt_oss",
-]
+TYPES = [*TABLE, "gpt_oss"]
 TOLERANCE = 1e-9
 
 
