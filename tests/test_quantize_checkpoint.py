@@ -48,7 +48,7 @@ def test_low_memory_writes_the_same_bytes(model: str, preopt: str, tmp_path: Pat
 @torch.no_grad()
 def test_low_memory_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
-    forward = nn.Linear.forward
+    made, forward = recipe(PACKAGED, "none"), nn.Linear.forward
 
     def spy(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         held.append(sum(not parameter.is_meta for parameter in model[0].model.layers.parameters()))
@@ -59,7 +59,7 @@ def test_low_memory_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     build, model = quantize_lowmemory._build, []
     monkeypatch.setattr(quantize_lowmemory, "_build", lambda *a: model.append(build(*a)) or model[-1])
     monkeypatch.setattr(nn.Linear, "forward", spy)
-    quantize_checkpoint_by_layers(PACKAGED, tmp_path / "out", recipe(PACKAGED, "none"), {})
+    quantize_checkpoint_by_layers(PACKAGED, tmp_path / "out", made, {})
     assert set(held) == {9}, "the parameters of one layer, also while the head runs behind the last"
 
 
