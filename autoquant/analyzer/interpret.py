@@ -164,7 +164,7 @@ class Walk:
         if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Unknown) for v in _flat(args[1:]))):
             with contextlib.suppress(RuntimeError, TypeError):
                 return self.movement(site, _function(site), args, kwargs)
-        return self.no_rule(site, tensors)  # sizes and shifts that the data decide are no rule either
+        return self.no_rule(site, tensors)  # also where the data decide how far elements move
 
 
 def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
@@ -223,14 +223,6 @@ def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict
     if isinstance(site.node.meta.get("val"), (tuple, list)):
         return tuple(param.viewed(one(i), tuple(fake.shape)) for i, fake in enumerate(site.outputs))
     return param.viewed(one(None), site.shape)
-
-
-_LIKE_VIEW = {
-    "view": "reshape",
-    "_unsafe_view": "reshape",
-    "_reshape_alias": "reshape",
-    "as_strided_copy": "as_strided",
-}
 
 
 def _function(site: Site) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ NO_RULE = "the operator has no rule"
 NO_ROTATION = "no rotation passes it"
 
 MOVEMENT = frozenset(
-    """alias as_strided_copy broadcast_to chunk clone constant_pad_nd contiguous detach detach_copy diagonal expand
+    """alias broadcast_to chunk clone constant_pad_nd contiguous detach detach_copy diagonal expand
     expand_as flatten flip gather index index_select lift_fresh_copy movedim narrow pad permute pixel_shuffle ravel
     repeat repeat_interleave reshape reshape_as roll select slice split split_with_sizes squeeze stack cat concat
     concatenate swapaxes swapdims t take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold
