@@ -233,6 +233,29 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
             return a.block(site, [bias, x, y], "a product is blended with an activation")
         return v.merge(matmul(site, x, y), a.labels(site, bias), site.order).contiguous()
 
+    def einsum(site: Site, equation: str, operands: Value, **kwargs: Value) -> Value:
+        """A sum of products of two activations of which one has no scale: the other's labels come out."""
+        terms, arrow, result = equation.replace(" ", "").partition("->")
+        letters = terms.split(",")
+        plain = arrow and "." not in equation and all(len(set(term)) == len(term) for term in (*letters, result))
+        if not plain or len(operands) != 2 or any(isinstance(operand, Param) for operand in operands):
+            return a.block(site, list(operands), NO_RULE)
+        labels = [a.labels(site, operand) for operand in operands]
+        for side in labels:
+            a.mixed(side)
+        free = [not bool(v.is_fixed(side).all()) for side in labels]
+        if all(free):
+            return a.block(site, list(operands), "it is a product of two activations")
+        chosen = 1 if free[1] else 0
+        term = letters[chosen]
+        summed = [dim for dim, letter in enumerate(term) if letter not in result]
+        merged = v.merge_along(labels[chosen], summed, site.order)
+        kept = [letter for letter in term if letter in result]
+        ordered = merged.permute([kept.index(letter) for letter in result if letter in kept])
+        return (
+            ordered[tuple(slice(None) if letter in kept else None for letter in result)].expand(site.shape).contiguous()
+        )
+
     def cancel(site: Site, queries: Tensor, keys: Tensor) -> None:
         """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when k's scale is one over q's, channel by channel."""
         if _is_attention(site.node):
@@ -358,6 +381,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         (("matmul", "mm", "bmm"), matmul),
         (("addmm",), addmm),
         (("baddbmm",), baddbmm),
+        (("einsum",), einsum),
         (("scaled_dot_product_attention",), attention),
         (("_grouped_mm", "transformers::grouped_mm_fallback"), grouped),
         (("conv1d",), convolution),

@@ -208,6 +208,17 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         X,
     ),
+    "einsum_mixes_tokens": lambda: (
+        Graph(
+            lambda s, x: s.o(
+                torch.einsum("bts,bshd->bthd", torch.softmax(s.p(x), -1), s.v(x).view(1, 3, 2, 2)).reshape(1, 3, 4)
+            ),
+            p=lin(4, 3),
+            v=lin(),
+            o=lin(),
+        ),
+        X,
+    ),
     "einsum": lambda: (
         Graph(lambda s, x: s.b(torch.einsum("btd,de->bte", s.a(x), s.w)), a=lin(), b=lin(), w=par(4, 4)),
         X,

@@ -49,7 +49,7 @@ def spaces(name: str) -> list[str]:
 @pytest.mark.parametrize("name", marked(TYPES))
 def test_findings(name: str, snapshot: SnapshotAssertion) -> None:
     assert text(found(name)) == snapshot
-    assert found(name).unknown_operators == (("aten.einsum",) if name in ("falcon_h1", "bamba") else ())
+    assert found(name).unknown_operators == ()
 
 
 @pytest.mark.parametrize("name", marked(TYPES))

@@ -51,6 +51,7 @@ EXPECTED: dict[str, list[str]] = {
     "W.T": ["other 1 x 4 a.weight.0 a.bias.0 -> w.1"],
     "W": ["other 1 x 6 u.1 -> w.0"],
     "addmm": ["other 1 x 6 u.1 b.0 -> w.0 +bias"],
+    "einsum_mixes_tokens": [],
     "einsum": [],
     "unknown_op": [],
     "shared_bias": ["other 1 x 4 a.weight.0 a.bias.0 b.bias.0 b.weight.0 -> o.weight.1 +bias o2.weight.1 +bias"],

@@ -55,6 +55,7 @@ EXPECTED: dict[str, list[str]] = {
     "W.T": ["linear_linear 4 a.weight.0 a.bias.0 -> w.1"],
     "W": ["linear_linear 6 u.1 -> w.0"],
     "addmm": ["linear_linear 6 u.1 b.0 -> w.0"],
+    "einsum_mixes_tokens": ["linear_linear 4 v.weight.0 v.bias.0 -> o.weight.1"],
     "einsum": [],
     "unknown_op": [],
     "shared_bias": ["linear_linear 4 a.weight.0 a.bias.0 b.bias.0 b.weight.0 -> o.weight.1 o2.weight.1"],
