@@ -7,7 +7,6 @@ import numpy as np
 from autoquant.analyzer.variables import Ints
 from autoquant.config import IndexMap
 
-MAX_BLOCKS = 4096
 
 
 def index_maps(positions: Ints, channels: Ints, size: int) -> tuple[IndexMap, ...] | None:
