@@ -8,7 +8,6 @@ from autoquant.analyzer.variables import Ints
 from autoquant.config import IndexMap
 
 
-
 def index_maps(positions: Ints, channels: Ints, size: int) -> tuple[IndexMap, ...] | None:
     """A short list of strided blocks that enumerates ``positions`` (sorted) with their ``channels``.
 

@@ -13,7 +13,7 @@ from autoquant.analyzer.families import Family
 from autoquant.analyzer.interpret import Walk, shared_names
 from autoquant.analyzer.rotation_analysis import Read, RotationAnalysis
 from autoquant.analyzer.rotation_rules import rules
-from autoquant.analyzer.scales import module_of, slot_of
+from autoquant.analyzer.scales import group_name, slot_of
 from autoquant.analyzer.variables import Ints, Reason, Solution
 from autoquant.config import Norm, Reader, Space, Writer
 from autoquant.config import Read as ConfigRead
@@ -222,9 +222,7 @@ def _space(
     kind = "R1" if any(families[i].role == "table" for i in members) else "R2" if is_value else "other"
     centres = [s for s in analysis.splits if s.centre]
     centre = any(bool(np.isin(solution.component[s.labels], component).any()) for s in centres)
-    name = (
-        "residual" if kind == "R1" else f"{module_of(writers[0].path)} -> {', '.join(_tails(reads, writers[0].path))}"
-    )
+    name = "residual" if kind == "R1" else group_name(writers, [r for _, readers in reads.values() for r in readers])
     return Space(
         name=name,
         kind=kind,  # type: ignore[arg-type]  # one of the three literals
@@ -234,17 +232,3 @@ def _space(
         writers=tuple(writers),
         reads=tuple(ConfigRead(norm=norm, readers=tuple(readers)) for norm, readers in reads.values()),
     )
-
-
-def _tails(
-    reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]], source: str
-) -> list[str]:
-    names = [module_of(reader.path).split(".") for _, readers in reads.values() for reader in readers]
-    base = module_of(source).split(".")
-    found = []
-    for parts in names:
-        shared = 0
-        while shared < min(len(parts), len(base)) - 1 and parts[shared] == base[shared]:
-            shared += 1
-        found.append(".".join(parts[shared:]))
-    return list(dict.fromkeys(found))
