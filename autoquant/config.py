@@ -90,12 +90,18 @@ class SmoothingKind(StrEnum):
     QUERY_KEY = "query_key"
 
 
+class SmoothingMethod(StrEnum):
+    SMOOTHQUANT = "smoothquant"
+    DESCENT = "descent"
+
+
 class SmoothingOverride(Strict):
     """Another choice for some layers of a group."""
 
     layers: LayerSet = Field(description="The layers that it is for, some of the group's.")
     enable: bool | None = Field(None, description="Replaces the group's enable for these layers.")
     alpha: float | None = Field(None, ge=0, le=1, description="Replaces the group's alpha for these layers.")
+    method: SmoothingMethod | None = Field(None, description="Replaces the group's method for these layers.")
 
 
 class SmoothingGroup(Strict):
@@ -115,6 +121,7 @@ class SmoothingGroup(Strict):
     )
     enable: bool | None = Field(None, description="Use this group; null: smoothing.enable, and false for query_key.")
     alpha: float | None = Field(None, ge=0, le=1, description="SmoothQuant's alpha; null: smoothing.alpha.")
+    method: SmoothingMethod | None = Field(None, description="null: smoothing.method.")
     overrides: tuple[SmoothingOverride, ...] = Field(
         (), description="Other choices for some of the layers; the last match wins."
     )
@@ -130,6 +137,11 @@ class Smoothing(Strict):
 
     enable: bool = Field(True, description="Default for every group.")
     alpha: float = Field(0.5, ge=0, le=1, description="Share of the difficulty moved from activations to weights.")
+    method: SmoothingMethod = Field(
+        SmoothingMethod.SMOOTHQUANT,
+        description="smoothquant: eq. 4; descent: from there, coordinate descent on the log-scales against the output "
+        "error of the group's linears under the strategy.",
+    )
     groups: tuple[SmoothingGroup, ...] = Field((), description="Every legal group.")
 
 
@@ -172,6 +184,7 @@ class Read(Strict):
 class RotationMethod(StrEnum):
     HADAMARD = "hadamard"
     ORTHOGONAL = "orthogonal"
+    LEARNED = "learned"
 
 
 class Space(Strict):
@@ -217,11 +230,53 @@ class Rotation(Strict):
     enable: bool = Field(True, description="Default for every space.")
     method: RotationMethod = Field(
         RotationMethod.HADAMARD,
-        description="hadamard: random signs times a Hadamard matrix; orthogonal: drawn from the Haar measure.",
+        description="hadamard: random signs times a Hadamard matrix; orthogonal: drawn from the Haar measure; learned: "
+        "the residual's Hadamard rotation is turned further by descent on the calibration loss (SpinQuant, Liu et al. "
+        "2024); `autoquant apply`, which sees no text, refuses it.",
     )
     seed: int = Field(0, ge=0, description="Seed of all rotations.")
     spaces: tuple[Space, ...] = Field((), description="Every space that can be rotated offline.")
     online: tuple[Online, ...] = Field((), description="Where an online rotation fits.")
+
+
+class Rounding(StrEnum):
+    NEAREST = "nearest"
+    GPTQ = "gptq"
+    QRONOS = "qronos"
+
+
+class StaticClip(StrEnum):
+    ABSMAX = "absmax"
+    MSE = "mse"
+    PERCENTILE = "percentile"
+    OUTPUT = "output"
+
+
+class WeightQuantization(Strict):
+    """How int8 weights are chosen."""
+
+    clip: Literal["absmax", "mse"] = Field(
+        "absmax", description="Largest value that fits: the maximum, or the one of least squared weight error."
+    )
+    rounding: Rounding = Field(
+        Rounding.NEAREST,
+        description="nearest; gptq: later columns make up for the error of earlier ones (Frantar et al. 2022); qronos: "
+        "the error of quantized inputs is corrected as well (Zhang et al. 2025). The last two need calibration.",
+    )
+    bias_correction: bool = Field(
+        False, description="Take the mean output error over the calibration tokens out of the bias, made where missing."
+    )
+
+
+class ActivationQuantization(Strict):
+    """How the scales of static activations are chosen; dynamic ones have none."""
+
+    clip: StaticClip = Field(
+        StaticClip.ABSMAX,
+        description="Largest value that fits: the calibrated maximum; mse: least squared error of the input; "
+        "percentile: of all magnitudes; output: least squared error of the linear's output.",
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="Of the magnitudes, for clip percentile.")
 
 
 class QuantizationOverride(Strict):
@@ -230,6 +285,8 @@ class QuantizationOverride(Strict):
     path: str = Field(description="Module path of the linear, as in model.linears.")
     layers: LayerSet | None = Field(None, description="Only these layers; null: all of the linear's.")
     strategy: Strategy | None = Field(None, description="null: keep this linear in floating point.")
+    weights: WeightQuantization | None = Field(None, description="null: quantization.weights.")
+    activations: ActivationQuantization | None = Field(None, description="null: quantization.activations.")
 
 
 class Quantization(Strict):
@@ -239,8 +296,17 @@ class Quantization(Strict):
     exclude: tuple[str, ...] = Field(
         (), description="Linears kept in floating point: module paths as in model.linears."
     )
+    weights: WeightQuantization = Field(WeightQuantization(), description="Clipping and rounding of weights.")
+    activations: ActivationQuantization = Field(
+        ActivationQuantization(), description="How the scales of static activations are chosen."
+    )
+    prefix: tuple[int, ...] = Field(
+        (),
+        description="Token ids in front of every sequence, whose keys and values are computed once in floating point "
+        "and stored with the model: attention sinks that would otherwise decide the scales (PrefixQuant).",
+    )
     overrides: tuple[QuantizationOverride, ...] = Field(
-        (), description="Other strategies for single linears; the last match wins."
+        (), description="Other choices for single linears; the last match wins."
     )
 
 
@@ -314,6 +380,32 @@ class Certificate(Strict):
     rows: tuple[CertificateRow, ...] = Field((), description="What was measured, one row a kind.")
 
 
+class Decision(Strict):
+    """One knob that `autoquant search` set, with the evidence."""
+
+    where: str = Field(description="The knob: its JSON path in this file.")
+    choice: str = Field(description="What it was set to.")
+    unit: str = Field(description="What the two errors measure.")
+    before: float = Field(description="Error without the choice.")
+    after: float = Field(description="Error with it.")
+    cost: str = Field(description="What it costs at inference: 'none' where it is folded into the weights.")
+
+
+class Search(Strict):
+    """How `autoquant search` came to this config; nothing here is read when it is applied."""
+
+    strategy: Strategy = Field(description="The strategy that was searched for.")
+    seed: int = Field(ge=0, description="Seed of the search.")
+    calibration: str = Field(description="Calibration text, by name.")
+    digest: str = Field(description="SHA-256 of the calibration tokens.")
+    fitted: int = Field(ge=1, description="Windows that scales and weights were fitted on.")
+    held_out: int = Field(ge=1, description="Windows of the same text that choices were judged on.")
+    before: float = Field(description="Held-out perplexity above float's before the search, in percent.")
+    after: float = Field(description="The same with this config.")
+    standard_error: float = Field(ge=0, description="Of `after`, paired over windows, in percent.")
+    decisions: tuple[Decision, ...] = Field((), description="Every knob that was set, in order.")
+
+
 class Config(Strict):
     """AutoQuant configuration: what a model allows, what to use of it, and the proof."""
 
@@ -326,3 +418,4 @@ class Config(Strict):
     quantization: Quantization = Field(description="The int8 strategy, and what is kept in floating point.")
     blocked: tuple[Blocked, ...] = Field((), description="What cannot be smoothed or rotated, and why.")
     certificate: Certificate | None = Field(None, description="The proof; null: nothing was measured.")
+    search: Search | None = Field(None, description="Evidence of `autoquant search`; null: no search was made.")

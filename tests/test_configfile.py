@@ -36,11 +36,11 @@ def test_round_trip(example_config: Config, tmp_path: Path) -> None:
 def test_layout(example_config: Config) -> None:
     text = config_text(example_config)
     assert text.startswith('{\n  "$schema": "autoquant-config.schema.json",\n  "format_version": 1,\n')
-    assert text.endswith('\n  "certificate": null\n}\n')
+    assert text.endswith('\n  "certificate": null,\n  "search": null\n}\n')
     assert '\n              {"shape": [2, 4], "stride": [4, 1], "channel_stride": [0, 1]}\n' in text
     assert max(map(len, text.splitlines())) <= 120
     sections = ["$schema", "format_version", "provenance", "model", "smoothing", "rotation", "quantization"]
-    assert list(json.loads(text)) == [*sections, "blocked", "certificate"]
+    assert list(json.loads(text)) == [*sections, "blocked", "certificate", "search"]
 
 
 def test_knobs_are_written_and_facts_at_their_default_are_not(example_config: Config) -> None:
@@ -79,7 +79,7 @@ def edited(config: Config, old: str, new: str) -> str:
     ("old", "new", "message"),
     [
         ('"alpha": 0.5', '"alhpa": 0.5', r"$.smoothing.alhpa: unknown key; did you mean 'alpha'?"),
-        ('"alpha": 0.5', '"zzz": 0.5', r"$.smoothing.zzz: unknown key; expected enable, alpha, groups"),
+        ('"alpha": 0.5', '"zzz": 0.5', r"$.smoothing.zzz: unknown key; expected enable, alpha, method, groups"),
         ('"alpha": 0.5', '"alpha": 1.5', r"$.smoothing.alpha: 1.5 is out of range; expected at most 1"),
         ('"alpha": 0.5', '"alpha": "0.5"', r"$.smoothing.alpha: expected a number, found a string"),
         ('"alpha": 0.5', '"alpha": true', r"$.smoothing.alpha: expected a number, found true or false"),
@@ -88,12 +88,12 @@ def edited(config: Config, old: str, new: str) -> str:
         (
             '"method": "hadamard"',
             '"method": "hadmard"',
-            '$.rotation.method: "hadmard" is not among "hadamard", "orthogonal"; did you mean \'hadamard\'?',
+            '$.rotation.method: "hadmard" is not among "hadamard", "orthogonal", "learned"; did you mean \'hadamard\'?',
         ),
         (
             '"method": null',
             '"method": 3',
-            '$.rotation.spaces[0].method: expected one of "hadamard", "orthogonal" or null, found an integer',
+            '$.smoothing.groups[0].method: expected one of "smoothquant", "descent" or null, found an integer',
         ),
         (
             '"alpha": null',
