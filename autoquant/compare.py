@@ -108,7 +108,7 @@ def _missing(task: Task, load: Callable[[], nn.Module], missing: Sequence[tuple[
         prepared, swept = _prepare(task, load, preopt)
         for strategy in strategies:
             model = copy.deepcopy(prepared)
-            quantize_model_(model, task.config, strategy, swept)
+            quantize_model_(model, task.config, strategy, swept, task.calibration)
             yield _measure(task, model, preopt.name, strategy.value)
 
 

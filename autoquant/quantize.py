@@ -32,6 +32,7 @@ from autoquant.preopt import Preopt
 from autoquant.quantizer.kv_cache import CacheMaxima, observe_cache, quantize_cache_
 from autoquant.quantizer.linear import quantize_
 from autoquant.quantizer.observers import observe_linears
+from autoquant.quantizer.sequential import Rounded, needs_values, round_in_sequence
 from autoquant.quantizer.strategies import kv_granularity, needs_calibration, plan_linears
 
 Scales = Mapping[tuple[str, int | None], Tensor]
@@ -188,16 +189,49 @@ def smooth_(model: nn.Module, selected: Selected, swept: Sweep) -> Sweep:
     return smoothed(selected, swept, scales)
 
 
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What quantization did beyond replacing linears: biases made for a correction, the output error of each linear
+    that was decided in sequence (a share of the squared output), and the weights that fell back to maxima.
+    """
+
+    created: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+    nearest: tuple[str, ...] = ()
+
+
 @torch.no_grad()
-def quantize_model_(model: nn.Module, config: Config, strategy: Strategy, swept: Sweep) -> None:
-    """Replace a prepared model's linears, and its cache where the strategy has one, by int8."""
-    quantize_(model, plan_linears(config, strategy), swept.inputs)
+def quantize_model_(
+    model: nn.Module,
+    config: Config,
+    strategy: Strategy,
+    swept: Sweep,
+    batches: Sequence[Tensor] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Quantized:
+    """Replace a prepared model's linears, and its cache where the strategy has one, by int8.
+
+    ``batches`` (token ids [1, S]) are needed where the config asks for more than maxima: clipped scales, rounding
+    against the output error, bias correction. Raises AutoQuantError without them.
+    """
+    planned = plan_linears(config, strategy)
+    rounded: Mapping[str, Rounded] = {}
+    missed: tuple[str, ...] = ()
+    if needs_values(planned):
+        if not batches:
+            raise AutoQuantError("quantization.weights and .activations ask for calibration text: there is none")
+        rounded, missed = round_in_sequence(model, planned, batches, progress)
+    quantize_(model, planned, swept.inputs, rounded)
     granularity = kv_granularity(config, strategy)
     if granularity is not None:
         quantize_cache_(model, granularity, swept.cache)
+    corrected = [entry for entry in planned if entry.weight in rounded and entry.weights.bias_correction]
+    created = tuple(f"{entry.path}.bias" for entry in corrected if entry.bias is None)
+    return Quantized(created, {name: one.error for name, one in rounded.items()}, missed)
 
 
 def needs_sweep(config: Config, strategy: Strategy, selected: Selected) -> bool:
     """Whether anything has to be calibrated."""
-    static = needs_calibration(plan_linears(config, strategy), kv_granularity(config, strategy))
-    return static or bool(selected.resolved.groups)
+    planned = plan_linears(config, strategy)
+    static = needs_calibration(planned, kv_granularity(config, strategy))
+    return static or needs_values(planned) or bool(selected.resolved.groups)

@@ -23,6 +23,7 @@ from autoquant.executor.safetensors_stream import open_shards
 from autoquant.executor.texts import read_text
 from autoquant.preopt import Preopt
 from autoquant.quantize import (
+    Quantized,
     Sweep,
     needs_sweep,
     quantize_model_,
@@ -72,6 +73,7 @@ def quantize_checkpoint(
     progress("rotate", 0, 1)
     plan = rotate_(model, selected)
     swept = Sweep()
+    batches: tuple[Tensor, ...] = ()
     if needs_sweep(recipe.config, recipe.strategy, selected):
         batches = required_calibration(recipe)
         swept = sweep(
@@ -84,12 +86,13 @@ def quantize_checkpoint(
     progress("smooth", 0, 1)
     swept = smooth_(model, selected, swept)
     progress("quantize", 0, 1)
-    quantize_model_(model, recipe.config, recipe.strategy, swept)
+    quantized = quantize_model_(
+        model, recipe.config, recipe.strategy, swept, batches, lambda *at: progress("quantize", *at)
+    )
     narrow_(model, dtype)
     progress("write", 0, 1)
-    save_quantized(
-        model, target, used_config(recipe), provenance(recipe, plan, options), load_tokenizer(source), force=force
-    )
+    facts = provenance(recipe, plan, options, quantized)
+    save_quantized(model, target, used_config(recipe), facts, load_tokenizer(source), force=force)
 
 
 def load_float32(source: Path) -> nn.Module:
@@ -145,14 +148,19 @@ def used_config(recipe: Recipe) -> Config:
     return recipe.config.model_copy(update={"quantization": section})
 
 
-def provenance(recipe: Recipe, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
+def provenance(
+    recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Quantized | None = None
+) -> dict[str, Any]:
     """How a model was made, and what of its structure differs from its class: biases, norms, online rotations."""
+    quantized = quantized or Quantized()
     return {
         "versions": {"autoquant": __version__, "torch": torch.__version__, "transformers": version("transformers")},
         "options": options,
         "rotations": plan.constructions,
-        "created": list(plan.created),
+        "created": list(dict.fromkeys((*plan.created, *quantized.created))),
         "identities": list(plan.identities),
+        "output_errors": {name: float(f"{error:.3g}") for name, error in quantized.errors.items()},
+        "rounded_to_nearest": list(quantized.nearest),
         "online": [{"kind": o.kind, "path": o.path, "size": o.size} for o in plan.online],
     }
 

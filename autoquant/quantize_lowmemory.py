@@ -54,6 +54,7 @@ from autoquant.quantize_checkpoint import (
 from autoquant.quantizer.checkpoint import parameters_on_meta, write_folder
 from autoquant.quantizer.kv_cache import install_, kv_scales, observe_cache
 from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
+from autoquant.quantizer.sequential import needs_values
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 from autoquant.quantizer.tensor_file import Described
 
@@ -78,6 +79,11 @@ def quantize_checkpoint_by_layers(
     if selected.resolved.online:
         path = selected.resolved.online[0].path
         raise AutoQuantError(f"{path}: --low-memory cannot put in online rotations; disable them or go without it")
+    if needs_values(plan_linears(recipe.config, recipe.strategy)):
+        raise AutoQuantError(
+            "quantization: --low-memory takes scales from maxima and rounds to the nearest value; set activations.clip "
+            "to absmax, weights.rounding to nearest and bias_correction to false, or go without it"
+        )
     weights = weights.planned(rotation_plan(selected, weights.inventory, weights.read))
     plan = weights.plans[0]
     swept = Sweep()
@@ -304,7 +310,7 @@ def _tensors(
     for done, linear in enumerate(planned, 1):
         parameter = weights.read(linear.weight)
         check_finite(linear.weight, parameter)
-        values, scale = quantize_weight(parameter, linear.in_dim, linear.scheme)
+        values, scale = quantize_weight(parameter, linear.in_dim, linear.scheme, linear.weights.clip)
         yield f"{linear.weight}.values", values
         yield f"{linear.weight}.scale", scale
         input_scale = scales[linear.weight]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,9 @@ from autoquant.calibration import Maxima
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer import int8
 from autoquant.quantizer.locate import Location, locate
+from autoquant.quantizer.sequential import Rounded
 from autoquant.quantizer.strategies import PlannedLinear, Scheme
 from autoquant.quantizer.weight import Int8Weight, Mode, linear
-
-Clip = Literal["absmax", "mse"]
 
 
 class Int8Linear(nn.Module):
@@ -40,12 +38,15 @@ class Int8Linear(nn.Module):
 
 
 def quantize_(
-    model: nn.Module, planned: Sequence[PlannedLinear], maxima: Maxima | None = None, *, clip: Clip = "absmax"
+    model: nn.Module,
+    planned: Sequence[PlannedLinear],
+    maxima: Maxima | None = None,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> None:
     """Replace the planned linears of ``model`` in place by int8 ones.
 
     ``maxima`` holds per-channel input maxima by weight name ([I], or [E, I] for a stack), needed by static strategies.
-    ``clip="mse"`` searches the weights' scales for the least squared error instead of taking the maximum.
+    Linears in ``rounded`` take what was decided there; the others are rounded to the nearest value.
 
     Everything is checked before the first replacement. Raises AutoQuantError for a path that the model lacks, a shape
     that differs, a weight with NaN or infinity, a missing or useless calibration maximum.
@@ -53,11 +54,22 @@ def quantize_(
     for entry in planned:
         if not _locate(model, entry).parameter.isfinite().all():
             raise AutoQuantError(f"{entry.weight}: holds NaN or infinite values")
-    scales = [static_scale(entry, maxima or {}) for entry in planned]
+    rounded = rounded or {}
+    scales = [None if entry.weight in rounded else static_scale(entry, maxima or {}) for entry in planned]
     for entry, scale in zip(planned, scales, strict=True):  # nothing here keeps a replaced weight alive
         found = locate(model, entry.weight)
-        values, weight_scale = quantize_weight(found.parameter, entry.in_dim, entry.scheme, clip)
+        decided = rounded.get(entry.weight)
+        if decided is not None:
+            _set_bias_(found.owner, decided.bias)
+            _replace(found, entry, decided.values, decided.scale, decided.input_scale)
+            continue
+        values, weight_scale = quantize_weight(found.parameter, entry.in_dim, entry.scheme, entry.weights.clip)
         _replace(found, entry, values, weight_scale, None if scale is None else scale.to(values.device))
+
+
+def _set_bias_(owner: nn.Module, bias: Tensor | None) -> None:
+    if bias is not None:
+        owner.register_parameter("bias", nn.Parameter(bias.detach().clone(), requires_grad=False))
 
 
 def replace_with_empty_(model: nn.Module, planned: Sequence[PlannedLinear]) -> None:
@@ -73,7 +85,7 @@ def replace_with_empty_(model: nn.Module, planned: Sequence[PlannedLinear]) -> N
         _replace(found, entry, values, scale, input_scale)
 
 
-def quantize_weight(parameter: Tensor, in_dim: int, scheme: Scheme, clip: Clip = "absmax") -> tuple[Tensor, Tensor]:
+def quantize_weight(parameter: Tensor, in_dim: int, scheme: Scheme, clip: str = "absmax") -> tuple[Tensor, Tensor]:
     """Int8 values [(E,) O, I] and float32 scale [(E,) O or 1, 1] of a weight whose dimension ``in_dim`` is summed over.
 
     Each expert of a stack is a tensor of its own: "per tensor" is one scale per expert.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from autoquant.config import Config, Linear, Strategy
+from autoquant.config import ActivationQuantization, Config, Linear, Strategy, WeightQuantization
 from autoquant.errors import AutoQuantError
 from autoquant.paths import did_you_mean, fill, layer_numbers
 
@@ -50,6 +50,8 @@ class PlannedLinear:
     stack: int | None
     in_dim: int
     scheme: Scheme
+    weights: WeightQuantization = field(default_factory=WeightQuantization)
+    activations: ActivationQuantization = field(default_factory=ActivationQuantization)
 
 
 def scheme_of(strategy: Strategy) -> Scheme:
@@ -80,12 +82,15 @@ def plan_linears(config: Config, strategy: Strategy | None = None) -> tuple[Plan
         for path, layer in _instances(linear):
             names = {linear.path, path}
             chosen = None if names & set(section.exclude) else strategy or section.strategy
+            weights, activations = section.weights, section.activations
             for entry in section.overrides:
                 of_layer = entry.layers is None or layer in layer_numbers(entry.layers)
                 if entry.path in names and of_layer:
                     chosen = entry.strategy
+                    weights = entry.weights or section.weights
+                    activations = entry.activations or section.activations
             if chosen is not None:
-                planned.append(_plan(linear, path, layer, scheme_of(chosen)))
+                planned.append(_plan(linear, path, layer, scheme_of(chosen), weights, activations))
     return tuple(planned)
 
 
@@ -106,7 +111,14 @@ def _instances(linear: Linear) -> Iterator[tuple[str, int | None]]:
         yield from ((fill(linear.path, layer), layer) for layer in layer_numbers(linear.layers))
 
 
-def _plan(linear: Linear, path: str, layer: int | None, scheme: Scheme) -> PlannedLinear:
+def _plan(
+    linear: Linear,
+    path: str,
+    layer: int | None,
+    scheme: Scheme,
+    weights: WeightQuantization,
+    activations: ActivationQuantization,
+) -> PlannedLinear:
     def filled(name: str) -> str:
         return name if layer is None else fill(name, layer)
 
@@ -119,4 +131,6 @@ def _plan(linear: Linear, path: str, layer: int | None, scheme: Scheme) -> Plann
         stack=linear.stack,
         in_dim=linear.in_dim,
         scheme=scheme,
+        weights=weights,
+        activations=activations,
     )
