@@ -1,0 +1,147 @@
+"""Draws programs, checks every claim that is made about them by execution, and cuts down those where one is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import transformers.integrations.moe  # noqa: F401  # registers the grouped product
+from oracle import expand, outcomes
+from program_blocks import CATALOGUE, WEIGHTS
+from programs import WIDTHS, Built, InvalidError, Plant, Program, Step, build, draw, shrunk
+from readable import text
+from recorder import captured
+
+from autoquant.analyzer import operators, rotation_rules, scale_rules
+from autoquant.analyzer.analysis import analyse
+from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.graph import Captured
+from autoquant.analyzer.operators import operator_name
+from autoquant.analyzer.rotation_analysis import RotationAnalysis
+from autoquant.analyzer.scale_analysis import ScaleAnalysis
+from autoquant.config import Slot
+from autoquant.errors import AutoQuantError
+
+TOLERANCE = 1e-6
+
+NOT_COVERED = {
+    "_assert_tensor_metadata": "export puts it into graphs that it makes, as a node that nothing reads",
+    "_grouped_mm": "has no kernel for float64; its rules are those of transformers::grouped_mm_fallback",
+    **dict.fromkeys(
+        ("float", "half", "bfloat16", "double", "identity", "logsigmoid", "softsign"),
+        "a function of Python, not an operator of ATen: the graph holds to, log_sigmoid, or what it is made of",
+    ),
+}
+"""Operators of the table that no program contains, and why."""
+
+
+def table() -> frozenset[str]:
+    """All operators that some part of the analyzer knows by name."""
+    names = {*scale_rules.rules(ScaleAnalysis()), *rotation_rules.rules(RotationAnalysis())}
+    for name, value in vars(operators).items():
+        if name.isupper() and isinstance(value, (frozenset, dict)):
+            names.update(value)
+    return frozenset(names - set(getattr(operators, "ALIASES", ())))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is wrong with a program. ``kind`` is a claim that does not hold, a plant that is not found, or an error."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was counted, the operators in the graph, the worst change, and the first thing that is wrong."""
+
+    counts: Counter[str]
+    operators: frozenset[str]
+    worst: float
+    failure: Failure | None
+
+
+def check(built: Built) -> Checked:
+    """Analyse a program and carry out every claim."""
+    module, tokens = built.network, built.tokens
+    counts: Counter[str] = Counter(programs=1, planted=len(module.plants))
+    try:
+        graph = captured(module, (tokens,))
+    except AutoQuantError:  # export refuses some products sized by data; the recorder does not
+        return Checked(Counter(programs=1, uncaptured=1), frozenset(), 0.0, None)
+    try:
+        findings = analyse(graph).findings
+    except Exception as error:  # whatever the analyzer raises on a valid program is a finding
+        return Checked(counts, frozenset(), 0.0, Failure("error", f"{type(error).__name__}: {error}"))
+    met = operators_in(graph)
+    missed = [plant for plant in module.plants if not _found(plant, findings)]
+    counts.update(groups=len(findings.groups), spaces=len(findings.spaces), found=len(module.plants) - len(missed))
+    counts.update(exported="p0" not in graph.pieces[0].inputs)
+    failure = (
+        Failure(f"missed {missed[0].what} of a {missed[0].kind}", f"{missed[0]}\n{text(findings)}") if missed else None
+    )
+    worst = 0.0
+    for outcome in outcomes(module, lambda m: m(tokens), findings, built.program.seed):
+        worst = max(worst, outcome.change)
+        counts["carried out"] += 1
+        if not outcome.change < TOLERANCE:
+            return Checked(counts, met, worst, Failure("wrong", f"{outcome}\n{text(findings)}"))
+    return Checked(counts, met, worst, failure)
+
+
+def operators_in(graph: Captured) -> frozenset[str]:
+    """The operators that the graph calls."""
+    nodes = (node for piece in graph.pieces for node in piece.graph.graph.nodes)
+    return frozenset(operator_name(node) for node in nodes if node.op == "call_function")
+
+
+def _found(plant: Plant, findings: Findings) -> bool:
+    """Do the groups from the sources cover all columns of the targets; do spaces cover all rows of the writers?"""
+    if plant.what == "space":
+        spaces = [s for s in findings.spaces if {w.path for w in s.writers} >= set(plant.sources)]
+        return any(all(_covered(space.writers, path) for path in plant.sources) for space in spaces)
+    groups = [g for g in findings.groups if {s.path for s in g.sources} >= set(plant.sources)]
+    return all(_covered([t for g in groups for t in g.targets], path) for path in plant.targets)
+
+
+def _covered(slots: Iterable[Slot], path: str) -> bool:
+    positions = [(expand(slot)[0], slot.size) for slot in slots if slot.path == path]
+    return bool(positions) and len({p for found, _ in positions for p in found}) == positions[0][1]
+
+
+def run(seed: int) -> Checked:
+    """The program of a seed, checked."""
+    return check(draw(CATALOGUE, WEIGHTS, seed))
+
+
+def alone(kind: str) -> Built:
+    """A program of one step of a kind, read by a linear, which is what a scale or a rotation is undone in."""
+    entry = CATALOGUE[kind]
+    for seed in range(40):
+        inner = Step("linear", (0,), seed)
+        step = Step(kind, (1, 0)[: entry.inputs] if seed % 2 else (1,) * entry.inputs, seed)
+        try:
+            return build(CATALOGUE, Program(seed, WIDTHS[seed % len(WIDTHS)], 1 + seed // 20, (inner, step)))
+        except InvalidError as error:
+            last = error
+    raise last
+
+
+def minimal(program: Program, failure: Failure) -> Built:
+    """The smallest program that fails in the same way."""
+
+    def fails(built: Built) -> bool:
+        found = check(built).failure
+        return found is not None and found.kind == failure.kind
+
+    return shrunk(CATALOGUE, program, fails)
+
+
+def report(program: Program, failure: Failure) -> str:
+    """The smallest program that fails in the same way, as Python, with what is wrong with it."""
+    small = minimal(program, failure)
+    found = check(small).failure
+    assert found is not None
+    return f"{found.kind}: {found.detail}\ntokens = torch.{small.tokens!r}\n{small.network.text()}"
