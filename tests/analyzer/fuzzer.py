@@ -87,6 +87,7 @@ def check(built: Built) -> Checked:
         worst = max(worst, outcome.change)
         counts["carried out"] += 1
         if not outcome.change < TOLERANCE:
+            counts["wrong"] += 1
             return Checked(counts, met, worst, Failure("wrong", f"{outcome}\n{text(findings)}"))
     return Checked(counts, met, worst, failure)
 

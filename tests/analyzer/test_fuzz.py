@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -65,9 +66,12 @@ def test_drawn_programs_use_every_family() -> None:
         assert len(kinds & set(family)) > (0.7 if name != "in place" else 0.2) * len(family), name
 
 
-@pytest.mark.parametrize("seed", [3, 17, 29, 41])
-def test_recording_gives_what_export_gives(seed: int) -> None:
-    built = draw(CATALOGUE, WEIGHTS, seed)
+@pytest.mark.parametrize("first", [0, 100, 200, 300])
+def test_recording_gives_what_export_gives(first: int) -> None:
+    # Export refuses the sizes that bincount makes, and makes other nodes of what writes into tensors or may do so.
+    drawn = (draw(CATALOGUE, WEIGHTS, seed) for seed in range(first, first + 100))
+    other = re.compile(r"bincount|batch_norm|_\(")
+    built = next(b for b in drawn if b.network.plants and not other.search("".join(b.network.lines)))
     recorded = analyse(record(built.network, (built.tokens,))).findings
     exported = analyse(capture(built.network, (built.tokens,), {}, "export")).findings
     assert recorded == exported
