@@ -171,11 +171,12 @@ def _resolve_group(
     default = smoothing.enable if group.kind is not SmoothingKind.QUERY_KEY else False
     wanted = {"all": True, "fc_fc": group.kind is SmoothingKind.LINEAR_LINEAR, "none": False}[smooth]
     for layer in _layers(group.layers):
-        enable, alpha = group.enable, group.alpha
+        enable, alpha, method = group.enable, group.alpha, group.method
         for override in group.overrides:
             if layer is not None and layer in layer_numbers(override.layers):
                 enable = enable if override.enable is None else override.enable
                 alpha = alpha if override.alpha is None else override.alpha
+                method = method if override.method is None else override.method
         # A norm whose gain went into its readers before a rotation is not smoothed as well, unless it is asked for by
         # name.
         skip = enable is None and any(fill(s.path, layer or 0) in folded for s in group.sources)
@@ -195,6 +196,7 @@ def _resolve_group(
             group.channels,
             sides[0],
             sides[1],
+            method or smoothing.method,
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from autoquant.config import RotationMethod, SmoothingKind
+from autoquant.config import RotationMethod, SmoothingKind, SmoothingMethod
 from autoquant.executor.operations import Axis, Blocks
 
 
@@ -89,6 +89,7 @@ class ResolvedGroup:
     channels: int
     sources: tuple[SmoothedSlot, ...]
     targets: tuple[SmoothedSlot, ...]
+    method: SmoothingMethod = SmoothingMethod.SMOOTHQUANT
 
 
 @dataclass(frozen=True, slots=True)
