@@ -28,8 +28,10 @@ from autoquant.executor.inventory import take_inventory
 from autoquant.files import write_text
 from autoquant.preopt import Preopt
 from autoquant.quantize import Sweep, quantize_model_, rotate_, select, smooth_, sweep, swept_weights
+from autoquant.quantizer.prefix import fix_prefix_, prefixed
 
 FLOAT = "float"
+FLOAT_PREFIX = "float+prefix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,13 @@ def compare(
 ) -> tuple[Cell, ...]:
     """Every cell of the table, the float model's first; finished cells are read from ``folder``.
 
+    Where the config has a prefix, the second is the float model with it: the control.
     ``load`` makes the float model in evaluation mode, anew each time. ``tell`` is told of each finished cell and of
     the time left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [("", FLOAT), *((p.name, s.value) for p in task.preopts for s in task.strategies)]
+    prefixes = [("", FLOAT_PREFIX)] if task.config.quantization.prefix else []
+    wanted = [("", FLOAT), *prefixes, *((p.name, s.value) for p in task.preopts for s in task.strategies)]
     digest = _digest(task)
     cells = {key: found for key in wanted if (found := _read_cell(folder, key, digest)) is not None}
     if cells:
@@ -101,6 +105,10 @@ def compare(
 def _missing(task: Task, load: Callable[[], nn.Module], missing: Sequence[tuple[str, str]]) -> Iterator[Cell]:
     if ("", FLOAT) in missing:
         yield _measure(task, load(), "", FLOAT)
+    if ("", FLOAT_PREFIX) in missing:
+        model = load()
+        fix_prefix_(model, task.config.quantization.prefix)
+        yield _measure(task, model, "", FLOAT_PREFIX)
     for preopt in task.preopts:
         strategies = [s for s in task.strategies if (preopt.name, s.value) in missing]
         if not strategies:
@@ -113,12 +121,15 @@ def _missing(task: Task, load: Callable[[], nn.Module], missing: Sequence[tuple[
 
 
 def _prepare(task: Task, load: Callable[[], nn.Module], preopt: Preopt) -> tuple[nn.Module, Sweep]:
-    """The rotated and smoothed model with its maxima."""
+    """The rotated and smoothed model, behind its prefix, with its maxima."""
     model = load()
     selected = select(task.config, take_inventory(model), preopt, task.seed)
     rotate_(model, selected)
-    swept = sweep(model, swept_weights(task.config, selected), task.calibration, cache=True)
-    return model, smooth_(model, selected, swept)
+    with prefixed(model, task.config.quantization.prefix):
+        swept = sweep(model, swept_weights(task.config, selected), task.calibration, cache=True)
+    swept = smooth_(model, selected, swept)
+    fix_prefix_(model, task.config.quantization.prefix)
+    return model, swept
 
 
 def _measure(task: Task, model: nn.Module, preopt: str, strategy: str) -> Cell:
@@ -170,7 +181,8 @@ def markdown(task: Task, cells: Sequence[Cell]) -> str:
         f"{inputs['window']}"
         + (", each behind BOS" if task.windows.has_bos else "")
         + f"; calibrated on {inputs['sequences']} windows of `{inputs['calibration']}`. Float "
-        f"{float_cell.mean:.3f} ± {float_cell.standard_error:.3f}, {_megabytes(reference.bytes)}.",
+        f"{float_cell.mean:.3f} ± {float_cell.standard_error:.3f}, {_megabytes(reference.bytes)}."
+        + _control(task, reference, by_key),
         "",
         *_table(task, lambda c: _pm(c.perplexity, 3), by_key, size=True),
         "",
@@ -182,6 +194,18 @@ def markdown(task: Task, cells: Sequence[Cell]) -> str:
         "Made by `autoquant compare` with " + ", ".join(f"{k} {v}" for k, v in inputs["versions"].items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _control(task: Task, reference: Cell, cells: Mapping[tuple[str, str], Cell]) -> str:
+    """The float model with the prefix, where there is one."""
+    cell = cells.get(("", FLOAT_PREFIX))
+    if cell is None:
+        return ""
+    tokens = ", ".join(map(str, task.config.quantization.prefix))
+    return (
+        f" Every model but float begins with the fixed prefix of tokens {tokens}; float + prefix "
+        f"{_pm(cell.perplexity, 3)}, {_percent(cell.ratio(reference))} against float."
+    )
 
 
 def _table(

@@ -3,8 +3,9 @@
 The rule: the text is tokenized once, as a whole and without special tokens; its tokens are cut into windows of
 ``window`` tokens that do not overlap, the last one shorter; each window is one forward pass and starts with the BOS
 token where the tokenizer has one (BOS is put before the ``window`` tokens, so that every token of the text is
-predicted exactly once). The negative log-likelihood is averaged over predicted tokens, in nats; perplexity is its
-exponential.
+predicted exactly once). A model with a fixed prefix sees the same windows: its prefix takes the place of BOS, or is put
+in front of a window that has none, and is never predicted. The negative log-likelihood is averaged over predicted
+tokens, in nats; perplexity is its exponential.
 
 Windows go through the model one by one, because per-tensor dynamic scales span whatever shares a forward pass;
 ``batch`` changes that. Standard errors are over windows.

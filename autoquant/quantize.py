@@ -1,8 +1,9 @@
-"""The order of work on one model: untie, fold, rotate -> one calibration sweep -> smooth -> quantize.
+"""The order of work on one model: untie, fold, rotate -> one calibration sweep -> smooth -> fix prefix -> quantize.
 
 Each step is a function of its own, so that many strategies can share what they have in common. Rotation comes before
 the sweep because static scales must be those of the rotated activations; smoothing comes after it because what it does
-to a maximum follows by arithmetic.
+to a maximum follows by arithmetic. The sweep runs behind the prefix of the rotated model; the one that is kept is that
+of the smoothed model, whose keys and values differ.
 """
 
 from __future__ import annotations

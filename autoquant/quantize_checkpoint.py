@@ -34,6 +34,7 @@ from autoquant.quantize import (
     swept_weights,
 )
 from autoquant.quantizer.checkpoint import save_quantized
+from autoquant.quantizer.prefix import fix_prefix_, prefixed
 from autoquant.quantizer.strategies import kv_granularity
 
 Progress = Callable[[str, int, int], None]
@@ -76,15 +77,17 @@ def quantize_checkpoint(
     batches: tuple[Tensor, ...] = ()
     if needs_sweep(recipe.config, recipe.strategy, selected):
         batches = required_calibration(recipe)
-        swept = sweep(
-            model,
-            swept_weights(recipe.config, selected),
-            batches,
-            cache=has_static_cache(recipe),
-            progress=lambda done: progress("calibrate", done, len(batches)),
-        )
+        with prefixed(model, recipe.config.quantization.prefix):
+            swept = sweep(
+                model,
+                swept_weights(recipe.config, selected),
+                batches,
+                cache=has_static_cache(recipe),
+                progress=lambda done: progress("calibrate", done, len(batches)),
+            )
     progress("smooth", 0, 1)
     swept = smooth_(model, selected, swept)
+    fix_prefix_(model, recipe.config.quantization.prefix)
     progress("quantize", 0, 1)
     quantized = quantize_model_(
         model, recipe.config, recipe.strategy, swept, batches, lambda *at: progress("quantize", *at)

@@ -71,8 +71,14 @@ def quantize_checkpoint_by_layers(
 ) -> None:
     """What ``quantize_checkpoint`` does, in bounded memory; arguments, result and errors as there.
 
-    Raises AutoQuantError also for online rotations and for checkpoints whose tensors transformers renames on loading.
+    Raises AutoQuantError also for a prefix, for online rotations and for checkpoints whose tensors transformers renames
+    on loading.
     """
+    if recipe.config.quantization.prefix:
+        raise AutoQuantError(
+            "quantization.prefix: --low-memory cannot compute a prefix, which takes a pass through the smoothed model; "
+            "set it to [] or go without --low-memory"
+        )
     dtype = stored_dtype(source)
     weights = open_weights(source)
     selected = select(recipe.config, weights.inventory, recipe.preopt, recipe.seed)

@@ -41,6 +41,16 @@ def install_(model: nn.Module, online: Iterable[ResolvedOnline]) -> None:
         _rotate_attention_(model)
 
 
+def key_rotations(model: nn.Module) -> dict[int, HadamardRotation]:
+    """The R3 rotations of a model by the number that their attention modules have in its cache."""
+    rotations = {}
+    for module in model.modules():
+        rotation = module._modules.get(ROTATION_NAME)
+        if isinstance(rotation, HadamardRotation):
+            rotations[int(module.layer_idx)] = rotation  # type: ignore[arg-type]  # every cached attention has one
+    return rotations
+
+
 def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> None:
     """Raise AutoQuantError where an online rotation would not be reached: an attention that calls no exchangeable
     function.
@@ -81,7 +91,8 @@ def _rotating(attention: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if ROTATION_NAME in module._modules:  # q H (k H)^T = q k^T
             rotation = module.get_submodule(ROTATION_NAME)
-            query, key = rotation(query), rotation(key)
+            query = rotation(query)
+            key = key if rotation.keys_are_rotated else rotation(key)
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     return rotated_attention
@@ -94,11 +105,15 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class HadamardRotation(nn.Module):
-    """``x H`` over the last axis of ``x [..., size]``, in the dtype of x."""
+    """``x H`` over the last axis of ``x [..., size]``, in the dtype of x.
+
+    ``keys_are_rotated``: for R3, whether the attention is given rotated keys, by a cache that quantizes them.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
+        self.keys_are_rotated = False
         for i, factor in enumerate(factor_matrices(size)):
             self.register_buffer(f"factor_{i}", torch.from_numpy(factor), persistent=False)
 

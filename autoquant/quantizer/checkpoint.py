@@ -1,6 +1,7 @@
 """Quantized models on disk, and models from disk.
 
-A folder holds ``autoquant.safetensors`` (int8 values, float32 scales, everything else in its own dtype),
+A folder holds ``autoquant.safetensors`` (int8 values, float32 scales, a prefix's keys, values and logits in the
+dtype that they were computed in, everything else in its own dtype),
 ``autoquant.json`` (the AutoQuant config, its strategy being the one used), ``quantized.json`` (provenance and what
 else is needed to read the tensors), and transformers' own ``config.json`` and tokenizer files. The tensors' file has
 a name of its own so that plain transformers says that it finds no weights, instead of filling int8 linears with
@@ -28,6 +29,7 @@ from autoquant.configfile import config_text, load_config
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer.kv_cache import MODULE, KVScales, install_
 from autoquant.quantizer.linear import replace_with_empty_
+from autoquant.quantizer.prefix import install_prefix_, stored_prefix
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 from autoquant.quantizer.tensor_file import Described, write_tensors
 
@@ -129,6 +131,11 @@ def load_quantized(directory: str | Path, prepare: Prepare | None = None) -> Any
     granularity = kv_granularity(config)
     if granularity is not None:
         install_(model, KVScales(granularity, *(tensors.get(f"{MODULE}.{name}") for name in ("key", "value"))))
+    if config.quantization.prefix:
+        try:
+            install_prefix_(model, stored_prefix(tensors, config.quantization.prefix))
+        except AutoQuantError as error:
+            raise AutoQuantError(f"{directory}: {error.message}") from error
     try:
         model.load_state_dict({**tensors, **{name: tensors[source] for name, source in shared.items()}}, assign=True)
     except (RuntimeError, KeyError) as error:

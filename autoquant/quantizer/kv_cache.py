@@ -5,15 +5,18 @@ follow its values in the same row, so that cropping, reordering and sliding wind
 the rows, keep values and scales together and need no code here. Bytes per token and layer, keys or values: H * D (+ 4)
 against 2 * H * D in bfloat16.
 
-Keys are quantized after the rotary embedding, where the cache receives them. What a forward pass attends to is always
-what was stored, its own tokens included: prefill, decoding and evaluation see the same keys and values.
+Keys are quantized after the rotary embedding, where the cache receives them, and behind an online rotation (R3) where
+the model has one: it is carried out here instead of in the attention. What a forward pass attends to is always what was
+stored, its own tokens included: prefill, decoding and evaluation see the same keys and values.
+
+The keys and values of a fixed prefix stay in floating point: P * H * D numbers, once for all sequences of a batch.
 
 Shapes: B sequences, H key/value heads, S tokens, D channels of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +26,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from autoquant.errors import AutoQuantError
+from autoquant.executor.online import key_rotations
 from autoquant.quantizer import int8
+from autoquant.quantizer.prefix_cache import PatientLayer, PrefixedCache
 from autoquant.quantizer.strategies import Granularity
 
 CacheMaxima = Mapping[str, Mapping[int, Tensor]]
@@ -80,25 +85,54 @@ def unpack(rows: Tensor, heads: int, dtype: torch.dtype, granularity: Granularit
     )
 
 
-class Int8Layer(DynamicLayer):
-    """One layer's cache, all tokens. Subclasses transformers' layer because ``Cache`` recognises nothing else."""
+class Int8Layer(PatientLayer):
+    """One layer's cache, all tokens. Subclasses transformers' layer because ``Cache`` recognises nothing else.
 
-    def __init__(self, granularity: Granularity, key_scale: Tensor | None, value_scale: Tensor | None) -> None:
+    ``prefix``: keys and values [1, H, P, D] in front of all others, in floating point. ``rotation``: that of the keys.
+    """
+
+    def __init__(
+        self,
+        granularity: Granularity,
+        key_scale: Tensor | None,
+        value_scale: Tensor | None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        rotation: nn.Module | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers' own
         self.granularity, self.key_scale, self.value_scale = granularity, key_scale, value_scale
+        self.prefix, self.rotation = prefix, rotation
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return _update(self, DynamicLayer, key_states, value_states)
+        keys, values = _update(self, DynamicLayer, key_states, value_states)
+        if self.prefix is None:
+            return keys, values
+        front = _rotated(self.prefix[0].to(keys), self.rotation), self.prefix[1].to(values)
+        batch = len(keys)
+        return (
+            torch.cat([front[0].expand(batch, -1, -1, -1), keys], 2),
+            torch.cat([front[1].expand(batch, -1, -1, -1), values], 2),
+        )
+
+    def get_seq_length(self) -> int:
+        length: int = super().get_seq_length()
+        return length if self.prefix is None else length + self.prefix[0].shape[-2]
 
 
 class Int8SlidingLayer(DynamicSlidingWindowLayer):
     """One layer's cache, the tokens of a sliding window."""
 
     def __init__(
-        self, sliding_window: int, granularity: Granularity, key_scale: Tensor | None, value_scale: Tensor | None
+        self,
+        sliding_window: int,
+        granularity: Granularity,
+        key_scale: Tensor | None,
+        value_scale: Tensor | None,
+        rotation: nn.Module | None = None,
     ) -> None:
         super().__init__(sliding_window)
         self.granularity, self.key_scale, self.value_scale = granularity, key_scale, value_scale
+        self.rotation = rotation
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return _update(self, DynamicSlidingWindowLayer, key_states, value_states)
@@ -109,6 +143,7 @@ def _update(
 ) -> tuple[Tensor, Tensor]:
     """Let transformers' own layer append and trim the rows; return what it kept, in floating point."""
     granularity = layer.granularity
+    keys = _rotated(keys, layer.rotation)
     rows = plain.update(layer, pack(keys, granularity, layer.key_scale), pack(values, granularity, layer.value_scale))
     return (
         unpack(rows[0], keys.shape[1], keys.dtype, granularity, layer.key_scale),
@@ -116,30 +151,49 @@ def _update(
     )
 
 
-class Int8Cache(Cache):
+def _rotated(keys: Tensor, rotation: nn.Module | None) -> Tensor:
+    result: Tensor = keys if rotation is None else rotation(keys)
+    return result
+
+
+class Int8Cache(PrefixedCache):
     """An int8 cache for ``model.generate(past_key_values=...)`` and for forward passes.
 
     ``layers`` come from the model's config: full and sliding attention in int8; layers without attention (Mamba states,
-    convolutions) as transformers has them. Raises AutoQuantError for hybrid layers that hold both in one object.
+    convolutions) as transformers has them. ``prefix``: for each layer the keys and values that it begins with, or
+    nothing. ``rotations``: those of the keys, by layer. Raises AutoQuantError for hybrid layers that hold both in one
+    object.
     """
 
     def __init__(
-        self, config: Any, granularity: Granularity, key: Tensor | None = None, value: Tensor | None = None
+        self,
+        config: Any,
+        granularity: Granularity,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        prefix: Sequence[tuple[Tensor, Tensor]] = (),
+        rotations: Mapping[int, nn.Module] | None = None,
     ) -> None:
-        layers = DynamicCache(config=config).layers
-        super().__init__(
-            layers=[
-                _int8_layer(layer, granularity, None if key is None else key[i], None if value is None else value[i])
-                for i, layer in enumerate(layers)
-            ]
-        )
+        layers = []
+        for i, layer in enumerate(DynamicCache(config=config).layers):
+            scales = (None if key is None else key[i], None if value is None else value[i])
+            rotation = (rotations or {}).get(i)
+            layers.append(_int8_layer(layer, granularity, *scales, prefix[i] if prefix else None, rotation))
+        super().__init__(layers=layers)
 
 
-def _int8_layer(layer: Any, granularity: Granularity, key: Tensor | None, value: Tensor | None) -> Any:
+def _int8_layer(
+    layer: Any,
+    granularity: Granularity,
+    key: Tensor | None,
+    value: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    rotation: nn.Module | None,
+) -> Any:
     if type(layer) is DynamicLayer:
-        return Int8Layer(granularity, key, value)
+        return Int8Layer(granularity, key, value, prefix, rotation)
     if type(layer) is DynamicSlidingWindowLayer:
-        return Int8SlidingLayer(layer.sliding_window, granularity, key, value)
+        return Int8SlidingLayer(layer.sliding_window, granularity, key, value, rotation)
     if isinstance(layer, DynamicLayer):
         raise AutoQuantError(
             f"no int8 cache for layers of kind {type(layer).__name__}: choose a strategy without kv_cache"
@@ -185,12 +239,15 @@ def install_(model: nn.Module, scales: KVScales) -> None:
     if not any(isinstance(layer, Int8Layer | Int8SlidingLayer) for layer in cache.layers):
         raise AutoQuantError("the model has no attention layers with a cache: choose a strategy without kv_cache")
     model.add_module(MODULE, scales)
+    for rotation in key_rotations(model).values():
+        rotation.keys_are_rotated = True  # by the cache, from now on
     model.register_forward_pre_hook(_use_int8_cache, with_kwargs=True)
+    model.register_forward_hook(_withhold_cache, with_kwargs=True)
 
 
-def new_cache(model: nn.Module, scales: KVScales) -> Int8Cache:
-    """An empty int8 cache for ``model``."""
-    return Int8Cache(model.config, scales.granularity, scales.key, scales.value)
+def new_cache(model: nn.Module, scales: KVScales, prefix: Sequence[tuple[Tensor, Tensor]] = ()) -> Int8Cache:
+    """An int8 cache for ``model``, empty but for the keys and values of a prefix, one pair [1, H, P, D] for a layer."""
+    return Int8Cache(model.config, scales.granularity, scales.key, scales.value, prefix, rotations=key_rotations(model))
 
 
 def _use_int8_cache(
@@ -198,11 +255,32 @@ def _use_int8_cache(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replace no cache, or the empty one that ``generate`` makes, by an int8 one."""
     given = kwargs.get("past_key_values")
+    if isinstance(given, PrefixedCache) and given.call is not None:  # a prefix's hook chose it
+        return args, kwargs
     if given is None or (not isinstance(given, Int8Cache) and given.get_seq_length() == 0):
-        kwargs = {**kwargs, "past_key_values": new_cache(model, model.get_submodule(MODULE))}  # type: ignore[arg-type]  # ours
+        cache = new_cache(model, model.get_submodule(MODULE))  # type: ignore[arg-type]  # ours
+        cache.wanted = given is not None or wants_cache(model, kwargs)
+        kwargs = {**kwargs, "past_key_values": cache}
     elif not isinstance(given, Int8Cache):
         raise AutoQuantError(f"this model's cache is int8; it was given a filled {type(given).__name__}")
     return args, kwargs
+
+
+def wants_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward pass with these arguments returns its cache."""
+    asked = kwargs.get("use_cache")
+    return bool(getattr(model.config, "use_cache", True) if asked is None else asked)
+
+
+def _withhold_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Return no cache to a caller that wanted none: ``generate(use_cache=False)`` would go on with it."""
+    used = kwargs.get("past_key_values")
+    return replace_fields(output, past_key_values=None) if isinstance(used, Int8Cache) and not used.wanted else None
+
+
+def replace_fields(output: Any, **fields: Any) -> Any:
+    """A transformers output with other values; its own assignment keeps what is replaced by null under its key."""
+    return type(output)(**{**dict(output.items()), **fields})
 
 
 @contextmanager
@@ -223,7 +301,7 @@ def observe_cache(model: nn.Module) -> Iterator[dict[str, dict[int, Tensor]]]:
         update = cache.update
 
         def recording(keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
-            for name, states in (("key", keys), ("value", values)):
+            for name, states in (("key", _rotated(keys, rotations.get(layer))), ("value", values)):
                 seen = maxima.setdefault(name, {})
                 maximum = int8.absmax(states.detach(), (0, 2))[0, :, 0]
                 seen[layer] = torch.maximum(seen[layer], maximum) if layer in seen else maximum
@@ -232,6 +310,7 @@ def observe_cache(model: nn.Module) -> Iterator[dict[str, dict[int, Tensor]]]:
         cache.update = recording  # type: ignore[method-assign]  # on this one cache object, for this one pass
         return args, {**kwargs, "past_key_values": cache}
 
+    rotations = key_rotations(model)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield maxima
