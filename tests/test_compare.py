@@ -14,8 +14,10 @@ from autoquant.configfile import save_config
 TOKEN, STATIC = "w_int8_per_channel_a_int8_per_token_dynamic", "w_int8_per_channel_a_int8_per_tensor_static"
 
 
-def run(folder: Path, *options: str) -> Result:
-    save_config(config_of(PACKAGED), folder / "c.json", force=True)
+def run(folder: Path, *options: str, prefix: tuple[int, ...] = ()) -> Result:
+    config = config_of(PACKAGED)
+    section = config.quantization.model_copy(update={"prefix": prefix})
+    save_config(config.model_copy(update={"quantization": section}), folder / "c.json", force=True)
     arguments = ["compare", str(PACKAGED), "--config", str(folder / "c.json"), "-o", str(folder / "out")]
     arguments += ["--data", str(DATA / "sample.evaluation.txt"), "--calibration", str(DATA / "sample.calibration.txt")]
     arguments += ["--tokens", "128", "--window", "32", "--sequences", "2", "--strategies", f"{TOKEN},{STATIC}"]
@@ -56,6 +58,17 @@ def test_a_table_and_going_on_after_an_interruption(tmp_path: Path) -> None:
     )
     assert run(tmp_path, "--quiet").stderr == ""
     assert "cells are there already" not in run(tmp_path, "--sequences", "3").stderr, "other inputs, other cells"
+
+
+def test_a_prefix_has_a_control_and_helps(tmp_path: Path) -> None:
+    result = run(tmp_path, "--strategies", STATIC, "--preopt", "fc_fc:0.5+rotation", prefix=(0,))
+    assert result.exit_code == 0, result.output
+    cells = json.loads((tmp_path / "out" / "report.json").read_text())["cells"]
+    assert [cell["strategy"] for cell in cells] == ["float", "float+prefix", STATIC]
+    assert cells[1]["ratio_to_float"]["mean"] == pytest.approx(1, abs=1e-5)
+    assert cells[2]["ratio_to_float"]["mean"] < 1.05
+    assert "begins with the fixed prefix of tokens 0; float + prefix" in result.stdout
+    assert "0.00 ± 0.00 % against float." in result.stdout
 
 
 def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:

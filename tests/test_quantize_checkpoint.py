@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from quantized import DATA, PACKAGED, STATIC_KV, config_of, gpt2, windows
+from safetensors.torch import load_file
 from torch import nn
 
 import autoquant
@@ -17,6 +18,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.preopt import parse_preopt
 from autoquant.quantize_checkpoint import Recipe, load_float32, quantize_checkpoint, stored_dtype
 from autoquant.quantize_lowmemory import quantize_checkpoint_by_layers
+from autoquant.quantizer.checkpoint import TENSORS
 from autoquant.quantizer.linear import int8_weights
 
 DYNAMIC = "w_int8_per_channel_a_int8_per_token_dynamic"
@@ -88,6 +90,33 @@ def test_online_rotations_are_made_again_on_loading(tmp_path: Path) -> None:
     assert error < 0.25
     with pytest.raises(AutoQuantError, match=r"down_proj: --low-memory cannot put in online rotations"):
         quantize_checkpoint_by_layers(PACKAGED, tmp_path / "low", made, {})
+
+
+@torch.no_grad()
+def test_a_prefix_is_stored_and_lowers_the_error(tmp_path: Path) -> None:
+    config = config_of(PACKAGED)
+    section = config.quantization.model_copy(update={"prefix": (0,)})
+    with_prefix = config.model_copy(update={"quantization": section})
+    wanted, errors = load_float32(PACKAGED)(windows()[0]).logits, {}
+    for name, used in (("without", config), ("with", with_prefix)):
+        quantize_checkpoint(PACKAGED, tmp_path / name, recipe(PACKAGED, "fc_fc:0.5+rotation", config=used), {})
+        logits = autoquant.load(tmp_path / name, torch.float32)(windows()[0]).logits
+        errors[name] = ((logits - wanted).square().mean() / wanted.var()).sqrt().item()
+    assert errors["with"] < 0.6 * errors["without"], errors
+    torch.testing.assert_close(logits[:, 0], wanted[:, 0], rtol=1e-4, atol=1e-4)
+    model = autoquant.load(tmp_path / "with")
+    assert model.get_submodule("fixed_prefix").tokens == (0,)
+    assert model.generate(windows()[0][:, :1], max_new_tokens=4, do_sample=False).shape == (1, 5)
+    stored = [load_file(tmp_path / name / TENSORS) for name in ("with", "without")]
+    shrunk = [stored[0][name].item() / stored[1][name].item() for name in stored[1] if name.endswith("input_scale")]
+    assert min(shrunk) < 0.3 and max(shrunk) <= 1.001, "the prefix was left out of the calibration"
+    other = with_prefix.model_copy(update={"quantization": section.model_copy(update={"prefix": (0, 5)})})
+    save_config(other, tmp_path / "with" / "autoquant.json", force=True)
+    with pytest.raises(AutoQuantError, match=r"with: the stored prefix has 1 tokens, quantization\.prefix 2"):
+        autoquant.load(tmp_path / "with")
+    with pytest.raises(AutoQuantError, match=r"quantization\.prefix: --low-memory cannot compute a prefix"):
+        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "low", recipe(PACKAGED, "none", config=with_prefix), {})
+    assert not (tmp_path / "low").exists()
 
 
 @pytest.mark.parametrize("work", [quantize_checkpoint, quantize_checkpoint_by_layers])
