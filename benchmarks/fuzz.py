@@ -9,6 +9,7 @@ run that is stopped leaves what it counted.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ def part(first: int, last: int) -> tuple[Counter[str], Counter[str], set[str], f
     from programs import draw
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not searched for garbage again and again
     total: Counter[str] = Counter()
     steps: Counter[str] = Counter()
     met: set[str] = set()

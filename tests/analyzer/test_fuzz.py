@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,8 +31,13 @@ CHUNK = 50
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _quick() -> Iterator[None]:
+    """One thread; what was imported is not searched for garbage again and again."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("first", range(FIRST_SEED, FIRST_SEED + PROGRAMS, CHUNK))
