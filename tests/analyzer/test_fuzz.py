@@ -25,7 +25,7 @@ from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.capture import capture
 from autoquant.analyzer.interpret import Rule
 
-PROGRAMS = int(os.environ.get("AUTOQUANT_FUZZ", "1000"))
+PROGRAMS = int(os.environ.get("AUTOQUANT_FUZZ", "2000"))
 FIRST_SEED = int(os.environ.get("AUTOQUANT_FUZZ_SEED", "0"))
 CHUNK = 50
 
