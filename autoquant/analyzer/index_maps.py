@@ -86,6 +86,19 @@ def _joined(runs: list[Run]) -> list[IndexMap]:
     return found
 
 
+def _repeats(values: Ints, length: int, step: int) -> int:
+    """How often the first ``length`` values occur one after the other, each time ``step`` further on."""
+    most, seen = len(values) // length, 1
+    while seen < most:
+        many = min(most, 2 * seen)  # as much work as there are repetitions, not as there are values
+        rows = values[seen * length : many * length].reshape(-1, length)
+        alike = (rows == values[:length] + np.arange(seen, many)[:, None] * step).all(axis=1)
+        if not alike.all():
+            return seen + int(np.argmin(alike))
+        seen = many
+    return seen
+
+
 def _longest(positions: Ints, channels: Ints) -> tuple[IndexMap, int]:
     """The longest prefix that is one strided block, grown from the inside out."""
     shape: list[int] = []
@@ -94,15 +107,7 @@ def _longest(positions: Ints, channels: Ints) -> tuple[IndexMap, int]:
     length = 1
     while length < len(positions):
         step, channel_step = int(positions[length] - positions[0]), int(channels[length] - channels[0])
-        repeats = 1
-        while (repeats + 1) * length <= len(positions):
-            part = slice(repeats * length, (repeats + 1) * length)
-            if not (
-                np.array_equal(positions[part], positions[:length] + repeats * step)
-                and np.array_equal(channels[part], channels[:length] + repeats * channel_step)
-            ):
-                break
-            repeats += 1
+        repeats = min(_repeats(positions, length, step), _repeats(channels, length, channel_step))
         if repeats == 1:
             break
         shape, stride, channel_stride = [repeats, *shape], [step, *stride], [channel_step, *channel_stride]

@@ -76,7 +76,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             gain = x.gain or y.gain
             name = gain.weight if gain else None
             return a.end(site, [x, y], f"{name} is applied to it before it is added: it cannot be folded into a linear")
-        coordinates = v.merge(x.coordinates, y.coordinates, site.order).contiguous()
+        coordinates = v.merge(x.coordinates, y.coordinates, site.order)
         one, other = torch.broadcast_tensors(x.instances, y.instances)
         pairs = (one * (int(other.max()) + 1) + other).reshape(-1)  # whatever tokens meet, meet in one instance
         instances = torch.unique(pairs, return_inverse=True)[1].view(site.shape)

@@ -50,7 +50,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
                 return a.block(site, [one], "it is normalised" if normalises else "a constant is added")
         left, right = a.labels(site, x), a.labels(site, y)
         elementwise(site, left, right)
-        return v.merge(left, right, site.order).contiguous()
+        return v.merge(left, right, site.order)
 
     def multiply(site: Site, x: Value, y: Value, **kwargs: Value) -> Value:
         left, right = a.labels(site, x), a.labels(site, y)
@@ -87,7 +87,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         if isinstance(dim, (Tensor, Param, Known, Unknown)):  # max and min of two tensors
             other = a.labels(site, dim)
             elementwise(site, labels, other)
-            return v.merge(labels, other, site.order).expand(site.shape).contiguous()
+            return v.merge(labels, other, site.order).expand(site.shape)
         if isinstance(dim, bool) or dim is None or dim == []:
             dims, keep = list(range(labels.ndim)), bool(keepdim)
         else:
@@ -116,19 +116,19 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         numbers = [n for n in args if isinstance(n, int) and not isinstance(n, bool)]
         dim = kwargs.get("dim", numbers[-1] if len(numbers) > (site.operator == "topk") else -1)
         merged = v.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True)
-        return merged.expand(site.shape).contiguous(), Unknown(tuple(site.outputs[1].shape), site.outputs[1].dtype)
+        return merged.expand(site.shape), Unknown(tuple(site.outputs[1].shape), site.outputs[1].dtype)
 
     def running(site: Site, x: Value, dim: int, **kwargs: Value) -> Value:
         labels = a.labels(site, x)
         a.mixed(labels)
-        return v.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True).expand(labels.shape).contiguous()
+        return v.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True).expand(labels.shape)
 
     def where(site: Site, condition: Value, x: Value, y: Value) -> Value:
         left, right = a.labels(site, x), a.labels(site, y)
         if isinstance(condition, (Tensor, Param)):
             return a.block(site, [condition, x, y], "it is used as a condition")
         elementwise(site, left, right)
-        return v.merge(left, right, site.order).expand(site.shape).contiguous()
+        return v.merge(left, right, site.order).expand(site.shape)
 
     def masked_fill(site: Site, x: Value, mask: Value, value: Value) -> Value:
         return where(site, mask, value, x)
@@ -148,13 +148,13 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         out = a.labels(site, weight)
         if bias is not None:
             v.equal(out, a.labels(site, bias), site.order)
-        return out.expand(site.shape).contiguous()
+        return out.expand(site.shape)
 
     def embedding(site: Site, table_: Value, indices: Value, *args: Value, **kwargs: Value) -> Value:
         if not isinstance(table_, Param) or table_.views or len(table_.full_shape) != 2:
             return a.block(site, [table_, indices], "the table is computed")
         labels = a.families.axis(table_, 1, "table", site.because("it is an embedding"), stacked=False)
-        return labels.expand(site.shape).contiguous()
+        return labels.expand(site.shape)
 
     def product(site: Site, x: Value, w: Value, contracted: int, bias: Value = None) -> Value:
         """``x @ w`` with a parameter ``w``; ``contracted`` is the dimension of ``w`` that is summed over."""
@@ -178,8 +178,8 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         a.uses.append(_use(site, w, bias, found, labels))
         rows = rows.unsqueeze(-2).expand(site.shape) if batch else rows.expand(site.shape)
         if bias is not None:
-            return v.merge(rows, a.labels(site, bias), site.order).contiguous()
-        return rows.contiguous()
+            return v.merge(rows, a.labels(site, bias), site.order)
+        return rows
 
     def linear(site: Site, x: Value, w: Value, bias: Value = None) -> Value:
         return (
@@ -203,7 +203,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         labels = v.merge_along(x, [d for d in range(x.ndim) if d != x.ndim - 2], site.order)
         v.equal(found.columns, labels, site.order, ratio=-1.0)
         a.uses.append(_use(site, w, None, found, labels))
-        return found.rows.unsqueeze(-1).expand(site.shape).contiguous()
+        return found.rows.unsqueeze(-1).expand(site.shape)
 
     def addmm(site: Site, bias: Value, x: Value, w: Value, **kwargs: Value) -> Value:
         if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
@@ -218,20 +218,20 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         reason = site.because("it is a product of two activations")
         if left.ndim < 2 or right.ndim < 2:
             return a.block(site, [x, y, bias], "it is a product with a vector")
-        if bool(v.is_fixed(left).all()):
-            out = v.merge_along(right, [right.ndim - 2], site.order, keepdim=True).expand(site.shape).contiguous()
-        elif bool(v.is_fixed(right).all()):
-            out = v.merge_along(left, [left.ndim - 1], site.order, keepdim=True).expand(site.shape).contiguous()
+        if v.all_fixed(left):
+            out = v.merge_along(right, [right.ndim - 2], site.order, keepdim=True).expand(site.shape)
+        elif v.all_fixed(right):
+            out = v.merge_along(left, [left.ndim - 1], site.order, keepdim=True).expand(site.shape)
         else:
             cancel(site, left, right.transpose(-1, -2))
             out = a.fixed(site.shape, reason)
-        return out if bias is None else v.merge(out, a.labels(site, bias), site.order).contiguous()
+        return out if bias is None else v.merge(out, a.labels(site, bias), site.order)
 
     def baddbmm(site: Site, bias: Value, x: Value, y: Value, **kwargs: Value) -> Value:
         """``beta * bias + alpha * x @ y``: numbers change no scale."""
         if isinstance(bias, (Tensor, Param)):
             return a.block(site, [bias, x, y], "a product is blended with an activation")
-        return v.merge(matmul(site, x, y), a.labels(site, bias), site.order).contiguous()
+        return v.merge(matmul(site, x, y), a.labels(site, bias), site.order)
 
     def einsum(site: Site, equation: str, operands: Value, **kwargs: Value) -> Value:
         """A sum of products of two activations of which one has no scale: the other's labels come out."""
@@ -243,7 +243,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         labels = [a.labels(site, operand) for operand in operands]
         for side in labels:
             a.mixed(side)
-        free = [not bool(v.is_fixed(side).all()) for side in labels]
+        free = [not v.all_fixed(side) for side in labels]
         if all(free):
             return a.block(site, list(operands), "it is a product of two activations")
         chosen = 1 if free[1] else 0
@@ -252,9 +252,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         merged = v.merge_along(labels[chosen], summed, site.order)
         kept = [letter for letter in term if letter in result]
         ordered = merged.permute([kept.index(letter) for letter in result if letter in kept])
-        return (
-            ordered[tuple(slice(None) if letter in kept else None for letter in result)].expand(site.shape).contiguous()
-        )
+        return ordered[tuple(slice(None) if letter in kept else None for letter in result)].expand(site.shape)
 
     def cancel(site: Site, queries: Tensor, keys: Tensor) -> None:
         """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when k's scale is one over q's, channel by channel."""
@@ -280,7 +278,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         if isinstance(mask, (Tensor, Param)):
             v.fix(a.labels(site, mask), site.because("it is added to attention scores"))
         cancel(site, queries, keys)
-        return v.merge_along(values, [values.ndim - 2], site.order, keepdim=True).expand(site.shape).contiguous()
+        return v.merge_along(values, [values.ndim - 2], site.order, keepdim=True).expand(site.shape)
 
     def grouped(site: Site, x: Value, w: Value, offsets: Value = None, *args: Value, **kwargs: Value) -> Value:
         """Rows of ``x`` in runs, one run per matrix of ``w`` [experts, in, out]."""
@@ -304,7 +302,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         merged = v.merge_along(labels, [0], site.order)
         v.equal(columns, merged, site.order, ratio=-1.0)
         a.uses.append(_use(site, keyed, None, found, merged))
-        return rows.expand(site.shape).contiguous()
+        return rows.expand(site.shape)
 
     def convolution(
         site: Site,
@@ -329,7 +327,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         out = v.product(labels, channels, site.order)
         if bias is not None:
             v.equal(out, a.labels(site, bias), site.order)
-        return out.unsqueeze(-1).expand(site.shape).contiguous()
+        return out.unsqueeze(-1).expand(site.shape)
 
     def put(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
         """Writes some elements of a tensor: wherever they go, they must agree with what they meet along those axes."""
@@ -348,14 +346,14 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
             return a.block(site, [x, *values], NO_RULE)
         written = a.labels(site, values[0])
         if site.operator == "copy":
-            return written.expand(site.shape).contiguous()
+            return written.expand(site.shape)
         if site.operator in ("slice_scatter", "select_scatter"):
             target: Callable[..., Tensor] = site.node.target  # type: ignore[assignment]  # a call_function node
             return target(labels, written, *args[1:], **kwargs)
         dim = int(args[0]) % labels.ndim
         row = v.merge_along(written, [dim], site.order, keepdim=True)
         base = v.merge_along(labels, [dim], site.order, keepdim=True)
-        return v.merge(base, row, site.order).expand(site.shape).contiguous()
+        return v.merge(base, row, site.order).expand(site.shape)
 
     for names, rule in (
         (PASSES, passes),

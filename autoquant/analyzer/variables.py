@@ -110,14 +110,17 @@ class Variables:
             self._fixed_cache = flags
         return torch.from_numpy(self._fixed_cache)[labels]
 
+    def all_fixed(self, labels: Tensor) -> bool:
+        """Is every label known to be fixed already?"""
+        return bool(self.is_fixed(*without_repeats(labels)).all())
+
     def equal(self, left: Tensor, right: Tensor, order: int, ratio: float = 1.0) -> None:
         """Demand ``left = ratio * right`` elementwise (log-scales, same shape). ZERO on either side demands nothing."""
-        a, b = torch.broadcast_tensors(left, right)
-        pairs = _unique_pairs(a, b)
-        keep = (pairs[0] != ZERO) & (pairs[1] != ZERO)
+        a, b = without_repeats(*torch.broadcast_tensors(left, right))
+        demands = (a != ZERO) & (b != ZERO)
         if ratio == 1.0:
-            keep &= pairs[0] != pairs[1]
-        a_ids, b_ids = pairs[0][keep], pairs[1][keep]
+            demands &= a != b
+        a_ids, b_ids, _ = _unique_pairs_inverse(a[demands], b[demands])
         if len(a_ids):
             self._left.append(a_ids)
             self._right.append(b_ids)
@@ -126,9 +129,10 @@ class Variables:
 
     def merge(self, left: Tensor, right: Tensor, order: int) -> Tensor:
         """Labels of a tensor whose elements come from either side: both must agree; ZERO gives way."""
-        a, b = torch.broadcast_tensors(left, right)
+        shape = torch.broadcast_shapes(left.shape, right.shape)
+        a, b = without_repeats(*torch.broadcast_tensors(left, right))
         self.equal(a, b, order)
-        return torch.where(a == ZERO, b, a)
+        return torch.where(a == ZERO, b, a).expand(shape)
 
     def merge_along(self, labels: Tensor, dims: Sequence[int], order: int, keepdim: bool = False) -> Tensor:
         """Labels of a reduction: all elements along ``dims`` must agree."""
@@ -140,6 +144,7 @@ class Variables:
 
     def fix(self, labels: Tensor, reason: Reason) -> None:
         """Demand scale 1 for every label."""
+        (labels,) = without_repeats(labels)
         free = labels[~self.is_fixed(labels)]
         if free.numel():
             self.equal(free, torch.tensor(self.fixed(reason)), reason.order)
@@ -148,6 +153,8 @@ class Variables:
         """Labels of ``x ** exponent``."""
         if exponent == 1.0:
             return labels
+        shape = labels.shape
+        (labels,) = without_repeats(labels)
         free = ~self.is_fixed(labels)
         out = labels.clone()
         if bool(free.any()):
@@ -155,11 +162,12 @@ class Variables:
             powers = self.fresh(len(ids), self.tags(ids).numpy())
             self.equal(powers, ids, order, exponent)
             out[free] = powers[inverse]
-        return out
+        return out.expand(shape)
 
     def product(self, left: Tensor, right: Tensor, order: int) -> Tensor:
         """Labels of ``left * right``: log-scales add. A side with scale 1 passes the other through at once."""
-        a, b = torch.broadcast_tensors(left, right)
+        shape = torch.broadcast_shapes(left.shape, right.shape)
+        a, b = without_repeats(*torch.broadcast_tensors(left, right))
         a_fixed, b_fixed = self.is_fixed(a), self.is_fixed(b)
         out = torch.where(a_fixed, b, a)
         out = torch.where((a == ZERO) | (b == ZERO), torch.tensor(ZERO), out)
@@ -171,7 +179,7 @@ class Variables:
             self._products.append((z.numpy(), x, y, order))
             out = out.clone()
             out[both] = z[torch.from_numpy(inverse)]
-        return out
+        return out.expand(shape)
 
     def solve(self, keep: Bools) -> Solution:
         """Solve all equations.
@@ -290,9 +298,25 @@ def _connected(count: int, left: Ints, right: Ints) -> Ints:
     return labels
 
 
-def _unique_pairs(left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
-    x, y, _ = _unique_pairs_inverse(left, right)
-    return x, y
+WORTH_NARROWING = 1 << 12
+"""From this many elements on it is cheaper to look for repetitions than to sort them."""
+
+
+def without_repeats(*labels: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one shape, narrowed to size 1 along every dimension in which none of them changes."""
+    if labels[0].numel() < WORTH_NARROWING:
+        return labels
+    for dim in range(labels[0].ndim):
+        if labels[0].shape[dim] > 1 and all(_repeats(part, dim) for part in labels):
+            labels = tuple(part.narrow(dim, 0, 1) for part in labels)
+    return labels
+
+
+def _repeats(labels: Tensor, dim: int) -> bool:
+    if labels.stride(dim) == 0:
+        return True
+    first, last = labels.narrow(dim, 0, 1), labels.narrow(dim, labels.shape[dim] - 1, 1)
+    return torch.equal(first, last) and bool((labels == first).all())  # most that change differ at their ends already
 
 
 def _unique_pairs_inverse(left: Tensor, right: Tensor) -> tuple[Ints, Ints, Ints]:
