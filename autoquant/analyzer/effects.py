@@ -27,7 +27,7 @@ def qualified(operator: str) -> str:
 def is_movement(node: fx.Node) -> bool:
     """Does the node copy elements or change their format, and nothing else?"""
     name = operator_name(node)
-    return name in MOVEMENT or name in CASTS or name in ("getitem", "_assert_tensor_metadata")
+    return name in MOVEMENT or name in CASTS or name == "getitem"
 
 
 def scale_effect(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:

@@ -96,7 +96,7 @@ class Families:
         stack = int(np.prod(param.full_shape[:-2])) if stacked and len(param.full_shape) > 2 else None
         keyed = param.key if stack else 0
         labels = self._get(param, role, dim, stack, 0, keyed, size if keyed or not stack else stack * size, here)
-        self._use(param, "a weight per expert" if keyed else "a weight", here)
+        self._use(param, "a table" if role == "table" else "a weight per expert" if keyed else "a weight", here)
         return labels if keyed or not stack else labels.view(stack, size)
 
     def leaf(self, param: Param, offset: int, here: Reason) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class Walk:
             args = args[:1]
         tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
         if isinstance(args[0] if args else None, Param) and len(tensors) == 1:
-            if site.operator in CASTS:
+            if site.operator in CASTS and site.outputs[0].is_floating_point():
                 return args[0]
             if site.operator in MOVEMENT:
                 return _moved_param(args[0], site, args, kwargs)
@@ -159,12 +160,21 @@ class Walk:
             return _unknowns(site)
         is_movement = site.operator in MOVEMENT
         rule = self.rules.get(site.operator)
-        if rule is not None:
+        if rule is not None and _accepts(rule, site, args, kwargs):
             return rule(site, *args, **kwargs)
         if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Unknown) for v in _flat(args[1:]))):
             with contextlib.suppress(RuntimeError, TypeError):
                 return self.movement(site, _function(site), args, kwargs)
         return self.no_rule(site, tensors)  # also where the data decide how far elements move
+
+
+def _accepts(rule: Rule, site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> bool:
+    """Was the rule written for this overload? One with other arguments has no rule."""
+    try:
+        signature(rule).bind(site, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:

@@ -15,7 +15,7 @@ def operator_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         space, name = target._schema.name.split("::")
-        return name if space == "aten" else f"{space}::{name}"
+        return ALIASES.get(name, name) if space == "aten" else f"{space}::{name}"
     return getattr(target, "__name__", str(target))
 
 
@@ -24,19 +24,30 @@ def base_name(node: fx.Node) -> str:
     return operator_name(node).rpartition("::")[2]
 
 
+ALIASES = {
+    "absolute": "abs", "clip": "clamp", "concat": "cat", "concatenate": "cat", "divide": "div", "moveaxis": "movedim",
+    "multiply": "mul", "negative": "neg", "special_expit": "sigmoid", "special_softmax": "softmax", "subtract": "sub",
+    "swapaxes": "transpose", "swapdims": "transpose", "true_divide": "div",
+}  # fmt: skip
+"""ATen's second names of an operator, with the same arguments."""
+
 NO_RULE = "the operator has no rule"
 NO_ROTATION = "no rotation passes it"
 
 MOVEMENT = frozenset(
-    """alias broadcast_to chunk clone constant_pad_nd contiguous detach detach_copy diagonal expand
-    expand_as flatten flip gather index index_select lift_fresh_copy movedim narrow pad permute pixel_shuffle ravel
-    repeat repeat_interleave reshape reshape_as roll select slice split split_with_sizes squeeze stack cat concat
-    concatenate swapaxes swapdims t take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold
-    unsafe_chunk unsafe_split unsqueeze view view_as _unsafe_view _reshape_alias numpy_T mT""".split()
+    """alias atleast_1d atleast_2d atleast_3d broadcast_to chunk clone column_stack constant_pad_nd contiguous detach
+    detach_copy diag_embed diagonal dstack expand expand_as flatten flip fliplr flipud gather hstack index index_select
+    lift_fresh_copy movedim narrow pad permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape
+    reshape_as roll rot90 select slice split split_with_sizes squeeze stack cat t take_along_dim tensor_split tile
+    transpose tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vstack _unsafe_view
+    _reshape_alias numpy_T mT""".split()
 )
-"""Operators that copy elements and change none: they are run on the labels themselves."""
+"""Operators that copy elements (or put 0 in their place) and change none: they are run on the labels themselves."""
 
-CHOOSING = frozenset("""index index_select gather take_along_dim cat concat concatenate stack""".split())
+JOINING = frozenset("""cat column_stack dstack hstack stack vstack""".split())
+"""Data movement that takes a list of tensors."""
+
+CHOOSING = JOINING | frozenset("""index index_select gather take_along_dim""".split())
 """Data movement that may depend on the data."""
 
 LIKE_ANOTHER = frozenset("""expand_as reshape_as view_as type_as""".split())
@@ -45,20 +56,25 @@ LIKE_ANOTHER = frozenset("""expand_as reshape_as view_as type_as""".split())
 CASTS = frozenset("""to _to_copy type_as float half bfloat16 double""".split())
 """Operators that change the number format only."""
 
-PASSES = frozenset(
-    """to _to_copy type_as dropout feature_dropout alpha_dropout neg relu leaky_relu abs _assert_tensor_metadata
-    identity float conj real positive""".split()
-)
+LINEAR = frozenset("""to _to_copy type_as dropout feature_dropout alpha_dropout neg float conj real positive""".split())
+"""f(s x) = s f(x) for every number s, element by element: scales and rotations pass."""
+
+PASSES = LINEAR | frozenset("""relu leaky_relu rrelu abs""".split())
 """f(s x) = s f(x) for every s > 0."""
 
 NONLINEAR = frozenset(
-    """silu gelu tanh sigmoid softmax _softmax log_softmax softplus exp exp2 expm1 log log1p log2 erf sin cos elu selu
-    celu mish hardswish hardsigmoid logsigmoid log_sigmoid_forward logsumexp round floor ceil glu relu6 softsign
-    argmax argmin sign sgn tan atan atan2 cumprod prod isnan isinf nan_to_num eq ne gt ge lt le floor_divide
-    remainder fmod var std var_mean group_norm batch_norm logaddexp maximum minimum any all logical_not logical_and
-    logical_or bucketize histc bincount nonzero one_hot""".split()
+    """silu gelu tanh sigmoid softmax _softmax log_softmax softplus exp exp2 expm1 log log1p log2 log10 erf erfc sin cos
+    sinh cosh asinh atan tan elu selu celu mish hardswish hardsigmoid log_sigmoid logit logsumexp logcumsumexp round
+    floor ceil trunc frac relu6 atan2 cumprod prod nan_to_num floor_divide remainder fmod logaddexp bucketize histc
+    bincount one_hot hardshrink softshrink logical_and logical_or logical_xor""".split()
 )
 """Operators that are understood, and allow no scale."""
+
+COMPARISONS = frozenset("""eq ne gt ge lt le""".split())
+"""Which of two is larger does not change under one positive scale on both."""
+
+SIGNS = frozenset("""sign sgn isnan isinf isfinite all any logical_not count_nonzero""".split())
+"""Operators that see only where an element is 0, positive, negative or not finite: no positive scale reaches them."""
 
 FILLS = {
     "empty": 0, "new_empty": 0, "empty_like": 0, "empty_strided": 0, "zeros": 0, "new_zeros": 0, "zeros_like": 0,
@@ -72,10 +88,20 @@ RANDOM = frozenset("""rand randn randint rand_like randn_like bernoulli multinom
 GROUPING = frozenset("""cumsum histc bincount to _to_copy clamp clamp_max clamp_min reshape view contiguous""".split())
 """Operators between the experts' indices and the offsets of their rows."""
 
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+"""Their number of spatial dimensions."""
+
+POOLS = {
+    f"{kind}{dims}d": dims
+    for kind in ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest")
+    for dims in (1, 2, 3)
+} | {"upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3}
+"""Sums, maxima and copies along the spatial dimensions, whose number is given."""
+
 PRODUCTS = frozenset(
     """linear matmul mm bmm addmm baddbmm einsum scaled_dot_product_attention _grouped_mm
-    transformers::grouped_mm_fallback conv1d""".split()
-)
+    transformers::grouped_mm_fallback""".split()
+) | frozenset(CONVOLUTIONS)
 """Products that add over channels: what comes out belongs to other channels."""
 
 CHOICES = frozenset("""topk sort argmax argsort""".split())

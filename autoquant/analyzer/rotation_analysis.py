@@ -203,7 +203,7 @@ class RotationAnalysis:
         offset = 0
         instances = []
         for part in parts:  # instances of different parts are different, unless the parts come from one vector
-            instances.append(part.instances if site.operator in ("cat", "concat") else part.instances + offset)
+            instances.append(part.instances if site.operator == "cat" else part.instances + offset)
             offset += int(part.instances.max()) + 1
         factors = [torch.zeros_like(p.coordinates) if p.factors is None else p.factors for p in parts]
         return Vector(

@@ -97,13 +97,17 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
                 and param.shape == tuple(vector.coordinates.shape[-1:])
                 and vector.gain_index is not None
             ):
-                a.families.other_use(param, site.because("it is a norm's bias"), "gain")
+                bias_of(vector.gain.weight, param, site)
                 return replace(vector, gain=vector.gain.model_copy(update={"bias": param.name}))
             return a.end(site, [vector, param], "a parameter is added")
         labels = a.families.leaf(param, 0, site.because("it is a parameter"))
         if labels is None or len([size for size in param.full_shape if size > 1]) > 1:
             return a.end(site, [vector, param], "a parameter is added")
         return Vector(v.merge(vector.coordinates, labels, site.order).expand(site.shape), vector.instances)
+
+    def bias_of(norm: str | None, bias: Param, site: Site) -> None:
+        """One bias of two norms could be folded into the readers of neither: it is gone after the first."""
+        a.families.other_use(bias, site.because("it is a norm's bias"), f"the bias of {norm or 'a norm'}")
 
     def multiply(site: Site, x: Value, y: Value, **kwargs: Value) -> Value:
         if kwargs.get("rounding_mode") is not None:
@@ -236,7 +240,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if gain is not None:
             a.families.other_use(gain.param, here, f"gain{gain.offset}{owner}")
         if bias is not None:
-            a.families.other_use(bias, here, f"gain0{owner}")
+            bias_of(f"{gain.param.name if gain is not None else None}{owner}", bias, site)
         found = Norm(
             kind="layer" if layer else "rms",
             weight=gain.param.name if gain is not None else None,

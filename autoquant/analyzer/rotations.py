@@ -72,17 +72,19 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
         components = tuple(np.unique(solution.component[labels]).tolist())
         for read in _reads(analysis, family) if len(labels) else []:
             reads.append((read, labels, components))
-            if read.gain is not None and read.gain.weight is not None:
-                spaces.setdefault(read.gain.weight, set()).add(components)
+            for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
+                if name is not None:
+                    spaces.setdefault(name, set()).add(components)
     found = False
     for read, labels, components in reads:
         text = None
         if (read.gain is None or read.gain.kind != "layer") and np.isin(components, means).any():
             text = "its mean is subtracted for some of its readers only"
-        elif read.gain is not None and read.gain.weight in tied:
-            text = f"{read.gain.weight} is shared with another norm"
-        elif read.gain is not None and len(spaces.get(read.gain.weight or "", ())) > 1:
-            text = f"{read.gain.weight} is applied to other vectors too"
+        for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
+            if text is None and name in tied:
+                text = f"{name} is shared with another norm"
+            if text is None and len(spaces.get(name or "", ())) > 1:
+                text = f"{name} is applied to other vectors too"
         if text is not None:
             analysis.variables.fix(torch.from_numpy(labels), read.site.because(text))
             found = True

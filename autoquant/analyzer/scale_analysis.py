@@ -105,6 +105,14 @@ class ScaleAnalysis:
         if self.variables.tagged:
             self.variables.mix(labels)
 
+    def meet(self, site: Site, *operands: Tensor) -> None:
+        """Operands of an elementwise operator: tokens of different experts stay apart where row stays on row."""
+        if self.variables.tagged and any(
+            o.ndim not in (0, len(site.shape)) or (o.ndim and o.shape[0] != site.shape[0]) for o in operands
+        ):
+            for operand in operands:
+                self.mixed(operand)
+
     def no_rule(self, site: Site, values: Sequence[Value]) -> Value:
         return self.block(site, values, NO_RULE)
 
@@ -217,7 +225,7 @@ def _to_labels(analysis: ScaleAnalysis, site: Site, args: tuple[Value, ...]) -> 
     first = args[0]
     if isinstance(first, (tuple, list)):
         data: Value = [analysis.labels(site, v) for v in first]
-        if site.operator in ("cat", "concat", "concatenate"):
+        if site.operator == "cat":
             data = [d for d, v in zip(data, first, strict=True) if d.numel() or len(first) == 1]
     else:
         data = analysis.labels(site, first)

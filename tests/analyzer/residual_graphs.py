@@ -175,6 +175,35 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         IDS,
     ),
     "emb_folded_then_tied": lambda: (tied(), IDS),
+    "table_is_weight": lambda: (embedded(lambda s, i: s.o(F.linear(s.e(i), s.e.weight)), o=lin(7, 4)), IDS),
+    "weight_is_bias": lambda: (
+        embedded(lambda s, i: s.o(F.layer_norm(s.e(i), (4,), s.p, s.p)), p=par(4), o=lin()),
+        IDS,
+    ),
+    "bias_of_two_norms": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(F.layer_norm(h, (4,), s.n, s.p)) + s.o2(F.layer_norm(h, (4,), s.n2, s.p)))(
+                s.e(i)
+            ),
+            p=par(4),
+            n=par(4),
+            n2=par(4),
+            o=lin(),
+            o2=lin(),
+        ),
+        IDS,
+    ),
+    "bias_of_two_spaces": lambda: (
+        embedded(
+            lambda s, i: s.o(F.layer_norm(s.e(i), (4,), s.n, s.p)) + s.o2(F.layer_norm(s.e2(i), (4,), s.n, s.p)),
+            p=par(4),
+            n=par(4),
+            e2=nn.Embedding(7, 4),
+            o=lin(),
+            o2=lin(),
+        ),
+        IDS,
+    ),
     "token_mix": lambda: (
         embedded(lambda s, i: (lambda h: s.o(s.n(h + h.roll(1, 1))))(s.e(i)), n=nn.RMSNorm(4), o=lin()),
         IDS,
