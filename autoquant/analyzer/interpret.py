@@ -18,7 +18,16 @@ from torch import Tensor, fx
 
 from autoquant.analyzer.capture import Captured, GraphInput, Piece, module_path
 from autoquant.analyzer.families import Param
-from autoquant.analyzer.operators import CASTS, CHOOSING, FILLS, LIKE_ANOTHER, MOVEMENT, RANDOM, operator_name
+from autoquant.analyzer.operators import (
+    CASTS,
+    CHOOSING,
+    FILLS,
+    LIKE_ANOTHER,
+    MOVEMENT,
+    RANDOM,
+    RANDOM_LIKE,
+    operator_name,
+)
 from autoquant.analyzer.variables import Reason
 
 MAX_CONSTANT = 1 << 24
@@ -156,7 +165,7 @@ class Walk:
             known = _evaluate(site, args, kwargs)
             if known is not None:
                 return known
-        if all(isinstance(v, (Known, Unknown)) for v in tensors):
+        if all(isinstance(v, (Known, Unknown)) for v in tensors) or site.operator in RANDOM_LIKE:
             return _unknowns(site)
         is_movement = site.operator in MOVEMENT
         rule = self.rules.get(site.operator)

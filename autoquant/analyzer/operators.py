@@ -53,10 +53,10 @@ CHOOSING = JOINING | frozenset("""index index_select gather take_along_dim""".sp
 LIKE_ANOTHER = frozenset("""expand_as reshape_as view_as type_as""".split())
 """Operators that take the shape or the number format of their second argument, and nothing else of it."""
 
-CASTS = frozenset("""to _to_copy type_as float half bfloat16 double""".split())
+CASTS = frozenset("""to _to_copy type_as""".split())
 """Operators that change the number format only."""
 
-LINEAR = frozenset("""to _to_copy type_as dropout feature_dropout alpha_dropout neg float conj real positive""".split())
+LINEAR = frozenset("""to _to_copy type_as dropout feature_dropout alpha_dropout neg conj real positive""".split())
 """f(s x) = s f(x) for every number s, element by element: scales and rotations pass."""
 
 PASSES = LINEAR | frozenset("""relu leaky_relu rrelu abs""".split())
@@ -66,14 +66,17 @@ NONLINEAR = frozenset(
     """silu gelu tanh sigmoid softmax _softmax log_softmax softplus exp exp2 expm1 log log1p log2 log10 erf erfc sin cos
     sinh cosh asinh atan tan elu selu celu mish hardswish hardsigmoid log_sigmoid logit logsumexp logcumsumexp round
     floor ceil trunc frac relu6 atan2 cumprod prod nan_to_num floor_divide remainder fmod logaddexp bucketize histc
-    bincount one_hot hardshrink softshrink logical_and logical_or logical_xor""".split()
+    hardshrink softshrink""".split()
 )
 """Operators that are understood, and allow no scale."""
 
 COMPARISONS = frozenset("""eq ne gt ge lt le""".split())
 """Which of two is larger does not change under one positive scale on both."""
 
-SIGNS = frozenset("""sign sgn isnan isinf isfinite all any logical_not count_nonzero""".split())
+SIGNS = frozenset(
+    """sign sgn isnan isinf isfinite all any logical_not logical_and logical_or
+    logical_xor count_nonzero""".split()
+)
 """Operators that see only where an element is 0, positive, negative or not finite: no positive scale reaches them."""
 
 FILLS = {
@@ -82,10 +85,13 @@ FILLS = {
 }  # fmt: skip
 """Tensors of one value that does not depend on the arguments' values. Empty ones are written before they are read."""
 
-RANDOM = frozenset("""rand randn randint rand_like randn_like bernoulli multinomial randperm uniform normal""".split())
+RANDOM_LIKE = frozenset("""rand_like randn_like randint_like""".split())
+"""Operators that take the shape and the number format of their argument, and make random numbers."""
+
+RANDOM = frozenset("""rand randn randint bernoulli multinomial randperm uniform normal""".split()) | RANDOM_LIKE
 """Operators whose result cannot be computed beforehand."""
 
-GROUPING = frozenset("""cumsum histc bincount to _to_copy clamp clamp_max clamp_min reshape view contiguous""".split())
+GROUPING = frozenset("""cumsum histc to _to_copy clamp clamp_max clamp_min reshape view contiguous""".split())
 """Operators between the experts' indices and the offsets of their rows."""
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autoquant.analyzer.families import Families, Param
 from autoquant.analyzer.interpret import Known, Opaque, Site, Unknown, Value, unwieldy
-from autoquant.analyzer.operators import NO_ROTATION
+from autoquant.analyzer.operators import NO_ROTATION, operator_name
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Variables
 from autoquant.config import Norm
 
@@ -232,6 +232,30 @@ def fresh_instances(coordinates: Tensor) -> Tensor:
     """A new instance for every position of the axes along which the coordinates do not change."""
     shape = [1 if varies(coordinates, d) else size for d, size in enumerate(coordinates.shape)]
     return torch.arange(int(np.prod(shape))).view(shape).expand(coordinates.shape)
+
+
+def broadcast(vector: Vector, shape: Sequence[int]) -> Vector:
+    """Copies of a vector along new or leading axes of size 1; its channels are the last axis."""
+    moved: Vector = apply(vector, lambda labels: labels.expand(tuple(shape)))
+    return moved
+
+
+def seen_along(vector: Vector, dims: Sequence[int], keepdim: bool, shape: Sequence[int]) -> Tensor | None:
+    """What each channel of a sum over ``dims`` was multiplied by, anywhere along them."""
+    return None if vector.factors is None else vector.factors.sum(list(dims), keepdim=keepdim).expand(tuple(shape))
+
+
+def whole_rows(node: object, mask: Value) -> bool:
+    """Does the mask choose whole vectors of the last axis? Of one that depends on the data the graph says so."""
+    if isinstance(mask, Known):
+        return bool((mask.value == mask.value[..., :1]).all())
+    while isinstance(node, torch.fx.Node) and node.op == "call_function":
+        if node.meta["val"].shape[-1:] == (1,):
+            return True
+        if operator_name(node) not in ("expand", "expand_as", "to", "alias", "clone", "broadcast_to"):
+            return False
+        node = node.args[0]
+    return False
 
 
 def varies(labels: Tensor, dim: int) -> bool:

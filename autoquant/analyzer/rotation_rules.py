@@ -17,27 +17,27 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from autoquant.analyzer.families import Factors, Param
+from autoquant.analyzer.families import Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import NO_ROTATION, PRODUCTS, operator_name
+from autoquant.analyzer.operators import LINEAR, NO_ROTATION, PRODUCTS, operator_name
 from autoquant.analyzer.rotation_analysis import (
     Gain,
     Mean,
-    Read,
     RotationAnalysis,
     Square,
     Vector,
-    apply,
+    broadcast,
     coordinates_of,
     fresh_instances,
     mixed,
+    seen_along,
     shape_of,
     varies,
+    whole_rows,
 )
+from autoquant.analyzer.rotation_products import rotation_products
 from autoquant.analyzer.scale_analysis import scalar
-from autoquant.analyzer.variables import ZERO
 from autoquant.config import Norm
 
 
@@ -103,7 +103,8 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         labels = a.families.leaf(param, 0, site.because("it is a parameter"))
         if labels is None or len([size for size in param.full_shape if size > 1]) > 1:
             return a.end(site, [vector, param], "a parameter is added")
-        return Vector(v.merge(vector.coordinates, labels, site.order).expand(site.shape), vector.instances)
+        vector = broadcast(vector, site.shape)
+        return replace(vector, coordinates=v.merge(vector.coordinates, labels, site.order), table=None, centred=False)
 
     def bias_of(norm: str | None, bias: Param, site: Site) -> None:
         """One bias of two norms could be folded into the readers of neither: it is gone after the first."""
@@ -126,30 +127,34 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             return vector if scalar(factor) is not None else a.end(site, [vector, factor], "it is multiplied")
         if not isinstance(vector, Vector):
             return a.end(site, [x, y], NO_ROTATION)
-        if site.operator in ("div", "true_divide") and vector is not x:
+        if site.operator == "div" and vector is not x:
             return a.end(site, [x, y], "it is divided by")
+        if isinstance(factor, Param) and int(np.prod(factor.full_shape)) == 1 and len(factor.shape) <= len(site.shape):
+            return number(site, vector, factor)
         if isinstance(factor, (Param, Gain)):
             return gained(site, vector, factor if isinstance(factor, Gain) else Gain(factor, 0))
         return scaled(site, vector, factor)
 
-    def seen_along(vector: Vector, dims: Sequence[int], keepdim: bool, shape: tuple[int, ...]) -> Tensor | None:
-        """What each channel of a sum over ``dims`` was multiplied by, anywhere along them."""
-        return None if vector.factors is None else vector.factors.sum(list(dims), keepdim=keepdim).expand(shape)
-
     def scaled(site: Site, vector: Vector, factor: Value) -> Value:
-        if scalar(factor) is not None:
+        if scalar(factor) is not None or (isinstance(factor, Unknown) and len(factor.shape) == 0):
             if vector.gain is not None and vector.gain.bias is not None:
                 return a.end(site, [vector], "a norm's bias is scaled")
             return replace(vector, table=None)  # a norm's epsilon is not scaled with the table
         shape = shape_of(factor)
         if vector.gain is not None and vector.gain.bias is not None:
             return a.end(site, [vector], "a norm's bias is scaled")
-        try:
-            keys = torch.arange(int(np.prod(shape))).view(shape).expand(vector.coordinates.shape)
-        except RuntimeError:
-            return a.end(site, [vector], "it is broadcast")
+        if tuple(vector.coordinates.shape) != site.shape:  # several copies, each with factors of its own
+            if vector.coordinates.shape[-1:] != site.shape[-1:]:
+                return a.end(site, [vector], "it is broadcast")
+            vector = broadcast(vector, site.shape)
+        keys = torch.arange(int(np.prod(shape))).view(shape).expand(site.shape)
         a.split(vector, keys, site.because("its channels are multiplied by different factors"))
         return replace(vector, table=None, factors=vector.times(keys + (site.order << 32)))
+
+    def number(site: Site, vector: Vector, param: Param) -> Value:
+        """One number that is a parameter: what is multiplied by it is rotated all the same."""
+        a.families.other_use(param, site.because("it is a number"), "a number")
+        return scaled(site, vector, Unknown((), site.outputs[0].dtype))
 
     def gained(site: Site, vector: Vector, gain: Gain) -> Value:
         """A norm weight: it waits for the linears that it can be folded into."""
@@ -199,6 +204,19 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             centred(site, vector, dims)
             return Mean(vector)
         return a.end(site, [x], "its channels are summed")
+
+    def variance(
+        site: Site, x: Value, dim: Value = None, unbiased: Value = True, keepdim: Value = False, **kwargs: Value
+    ) -> Value:
+        """The length of what is left after the mean is subtracted."""
+        dims = [dim] if isinstance(dim, int) and not isinstance(dim, bool) else dim
+        if not isinstance(x, Vector) or x.gain is not None or not isinstance(dims, (list, tuple)):
+            return a.end(site, [x], "its channels are summed")
+        if [d % x.coordinates.ndim for d in dims] != [x.coordinates.ndim - 1]:
+            return a.end(site, [x], "its channels are summed")
+        centred(site, x, [x.coordinates.ndim - 1])
+        unknown = a.unknown(site)
+        return (unknown[0], Mean(x)) if site.operator == "var_mean" and keepdim else unknown
 
     def measured(site: Site, vector: Vector, dims: Sequence[int], text: str, centre: bool = False) -> Value:
         shape = [1 if d in dims else s for d, s in enumerate(vector.coordinates.shape)]
@@ -265,143 +283,75 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         others = (user for user in site.node.users if operator_name(user) not in PRODUCTS)
         return a.lookups[table] == 1 and table not in a.folded and _read_nowhere_else(site.node.args[0]) and any(others)
 
-    def embedding(site: Site, table: Value, indices: Value, *args: Value, **kwargs: Value) -> Value:
-        if not isinstance(table, Param) or table.views or len(table.full_shape) != 2:
-            return a.end(site, [table, indices], "the table is computed")
-        labels = a.families.axis(table, 1, "table", site.because("it is an embedding"), stacked=False).expand(
-            site.shape
-        )
-        a.lookups[table.name] += 1
-        return Vector(labels, fresh_instances(labels), table=table.name)
-
-    def product(site: Site, x: Value, w: Value, contracted: int, bias: Value = None, key: int = 0) -> Value:
-        if not isinstance(w, Param) or len(w.shape) < 2:
-            return a.end(site, [x, w, bias], "it is a product of two activations")
-        ndim = len(w.shape)
-        output = ndim - 1 if contracted == ndim - 2 else ndim - 2
-        weight = replace(w, key=key or w.key)
-        found = a.families.factors(weight, contracted, output, site.because("it is a weight"))
-        if found is None:
-            return a.end(site, [x, w, bias], "rows and columns of the weight are mixed by a reshape")
-        columns, rows = (found.columns[0], found.rows[0]) if key else (found.columns, found.rows)
-        if isinstance(x, Vector):
-            read(site, x, columns, found, w.name, bias)
-        else:
-            v.fix(columns, site.because("it also reads what is not rotated"))
-            a.end(site, [x], NO_ROTATION)
-        rows = rows.unsqueeze(-2).expand(site.shape) if rows.ndim > 1 else rows.expand(site.shape)
-        if isinstance(bias, Param) and not bias.views and len(bias.full_shape) == 1:
-            labels = a.families.leaf(bias, 0, site.because("it is a bias"))
-            rows = v.merge(rows, labels, site.order) if labels is not None else rows
-        elif bias is not None:
-            rows_vector = Vector(rows, fresh_instances(rows))
-            return a.end(site, [rows_vector, bias], "a tensor that is not rotated is added")
-        return Vector(rows, fresh_instances(rows))
-
-    def read(site: Site, x: Vector, columns: Tensor, found: Factors, weight: str, bias: Value) -> None:
-        real = x.coordinates != ZERO
-        one = torch.where(real, x.instances, x.instances.amax(-1, keepdim=True))
-        if bool((one != one[..., :1]).any()):
-            a.end(site, [x], "channels of different tokens are read together")
-            return
-        summed = [x.coordinates.ndim - 2] if columns.ndim > 1 else range(x.coordinates.ndim - 1)
-        labels = v.merge_along(x.coordinates, list(summed), site.order)
-        v.equal(columns, labels, site.order)
-        if x.gain_index is not None and not bool((x.gain_index == torch.arange(x.gain_index.shape[-1])).all()):
-            a.end(site, [x], "the norm's weight is rearranged before it is read")
-        if x.factors is not None:
-            seen = mixed(x.instances, x.factors).flatten(0, -2).sum(0)
-            for copies in labels if labels.ndim > 1 else [labels]:
-                a.split_copies(copies, seen, site.because("copies of its channels that saw different factors are read"))
-        name = bias.name if isinstance(bias, Param) else None
-        bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
-        a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))
-
-    def linear(site: Site, x: Value, w: Value, bias: Value = None) -> Value:
-        return product(site, x, w, 1, bias)
-
-    def addmm(site: Site, bias: Value, x: Value, w: Value, **kwargs: Value) -> Value:
-        return product(site, x, w, 0, bias)
-
-    def matmul(site: Site, x: Value, y: Value) -> Value:
-        if isinstance(y, Param):
-            return product(site, x, y, len(y.shape) - 2)
-        if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Vector):
-            return product_from_left(site, x, y)
-        if isinstance(y, Vector) and isinstance(x, (Unknown, Known)):
-            return summed_over_tokens(site, y)
-        return a.end(site, [x, y], "it is a product of two activations")
-
-    def product_from_left(site: Site, w: Param, x: Vector) -> Value:
-        """``w @ x``: the columns of ``w`` are summed with the rows of ``x``."""
-        found = a.families.factors(w, 1, 0, site.because("it is a weight"))
-        if found is None:
-            return a.end(site, [w, x], "rows and columns of the weight are mixed by a reshape")
-        read(site, apply(x, lambda labels: labels.transpose(-1, -2)), found.columns, found, w.name, None)
-        rows = found.rows.unsqueeze(-1).expand(site.shape)
-        return Vector(rows, fresh_instances(rows))
-
-    def summed_over_tokens(site: Site, values: Vector) -> Value:
-        """Sums of vectors with coefficients per position of the result: every axis but the last has its own."""
-        dim = values.coordinates.ndim - 2
-        if values.gain is not None or varies(values.coordinates, dim):
-            return a.end(site, [values], "its channels are summed")
-        labels = v.merge_along(values.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
-        # The heads of a token are read together, also where they all look at the same values.
-        instances = fresh_instances(labels.narrow(-3, 0, 1) if labels.ndim > 3 else labels).expand(labels.shape)
-        out = Vector(labels, instances, factors=seen_along(values, [dim], True, tuple(site.shape)))
-        keys = torch.arange(int(np.prod(site.shape[:-1]))).view(*site.shape[:-1], 1).expand(site.shape)
-        a.split(out, keys, site.because("heads have attention weights of their own"))
-        a.values.append((site, labels))
-        return replace(out, factors=out.times(keys + (site.order << 32)))
-
-    def attention(
-        site: Site, q: Value, k: Value, value: Value, mask: Value = None, *args: Value, **kwargs: Value
-    ) -> Value:
-        a.end(site, [q, k, mask], "it enters attention scores")
-        if not isinstance(value, Vector):
-            return a.end(site, [value], NO_ROTATION)
-        if kwargs.get("enable_gqa", len(args) > 3 and args[3]):
-            repeats = site.shape[-3] // value.coordinates.shape[-3]
-            value = apply(value, lambda labels: labels.repeat_interleave(repeats, -3))
-        return summed_over_tokens(site, value)
-
-    def grouped(site: Site, x: Value, w: Value, *args: Value, **kwargs: Value) -> Value:
-        if len(getattr(w, "shape", ())) != 3:
-            return a.end(site, [x, w], "it is a product of two activations")
-        return product(site, x, w, 1, None, key=1)
-
     def index_add(site: Site, x: Value, dim: int, index: Value, source: Value, **kwargs: Value) -> Value:
+        """Whole vectors are added to any of the rows."""
         empty = isinstance(x, Known) and not bool(x.value.any())
-        if not empty or not isinstance(source, Vector) or source.gain is not None or varies(source.coordinates, dim):
+        into = x if isinstance(x, Vector) else None
+        if (
+            not (empty or into)
+            or not isinstance(source, Vector)
+            or source.gain is not None
+            or (into is not None and (into.gain is not None or varies(into.coordinates, dim)))
+            or varies(source.coordinates, dim)
+            or kwargs.get("alpha", 1) != 1
+        ):
             return a.end(site, [x, source], "it is added to something else")
-        labels = v.merge_along(source.coordinates, [dim % source.coordinates.ndim], site.order, keepdim=True).expand(
-            site.shape
-        )
-        return Vector(labels, fresh_instances(labels))
+        dim %= source.coordinates.ndim
+        labels = v.merge_along(source.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
+        if into is not None:
+            labels = v.merge(into.coordinates, labels, site.order)
+        factors = seen_along(source, [dim], True, site.shape)
+        if into is not None and into.factors is not None:
+            factors = into.factors if factors is None else mixed(into.factors, factors)
+        return Vector(labels, fresh_instances(labels), factors=factors)
 
     def masked(site: Site, x: Value, mask: Value, value: Value) -> Value:
         if isinstance(x, Vector) and scalar(value) == 0.0 and isinstance(mask, (Known, Unknown)):
             return scaled(site, x, mask)
         return a.end(site, [x, mask, value], "it is masked")
 
-    table: dict[str, Rule] = {}
+    def where(site: Site, condition: Value, x: Value, y: Value) -> Value:
+        """``c x + (1 - c) y`` with ``c`` 0 or 1."""
+        if not isinstance(condition, (Known, Unknown)) or isinstance(x, Param) or isinstance(y, Param):
+            return a.end(site, [condition, x, y], "it is masked")
+        sides = [scaled(site, side, condition) if isinstance(side, Vector) else side for side in (x, y)]
+        return add(site, *sides)
+
+    def masked_scatter(site: Site, x: Value, mask: Value, source: Value) -> Value:
+        """Some whole vectors of ``x`` are replaced, in order, by those of ``source`` (pictures among words)."""
+        if (
+            not isinstance(x, Vector)
+            or not isinstance(source, Vector)
+            or not whole_rows(site.node.args[1], mask)
+            or x.gain is not None
+            or source.gain is not None
+            or source.coordinates.shape[-1] != x.coordinates.shape[-1]
+            or any(varies(source.coordinates, d) for d in range(source.coordinates.ndim - 1))
+        ):
+            return a.end(site, [x, mask, source], "it is masked")
+        row = v.merge_along(source.coordinates, range(source.coordinates.ndim - 1), site.order)
+        labels = v.merge(x.coordinates, row, site.order)
+        factors = seen_along(source, range(source.coordinates.ndim - 1), False, tuple(row.shape))
+        if factors is not None or x.factors is not None:
+            none = torch.zeros(1, dtype=torch.int64)
+            parts = [none if part is None else part for part in (x.factors, factors)]
+            factors = mixed(parts[0], parts[1]).expand(site.shape)
+        return Vector(labels, fresh_instances(labels), factors=factors)
+
+    table: dict[str, Rule] = rotation_products(a)
     for names, rule in (
-        (("to", "_to_copy", "type_as", "float", "dropout", "neg", "_assert_tensor_metadata", "clone", "alias"), passes),
+        (LINEAR, passes),
         (("add", "sub"), add),
-        (("mul", "div", "true_divide"), multiply),
+        (("mul", "div"), multiply),
         (("pow", "square"), squared),
         (("mean", "sum"), reduce),
+        (("var", "std", "var_mean"), variance),
         (("linalg_vector_norm",), length),
         (("layer_norm", "rms_norm"), norm),
-        (("embedding",), embedding),
-        (("linear",), linear),
-        (("matmul", "mm", "bmm"), matmul),
-        (("addmm",), addmm),
-        (("scaled_dot_product_attention",), attention),
-        (("_grouped_mm", "transformers::grouped_mm_fallback"), grouped),
         (("index_add",), index_add),
         (("masked_fill",), masked),
+        (("masked_scatter",), masked_scatter),
+        (("where",), where),
     ):
         for name in names:
             table[name] = rule

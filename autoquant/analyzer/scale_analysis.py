@@ -132,7 +132,7 @@ class ScaleAnalysis:
     ) -> Value:
         """Run the operator on the labels; indices that depend on the data could pick any row."""
         if site.operator in ("index", "index_select", "gather", "take_along_dim"):
-            indices = args[1] if site.operator == "index" else [args[2]]
+            indices = args[1] if site.operator == "index" else [args[1 if site.operator == "take_along_dim" else 2]]
             if not all(index is None or isinstance(index, Known) for index in indices):
                 return self._pick(site, args, function)
         if site.operator == "pad" and any(isinstance(arg, str) and arg != "constant" for arg in args):
@@ -164,9 +164,11 @@ class ScaleAnalysis:
     def _pick(self, site: Site, args: tuple[Value, ...], function: Callable[..., Value]) -> Value:
         """``x[i]`` with unknown ``i``: the rows it chooses from must agree, and then it does not matter which."""
         source = args[0]
-        indices = args[1] if site.operator == "index" else args[2]
-        if site.operator != "index":
-            indices = [None] * (args[1] % max(len(shape_of(source)), 1)) + [indices]
+        if site.operator == "index":
+            indices = args[1]
+        else:
+            dim, index = (args[2], args[1]) if site.operator == "take_along_dim" else (args[1], args[2])
+            indices = [None] * (dim % max(len(shape_of(source)), 1)) + [index]
         dims = [d for d, i in enumerate(indices) if i is not None]
         if (
             isinstance(source, Param)

@@ -118,12 +118,9 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         if isinstance(dim, (Tensor, Param, Known, Unknown)):  # max and min of two tensors
             return larger(site, x, dim)
         merged = along(site, x, dim, keepdim)
-        val = site.node.meta.get("val")
-        if isinstance(val, (tuple, list)):  # values and positions: the positions do not depend on a common scale
-            return (merged, Unknown(tuple(site.outputs[1].shape), site.outputs[1].dtype))
         if not site.outputs[0].is_floating_point():
             return Unknown(site.shape, site.outputs[0].dtype)
-        return merged
+        return with_positions(site, merged)
 
     def along(site: Site, x: Value, dim: Value, keepdim: Value) -> Tensor:
         """Labels that agree along ``dim``: a number, a list, or all dimensions."""
@@ -152,7 +149,14 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         labels = a.labels(site, x)
         a.mixed(labels)
         dims = range(labels.ndim - POOLS[site.operator], labels.ndim)
-        return v.merge_along(labels, list(dims), site.order, keepdim=True).expand(site.shape)
+        merged = v.merge_along(labels, list(dims), site.order, keepdim=True).expand(site.shape)
+        return with_positions(site, merged)
+
+    def with_positions(site: Site, values: Tensor) -> Value:
+        """A maximum alone, or with its positions, which do not depend on a common scale."""
+        if len(site.outputs) == 1:
+            return values
+        return values, Unknown(tuple(site.outputs[1].shape), site.outputs[1].dtype)
 
     def length(
         site: Site, x: Value, order: Value = 2, dim: Value = None, keepdim: Value = False, **kwargs: Value
@@ -174,9 +178,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         labels = a.labels(site, x)
         a.mixed(labels)
         merged = v.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True).expand(labels.shape)
-        if len(site.outputs) == 2:  # a running maximum and its positions
-            return merged, Unknown(tuple(site.outputs[1].shape), site.outputs[1].dtype)
-        return merged
+        return with_positions(site, merged)
 
     def lerp(site: Site, x: Value, y: Value, weight: Value) -> Value:
         """``x + weight * (y - x)``."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from autoquant.analyzer.families import Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Value
 from autoquant.analyzer.operators import NO_RULE
+from autoquant.analyzer.rotation_analysis import whole_rows
 from autoquant.analyzer.scale_analysis import ScaleAnalysis, shape_of
 
 
@@ -85,8 +86,23 @@ def write_rules(a: ScaleAnalysis) -> dict[str, Rule]:
         base = v.merge_along(labels, dims, site.order)
         return v.merge(base, row, site.order).reshape(*first, *(1,) * len(dims), *last).expand(site.shape)
 
+    def masked_scatter(site: Site, x: Value, mask: Value, source: Value) -> Value:
+        """The elements of ``source`` in order, where the mask is true."""
+        labels, written = a.labels(site, x), a.labels(site, source)
+        a.mixed(labels)
+        a.mixed(written)
+        if isinstance(mask, Known):
+            return run(site, labels, mask.value, written)
+        if isinstance(mask, (Tensor, Param)):
+            return a.block(site, [x, mask, source], "it is used as a condition")
+        rows = whole_rows(site.node.args[1], mask) and labels.shape[-1:] == written.shape[-1:]
+        row = v.merge_along(written, range(written.ndim - rows), site.order)
+        base = v.merge_along(labels, range(labels.ndim - rows), site.order)
+        return v.merge(base, row, site.order).expand(site.shape)
+
     return {
         "copy": copy,
+        "masked_scatter": masked_scatter,
         "slice_scatter": write_slice,
         "select_scatter": write_slice,
         "index_add": write_rows,
