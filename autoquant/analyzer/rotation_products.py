@@ -66,7 +66,9 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
         real = x.coordinates != ZERO
         one = torch.where(real, x.instances, x.instances.amax(-1, keepdim=True))
         if bool((one != one[..., :1]).any()):
-            a.end(site, [x], "channels of different tokens are read together")
+            text = "channels of different tokens are read together"
+            a.end(site, [x], text)
+            v.fix(columns, site.because(text))  # other readings of the weight would rotate them
             return
         summed = [x.coordinates.ndim - 2] if columns.ndim > 1 else range(x.coordinates.ndim - 1)
         labels = v.merge_along(x.coordinates, list(summed), site.order)

@@ -232,11 +232,13 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         reason = site.because("it is normalised")
         v.fix(a.labels(site, x), reason)
         if weight is None:
-            return a.fixed(site.shape, reason)
+            return a.outputs(site, reason)
         out = a.labels(site, weight)
         if bias is not None:
             v.equal(out, a.labels(site, bias), site.order)
-        return out.view(-1, *(1,) * (len(site.shape) - 2)).expand(site.shape)
+        spread = out.view(-1, *(1,) * (len(site.shape) - 2)).expand(site.shape)
+        statistics = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs[1:])
+        return (spread, *statistics) if statistics else spread
 
     table: dict[str, Rule] = product_rules(a) | write_rules(a)
     for names, rule in (
@@ -270,7 +272,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         (("masked_fill",), masked_fill),
         (("fill", "zero"), fill),
         (("layer_norm", "rms_norm"), norm),
-        (("batch_norm", "group_norm", "instance_norm"), channel_norm),
+        (("batch_norm", "_native_batch_norm_legit_no_training", "group_norm", "instance_norm"), channel_norm),
     ):
         for name in names:
             table[name] = rule

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import transformers.integrations.moe  # noqa: F401 - registers the grouped product
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 - registers the grouped product
 from small_graphs import Graph, lin, par
 from torch import Tensor, nn
 
@@ -396,6 +396,9 @@ WITH_MORE: dict[str, More] = {
     "layer_norm": lambda s, x, y: F.layer_norm(x, (4,), s.k, s.k2) + y,
     "rms_norm": lambda s, x, y: F.rms_norm(x, (4,), s.k),
     "batch_norm": lambda s, x, y: F.batch_norm(x.mT, s.mean, s.spread, s.k, s.k2).mT,
+    "_native_batch_norm_legit_no_training": lambda s, x, y: (
+        A._native_batch_norm_legit_no_training(x.mT, s.k, s.k2, s.mean, s.spread, 0.1, 1e-5)[0].mT
+    ),
     "group_norm": lambda s, x, y: F.group_norm(x.mT, 2, s.k, s.k2).mT,
     "instance_norm": lambda s, x, y: F.instance_norm(x.mT, weight=s.k, bias=s.k2).mT,
     "norm by hand with var": lambda s, x, y: (

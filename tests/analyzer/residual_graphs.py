@@ -175,6 +175,14 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         IDS,
     ),
     "emb_folded_then_tied": lambda: (tied(), IDS),
+    "read_again_as_tokens": lambda: (
+        embedded(
+            lambda s, i: s.o(s.b(torch.stack([s.b(s.e(i))[..., j] for j in (2, 0, 3, 1)], -1))),
+            b=lin(4, 4, False),
+            o=lin(),
+        ),
+        IDS,
+    ),
     "table_is_weight": lambda: (embedded(lambda s, i: s.o(F.linear(s.e(i), s.e.weight)), o=lin(7, 4)), IDS),
     "weight_is_bias": lambda: (
         embedded(lambda s, i: s.o(F.layer_norm(s.e(i), (4,), s.p, s.p)), p=par(4), o=lin()),

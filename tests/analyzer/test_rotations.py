@@ -51,7 +51,7 @@ EXPECTED: dict[str, list[str]] = {
     "W.T": ["other 1 x 4 a.weight.0 a.bias.0 -> w.1"],
     "W": ["other 1 x 6 u.1 -> w.0"],
     "addmm": ["other 1 x 6 u.1 b.0 -> w.0 +bias"],
-    "einsum_mixes_tokens": [],
+    "einsum_mixes_tokens": ["R2 1 x 4 v.weight.0 v.bias.0 -> o.weight.1 +bias"],
     "einsum": [],
     "unknown_op": [],
     "shared_bias": ["other 1 x 4 a.weight.0 a.bias.0 b.bias.0 b.weight.0 -> o.weight.1 +bias o2.weight.1 +bias"],
@@ -98,7 +98,7 @@ EXPECTED: dict[str, list[str]] = {
     "weight_norm": [],
     "bias_plus": ["other 1 x 4 a.weight.0 a.bias.0 -> o.weight.1 +bias"],
     "bias_view": [],
-    "param_scalar": [],
+    "param_scalar": ["other 1 x 4 a.weight.0 a.bias.0 -> b.weight.1 +bias"],
     "param_scalar_add": [],
     "linear_attention": [],
     "max_dim": [],
@@ -167,6 +167,7 @@ EXPECTED: dict[str, list[str]] = {
     "token_mean": ["R1 1 x 4 e.weight.1 -> rms(n.weight) o.weight.1 +bias"],
     "token_cumsum": [],
     "half_norm": [],
+    "read_again_as_tokens": [],
     "table_is_weight": [],
     "weight_is_bias": [],
     "bias_of_two_norms": [],
@@ -174,7 +175,9 @@ EXPECTED: dict[str, list[str]] = {
     "stack_tokens": [],
     "cat_tokens": ["R1 1 x 4 e.weight.1 e2.weight.1 -> rms(n.weight) o.weight.1 +bias"],
     "layer_scale": [],
-    "layer_scalar": [],
+    "layer_scalar": [
+        "R1 1 x 4 e.weight.1 b.weight.0 b.bias.0 -> rms(n.weight) b.weight.1 +bias -> rms(f_.weight) o.weight.1 +bias"
+    ],
     "norm_bias_no_reader_bias": ["R1 1 x 4 centred e.weight.1 -> layer(n.weight, n.bias) w.0"],
 }
 
@@ -193,6 +196,7 @@ WHY: dict[str, str] = {
     "ln_and_raw": "e: its mean is subtracted for some of its readers only (aten.linear)",
     "ln_and_rms": "e: its mean is subtracted for some of its readers only (aten.linear)",
     "emb_folded_norm_reused": "e: the parameter is used in different ways: as gain0 and as gain0 of e.weight (aten.rms_norm)",
+    "read_again_as_tokens": "e: channels of different tokens are read together (aten.linear)",
     "table_is_weight": "e: the parameter is used in different ways: as a table and as a weight (aten.linear)",
     "weight_is_bias": "e: the parameter is used in different ways: as gain0 and as the bias of p (aten.layer_norm)",
     "bias_of_two_norms": "e: the parameter is used in different ways: as the bias of n and as the bias of n2 (aten.layer_norm)",
@@ -201,7 +205,6 @@ WHY: dict[str, str] = {
     "half_norm": "e: it is joined with something else (aten.cat)",
     "stack_tokens": "e: channels of different tokens are read together (aten.linear)",
     "layer_scale": "e: g is applied to it before it is added: it cannot be folded into a linear (aten.add)",
-    "layer_scalar": "e: it is multiplied by a parameter (aten.mul)",
 }
 """What is said about the embedding, or about attention, that cannot be rotated."""
 

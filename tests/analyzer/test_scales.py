@@ -212,6 +212,9 @@ EXPECTED: dict[str, list[str]] = {
         "linear_linear 2 e.weight.1[2..3] -> o.weight.1[2..3]",
         "norm_linear 2 n.weight.0 -> o.weight.1[0..1]",
     ],
+    "read_again_as_tokens": [
+        "linear_linear 4 e.weight.1 b.weight.0[0:2x2/2,1>1+-1,2] -> b.weight.1 o.weight.1[0:2x2/2,1>1+-1,2]"
+    ],
     "table_is_weight": [],
     "weight_is_bias": ["norm_linear 4 p.0 -> o.weight.1"],
     "bias_of_two_norms": ["norm_linear 4 n.0 p.0 n2.0 -> o.weight.1 o2.weight.1"],
