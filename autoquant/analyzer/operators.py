@@ -91,7 +91,7 @@ RANDOM_LIKE = frozenset("""rand_like randn_like randint_like""".split())
 RANDOM = frozenset("""rand randn randint bernoulli multinomial randperm uniform normal""".split()) | RANDOM_LIKE
 """Operators whose result cannot be computed beforehand."""
 
-GROUPING = frozenset("""cumsum histc to _to_copy clamp clamp_max clamp_min reshape view contiguous""".split())
+GROUPING = frozenset("""cumsum histc bincount to _to_copy clamp clamp_max clamp_min reshape view contiguous""".split())
 """Operators between the experts' indices and the offsets of their rows."""
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}

@@ -26,12 +26,7 @@ from autoquant.errors import AutoQuantError
 TOLERANCE = 1e-6
 
 NOT_COVERED = {
-    "_assert_tensor_metadata": "export puts it into graphs that it makes, as a node that nothing reads",
     "_grouped_mm": "has no kernel for float64; its rules are those of transformers::grouped_mm_fallback",
-    **dict.fromkeys(
-        ("float", "half", "bfloat16", "double", "identity", "logsigmoid", "softsign"),
-        "a function of Python, not an operator of ATen: the graph holds to, log_sigmoid, or what it is made of",
-    ),
 }
 """Operators of the table that no program contains, and why."""
 

@@ -76,7 +76,8 @@ def used() -> Iterator[str]:
 
 
 def test_every_operator_with_a_rule_is_tested() -> None:
-    assert table() - set(used()) == {"_grouped_mm"}, "which has no kernel for float64"
+    # The first has no kernel for float64; export refuses the size that the second makes.
+    assert table() - set(used()) == {"_grouped_mm", "bincount"}
     for rules in (scale_rules.rules(ScaleAnalysis()), rotation_rules.rules(RotationAnalysis())):
         assert rules["_grouped_mm"] is rules["transformers::grouped_mm_fallback"]
 
