@@ -16,7 +16,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.paths import did_you_mean
 
 # In the order of --help, which is that of the work. `name` is the object `command` of autoquant/commands/name.py.
-COMMANDS = ("analyze", "apply", "check", "quantize", "eval", "compare", "schema", "verify", "survey")
+COMMANDS = ("analyze", "apply", "check", "search", "quantize", "eval", "compare", "schema", "verify", "survey")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

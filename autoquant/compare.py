@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from autoquant import __version__
 from autoquant.config import Config, Strategy
 from autoquant.configfile import config_text
-from autoquant.evaluate import Estimate, Windows, exp_estimate, logits_of, nll_per_window, ratio_estimate
-from autoquant.executor.inventory import take_inventory
+from autoquant.evaluate import Estimate, Windows, exp_estimate, logits_of, nll_per_window, ratio_estimate, rebatched
 from autoquant.files import write_text
 from autoquant.preopt import Preopt
-from autoquant.quantize import Sweep, quantize_model_, rotate_, select, smooth_, sweep, swept_weights
-from autoquant.quantizer.prefix import fix_prefix_, prefixed
+from autoquant.prepare import depends_on_strategy, prepare_
+from autoquant.quantize import Sweep, quantize_model_
+from autoquant.quantizer.prefix import fix_prefix_
+from autoquant.quantizer.strategies import Granularity, scheme_of
 
 FLOAT = "float"
 FLOAT_PREFIX = "float+prefix"
@@ -71,6 +72,8 @@ class Task:
     calibration: tuple[Tensor, ...]
     seed: int | None
     inputs: Mapping[str, Any]
+    batch: int = 1
+    """Windows in one forward pass, where no scale spans them."""
 
 
 def compare(
@@ -113,29 +116,35 @@ def _missing(task: Task, load: Callable[[], nn.Module], missing: Sequence[tuple[
         strategies = [s for s in task.strategies if (preopt.name, s.value) in missing]
         if not strategies:
             continue
-        prepared, swept = _prepare(task, load, preopt)
+        prepared: tuple[nn.Module, Sweep] | None = None
         for strategy in strategies:
-            model = copy.deepcopy(prepared)
-            quantize_model_(model, task.config, strategy, swept, task.calibration)
+            if prepared is None or depends_on_strategy(task.config):
+                prepared = _prepare(task, load, preopt, strategy)
+            model = copy.deepcopy(prepared[0])
+            quantize_model_(model, task.config, strategy, prepared[1], task.calibration)
             yield _measure(task, model, preopt.name, strategy.value)
 
 
-def _prepare(task: Task, load: Callable[[], nn.Module], preopt: Preopt) -> tuple[nn.Module, Sweep]:
+def _prepare(task: Task, load: Callable[[], nn.Module], preopt: Preopt, strategy: Strategy) -> tuple[nn.Module, Sweep]:
     """The rotated and smoothed model, behind its prefix, with its maxima."""
     model = load()
-    selected = select(task.config, take_inventory(model), preopt, task.seed)
-    rotate_(model, selected)
-    with prefixed(model, task.config.quantization.prefix):
-        swept = sweep(model, swept_weights(task.config, selected), task.calibration, cache=True)
-    swept = smooth_(model, selected, swept)
-    fix_prefix_(model, task.config.quantization.prefix)
-    return model, swept
+    prepared = prepare_(model, task.config, strategy, preopt, task.calibration, task.seed, cache=True)
+    return model, prepared.swept
 
 
 def _measure(task: Task, model: nn.Module, preopt: str, strategy: str) -> Cell:
     start = time.monotonic()
-    nll = nll_per_window(logits_of(model), task.windows)
+    windows = task.windows if shares_scale(strategy) else rebatched(task.windows, task.batch)
+    nll = nll_per_window(logits_of(model), windows)
     return Cell(preopt, strategy, nll, task.windows.counts, model_bytes(model), time.monotonic() - start)
+
+
+def shares_scale(strategy: str) -> bool:
+    """Whether what is in one forward pass has one scale: windows then go one by one."""
+    if strategy not in list(Strategy):
+        return False
+    scheme = scheme_of(Strategy(strategy))
+    return Granularity.TENSOR_DYNAMIC in (scheme.activation, scheme.kv_cache)
 
 
 def model_bytes(model: nn.Module) -> int:

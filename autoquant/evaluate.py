@@ -104,6 +104,17 @@ def cut_windows(
     return Windows(batches, bos is not None)
 
 
+def rebatched(windows: Windows, batch: int) -> Windows:
+    """The same windows in the same order, up to ``batch`` of equal length in a forward pass."""
+    groups: list[list[Tensor]] = []
+    for row in (row for part in windows.batches for row in torch.split(part, 1)):
+        if groups and len(groups[-1]) < batch and groups[-1][0].shape == row.shape:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return Windows(tuple(torch.cat(rows) for rows in groups), windows.has_bos)
+
+
 @torch.no_grad()
 def evaluate(
     model: LogitsOf, windows: Windows, reference: LogitsOf | None = None, progress: Callable[[int], None] | None = None

@@ -22,23 +22,10 @@ from autoquant.executor.plan import Plan
 from autoquant.executor.safetensors_stream import open_shards
 from autoquant.executor.texts import read_text
 from autoquant.preopt import Preopt
-from autoquant.quantize import (
-    Quantized,
-    Sweep,
-    needs_sweep,
-    quantize_model_,
-    rotate_,
-    select,
-    smooth_,
-    sweep,
-    swept_weights,
-)
+from autoquant.prepare import Progress, prepare_
+from autoquant.quantize import Quantized, needs_sweep, quantize_model_, select
 from autoquant.quantizer.checkpoint import save_quantized
-from autoquant.quantizer.prefix import fix_prefix_, prefixed
 from autoquant.quantizer.strategies import kv_granularity
-
-Progress = Callable[[str, int, int], None]
-"""Told of a step, how much of it is done, and of how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +58,24 @@ def quantize_checkpoint(
     progress("load", 0, 1)
     model = load_float32(source)
     selected = select(recipe.config, take_inventory(model), recipe.preopt, recipe.seed)
-    progress("rotate", 0, 1)
-    plan = rotate_(model, selected)
-    swept = Sweep()
-    batches: tuple[Tensor, ...] = ()
-    if needs_sweep(recipe.config, recipe.strategy, selected):
-        batches = required_calibration(recipe)
-        with prefixed(model, recipe.config.quantization.prefix):
-            swept = sweep(
-                model,
-                swept_weights(recipe.config, selected),
-                batches,
-                cache=has_static_cache(recipe),
-                progress=lambda done: progress("calibrate", done, len(batches)),
-            )
-    progress("smooth", 0, 1)
-    swept = smooth_(model, selected, swept)
-    fix_prefix_(model, recipe.config.quantization.prefix)
+    batches = required_calibration(recipe) if needs_sweep(recipe.config, recipe.strategy, selected) else ()
+    prepared = prepare_(
+        model,
+        recipe.config,
+        recipe.strategy,
+        recipe.preopt,
+        batches,
+        recipe.seed,
+        cache=has_static_cache(recipe),
+        tell=progress,
+    )
     progress("quantize", 0, 1)
     quantized = quantize_model_(
-        model, recipe.config, recipe.strategy, swept, batches, lambda *at: progress("quantize", *at)
+        model, recipe.config, recipe.strategy, prepared.swept, batches, lambda *at: progress("quantize", *at)
     )
     narrow_(model, dtype)
     progress("write", 0, 1)
-    facts = provenance(recipe, plan, options, quantized)
+    facts = provenance(recipe, prepared.plan, options, quantized)
     save_quantized(model, target, used_config(recipe), facts, load_tokenizer(source), force=force)
 
 

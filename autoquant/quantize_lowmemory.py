@@ -31,6 +31,7 @@ from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan
 from autoquant.executor.safetensors_stream import Shards, open_shards
 from autoquant.lockstep import run_in_step
+from autoquant.prepare import Progress
 from autoquant.quantize import (
     Sweep,
     needs_sweep,
@@ -42,7 +43,6 @@ from autoquant.quantize import (
     swept_weights,
 )
 from autoquant.quantize_checkpoint import (
-    Progress,
     Recipe,
     has_static_cache,
     load_tokenizer,

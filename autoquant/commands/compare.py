@@ -31,6 +31,13 @@ PREOPTS = "none,smooth:0.85,smooth:0.5,smooth:0.5+fc_fc,fc_fc:0.5+rotation"
 @click.option("--window", type=click.IntRange(1), default=512, show_default=True, help="Tokens per window, BOS apart.")
 @click.option("--sequences", type=click.IntRange(1), default=16, show_default=True, help="Calibration windows.")
 @click.option("--seed", type=click.IntRange(0), help="Replaces rotation.seed and picks random calibration windows.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Windows per forward pass; those with per-tensor dynamic scales go one by one.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where the models run: cpu, cuda.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -45,6 +52,7 @@ def command(
     window: int,
     sequences: int,
     seed: int | None,
+    batch: int,
     device: str,
     output: Path,
     quiet: bool,
@@ -82,7 +90,7 @@ def command(
         config = config_for(str(model), config_path, tell)
     settings = {"tokens": tokens, "window": window, "sequences": sequences, "seed": seed, "device": device}
     inputs = describe_inputs(model, data, calibration, **settings)
-    task = Task(config, preopts, chosen, windows, batches, seed, inputs)
+    task = Task(config, preopts, chosen, windows, batches, seed, inputs, batch)
 
     def load() -> torch.nn.Module:
         loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

@@ -53,9 +53,9 @@ def optimise_scales(
 
     ``columns_C`` int64 ``[C]``: the channel that each column carries, -1 for none; columns of one channel share its
     scale. ``start`` ``[channels]`` multiplies the inputs, as :func:`autoquant.executor.smooth.smoothing_scales` gives
-    it. ``maximum_C``: the calibrated maxima that static scales come from, where ``inputs_TC`` are only some of the
-    tokens. A dynamic tensor is taken to be all of ``inputs_TC``. Each round's steps are half as long as those of the
-    round before, on the log scale; the first are of one octave.
+    it. ``maximum_C``: the calibrated maxima that static scales come from, where ``inputs_TC`` are other tokens: what
+    exceeds them is clipped, as it will be at inference. A dynamic tensor is taken to be all of ``inputs_TC``. Each
+    round's steps are half as long as those of the round before, on the log scale; the first are of one octave.
 
     Returns float64 scales. Raises AutoQuantError where inputs or weights hold a NaN or an infinity.
     """
@@ -126,9 +126,7 @@ def _problem(
         raise AutoQuantError("scales cannot be optimised: the inputs or the weights hold a NaN or an infinity")
     x_TC = x_TC.T.contiguous().T  # columns are read one by one
     abs_TC = x_TC.abs()
-    maximum_C = (
-        abs_TC.amax(0) if maximum_C is None else torch.maximum(maximum_C.float().to(x_TC.device), abs_TC.amax(0))
-    )
+    maximum_C = abs_TC.amax(0) if maximum_C is None else maximum_C.float().to(x_TC.device)
     lengths = [1] * len(w_OC) if scheme.weight_per_channel else [len(weight) for weight in weights]
     tensors_O = torch.arange(len(lengths), device=x_TC.device).repeat_interleave(
         torch.tensor(lengths, device=x_TC.device)

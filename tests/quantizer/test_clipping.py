@@ -64,7 +64,7 @@ def test_zeros_have_maximum_zero_for_the_caller_to_refuse(clip: StaticClip) -> N
 
 
 def test_best_share_goes_from_coarse_to_fine_and_prefers_the_larger() -> None:
-    assert best_share(lambda share: abs(share - 0.63)) == pytest.approx(0.635)
+    assert best_share(lambda share: abs(share - 0.63)) == pytest.approx(0.625)
     assert best_share(lambda share: 0.0) == 1.0
 
 
