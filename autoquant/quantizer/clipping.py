@@ -30,8 +30,8 @@ def sampled(x_TI: Tensor, tokens: int = TOKENS) -> Tensor:
 def clipped_maximum(x_TI: Tensor, weight_OI: Tensor, choice: ActivationQuantization) -> Tensor:
     """The magnitude that becomes 127, float32 []: of inputs [T, I] of a linear with weight [O, I].
 
-    mse and output try shares of the maximum from 1 down to 0.2, then finer around the best; never worse than the maximum
-    on the sample.
+    mse and output try shares of the maximum from 1 down to 0.2, then finer around the best; on the sample never worse
+    than the maximum.
     """
     largest = int8.absmax(x_TI).reshape(())
     if choice.clip is StaticClip.ABSMAX or not bool(largest > 0):
