@@ -232,8 +232,8 @@ def measure(
 @click.option("--sequences", default=64, show_default=True)
 @click.option("--length", default=512, show_default=True)
 @click.option("--rows", help="i/n: every n-th row, from the i-th.")
-@click.option("--only", help="Only rows that hold this text.")
-@click.option("--strategies", help="Only these, by their short names (c/t static), comma-separated.")
+@click.option("--only", help="Only rows that hold one of these texts, separated by |.")
+@click.option("--strategies", help="Only these, by their short names (c/t static), separated by |.")
 @click.option("--device", default="cpu")
 @click.option("--table", is_flag=True, help="Print the table of what is there.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
@@ -299,11 +299,12 @@ def main(
             for strategy in matching
             if "kv_cache" not in strategy.value
         ]
-    chosen = strategies.split(",") if strategies else None
+    chosen = strategies.split("|") if strategies else None
     mine = [
         entry
         for entry in wanted
-        if (only is None or only in entry[0]) and (chosen is None or short(entry[3].value) in chosen)
+        if (only is None or any(text in entry[0] for text in only.split("|")))
+        and (chosen is None or short(entry[3].value) in chosen)
     ]
     for row, preopt, changed, strategy, side in mine[first::number]:
         measure(
