@@ -7,7 +7,7 @@ OUT := out
 STATIC := --strategy w_int8_per_channel_a_int8_per_tensor_static --force \
 	--calibration autoquant/data/sample.calibration.txt --sequences 6 --length 128
 
-.PHONY: demo test test-slow configs install clean
+.PHONY: demo test test-slow configs survey install clean
 
 demo: $(INSTALLED)
 	mkdir -p $(OUT)
@@ -31,6 +31,10 @@ test-slow: $(INSTALLED)
 configs: $(INSTALLED)
 	$(BIN)/python -m autoquant schema -o schemas --force
 	$(BIN)/python -m autoquant.generate generated_configs
+
+# About half an hour on two cores. Rows that are there are not made again: `rm -r docs/rows` for a new start.
+survey: $(INSTALLED)
+	$(BIN)/autoquant survey -o docs
 
 install: $(INSTALLED)
 

@@ -1,27 +1,36 @@
 """Every causal language model type that transformers registers: analysed, proved, and one row each.
 
-Each type runs in a process of its own, so that a crash, a hang or a model that eats memory costs one row. Finished rows
-are kept in a folder and used again, so that an interrupted survey goes on where it stopped.
+torch and transformers are imported once; each type then runs in a forked process of its own, so that a crash, a hang
+or a model that eats memory costs one row. Finished rows are kept in a folder and used again, so that an interrupted
+survey goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import import_module
 from importlib.metadata import version
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+from autoquant.errors import AutoQuantError
 from autoquant.files import write_text
+from autoquant.paths import LAYER
 
 Row = dict[str, Any]
 TIMEOUT = 300.0
 """Seconds that one type may take."""
+
+_BEFORE_FORKING = """transformers.modeling_utils transformers.models.auto.modeling_auto torch._dynamo torch.export
+autoquant.analyze autoquant.certify autoquant.models autoquant.report.summary"""
 
 
 def registered_types() -> list[str]:
@@ -35,11 +44,10 @@ def examine(model_type: str) -> Row:
     """One row: how the type was captured, what it allows, what is proved, or why not. Never raises AutoQuantError."""
     from autoquant.analyze import analyze
     from autoquant.certify import certify
-    from autoquant.errors import AutoQuantError
     from autoquant.models import resolve
     from autoquant.report.summary import because, reached
 
-    row: Row = {"type": model_type, "torch": version("torch"), "transformers": version("transformers")}
+    row = _row(model_type)
     start = time.perf_counter()
     try:
         source = resolve(model_type)
@@ -49,6 +57,7 @@ def examine(model_type: str) -> Row:
     config = analyzed.config
     linears = [whole for linear in config.model.linears for whole in reached(config, linear).values()]
     residual = [space.size for space in config.rotation.spaces if space.kind == "R1"]
+    tables = [because(b) for b in config.blocked if b.what == "rotation" and LAYER not in b.path]
     row |= {
         "captured": analyzed.captured.how,
         "layers": config.model.layers,
@@ -57,12 +66,14 @@ def examine(model_type: str) -> Row:
         "smoothable": sum(linears),
         "groups": len(config.smoothing.groups),
         "residual": residual[0] if residual else None,
+        "residual_blocked": tables[0] if tables and not residual else None,
         "spaces": len(config.rotation.spaces),
         "online": len(config.rotation.online),
         "blocked": sorted({f"{b.what}: {because(b)}" for b in config.blocked}),
         "unknown_operators": list(analyzed.findings.unknown_operators),
         "steps": {step: round(seconds, 2) for step, seconds in analyzed.seconds.items()},
     }
+    proving = time.perf_counter()
     try:
         certificate = certify(analyzed, source).certificate
         if certificate is not None:
@@ -70,7 +81,9 @@ def examine(model_type: str) -> Row:
             row["dtype"] = certificate.dtype
     except AutoQuantError as error:
         row["unproved"] = error.message
-    return row | {"seconds": round(time.perf_counter() - start, 1)}
+    now = time.perf_counter()
+    row["steps"]["certificate"] = round(now - proving, 2)
+    return row | {"seconds": round(now - start, 1)}
 
 
 def survey(
@@ -80,101 +93,106 @@ def survey(
     jobs: int,
     timeout: float = TIMEOUT,
     done: Callable[[Row], None] = lambda row: None,
+    make: Callable[[str], Row] = examine,
 ) -> list[Row]:
-    """Examine ``types``, ``jobs`` at a time, each in a process of its own; rows of ``folder`` are not made again."""
+    """Rows of ``types``, made ``jobs`` at a time by ``make``; those that ``folder`` holds are not made again.
+
+    However it is left, by an interruption too, no process stays behind. Raises AutoQuantError where the platform
+    cannot fork.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {row["type"]: row for row in _finished(folder) if row["type"] in types}
-    with ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(_in_process, name, timeout): name for name in types if name not in rows}
-        for future in as_completed(pending):
-            row = future.result()
-            rows[row["type"]] = row
-            write_text(folder / f"{row['type']}.json", json.dumps(row, indent=2) + "\n", force=True)
-            done(row)
+    rows = {row["type"]: row for row in finished(folder) if row["type"] in types}
+    for row in _rows([name for name in types if name not in rows], folder, jobs, timeout, make):
+        rows[row["type"]] = row
+        write_text(folder / f"{row['type']}.json", json.dumps(row, indent=2) + "\n", force=True)
+        done(row)
     return [rows[name] for name in types]
 
 
-def _finished(folder: Path) -> Iterator[Row]:
-    """Rows that were made with the versions at hand."""
+def finished(folder: Path) -> Iterator[Row]:
+    """Rows of ``folder`` that were made with the versions at hand."""
     for path in sorted(folder.glob("*.json")):
-        row: Row = json.loads(path.read_text())
-        if (row.get("torch"), row.get("transformers")) == (version("torch"), version("transformers")):
+        row: Row = json.loads(path.read_text(encoding="utf-8"))
+        if row | _row(row["type"]) == row:
             yield row
 
 
-def _in_process(model_type: str, timeout: float) -> Row:
-    """Run ``python -m autoquant.survey TYPE`` and read the row that it prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    row: Row = {"type": model_type, "torch": version("torch"), "transformers": version("transformers")}
+def _row(model_type: str) -> Row:
+    return {"type": model_type, "torch": version("torch"), "transformers": version("transformers")}
+
+
+def _rows(names: Sequence[str], folder: Path, jobs: int, timeout: float, make: Callable[[str], Row]) -> Iterator[Row]:
+    """A row for each of ``names``, in the order in which they are finished."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise AutoQuantError("survey: this platform cannot fork; run it on Linux")
+    if names:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        for module in _BEFORE_FORKING.split():
+            import_module(module)
+    waiting = list(reversed(names))
+    running: dict[int, tuple[str, ForkProcess, float]] = {}
     try:
-        ran = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "autoquant.survey", model_type],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return row | {"captured": None, "reason": f"not finished after {timeout:.0f} s", "seconds": timeout}
-    lines = ran.stdout.strip().splitlines()
-    if ran.returncode == 0 and lines:
-        found: Row = json.loads(lines[-1])
-        return found
-    last = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-    return row | {"captured": None, "reason": f"crashed: {last}", "crashed": True}
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop()
+                process = multiprocessing.get_context("fork").Process(
+                    target=_child, args=(make, name, _unfinished(folder, name))
+                )
+                process.start()
+                running[process.sentinel] = name, process, time.monotonic() + timeout
+            first = min(deadline for _, _, deadline in running.values())
+            ended = wait(list(running), max(0.0, first - time.monotonic()))
+            late = [sentinel for sentinel, (_, _, deadline) in running.items() if deadline <= time.monotonic()]
+            for sentinel in [sentinel for sentinel in running if sentinel in ended or sentinel in late]:
+                name, process, _ = running.pop(sentinel)
+                process.kill()
+                process.join()
+                yield _outcome(
+                    name, _unfinished(folder, name), process.exitcode, None if sentinel in ended else timeout
+                )
+    finally:
+        for name, process, _ in running.values():
+            process.kill()
+            process.join()
+            _unfinished(folder, name).unlink(missing_ok=True)
 
 
-def totals(rows: Sequence[Row]) -> dict[str, int]:
-    """Counts over all types."""
-    captured = [row for row in rows if row.get("captured")]
-    return {
-        "types": len(rows),
-        "captured": len(captured),
-        "proved": sum("certificate" in row for row in captured),
-        "with a smoothing group": sum(row["groups"] > 0 for row in captured),
-        "residual rotatable": sum(row["residual"] is not None for row in captured),
-        "tracebacks": sum(row.get("crashed", False) for row in rows),
-    }
+def _unfinished(folder: Path, name: str) -> Path:
+    return folder / f"{name}.part"
 
 
-def coverage_text(rows: Sequence[Row], command: str) -> str:
-    """The survey as Markdown: totals, a table, and what is impossible with the reason."""
-    count = totals(rows)
-    lines = [
-        "# Coverage",
-        "",
-        f"Every model type that transformers {rows[0]['transformers']} registers for causal language modelling, at its",
-        f"default size, with torch {rows[0]['torch']}. Made by `{command}`.",
-        "",
-        ", ".join(f"{number} {what}" for what, number in count.items()) + ".",
-        "",
-        "| type | captured | linears smoothed | groups | residual rotation | spaces | certificate, worst | seconds |",
-        "|---|---|---:|---:|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        if not row.get("captured"):
-            lines.append(f"| {row['type']} | no | | | | | | {row.get('seconds', '')} |")
-            continue
-        worst = f"{max(row['certificate'].values(), default=0):.0e}" if "certificate" in row else "not proved"
-        cells = [
-            row["type"],
-            row["captured"],
-            f"{row['smoothable']} of {row['linears']}",
-            str(row["groups"]),
-            str(row["residual"] or "blocked"),
-            str(row["spaces"]),
-            worst,
-            str(row["seconds"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    for title, key in (("Not captured", "reason"), ("Not proved", "unproved")):
-        failed = [row for row in rows if row.get(key)]
-        if failed:
-            lines += ["", f"## {title}", "", *(f"- **{row['type']}**: {row[key]}" for row in failed)]
-    unknown = sorted({name for row in rows for name in row.get("unknown_operators", [])})
-    lines += ["", "## Operators without a rule", "", ", ".join(f"`{name}`" for name in unknown) or "None."]
-    return "\n".join([*lines, ""])
+def _child(make: Callable[[str], Row], name: str, file: Path) -> None:
+    """Make one row and write it to ``file``; the parent decides what an interruption means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # Linux only: short of memory, the kernel then takes this process, no other
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    try:
+        row = make(name)
+    except Exception as error:  # a mistake of ours: the row says so, and the survey goes on
+        row = _row(name) | _crash(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    file.write_text(json.dumps(row), encoding="utf-8")
 
 
-if __name__ == "__main__":
-    print(json.dumps(examine(sys.argv[1])))
+def _outcome(name: str, file: Path, exitcode: int | None, timeout: float | None) -> Row:
+    """The row that a process left, or one that says how it ended."""
+    if timeout is not None:
+        file.unlink(missing_ok=True)
+        return _row(name) | {"captured": None, "reason": f"not finished after {timeout:.0f} s", "seconds": timeout}
+    if exitcode == 0 and file.is_file():
+        row: Row = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        return row
+    file.unlink(missing_ok=True)
+    if exitcode == -signal.SIGKILL:
+        return _row(name) | _crash("killed, most likely for want of memory")
+    how = (
+        f"signal {signal.Signals(-exitcode).name}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
+    )
+    return _row(name) | _crash(how)
+
+
+def _crash(how: str) -> Row:
+    return {"captured": None, "reason": f"crashed: {how}", "crashed": True}

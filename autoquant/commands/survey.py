@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+COMMAND = "make survey"
+
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, metavar="DIR")
@@ -16,13 +18,15 @@ import click
 def command(output: Path, types: str | None, sample: int | None, seed: int, jobs: int, timeout: float) -> None:
     """Analyze and prove every causal language model type of transformers.
 
-    Writes coverage.md and coverage.json; finished rows are kept in DIR/rows, and a second run goes on from there.
+    Writes coverage.md and coverage.json; finished rows are kept in DIR/rows, and a second run goes on from there. Every
+    type runs in a process of its own: what it costs, or how it fails, is one row.
     """
     import json
 
     from autoquant.files import write_text
     from autoquant.paths import did_you_mean
-    from autoquant.survey import coverage_text, registered_types, survey, totals
+    from autoquant.report.coverage import coverage_text, totals
+    from autoquant.survey import registered_types, survey
 
     known = registered_types()
     chosen = types.split(",") if types else known
@@ -41,5 +45,5 @@ def command(output: Path, types: str | None, sample: int | None, seed: int, jobs
 
     rows = survey(chosen, output / "rows", jobs=jobs, timeout=timeout, done=done)
     write_text(output / "coverage.json", json.dumps(rows, indent=1) + "\n", force=True)
-    write_text(output / "coverage.md", coverage_text(rows, "autoquant survey"), force=True)
+    write_text(output / "coverage.md", coverage_text(rows, COMMAND), force=True)
     click.echo(", ".join(f"{number} {what}" for what, number in totals(rows).items()))

@@ -138,3 +138,13 @@ class RotatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.linear(self.rotation(x))
         return result
+
+    @property
+    def weight(self) -> Tensor:
+        """The linear's own: models look at its dtype."""
+        return self.linear.get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The linear's own."""
+        return self.linear._parameters.get("bias")
