@@ -32,7 +32,7 @@ from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.smooth import random_scales
-from autoquant.models import LoadedModel, ModelSource, float64_throughout, grouped_experts, small
+from autoquant.models import LoadedModel, ModelSource, float64_throughout, grouped_experts, small, widened
 from autoquant.threads import one_thread
 
 TOLERANCE = 1e-5
@@ -84,7 +84,7 @@ def small_claims(
     loaded = small(source, seed)
     config = small_config(source, loaded)
     _check_same_claims(analyzed.config, config)
-    return loaded, config
+    return widened(loaded), config
 
 
 def prove(

@@ -54,6 +54,8 @@ def examine(model_type: str) -> Row:
         analyzed = analyze(source)
     except AutoQuantError as error:
         return row | {"captured": None, "reason": error.message, "seconds": round(time.perf_counter() - start, 1)}
+    if source.repairs:
+        row["repaired"] = {name: str(value) for name, value in source.repairs.items()}
     config = analyzed.config
     linears = [whole for linear in config.model.linears for whole in reached(config, linear).values()]
     residual = [space.size for space in config.rotation.spaces if space.kind == "R1"]

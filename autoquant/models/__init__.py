@@ -4,8 +4,9 @@ The only package that imports transformers, and only when one of its functions i
 architecture: sizes are reduced by what their configuration fields are called and by how their values relate.
 """
 
-from autoquant.models.reduction import float64_throughout, grouped_experts, layer_kinds, randomise_, small
-from autoquant.models.source import LoadedModel, ModelSource, build_meta, resolve
+from autoquant.models.reduction import float64_throughout, grouped_experts, layer_kinds, randomise_, small, widened
+from autoquant.models.repair import resolve
+from autoquant.models.source import LoadedModel, ModelSource, build_meta
 from autoquant.models.weights import load_weights
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "randomise_",
     "resolve",
     "small",
+    "widened",
 ]

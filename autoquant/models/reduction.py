@@ -119,8 +119,25 @@ def float64_throughout() -> Iterator[None]:
                 func = torch.Tensor.double
             return func(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
 
-    with Widen():
-        yield
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Widen():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def widened(loaded: LoadedModel) -> LoadedModel:
+    """A float32 model in float64 where it runs under :func:`float64_throughout`, else as it is.
+
+    Some models make tensors of the default dtype on their way, and do not run in any other unless that changes too.
+    """
+    if next(loaded.module.parameters()).dtype is not torch.float32:
+        return loaded
+    wide = LoadedModel(copy.deepcopy(loaded.module).double(), loaded.args, loaded.kwargs, loaded.config)
+    with float64_throughout():
+        return wide if failure_of(wide) is None else loaded
 
 
 def _widened(value: Any) -> Any:

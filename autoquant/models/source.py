@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class ModelSource:
     checkpoint: Path | None = None
     """The directory that MODEL names, where it names one."""
     trust_remote_code: bool = False
+    repairs: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a default configuration that had to be changed for it to be built, with the new values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +52,25 @@ class LoadedModel:
     config: Any = None
 
 
-def resolve(model: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelSource:
-    """Find out what ``model`` names; nothing is built yet.
-
-    One of: a directory with a ``config.json`` or such a file, ``package.module:factory`` (imported with the working
-    directory on the path), a transformers model type (its default configuration), a hub id. ``layers`` limits the
-    number of layers of a configuration.
-
-    Raises :class:`AutoQuantError` with what was tried and the nearest model type.
-    """
+def resolve(model: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """What ``model`` names, as it is; see ``repair.resolve``. Nothing is built yet."""
     path = Path(model).expanduser()
     if path.is_file() or (path / "config.json").is_file():
-        source = _from_path(model, path, trust_remote_code)
-    elif ":" in model:
-        source = ModelSource(model, factory=_import_factory(model))
-    else:
-        source = _from_name(model, trust_remote_code)
-    if layers is None:
-        return source
+        return _from_path(model, path, trust_remote_code)
+    if ":" in model:
+        return ModelSource(model, factory=_import_factory(model))
+    return _from_name(model, trust_remote_code)
+
+
+def limited(source: ModelSource, layers: int) -> ModelSource:
+    """The first ``layers`` layers of a configuration. Raises AutoQuantError where it does not say how many it has."""
     if layers < 1:
         raise AutoQuantError(f"--layers: expected a positive number, got {layers}")
     if source.config is None:
-        raise AutoQuantError(f"--layers: {model} is a factory, which alone decides its number of layers")
+        raise AutoQuantError(f"--layers: {source.name} is a factory, which alone decides its number of layers")
     config = copy.deepcopy(source.config)
     limit_layers(config, layers)
-    return ModelSource(model, config, None, source.checkpoint, trust_remote_code)
+    return replace(source, config=config)
 
 
 def build_meta(source: ModelSource) -> LoadedModel:
@@ -217,6 +213,10 @@ def _drop_values_(module: nn.Module) -> None:
                     table[name] = nn.Parameter(meta) if isinstance(tensor, nn.Parameter) else meta  # type: ignore[assignment]  # of its own kind
 
 
+_CHUNK = 16
+"""Tokens that a scan over the sequence takes at once, at most. It shapes no parameter and changes no result."""
+
+
 def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """A causal language model of ``config``, which is copied, with three tokens of input. Raises AutoQuantError."""
     from transformers import AutoModelForCausalLM
@@ -228,6 +228,9 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
             part.is_decoder = True
         if vars(part).get("num_key_value_heads", 0) is None:  # documented as "as many as num_attention_heads"
             part.num_key_value_heads = part.num_attention_heads
+        for name, value in list(vars(part).items()):
+            if name.endswith("chunk_size") and type(value) is int:  # scans pad a few tokens to whole chunks
+                setattr(part, name, min(value, _CHUNK))
     for attention in ("sdpa", "eager"):
         try:
             with quiet(), torch.random.fork_rng(devices=()), device:
@@ -258,6 +261,8 @@ def limit_layers(config: Any, layers: int) -> None:
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == before and key != "architectures":
             setattr(config, key, value[:layers])
+        elif key.endswith("shared_layers") and type(value) is int:  # the last ones, which reuse what others made
+            setattr(config, key, round(value * layers / before))
     try:
         config.num_hidden_layers = layers
     except NotImplementedError as error:

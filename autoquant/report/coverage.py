@@ -19,6 +19,7 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
         "with a smoothing group": sum(row["groups"] > 0 for row in captured),
         "residual rotatable": sum(row["residual"] is not None for row in captured),
         "with an operator without a rule": sum(bool(row["unknown_operators"]) for row in captured),
+        "with a repaired default configuration": sum("repaired" in row for row in rows),
         "tracebacks": sum(row.get("crashed", False) for row in rows),
     }
 
@@ -46,6 +47,10 @@ def coverage_text(rows: Sequence[Row], command: str) -> str:
         failed = [row for row in rows if row.get(key)]
         if failed:
             lines += ["", f"## {title}", "", *(f"- **{row['type']}**: {row[key]}" for row in failed)]
+    repaired = [row for row in rows if row.get("repaired")]
+    if repaired:
+        lines += ["", "## Default configurations that were repaired", ""]
+        lines += [f"- **{row['type']}**: {_listed(row['repaired'])}" for row in repaired]
     blocked = [row for row in rows if row.get("captured") and row["residual"] is None]
     lines += ["", "## Residual not rotatable", "", *(f"- **{row['type']}**: {_why(row)}" for row in blocked)]
     unknown: dict[str, list[str]] = {}
@@ -117,3 +122,8 @@ def _sum(rows: Sequence[Row], key: str) -> int:
 
 def _why(row: Row) -> str:
     return row["residual_blocked"] or "no table of embeddings is looked up and read as a vector by linears"
+
+
+def _listed(fields: dict[str, str]) -> str:
+    values = {name: value if len(value) < 60 else f"{value[:57]}..." for name, value in fields.items()}
+    return ", ".join(f"{name} = {value}" for name, value in values.items())

@@ -1,0 +1,267 @@
+"""Default configurations that cannot be built or run, made usable by what their own fields and the errors say.
+
+Many model types have no default size that anybody ever built: a number of experts is None, a check refuses the default,
+one part of the configuration lacks what another part has. A repair is derived from the fields beside it. Only the
+default configuration of a model type is ever repaired, never one that was given, and every repair is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autoquant.errors import AutoQuantError
+from autoquant.models import source as naming
+from autoquant.models.source import ModelSource, build, layer_count, limit_layers, quiet, standard_field, text_config
+
+_MOST = 8  # repairs of one configuration
+
+_HEADS = re.compile(r"heads?$|num_query_groups")
+_HEAD_SIZE = re.compile(r"head_?dim$|d_head|head_size|kv_channels|dim_head")
+_EXPERTS = re.compile(r"experts?$|num_experts|expert_num")
+_EXPERTS_PER_TOKEN = re.compile(r"per_tok$|moe_k$|moe_topk|top_k")
+_DEMAND = re.compile(r"(\w+) must be (\w+), got")
+_MISSING = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """A field of a configuration, or of the part of it that ``part`` numbers, and its new value."""
+
+    part: int
+    name: str
+    value: Any
+
+    def apply(self, config: Any) -> Any:
+        """A changed copy."""
+        changed = copy.deepcopy(config)
+        setattr(_parts(changed)[self.part], self.name, copy.deepcopy(self.value))
+        return changed
+
+
+def resolve(model: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """Find out what ``model`` names.
+
+    One of: a directory with a ``config.json`` or such a file, ``package.module:factory`` (imported with the working
+    directory on the path), a transformers model type (its default configuration), a hub id. ``layers`` limits the
+    number of layers of a configuration. A few layers of a default configuration are run without memory, and it is
+    repaired where they refuse: ``repairs`` of the result says how.
+
+    Raises :class:`AutoQuantError` with what was tried and the nearest model type.
+    """
+    try:
+        source = naming.resolve(model, trust_remote_code=trust_remote_code)
+    except AutoQuantError as error:
+        made = _as_demanded(model, error)
+        if made is None:
+            raise
+        source = made
+    if source.config is not None and source.checkpoint is None and _is_type(model):
+        for repair in find_repairs(source) if source.repairs else _type_repairs(model):
+            source = replace(
+                source,
+                config=repair.apply(source.config),
+                repairs={**source.repairs, repair.name: repair.value},
+            )
+    return source if layers is None else naming.limited(source, layers)
+
+
+def _is_type(model: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model in CONFIG_MAPPING
+
+
+def _as_demanded(model: str, refusal: AutoQuantError) -> ModelSource | None:
+    """The default configuration with the values that its own checks demand; None where that is not what is wrong."""
+    from transformers import CONFIG_MAPPING
+
+    error, kind = refusal.__cause__, CONFIG_MAPPING[model] if _is_type(model) else None
+    given: dict[str, Any] = {}
+    demands: dict[str, Any] = {}
+    while kind is not None and len(demands) < _MOST:
+        demand = _DEMAND.search(str(error))
+        owner = _owner(kind, demand[1]) if demand else None
+        if demand is None or owner is None or demand[1] in demands:
+            return None
+        demands[demand[1]] = _literal(demand[2])
+        (given if owner == "" else given.setdefault(owner, {}))[demand[1]] = demands[demand[1]]
+        try:
+            with quiet():
+                return ModelSource(model, kind(**copy.deepcopy(given)), repairs=demands)
+        except Exception as again:  # configuration classes check their values in many ways
+            error = again
+    return None
+
+
+def _owner(kind: Any, name: str) -> str | None:
+    """The part of a configuration class that has a field, '' for the class itself; None where none has it."""
+    from transformers import CONFIG_MAPPING
+
+    if name in _field_names(kind):
+        return ""
+    for part, described in getattr(kind, "sub_configs_defaults", {}).items():
+        own = CONFIG_MAPPING[described.model_type] if _is_type(described.model_type) else described.config_class
+        if name in _field_names(own):
+            return str(part)
+    return None
+
+
+def _field_names(kind: Any) -> frozenset[str]:
+    return frozenset(getattr(kind, "__dataclass_fields__", {}))
+
+
+def _literal(text: str) -> Any:
+    named = {"True": True, "False": False, "None": None}
+    return named[text] if text in named else int(text) if text.isdigit() else text
+
+
+@functools.cache
+def _type_repairs(model: str) -> tuple[Repair, ...]:
+    """Repairs of a model type's default configuration, found once in a process."""
+    return find_repairs(naming.resolve(model))
+
+
+def find_repairs(source: ModelSource) -> tuple[Repair, ...]:
+    """What to change for a few layers to build and run; nothing where that is not enough.
+
+    A change is kept if it removes what was in the way; what comes up next is treated alike.
+    """
+    config = source.config
+    found: list[Repair] = []
+    error = refusal(source, config)
+    while error is not None and len(found) < _MOST:
+        for repair in _proposals(config, error):
+            trial = repair.apply(config)
+            left = refusal(source, trial)
+            if left is None or (type(left), str(left)) != (type(error), str(error)):
+                config, error = trial, left
+                found.append(repair)
+                break
+        else:
+            return ()
+    return tuple(found) if error is None else ()
+
+
+def refusal(source: ModelSource, config: Any) -> Exception | None:
+    """Why a few layers of a configuration, of every kind, cannot be built and run without memory, None where they can.
+
+    A RuntimeError says that values decide the way, or that there is no kernel, and nothing about the configuration.
+    """
+    try:
+        config = copy.deepcopy(config)
+        if layer_count(config) is not None:
+            limit_layers(config, _every_kind(text_config(config)))
+        with FakeTensorMode():
+            loaded = build(source, config, torch.device("cpu"), torch.float32)
+            with quiet(), torch.random.fork_rng(devices=()), torch.no_grad():
+                loaded.module(*loaded.args, **loaded.kwargs)
+    except (RuntimeError, NotImplementedError):
+        return None
+    except AutoQuantError as error:
+        return error.__cause__ if isinstance(error.__cause__, Exception) else error
+    except Exception as error:  # the architecture's own code
+        return error
+    return None
+
+
+def _every_kind(config: Any) -> int:
+    """How many layers hold every value of every list that has an entry for each layer, two at least."""
+    count = layer_count(config)
+    lists = [value for value in vars(config).values() if isinstance(value, list | tuple) and len(value) == count]
+    return max([2, *(values.index(value) + 1 for values in lists for value in values)])
+
+
+def _proposals(config: Any, error: Exception) -> Iterator[Repair]:
+    """Whatever may help against ``error``."""
+    missing = _MISSING.search(str(error))
+    for number, part in enumerate(_parts(config)):
+        fields = vars(part)
+        if missing and type(part).__name__ == missing[1]:
+            for value in _elsewhere(config, missing[2]):
+                yield Repair(number, missing[2], value)
+        if isinstance(error, KeyError) and error.args:
+            keys = next((v for v in fields.values() if isinstance(v, list) and error.args[0] in v), ())
+            for name, value in fields.items():
+                if keys and isinstance(value, dict):  # one for all, where one for each is looked up
+                    yield Repair(number, name, dict.fromkeys(keys, value or _rotary(part)))
+        for name, value in fields.items():
+            if value is None:
+                yield from (Repair(number, name, derived) for derived in _derived(part, name))
+    for number, part in enumerate(_parts(config)):
+        for name, value in vars(part).items():
+            if name.endswith("_types") and isinstance(value, list):  # without the kind of layer that lacks a size
+                for old, new in itertools.permutations(dict.fromkeys([*_layer_types(part), *value]), 2):
+                    if old in value:
+                        yield Repair(number, name, [new if kind == old else kind for kind in value])
+
+
+def _derived(config: Any, name: str) -> Iterator[Any]:
+    """Values for a field that is not set, from what it is called and from the fields beside it."""
+    heads, hidden = standard_field(config, "num_attention_heads"), standard_field(config, "hidden_size")
+    layers = standard_field(config, "num_hidden_layers")
+    if _HEAD_SIZE.search(name) and heads and hidden:
+        yield hidden // heads
+    elif _HEADS.search(name) and heads:
+        yield heads
+    elif _EXPERTS_PER_TOKEN.search(name):
+        yield 2
+    elif _EXPERTS.search(name):
+        yield 1 if "shared" in name else 8
+    elif re.search(r"intermediate_size$|ffn_dim$", name) and hidden:
+        yield 4 * hidden
+    elif name.startswith("clip"):
+        yield 8.0
+    elif name.startswith("default_") and (choices := vars(config).get(f"{name.removeprefix('default_')}s")):
+        yield next(iter(choices))
+    elif name.endswith("_types") and layers and (kinds := _layer_types(config)):
+        yield [kinds[layer % len(kinds)] for layer in range(layers)]
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """What the library takes for rotary embeddings that nothing is said about."""
+    return {"rope_type": "default", "rope_theta": getattr(config, "default_theta", 10_000.0)}
+
+
+def _layer_types(config: Any) -> list[str]:
+    """The library's kinds of layer that the architecture's own code names."""
+    from transformers import AutoModelForCausalLM, configuration_utils
+
+    try:
+        architecture = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return []
+    code = inspect.getsource(sys.modules[architecture.__module__])
+    return [kind for kind in configuration_utils.ALLOWED_LAYER_TYPES if re.search(rf"""["']{kind}["']""", code)]
+
+
+def _elsewhere(config: Any, name: str) -> Iterator[Any]:
+    """Values that any part of a configuration has under ``name``."""
+    for part in _parts(config):
+        for key, value in vars(part).items():
+            if key == name:
+                yield value
+            elif isinstance(value, Mapping) and name in value:
+                yield value[name]
+
+
+def _parts(config: Any) -> list[Any]:
+    """The configuration and the ones inside it, each once."""
+    from transformers import PreTrainedConfig
+
+    found = [config]
+    with contextlib.suppress(AutoQuantError):
+        found.append(text_config(config))
+    found += [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return list({id(part): part for part in found}.values())

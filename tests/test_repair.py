@@ -1,0 +1,75 @@
+"""Default configurations that nobody ever built, and what their own fields say they could have been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from autoquant.errors import AutoQuantError
+from autoquant.models import ModelSource, build_meta, resolve
+from autoquant.models.repair import find_repairs
+
+KINDS = [
+    # A number is None that the code computes with.
+    ("hunyuan_v1_dense", {"head_dim": 128}),
+    ("dots1", {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}),
+    # A part lacks what the whole has, and clamps to a bound that is None.
+    ("dbrx", {"rope_theta": 10000.0, "clip_qkv": 8.0}),
+    # One entry for all layers, where one for each kind of layer is looked up.
+    ("cohere_compass_text", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "repairs"), KINDS)
+def test_a_default_that_cannot_be_built_is_repaired_and_says_so(model_type: str, repairs: dict[str, object]) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    with pytest.raises(AutoQuantError, match="cannot be built"):
+        build_meta(ModelSource(model_type, CONFIG_MAPPING[model_type]()))
+    source = resolve(model_type, layers=2)
+    assert source.repairs == repairs
+    assert sum(parameter.numel() for parameter in build_meta(source).module.parameters()) > 0
+
+
+def test_a_choice_that_is_not_made_is_the_first_of_the_choices() -> None:
+    assert resolve("xmod").repairs == {"default_language": "en_XX"}
+
+
+def test_kinds_of_layers_are_those_that_the_code_names() -> None:
+    source = resolve("lfm2_moe")
+    assert set(source.repairs["layer_types"]) == {"full_attention", "conv"}
+    assert len(source.config.layer_types) == source.config.num_hidden_layers
+
+
+def test_a_check_that_demands_a_value_gets_it() -> None:
+    source = resolve("gemma4_assistant")
+    assert source.repairs["hidden_size_per_layer_input"] == 0
+    assert source.config.text_config.hidden_size_per_layer_input == 0
+
+
+def test_what_can_be_built_is_left_alone() -> None:
+    source = resolve("mixtral")
+    assert source.repairs == {}
+    assert source.config.to_dict() == CONFIG_MAPPING["mixtral"]().to_dict()
+
+
+def test_a_configuration_that_was_given_is_never_repaired(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["dots1"](num_hidden_layers=2)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    source = resolve(str(tmp_path))
+    assert source.repairs == {}
+    assert source.config.n_routed_experts is None
+    with pytest.raises(AutoQuantError, match="cannot be built as a causal language model: TypeError"):
+        build_meta(source)
+
+
+def test_where_nothing_helps_the_first_reason_stays() -> None:
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=2)
+    config.hidden_act = "no_such_function"
+    source = ModelSource("odd", config)
+    assert find_repairs(source) == ()
+    with pytest.raises(AutoQuantError, match="no_such_function"):
+        build_meta(source)
