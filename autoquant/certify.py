@@ -32,7 +32,15 @@ from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.smooth import random_scales
-from autoquant.models import LoadedModel, ModelSource, float64_throughout, grouped_experts, small, widened
+from autoquant.models import (
+    LoadedModel,
+    ModelSource,
+    float64_throughout,
+    grouped_experts,
+    runs_in_float64,
+    small,
+    widened,
+)
 from autoquant.threads import one_thread
 
 TOLERANCE = 1e-5
@@ -99,7 +107,7 @@ def prove(
     In float64 the model's own casts to float32 are widened. Raises AutoQuantError where
     the config does not fit the model or a weight is not finite.
     """
-    widen = float64_throughout() if dtype_of(loaded.module) is torch.float64 else contextlib.nullcontext()
+    widen = float64_throughout() if runs_in_float64(loaded) else contextlib.nullcontext()
     chosen = list(claims(config))
     trials = []
     with widen:

@@ -28,7 +28,9 @@ def capture_pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         calls.append((traced, inputs))
         return traced.graph(*inputs)
 
-    compiled(module, record)(*args, **kwargs)
+    # Without values, a choice among tokens takes them all: every expert is seen with every token.
+    with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+        compiled(module, record)(*args, **kwargs)
     if not calls:
         raise AutoQuantError("Dynamo found no tensor operation")
     # Dynamo leaves some code to Python altogether (a loop with a break in it). A parameter used there has readers or

@@ -4,7 +4,15 @@ The only package that imports transformers, and only when one of its functions i
 architecture: sizes are reduced by what their configuration fields are called and by how their values relate.
 """
 
-from autoquant.models.reduction import float64_throughout, grouped_experts, layer_kinds, randomise_, small, widened
+from autoquant.models.reduction import (
+    float64_throughout,
+    grouped_experts,
+    layer_kinds,
+    randomise_,
+    runs_in_float64,
+    small,
+    widened,
+)
 from autoquant.models.repair import resolve
 from autoquant.models.source import LoadedModel, ModelSource, build_meta
 from autoquant.models.weights import load_weights
@@ -19,6 +27,7 @@ __all__ = [
     "load_weights",
     "randomise_",
     "resolve",
+    "runs_in_float64",
     "small",
     "widened",
 ]

@@ -129,15 +129,21 @@ def float64_throughout() -> Iterator[None]:
 
 
 def widened(loaded: LoadedModel) -> LoadedModel:
-    """A float32 model in float64 where it runs under :func:`float64_throughout`, else as it is.
+    """In float64 throughout where it runs so under :func:`float64_throughout`, else as it is.
 
-    Some models make tensors of the default dtype on their way, and do not run in any other unless that changes too.
+    Some models make tensors of the default dtype on their way, or keep a router in float32, and do not run in any other
+    unless that changes too.
     """
-    if next(loaded.module.parameters()).dtype is not torch.float32:
-        return loaded
     wide = LoadedModel(copy.deepcopy(loaded.module).double(), loaded.args, loaded.kwargs, loaded.config)
+    return wide if runs_in_float64(wide) else loaded
+
+
+def runs_in_float64(loaded: LoadedModel) -> bool:
+    """Whether a model with float64 weights can be run under :func:`float64_throughout`."""
+    if any(p.dtype is torch.float32 for p in loaded.module.parameters()):
+        return False
     with float64_throughout():
-        return wide if failure_of(wide) is None else loaded
+        return failure_of(loaded) is None
 
 
 def _widened(value: Any) -> Any:
