@@ -29,7 +29,7 @@ def capture_pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return traced.graph(*inputs)
 
     # Without values, a choice among tokens takes them all: every expert is seen with every token.
-    with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+    with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]  # made by torch at run time
         compiled(module, record)(*args, **kwargs)
     if not calls:
         raise AutoQuantError("Dynamo found no tensor operation")
