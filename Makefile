@@ -34,7 +34,7 @@ configs: $(INSTALLED)
 
 # About half an hour on two cores. Rows that are there are not made again: `rm -r docs/rows` for a new start.
 survey: $(INSTALLED)
-	$(BIN)/autoquant survey -o docs
+	$(BIN)/autoquant survey -o docs --configs generated_configs
 
 install: $(INSTALLED)
 

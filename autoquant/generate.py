@@ -29,8 +29,29 @@ def generate(model: str) -> Config:
     from autoquant.models import resolve
 
     source = resolve(model)
-    config = certify(analyze(source), source)
+    return with_schema(certify(analyze(source), source))
+
+
+def with_schema(config: Config) -> Config:
+    """The config as it is committed, with the path of the committed schema."""
     return config.model_copy(update={"schema_": SCHEMA})
+
+
+def offers(config: Config) -> bool:
+    """Whether at least one group or space is claimed and proved."""
+    proved = config.certificate is not None and config.certificate.proved
+    return proved and bool(config.smoothing.groups or config.rotation.spaces)
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the config as it is committed."""
+    save_config(with_schema(config), path, force=True)
+
+
+def write_index(folder: Path) -> None:
+    """Write ``README.md`` from the configs of ``folder``."""
+    configs = {path.stem: load_config(path) for path in sorted(folder.glob("*.json"))}
+    write_text(folder / "README.md", index_text(configs), force=True)
 
 
 def index_text(configs: Mapping[str, Config]) -> str:
@@ -38,8 +59,8 @@ def index_text(configs: Mapping[str, Config]) -> str:
     lines = [
         "# Generated configs",
         "",
-        f"One config for the default size of each model type, written by `{COMMAND}`. A test fails where a config is",
-        "not what the analyzer finds.",
+        "One config for the default size of each model type for which at least one group is proved, written by",
+        f"`{COMMAND}`. A test fails where a config is not what the analyzer finds.",
         "",
         "| config | layers | parameters | linears smoothed | groups | residual rotation | other spaces | online |",
         "|---|---:|---:|---:|---:|---|---:|---:|",
@@ -76,13 +97,12 @@ def main(arguments: Sequence[str]) -> int:
     for name in names:
         start = time.perf_counter()
         try:
-            save_config(generate(name), folder / f"{name}.json", force=True)
+            save(generate(name), folder / f"{name}.json")
             print(f"{folder / name}.json ({time.perf_counter() - start:.1f} s)", flush=True)
         except AutoQuantError as error:
             failed += 1
             print(f"error: {name}: {error}", file=sys.stderr, flush=True)
-    configs = {path.stem: load_config(path) for path in sorted(folder.glob("*.json"))}
-    write_text(folder / "README.md", index_text(configs), force=True)
+    write_index(folder)
     return 1 if failed else 0
 
 

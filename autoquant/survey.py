@@ -30,7 +30,7 @@ TIMEOUT = 300.0
 """Seconds that one type may take."""
 
 _BEFORE_FORKING = """transformers.modeling_utils transformers.models.auto.modeling_auto torch._dynamo torch.export
-autoquant.analyze autoquant.certify autoquant.models autoquant.report.summary"""
+autoquant.analyze autoquant.certify autoquant.generate autoquant.models autoquant.report.summary"""
 
 
 def registered_types() -> list[str]:
@@ -40,15 +40,21 @@ def registered_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def examine(model_type: str) -> Row:
-    """One row: how the type was captured, what it allows, what is proved, or why not. Never raises AutoQuantError."""
+def examine(model_type: str, configs: Path | None = None) -> Row:
+    """One row: how the type was captured, what it allows, what is proved, or why not. Never raises AutoQuantError.
+
+    A proved config that claims something is written to ``configs``, where that is a folder, and any other removed.
+    """
     from autoquant.analyze import analyze
     from autoquant.certify import certify
+    from autoquant.generate import offers, save
     from autoquant.models import resolve
     from autoquant.report.summary import because, reached
 
     row = _row(model_type)
     start = time.perf_counter()
+    if configs is not None:
+        (configs / f"{model_type}.json").unlink(missing_ok=True)
     try:
         source = resolve(model_type)
         analyzed = analyze(source)
@@ -77,10 +83,12 @@ def examine(model_type: str) -> Row:
     }
     proving = time.perf_counter()
     try:
-        certificate = certify(analyzed, source).certificate
-        if certificate is not None:
-            row["certificate"] = {line.kind: line.worst for line in certificate.rows}
-            row["dtype"] = certificate.dtype
+        proved = certify(analyzed, source)
+        if proved.certificate is not None:
+            row["certificate"] = {line.kind: line.worst for line in proved.certificate.rows}
+            row["dtype"] = proved.certificate.dtype
+        if configs is not None and offers(proved):
+            save(proved, configs / f"{model_type}.json")
     except AutoQuantError as error:
         row["unproved"] = error.message
     now = time.perf_counter()

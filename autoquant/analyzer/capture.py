@@ -38,6 +38,9 @@ __all__ = [
     "undisturbed",
 ]
 
+_VALUES = re.compile("data-dependent|unbacked|meta tensor")
+_BY_VALUES = "its code takes one way or another by the values of activations, and there are none on the meta device: "
+
 _MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 
 
@@ -72,7 +75,8 @@ def capture(
                 return Captured(route, run(module, *inputs, names), aliases)
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failures.append(f"{route}: {_first_line(error)}")
-    raise AutoQuantError(f"cannot capture {type(module).__name__}: " + "; ".join(failures))
+    why = _BY_VALUES if any(_VALUES.search(failure) for failure in failures) else ""
+    raise AutoQuantError(f"cannot capture {type(module).__name__}: {why}" + "; ".join(failures))
 
 
 def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], captured: Captured) -> float:

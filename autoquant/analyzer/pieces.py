@@ -20,17 +20,22 @@ from autoquant.errors import AutoQuantError
 def capture_pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
     """Run ``module`` under Dynamo and lower every piece that it runs, in the order of running.
 
-    Where the values decide which way the code goes, the way that these inputs take.
+    Where the values decide which way the code goes, the way that these inputs take. On the meta device there are no
+    values: what picks tokens by them (those of an expert) picks them all.
     """
+    settings: Any = torch.fx.experimental._config  # its functions are made at run time
+    with settings.patch(meta_nonzero_assume_all_nonzero=True):
+        return _pieces(module, args, kwargs, names)
+
+
+def _pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
     calls: list[tuple[Traced, tuple[Any, ...]]] = []
 
     def record(traced: Traced, inputs: tuple[Any, ...]) -> Any:
         calls.append((traced, inputs))
         return traced.graph(*inputs)
 
-    # Without values, a choice among tokens takes them all: every expert is seen with every token.
-    with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]  # made by torch at run time
-        compiled(module, record)(*args, **kwargs)
+    compiled(module, record)(*args, **kwargs)
     if not calls:
         raise AutoQuantError("Dynamo found no tensor operation")
     # Dynamo leaves some code to Python altogether (a loop with a break in it). A parameter used there has readers or

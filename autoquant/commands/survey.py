@@ -10,23 +10,33 @@ COMMAND = "make survey"
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, metavar="DIR")
+@click.option(
+    "--configs",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="Also write each type's proved config to DIR, with an index.",
+)
 @click.option("--types", metavar="A,B", help="Only these model types.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N types, drawn by --seed.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Types at a time.")
 @click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds that one type may take.")
-def command(output: Path, types: str | None, sample: int | None, seed: int, jobs: int, timeout: float) -> None:
+def command(
+    output: Path, configs: Path | None, types: str | None, sample: int | None, seed: int, jobs: int, timeout: float
+) -> None:
     """Analyze and prove every causal language model type of transformers.
 
     Writes coverage.md and coverage.json; finished rows are kept in DIR/rows, and a second run goes on from there. Every
     type runs in a process of its own: what it costs, or how it fails, is one row.
     """
     import json
+    from functools import partial
 
     from autoquant.files import write_text
+    from autoquant.generate import write_index
     from autoquant.paths import did_you_mean
     from autoquant.report.coverage import coverage_text, totals
-    from autoquant.survey import registered_types, survey
+    from autoquant.survey import examine, registered_types, survey
 
     known = registered_types()
     chosen = types.split(",") if types else known
@@ -43,7 +53,11 @@ def command(output: Path, types: str | None, sample: int | None, seed: int, jobs
         verdict = "not captured" if not row["captured"] else "proved" if "certificate" in row else "not proved"
         click.echo(f"{row['type']}: {verdict} ({row.get('seconds', '?')} s), {left} to go", err=True)
 
-    rows = survey(chosen, output / "rows", jobs=jobs, timeout=timeout, done=done)
+    rows = survey(
+        chosen, output / "rows", jobs=jobs, timeout=timeout, done=done, make=partial(examine, configs=configs)
+    )
+    if configs is not None:
+        write_index(configs)
     write_text(output / "coverage.json", json.dumps(rows, indent=1) + "\n", force=True)
     write_text(output / "coverage.md", coverage_text(rows, COMMAND), force=True)
     click.echo(", ".join(f"{number} {what}" for what, number in totals(rows).items()))

@@ -274,7 +274,10 @@ def text_config(config: Any) -> Any:
     try:
         return config.get_text_config()
     except ValueError as error:
-        raise AutoQuantError(f"a configuration of type {config.model_type!r}: {one_line(error)}") from error
+        raise AutoQuantError(
+            f"a configuration of type {config.model_type!r} holds several language models and does not say which "
+            f"one is meant: {one_line(error)}"
+        ) from error
 
 
 def layer_count(config: Any) -> int | None:
