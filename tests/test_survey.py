@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from autoquant.report.coverage import coverage_text, totals
-from autoquant.survey import Row, examine, finished, survey
+from autoquant.survey import Row, finished, survey
 
-COMMITTED = Path(__file__).parents[1] / "docs" / "coverage.json"
 VERSIONS = {"torch": version("torch"), "transformers": version("transformers")}
 
 
@@ -29,7 +28,7 @@ def misbehaving(name: str) -> Row:
     ways: dict[str, Callable[[], object]] = {
         "raises": lambda: 1 // 0,
         "exits": lambda: os._exit(3),
-        "segfaults": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        "segfaults": lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGSEGV)),
         "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "hangs": lambda: time.sleep(60),
     }
@@ -56,7 +55,7 @@ def test_what_goes_wrong_costs_one_row(tmp_path: Path) -> None:
         "killed": "crashed: killed, most likely for want of memory",
         "hangs": "not finished after 2 s",
     }
-    assert totals(list(found.values()) and [{**row, "captured": None} for row in found.values()])["tracebacks"] == 4
+    assert totals([{**row, "captured": None} for row in found.values()])["tracebacks"] == 4
 
 
 def test_finished_rows_are_kept_and_those_of_other_versions_are_not(tmp_path: Path) -> None:
@@ -129,21 +128,3 @@ def test_the_page_has_every_row_totals_and_reasons() -> None:
     ):
         assert f"\n{line}\n" in text, line
     assert "analysis takes 0.17 of the capture's time at the median" in text
-
-
-def comparable(row: Row) -> Row:
-    """What does not depend on the machine: no seconds, and of the certificate that it holds."""
-    proved = {kind: change < 1e-5 for kind, change in row.get("certificate", {}).items()}
-    return {key: value for key, value in row.items() if key not in ("seconds", "steps", "certificate")} | {"ok": proved}
-
-
-def test_a_sample_of_the_committed_rows_is_what_is_found_now() -> None:
-    """Run `make survey` after a change of the analyzer. AUTOQUANT_SEED draws another sample."""
-    rows: list[Row] = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    rows = [row for row in rows if (row["torch"], row["transformers"]) == tuple(VERSIONS.values())]
-    if not rows:
-        pytest.skip("the committed rows were made with other versions")
-    quick = [row for row in rows if row.get("captured") and row["seconds"] < 8]
-    seed = int(os.environ.get("AUTOQUANT_SEED", "0"))
-    for row in random.Random(seed).sample(quick, min(3, len(quick))):
-        assert comparable(examine(row["type"])) == comparable(row), f"seed {seed}: run 'make survey'"
