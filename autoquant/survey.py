@@ -53,12 +53,13 @@ def examine(model_type: str, configs: Path | None = None) -> Row:
 
     row = _row(model_type)
     start = time.perf_counter()
-    if configs is not None:
-        (configs / f"{model_type}.json").unlink(missing_ok=True)
+    stale = configs / f"{model_type}.json" if configs is not None else None
     try:
         source = resolve(model_type)
         analyzed = analyze(source)
     except AutoQuantError as error:
+        if stale is not None:
+            stale.unlink(missing_ok=True)
         return row | {"captured": None, "reason": error.message, "seconds": round(time.perf_counter() - start, 1)}
     if source.repairs:
         row["repaired"] = {name: str(value) for name, value in source.repairs.items()}
@@ -87,10 +88,13 @@ def examine(model_type: str, configs: Path | None = None) -> Row:
         if proved.certificate is not None:
             row["certificate"] = {line.kind: line.worst for line in proved.certificate.rows}
             row["dtype"] = proved.certificate.dtype
-        if configs is not None and offers(proved):
-            save(proved, configs / f"{model_type}.json")
+        if stale is not None and offers(proved):
+            save(proved, stale)
+            stale = None
     except AutoQuantError as error:
         row["unproved"] = error.message
+    if stale is not None:
+        stale.unlink(missing_ok=True)
     now = time.perf_counter()
     row["steps"]["certificate"] = round(now - proving, 2)
     return row | {"seconds": round(now - start, 1)}
