@@ -18,6 +18,7 @@ from autoquant.preopt import Preopt
 from autoquant.quantize import (
     Selected,
     Sweep,
+    query_key_groups,
     rotate_,
     select,
     smooth_,
@@ -69,7 +70,7 @@ def prepare_(
     """Carry out everything that comes before quantization, in place; the function stays the same.
 
     ``batches``: calibration token ids [1, S], none where nothing has to be calibrated; ``cache``: keys and values are
-    observed too. ``strategy`` matters to scales that are found by descent, and to learned rotations.
+    observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by descent, and to learned rotations.
     """
     tell("rotate", 0, 1)
     selected = select(config, take_inventory(model), preopt, seed)
@@ -79,7 +80,7 @@ def prepare_(
     if batches:
         with prefixed(model, prefix):
             weights = swept_weights(config, selected)
-            count = len(batches)
+            count, cache = len(batches), cache or bool(query_key_groups(selected))
             swept = sweep(model, weights, batches, cache=cache, progress=lambda done: tell("calibrate", done, count))
     tell("smooth", 0, 1)
     swept = smooth_(model, selected, swept)

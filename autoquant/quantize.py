@@ -30,6 +30,7 @@ from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace
 from autoquant.executor.smooth import group_scales
 from autoquant.preopt import Preopt
+from autoquant.quantizer.key_scales import key_scales, scaled_keys
 from autoquant.quantizer.kv_cache import CacheMaxima, observe_cache, quantize_cache_
 from autoquant.quantizer.linear import quantize_
 from autoquant.quantizer.observers import observe_linears
@@ -73,7 +74,7 @@ def select(config: Config, inventory: Inventory, preopt: Preopt, seed: int | Non
     def wanted(group: ResolvedGroup) -> bool:
         chosen = group.kind in preopt.alphas or group.kind is SmoothingKind.QUERY_KEY
         members = [slot.name for slot in (*group.sources, *group.targets)]
-        serves = any(slot.name in quantized for slot in group.targets)
+        serves = group.kind is SmoothingKind.QUERY_KEY or any(slot.name in quantized for slot in group.targets)
         return chosen and serves and not any(name.startswith(wrapped) for name in members if wrapped)
 
     groups = tuple(_with_alpha(group, preopt) for group in resolved.groups if wanted(group))
@@ -130,23 +131,51 @@ def sweep(
 def swept_weights(config: Config, selected: Selected) -> tuple[str, ...]:
     """Names of the weights whose inputs a sweep has to see, for any strategy."""
     names = [linear.weight for linear in plan_linears(config)]
-    names += [slot.name for group in selected.resolved.groups for slot in group.targets]
+    names += [slot.name for group in _linear_groups(selected).groups for slot in group.targets]
     return tuple(dict.fromkeys(names))
 
 
 def smoothing_scales(selected: Selected, swept: Sweep, read: Callable[[str], Tensor]) -> dict[Any, Tensor]:
-    """Scales of every selected group; ``read`` gives the rotated model's parameters."""
-    resolved = selected.resolved
+    """Scales of every selected group; ``read`` gives the rotated model's parameters.
+
+    Those of query-key groups come from the cached keys. Raises AutoQuantError where these were not observed, or are
+    rotated online.
+    """
+    resolved = _linear_groups(selected)
     with warnings.catch_warnings():  # dead channels keep scale 1: nothing that a caller could act on
         warnings.simplefilter("ignore", UserWarning)
-        return group_scales(resolved, group_maxima(resolved, swept.inputs), read)
+        scales = group_scales(resolved, group_maxima(resolved, swept.inputs), read)
+    for group in query_key_groups(selected):
+        where = f"{group.name} (layer {group.layer})"
+        if any(online.kind == "R3" for online in selected.resolved.online):
+            raise AutoQuantError(f"{where}: R3 rotates what the group scales: enable one of the two")
+        keys = swept.cache.get("key", {})
+        if group.layer is None or group.layer not in keys:
+            raise AutoQuantError(f"{where}: no cached keys were observed, which query_key groups need")
+        scales[group.name, group.layer] = key_scales(group, keys[group.layer])
+    return scales
+
+
+def query_key_groups(selected: Selected) -> tuple[ResolvedGroup, ...]:
+    """The selected groups that scale cached keys; a sweep has to observe the cache for them."""
+    return tuple(group for group in selected.resolved.groups if group.kind is SmoothingKind.QUERY_KEY)
+
+
+def _linear_groups(selected: Selected) -> Resolved:
+    """The groups whose targets are columns of linears."""
+    groups = tuple(group for group in selected.resolved.groups if group.kind is not SmoothingKind.QUERY_KEY)
+    return Resolved((), groups, ())
 
 
 def smoothed(selected: Selected, swept: Sweep, scales: Scales) -> Sweep:
     """What a sweep of the smoothed model would find: each channel's maximum times the scale of its source."""
     inputs = dict(swept.inputs)
-    values = dict(swept.cache.get("value", {}))
-    for group in selected.resolved.groups:
+    cache = {kind: dict(maxima) for kind, maxima in swept.cache.items()}
+    values = cache.get("value", {})
+    for group in query_key_groups(selected):
+        assert group.layer is not None  # or there would be no scales
+        cache["key"][group.layer] = scaled_keys(group, scales[group.name, group.layer], cache["key"][group.layer])
+    for group in _linear_groups(selected).groups:
         s = scales[group.name, group.layer].double().cpu()
         for slot in group.targets:
             factors = slot.axis.gather(s**slot.power, 1.0).to(inputs[slot.name].device)
@@ -154,7 +183,7 @@ def smoothed(selected: Selected, swept: Sweep, scales: Scales) -> Sweep:
             inputs[slot.name] = (maximum.double() * factors.reshape(-1, maximum.shape[-1])).view(maximum.shape).float()
         if values and group.kind is SmoothingKind.LINEAR_LINEAR and group.layer in values:
             values[group.layer] = _smoothed_values(selected, group, s, values[group.layer])
-    return Sweep(inputs, {**swept.cache, "value": values} if values else swept.cache)
+    return Sweep(inputs, cache)
 
 
 def _smoothed_values(selected: Selected, group: ResolvedGroup, s: Tensor, maximum_HD: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from autoquant.prepare import Progress
 from autoquant.quantize import (
     Sweep,
     needs_sweep,
+    query_key_groups,
     rotation_plan,
     select,
     smoothed,
@@ -97,9 +98,8 @@ def quantize_checkpoint_by_layers(
         batches = required_calibration(recipe)
         names = swept_weights(recipe.config, selected)
         model = _build(source, weights)
-        swept = sweep_by_layers(
-            model, weights, names, batches, has_static_cache(recipe), lambda *at: progress("calibrate", *at)
-        )
+        cache = has_static_cache(recipe) or bool(query_key_groups(selected))
+        swept = sweep_by_layers(model, weights, names, batches, cache, lambda *at: progress("calibrate", *at))
     if selected.resolved.groups:
         scales = smoothing_scales(selected, swept, weights.read)
         weights = weights.planned(smoothing_plan(selected, weights.inventory, weights.read, scales))

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from quantized import PACKAGED, STATIC_KV, config_of, windows
+from quantized import PACKAGED, STATIC_KV, config_of, gpt2, windows
 from torch import nn
 
-from autoquant.config import Strategy
+from autoquant.config import Config, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.inventory import take_inventory
 from autoquant.preopt import parse_preopt
@@ -100,3 +101,43 @@ def test_what_needs_a_sweep() -> None:
     assert not needs_sweep(config, Strategy.PER_CHANNEL_PER_TOKEN_KV, plain)
     assert needs_sweep(config, Strategy.PER_CHANNEL_PER_TOKEN_KV, fc_fc)
     assert needs_sweep(config, Strategy(STATIC_KV), plain)
+
+
+@pytest.mark.parametrize("kind", ["packaged", "gpt2"])
+@torch.no_grad()
+def test_query_key_scales_flatten_the_cached_keys(kind: str, tmp_path: Path) -> None:
+    source = PACKAGED if kind == "packaged" else gpt2(tmp_path)
+    config, model = enabled(config_of(source)), load_float32(source)
+    selected = select(config, take_inventory(model), parse_preopt("fc_fc"))
+    logits = model(windows()[0]).logits
+    before = sweep(model, swept_weights(config, selected), windows(), cache=True)
+    after = smooth_(model, selected, before)
+    torch.testing.assert_close(model(windows()[0]).logits, logits, rtol=1e-3, atol=1e-3)
+    again = sweep(model, swept_weights(config, selected), windows(), cache=True)
+    for layer, maximum in again.cache["key"].items():
+        torch.testing.assert_close(after.cache["key"][layer], maximum, rtol=1e-3, atol=1e-5)
+        spread = [float(m.max() / m.mean()) for m in (before.cache["key"][layer], maximum)]
+        assert spread[1] < min(spread[0], 1.5), "flatter"
+    with pytest.raises(AutoQuantError, match=r"layer 0\): no cached keys were observed"):
+        smoothing_scales(selected, Sweep(before.inputs), model.get_parameter)
+
+
+def test_query_key_scales_and_an_online_rotation_of_the_keys_exclude_each_other() -> None:
+    config, model = enabled(config_of(PACKAGED), "R3"), load_float32(PACKAGED)
+    selected = select(config, take_inventory(model), parse_preopt("fc_fc+rotation"))
+    rotate_(model, selected)
+    swept = sweep(model, swept_weights(config, selected), windows(), cache=True)
+    with pytest.raises(AutoQuantError, match="R3 rotates what the group scales"):
+        smoothing_scales(selected, swept, model.get_parameter)
+
+
+def enabled(config: Config, online: str = "") -> Config:
+    """The config with its query-key groups, and one kind of online rotations."""
+    groups = tuple(
+        group.model_copy(update={"enable": True}) if group.kind == "query_key" else group
+        for group in config.smoothing.groups
+    )
+    turned = tuple(o.model_copy(update={"enable": o.kind == online}) for o in config.rotation.online)
+    smoothing = config.smoothing.model_copy(update={"groups": groups})
+    rotation = config.rotation.model_copy(update={"online": turned})
+    return config.model_copy(update={"smoothing": smoothing, "rotation": rotation})

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
+from autoquant.executor.online import install_ as install_rotations_
+from autoquant.executor.resolved import ResolvedOnline
 from autoquant.quantizer import int8
 from autoquant.quantizer.kv_cache import (
     Int8Cache,
@@ -21,6 +23,7 @@ from autoquant.quantizer.kv_cache import (
     quantize_cache_,
     unpack,
 )
+from autoquant.quantizer.prefix import fix_prefix_, prefixed
 from autoquant.quantizer.strategies import Granularity
 
 VOCABULARY, LAYERS, KV_HEADS, HEAD = 64, 3, 2, 16
@@ -193,3 +196,39 @@ def test_what_cannot_be_done_is_refused() -> None:
     scales = KVScales(Granularity.TOKEN_DYNAMIC, None, None)
     with pytest.raises(AutoQuantError, match="no attention layers with a cache"):
         install_(model("mamba", state_size=4), scales)
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("with_prefix", [False, True])
+@torch.no_grad()
+def test_keys_are_quantized_behind_their_online_rotation(granularity: Granularity, with_prefix: bool) -> None:
+    made, tokens = model(), ids(24)
+    made.model.layers[0].self_attn.k_proj.weight[3] *= 30  # one large channel, which the rotation spreads
+    wanted, plain = made(tokens).logits, maxima_of(made, tokens)
+    unrotated = copy.deepcopy(made)
+    install_rotations_(made, [ResolvedOnline("R3", f"model.layers.{i}.self_attn", HEAD, None) for i in range(LAYERS)])
+    torch.testing.assert_close(made(tokens).logits, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    with prefixed(made, tokens[0, :1].tolist() if with_prefix else ()):
+        maxima = maxima_of(made, tokens)
+    assert maxima["key"][0].max() < 0.8 * plain["key"][0].max()
+    errors = []
+    for one, found in ((made, maxima), (unrotated, plain)):
+        prefix = tokens[0, :1].tolist() if with_prefix else []
+        fix_prefix_(one, prefix)
+        quantize_cache_(one, granularity, found)
+        out = one(tokens, use_cache=True)
+        errors.append(((out.logits - wanted).square().mean() / wanted.square().mean()).sqrt().item())
+        split = one(tokens[:, :9], use_cache=True)
+        rest = one(tokens[:, 9:], past_key_values=split.past_key_values)
+        if granularity is not Granularity.TENSOR_DYNAMIC:
+            torch.testing.assert_close(rest.logits, out.logits[:, 9:], rtol=1e-3, atol=1e-2)
+    assert 1e-4 < errors[0] < 0.8 * errors[1], errors
+
+
+@torch.no_grad()
+def test_a_caller_that_wants_no_cache_gets_none() -> None:
+    made, tokens = quantized(Granularity.TOKEN_DYNAMIC), ids(6)
+    assert made(tokens, use_cache=False).past_key_values is None
+    assert isinstance(made(tokens, use_cache=True).past_key_values, Int8Cache)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    assert torch.equal(made.generate(tokens, **settings, use_cache=False), made.generate(tokens, **settings))
