@@ -18,6 +18,7 @@ from autoquant.preopt import Preopt
 from autoquant.quantize import (
     Selected,
     Sweep,
+    linear_groups,
     query_key_groups,
     rotate_,
     select,
@@ -70,7 +71,8 @@ def prepare_(
     """Carry out everything that comes before quantization, in place; the function stays the same.
 
     ``batches``: calibration token ids [1, S], none where nothing has to be calibrated; ``cache``: keys and values are
-    observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by descent, and to learned rotations.
+    observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by descent, and
+    to learned rotations.
     """
     tell("rotate", 0, 1)
     selected = select(config, take_inventory(model), preopt, seed)
@@ -84,7 +86,7 @@ def prepare_(
             swept = sweep(model, weights, batches, cache=cache, progress=lambda done: tell("calibrate", done, count))
     tell("smooth", 0, 1)
     swept = smooth_(model, selected, swept)
-    if any(group.method is SmoothingMethod.DESCENT for group in selected.resolved.groups):
+    if any(group.method is SmoothingMethod.DESCENT for group in linear_groups(selected).groups):
         swept = _descend_(model, config, strategy, selected, swept, batches, tell)
     fix_prefix_(model, prefix)
     return Prepared(plan, swept)
@@ -101,7 +103,7 @@ def _descend_(
 ) -> Sweep:
     with prefixed(model, config.quantization.prefix):
         planned = plan_linears(config, strategy)
-        chosen = descend(model, selected.resolved.groups, planned, batches, lambda *at: tell("descend", *at))
+        chosen = descend(model, linear_groups(selected).groups, planned, batches, lambda *at: tell("descend", *at))
     groups = tuple(group for group in selected.resolved.groups if (group.name, group.layer) in chosen)
     found = replace(selected, resolved=Resolved((), groups, ()))
     scales = {key: one.scales.cpu() for key, one in chosen.items()}

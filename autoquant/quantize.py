@@ -131,7 +131,7 @@ def sweep(
 def swept_weights(config: Config, selected: Selected) -> tuple[str, ...]:
     """Names of the weights whose inputs a sweep has to see, for any strategy."""
     names = [linear.weight for linear in plan_linears(config)]
-    names += [slot.name for group in _linear_groups(selected).groups for slot in group.targets]
+    names += [slot.name for group in linear_groups(selected).groups for slot in group.targets]
     return tuple(dict.fromkeys(names))
 
 
@@ -141,7 +141,7 @@ def smoothing_scales(selected: Selected, swept: Sweep, read: Callable[[str], Ten
     Those of query-key groups come from the cached keys. Raises AutoQuantError where these were not observed, or are
     rotated online.
     """
-    resolved = _linear_groups(selected)
+    resolved = linear_groups(selected)
     with warnings.catch_warnings():  # dead channels keep scale 1: nothing that a caller could act on
         warnings.simplefilter("ignore", UserWarning)
         scales = group_scales(resolved, group_maxima(resolved, swept.inputs), read)
@@ -161,7 +161,7 @@ def query_key_groups(selected: Selected) -> tuple[ResolvedGroup, ...]:
     return tuple(group for group in selected.resolved.groups if group.kind is SmoothingKind.QUERY_KEY)
 
 
-def _linear_groups(selected: Selected) -> Resolved:
+def linear_groups(selected: Selected) -> Resolved:
     """The groups whose targets are columns of linears."""
     groups = tuple(group for group in selected.resolved.groups if group.kind is not SmoothingKind.QUERY_KEY)
     return Resolved((), groups, ())
@@ -175,7 +175,7 @@ def smoothed(selected: Selected, swept: Sweep, scales: Scales) -> Sweep:
     for group in query_key_groups(selected):
         assert group.layer is not None  # or there would be no scales
         cache["key"][group.layer] = scaled_keys(group, scales[group.name, group.layer], cache["key"][group.layer])
-    for group in _linear_groups(selected).groups:
+    for group in linear_groups(selected).groups:
         s = scales[group.name, group.layer].double().cpu()
         for slot in group.targets:
             factors = slot.axis.gather(s**slot.power, 1.0).to(inputs[slot.name].device)

@@ -32,13 +32,21 @@ def install_(model: nn.Module, online: Iterable[ResolvedOnline]) -> None:
     for rotation in online:
         module = model.get_submodule(rotation.path)
         if rotation.kind == "R3":
-            module.add_module(ROTATION_NAME, HadamardRotation(rotation.size))
+            module.add_module(ROTATION_NAME, _beside(module, HadamardRotation(rotation.size)))
             attention = True
         else:
             parent, _, name = rotation.path.rpartition(".")
-            setattr(model.get_submodule(parent), name, RotatedLinear(module, rotation.size))
+            rotated = RotatedLinear(module, rotation.size)
+            _beside(module, rotated.rotation)
+            setattr(model.get_submodule(parent), name, rotated)
     if attention:
         _rotate_attention_(model)
+
+
+def _beside(module: nn.Module, rotation: nn.Module) -> nn.Module:
+    """The rotation on the device of the module that it serves; as made where that has no data yet."""
+    device = next((parameter.device for parameter in module.parameters() if not parameter.is_meta), None)
+    return rotation if device is None else rotation.to(device)
 
 
 def key_rotations(model: nn.Module) -> dict[int, HadamardRotation]:

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from handmade import LLAMA, build, change, llama_like, logits
+from torch import nn
 
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.hadamard import hadamard_matrix
 from autoquant.executor.inventory import take_inventory
-from autoquant.executor.online import HadamardRotation, RotatedLinear
+from autoquant.executor.online import HadamardRotation, RotatedLinear, _beside
 from autoquant.executor.resolve import resolve
 from autoquant.executor.smooth import random_scales
 from autoquant.models import float64_throughout
@@ -116,3 +117,11 @@ def test_a_linear_rotated_twice_is_refused() -> None:
     config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
     with pytest.raises(AutoQuantError, match="is rotated online twice; disable one"):
         apply_(model, config, only=[R4])
+
+
+def test_a_module_without_data_does_not_take_its_rotation_along() -> None:
+    with torch.device("meta"):
+        empty = nn.Linear(4, 4)
+    rotation = HadamardRotation(4)
+    assert _beside(empty, rotation) is rotation and not rotation.factor_0.is_meta
+    assert _beside(nn.Linear(4, 4), rotation).factor_0.device.type == "cpu"
