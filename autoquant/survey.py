@@ -132,7 +132,11 @@ def finished(folder: Path) -> Iterator[Row]:
 
 
 def _row(model_type: str) -> Row:
-    return {"type": model_type, "torch": version("torch"), "transformers": version("transformers")}
+    return {
+        "type": model_type,
+        "torch": version("torch").partition("+")[0],  # without the kind of build
+        "transformers": version("transformers"),
+    }
 
 
 def _rows(names: Sequence[str], folder: Path, jobs: int, timeout: float, make: Callable[[str], Row]) -> Iterator[Row]:

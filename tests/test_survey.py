@@ -16,7 +16,7 @@ import pytest
 from autoquant.report.coverage import coverage_text, totals
 from autoquant.survey import Row, finished, survey
 
-VERSIONS = {"torch": version("torch"), "transformers": version("transformers")}
+VERSIONS = {"torch": version("torch").partition("+")[0], "transformers": version("transformers")}
 
 
 def fine(name: str) -> Row:
@@ -127,4 +127,6 @@ def test_the_page_has_every_row_totals_and_reasons() -> None:
         "- `aten.fold`: odd",
     ):
         assert f"\n{line}\n" in text, line
+    assert "Incomplete" not in text
+    assert "\n**Incomplete**: 2 types were not run: a, b.\n" in coverage_text(ROWS, "make survey", ["a", "b"])
     assert "analysis takes 0.17 of the capture's time at the median" in text

@@ -45,6 +45,7 @@ def command(
             raise click.BadParameter(f"no model type '{name}'{did_you_mean(name, known)}", param_hint="--types")
     if sample is not None:
         chosen = sorted(random.Random(seed).sample(chosen, min(sample, len(chosen))))
+    absent = sorted(set(known) - set(chosen))
     left = len(chosen)
 
     def done(row: dict[str, object]) -> None:
@@ -59,5 +60,5 @@ def command(
     if configs is not None:
         write_index(configs)
     write_text(output / "coverage.json", json.dumps(rows, indent=1) + "\n", force=True)
-    write_text(output / "coverage.md", coverage_text(rows, COMMAND), force=True)
+    write_text(output / "coverage.md", coverage_text(rows, COMMAND, absent), force=True)
     click.echo(", ".join(f"{number} {what}" for what, number in totals(rows).items()))

@@ -24,15 +24,19 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
-def coverage_text(rows: Sequence[Row], command: str) -> str:
-    """``coverage.md``: what every type allows, what was measured, and what is impossible, in Markdown."""
+def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ()) -> str:
+    """``coverage.md``: what every type allows, what was measured, and what is impossible, in Markdown.
+
+    ``absent``: registered types that have no row; the page says so.
+    """
+    versions = f"transformers {rows[0]['transformers']}, torch {rows[0]['torch']}"
     lines = [
         "# Coverage",
         "",
-        f"Every model type that transformers {rows[0]['transformers']} registers for causal language modelling, at its",
-        f"default size, with torch {rows[0]['torch']}. Made by `{command}`; the same in JSON, with every figure, is",
-        "[coverage.json](coverage.json).",
+        f"The model types that are registered for causal language modelling ({versions}), at their default size. Made by",
+        f"`{command}`; the same in JSON, with every figure and every reason, is [coverage.json](coverage.json).",
         "",
+        *([f"**Incomplete**: {len(absent)} types were not run: {', '.join(absent)}.", ""] if absent else []),
         *(f"- {number} {what}" for what, number in totals(rows).items()),
         "",
         *_seconds(rows),
