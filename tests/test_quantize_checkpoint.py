@@ -47,6 +47,21 @@ def test_low_memory_writes_the_same_bytes(model: str, preopt: str, tmp_path: Pat
     assert ("calibrate", count, count) in layers
 
 
+def test_low_memory_scales_keys_alike(tmp_path: Path) -> None:
+    config = config_of(PACKAGED)
+    groups = tuple(g.model_copy(update={"enable": g.kind == "query_key" or None}) for g in config.smoothing.groups)
+    config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
+    for strategy in (STATIC_KV, DYNAMIC):
+        made = recipe(PACKAGED, "fc_fc:0.5+rotation", strategy, config)
+        quantize_checkpoint(PACKAGED, tmp_path / "whole", made, {}, force=True)
+        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "layered", made, {}, force=True)
+        assert files(tmp_path / "layered") == files(tmp_path / "whole")
+    weights = [load_float32(PACKAGED), autoquant.load(tmp_path / "whole", torch.float32)]
+    keys = [w(windows()[0], use_cache=True).past_key_values.layers[0].keys.abs().amax((0, 2)) for w in weights]
+    spread = [(k.max() / k.mean()).item() for k in keys]
+    assert spread[1] < 0.8 * spread[0], "the cached keys are flatter"
+
+
 @torch.no_grad()
 def test_low_memory_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []

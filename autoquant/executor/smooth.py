@@ -48,7 +48,9 @@ def group_scales(
     for group in resolved.groups:
         where = group.name if group.layer is None else f"{group.name} (layer {group.layer})"
         if group.kind.value == "query_key":
-            raise AutoQuantError(f"{where}: query_key groups have no calibration rule; disable it or give scales")
+            raise AutoQuantError(
+                f"{where}: query_key groups are scaled by cached keys, which only `quantize` observes; disable it"
+            )
         if (group.name, group.layer) not in maxima:
             raise AutoQuantError(f"{where}: the calibration has no activation maxima for it")
         power = group.targets[0].power

@@ -95,7 +95,7 @@ def test_missing_maxima_and_query_key_groups_are_refused() -> None:
     groups = tuple(g.model_copy(update={"kind": SmoothingKind.QUERY_KEY}) for g in config.smoothing.groups)
     config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
     resolved = resolve(config, take_inventory(model), only=["v_o"])
-    with pytest.raises(AutoQuantError, match="query_key groups have no calibration rule"):
+    with pytest.raises(AutoQuantError, match="query_key groups are scaled by cached keys"):
         group_scales(resolved, {}, model.get_parameter)
 
 
