@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoquant import __version__
 from autoquant.analyzer.analysis import Analysis, analyse
-from autoquant.analyzer.capture import Captured, capture, undisturbed
+from autoquant.analyzer.capture import Captured, capture
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.folding import StackMap, disagreement, fold
-from autoquant.analyzer.layers import find_stacks, represent, whole
+from autoquant.analyzer.folding import StackMap, disagreement, fold, name_across_layers
+from autoquant.analyzer.layers import ends_apart, find_stacks, represent, whole
+from autoquant.analyzer.untraced import untraced
 from autoquant.config import (
     FORMAT_VERSION,
     SCHEMA_NAME,
@@ -30,6 +31,7 @@ from autoquant.config import (
 from autoquant.models import LoadedModel, ModelSource, build_meta
 from autoquant.structure import fingerprint, shapes_of, ties_of
 from autoquant.threads import one_thread
+from autoquant.tracing import known_values, stand_ins_, undisturbed
 
 SCHEMA_URL = f"https://raw.githubusercontent.com/autoquant/autoquant/main/schemas/{SCHEMA_NAME}"
 How = Literal["auto", "dynamo", "export"]
@@ -64,27 +66,36 @@ def analyze(
     progress("building on the meta device")
     loaded = build_meta(source)
     built = time.perf_counter()
-    stacks = find_stacks(loaded.module)
-    if full:
-        traced, maps = loaded.module, whole(stacks)
-    else:
-        traced, maps = represent(loaded.module, stacks, lambda module: _fake_forward(module, loaded))
+    module = loaded.short or loaded.module
+    stacks = find_stacks(module)
     seconds = {"build": built - started, "capture": 0.0, "analysis": 0.0}
+    # Where the first and the last layer of a kind differ after all, the ends are taken apart; if depth still matters,
+    # every layer is traced.
+    attempts = [] if full else [stacks, ends_apart(stacks)]
+    reason = None
     while True:
+        if attempts:
+            traced, maps = represent(module, attempts.pop(0), lambda module: _fake_forward(module, loaded))
+        else:
+            traced, maps = module, whole(stacks, reason)
         captured, analysis = _trace(loaded, traced, how, progress, seconds)
         reason = disagreement(analysis.findings, maps)
         if reason is None:
             break
-        # The first and the last layer of a kind differ after all: depth matters, every layer is traced.
-        traced, maps = loaded.module, whole(stacks, reason)
-    findings = fold(analysis.findings, maps)
+    blocked = (*analysis.findings.blocked, *untraced(traced, captured, loaded.missing))
+    findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)
     config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
     return Analyzed(config, findings, analysis, captured, tuple(maps), seconds)
 
 
 def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
-    with undisturbed(module), FakeTensorMode(allow_non_fake_inputs=True):
-        return module(*loaded.args, **loaded.kwargs)
+    if not loaded.known:
+        with undisturbed(module), FakeTensorMode(allow_non_fake_inputs=True):
+            return module(*loaded.args, **loaded.kwargs)
+    with undisturbed(module):
+        (args, kwargs), mode = stand_ins_(module, (loaded.args, loaded.kwargs))
+        with mode, known_values():
+            return module(*args, **kwargs)
 
 
 def _trace(
@@ -92,7 +103,7 @@ def _trace(
 ) -> tuple[Captured, Analysis]:
     start = time.perf_counter()
     progress("capturing the graph")
-    captured = capture(traced, loaded.args, loaded.kwargs, how)
+    captured = capture(traced, loaded.args, loaded.kwargs, how, known=loaded.known, first=loaded.config is not None)
     middle = time.perf_counter()
     progress("reading off scales and rotations")
     analysis = analyse(captured)

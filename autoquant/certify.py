@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from autoquant.analyze import Analyzed, build_config, stacks_length
 from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.capture import capture, check_against_eager
-from autoquant.analyzer.folding import fold
+from autoquant.analyzer.folding import fold, name_across_layers
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.config import Blocked, Certificate, CertificateRow, Config, Slot
 from autoquant.errors import AutoQuantError
@@ -41,6 +42,7 @@ from autoquant.models import (
     small,
     widened,
 )
+from autoquant.paths import LAYER
 from autoquant.threads import one_thread
 
 TOLERANCE = 1e-5
@@ -130,7 +132,9 @@ def prove(
 def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
     """Analyse a small model with real weights, every layer of it; its graph is checked against eager execution."""
     with grouped_experts(loaded):
-        captured = capture(loaded.module, loaded.args, loaded.kwargs, "auto")
+        captured = capture(
+            loaded.module, loaded.args, loaded.kwargs, "auto", known=loaded.known, first=loaded.config is not None
+        )
     difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
     if not difference <= TOLERANCE:
         raise AutoQuantError(
@@ -138,7 +142,7 @@ def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
         )
     analysis = analyse(captured)
     maps = whole(find_stacks(loaded.module))
-    findings = fold(analysis.findings, maps)
+    findings = name_across_layers(fold(analysis.findings, maps), maps)
     return build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
 
 
@@ -263,18 +267,29 @@ def _check_same_claims(large: Config, reduced: Config) -> None:
 
 
 def _shape_of_claims(config: Config) -> dict[str, list[object]]:
-    """Each claim with its members but without sizes; layers of several kinds that share a name are one entry each."""
+    """Each claim with its members but without sizes and layer numbers; kinds of layers that share a name are one entry
+    each.
+    """
     found: dict[str, list[object]] = {}
     for group in config.smoothing.groups:
-        members: object = (group.kind, _slots(group.sources), _slots(group.targets))
+        members: object = (group.kind, _any_layer(_slots(group.sources)), _any_layer(_slots(group.targets)))
         found.setdefault(group.name.partition(" @")[0], []).append(members)
     for space in config.rotation.spaces:
-        reads = sorted({(repr(read.norm), _slots(read.readers)) for read in space.reads})
+        reads = sorted({(_any_layer_in(repr(read.norm)), _any_layer(_slots(read.readers))) for read in space.reads})
         found.setdefault(space.name.partition(" @")[0], []).append(
-            (space.kind, space.centre, frozenset(_slots(space.writers)), tuple(reads))
+            (space.kind, space.centre, frozenset(_any_layer(_slots(space.writers))), tuple(reads))
         )
     return {name: sorted(set(members), key=repr) for name, members in found.items()}
 
 
-def _slots(slots: Iterable[Slot]) -> tuple[object, ...]:
+def _any_layer(slots: Iterable[tuple[object, ...]]) -> tuple[tuple[object, ...], ...]:
+    """Slots that are written out for several layers, each once: the small model has fewer layers."""
+    return tuple(dict.fromkeys((_any_layer_in(str(path)), *rest) for path, *rest in slots))
+
+
+def _any_layer_in(text: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", LAYER, text)
+
+
+def _slots(slots: Iterable[Slot]) -> tuple[tuple[object, ...], ...]:
     return tuple(dict.fromkeys((s.path, s.dim, s.stack is None, s.power, s.offset, s.index is None) for s in slots))

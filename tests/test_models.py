@@ -129,7 +129,7 @@ def test_an_unknown_name_says_what_was_tried_and_the_nearest_type(tmp_path: Path
 
 
 def test_a_type_that_is_no_causal_language_model() -> None:
-    with pytest.raises(AutoQuantError, match=r"^vit: cannot be built as a causal language model: [^\n]*$"):
+    with pytest.raises(AutoQuantError, match=r"^vit: type 'vit' is no language model: [^\n]*$"):
         build_meta(resolve("vit"))
 
 
@@ -236,8 +236,12 @@ def test_every_kind_of_layer_stays() -> None:
 
 def test_what_cannot_be_reduced_keeps_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     # A reduction that is wrong on purpose: seven key heads do not divide four query heads.
-    right = reduction._reductions
-    monkeypatch.setattr(reduction, "_reductions", lambda config: right(config) | {"num_key_value_heads": 7})
+    right = reduction.reductions
+
+    def wrong(config: object, *, keep_heads: bool = False) -> dict[str, int]:
+        return right(config, keep_heads=keep_heads) | {"num_key_value_heads": 7}
+
+    monkeypatch.setattr(reduction, "reductions", wrong)
     config = small(ModelSource("odd", CONFIG_MAPPING["llama"](num_attention_heads=4, num_key_value_heads=4))).config
     assert config.num_key_value_heads == 4
     assert config.hidden_size < 4096

@@ -10,21 +10,32 @@ Capturing leaves the module and torch's global state as they were.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from autoquant.analyzer.graph import Captured, GraphInput, How, Names, Piece, lower, module_path, names_of, shape
+from autoquant.analyzer.graph import (
+    Captured,
+    GraphInput,
+    How,
+    Names,
+    Piece,
+    first_output,
+    lower,
+    module_path,
+    names_of,
+    shape,
+)
 from autoquant.analyzer.pieces import Traced, capture_pieces, compiled
 from autoquant.errors import AutoQuantError
+from autoquant.tracing import known_values, stand_ins_, undisturbed
+
+Route = tuple[How, Callable[..., tuple[Piece, ...]]]
 
 __all__ = [
     "Captured",
@@ -35,13 +46,10 @@ __all__ = [
     "check_against_eager",
     "module_path",
     "shape",
-    "undisturbed",
 ]
 
 _VALUES = re.compile("data-dependent|unbacked|meta tensor")
 _BY_VALUES = "its code takes one way or another by the values of activations, and there are none on the meta device: "
-
-_MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 
 
 def capture(
@@ -49,18 +57,28 @@ def capture(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     how: Literal["auto", "dynamo", "export"] = "auto",
+    *,
+    known: Collection[str] = (),
+    first: bool = False,
 ) -> Captured:
     """Capture ``module(*args, **kwargs)`` in evaluation mode, on any device, ``meta`` included.
 
     ``dynamo`` takes the whole graph where Dynamo can, else the pieces between its graph breaks; ``export`` is
     ``torch.export`` without Dynamo; ``auto`` tries whole-graph Dynamo, export, and Dynamo's pieces, in this order.
 
+    ``known``: optional inputs whose values are part of what is captured, such as the token ids that say where an image
+    goes. Export takes them as constants, and comes first then; to Dynamo they are inputs as any other. ``first``: of
+    what the model returns, only the first floating-point tensor matters; pieces keep everything.
+
     Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
     """
-    routes: dict[str, tuple[tuple[How, Callable[..., tuple[Piece, ...]]], ...]] = {
-        "auto": (("dynamo", _strict), ("export", _non_strict), ("dynamo-pieces", capture_pieces)),
-        "dynamo": (("dynamo", _strict), ("dynamo-pieces", capture_pieces)),
-        "export": (("export", _non_strict),),
+    export: Route = ("export", partial(_non_strict, known=known) if known else _non_strict)
+    dynamo: Route = ("dynamo", _strict)
+    pieces: Route = ("dynamo-pieces", capture_pieces)
+    routes: dict[str, tuple[Route, ...]] = {
+        "auto": (export, dynamo, pieces) if known else (dynamo, export, pieces),
+        "dynamo": (dynamo, pieces),
+        "export": (export,),
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
@@ -71,8 +89,11 @@ def capture(
             with undisturbed(module):
                 inputs = tuple(args), dict(kwargs)
                 if route != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
-                    inputs = _stand_ins_(module, inputs)
-                return Captured(route, run(module, *inputs, names), aliases)
+                    inputs, _ = stand_ins_(module, inputs)
+                made = run(module, *inputs, names)
+                only = first and route != "dynamo-pieces"
+                made = tuple(map(first_output, made)) if only else made
+                return Captured(route, made, aliases, tuple(known) if route == "export" else (), only)
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failures.append(f"{route}: {_first_line(error)}")
     why = _BY_VALUES if any(_VALUES.search(failure) for failure in failures) else ""
@@ -86,80 +107,19 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
     """
     with undisturbed(module):
         expected = _tensors(module(*args, **kwargs))
+        if captured.first:
+            expected = [tensor for tensor in expected if tensor.is_floating_point()][:1]
         if captured.how == "dynamo-pieces":
             actual = _run_pieces(module, args, kwargs, captured.pieces)
         else:
-            actual = _tensors(_run_whole(module, args, kwargs, captured.pieces[0]))
+            given = {name: value for name, value in kwargs.items() if name not in captured.known}
+            actual = _tensors(_run_whole(module, args, given, captured.pieces[0]))
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         raise AutoQuantError(
             f"captured graph of {type(module).__name__}: expected outputs {[tuple(t.shape) for t in expected]}, "
             f"got {[tuple(t.shape) for t in actual]}"
         )
     return max((_difference(a, b) for a, b in zip(actual, expected, strict=True)), default=0.0)
-
-
-@contextlib.contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, quietly; everything that tracing or running may touch is put back.
-
-    Restored: attributes, training flags, buffers with their values, and hooks of every submodule; grad mode, default
-    dtype and RNG state; warning filters and logging threshold. Dynamo's caches are dropped.
-    """
-    attributes = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
-    tables = [(now[key], dict(now[key])) for now, _ in attributes for key in _MODULE_TABLES]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
-    threshold, dtype = logging.root.manager.disable, torch.get_default_dtype()
-    try:
-        with (
-            torch.random.fork_rng(devices=()),
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            contextlib.ExitStack() as quiet,
-        ):
-            warnings.simplefilter("ignore")
-            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # a failing export prints its graph
-            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            logging.disable(logging.CRITICAL)
-            module.eval()
-            yield
-    finally:
-        torch._dynamo.reset()
-        torch.set_default_dtype(dtype)
-        logging.disable(threshold)
-        for now, before in attributes + tables:
-            if list(map(id, now.values())) != list(map(id, before.values())) or list(now) != list(before):
-                now.clear()
-                now.update(before)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _stand_ins_(module: nn.Module, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Replace meta tensors of a module, and of its inputs, by fake ones on the CPU; neither has memory.
-
-    A list used as an index becomes a tensor on the device of what it indexes: on meta, its values would be lost.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, torch.Tensor] = {}
-
-    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_meta:
-            return tensor
-        if id(tensor) not in made:
-            with mode:
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-            made[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
-        return made[id(tensor)]
-
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    table[name] = stand_in(tensor)  # type: ignore[assignment]  # a Parameter for a Parameter
-    changed: tuple[Any, Any] = pytree.tree_map_only(torch.Tensor, stand_in, inputs)
-    return changed
 
 
 def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
@@ -188,8 +148,17 @@ def _no_guards() -> Iterator[None]:
         setattr(functional_export, name, check)
 
 
-def _non_strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
-    return (lower(torch.export.export(module, args, kwargs, strict=False), names),)
+def _non_strict(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
+) -> tuple[Piece, ...]:
+    if not known:
+        return (lower(torch.export.export(module, args, kwargs, strict=False), names),)
+    constants = {name: kwargs[name] for name in known}
+    given = {name: value for name, value in kwargs.items() if name not in constants}
+    module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
+    with known_values():
+        program = torch.export.export(module, args, given, strict=False)
+    return (lower(program, names),)
 
 
 def _run_whole(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], piece: Piece) -> list[Any]:

@@ -15,7 +15,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -69,6 +69,28 @@ def fold(findings: Findings, stacks: Sequence[StackMap]) -> Findings:
         blocked=layers.fold(findings.blocked),
         unknown_operators=tuple(dict.fromkeys(map(layers.numbered, findings.unknown_operators))),
     )
+
+
+def name_across_layers(findings: Findings, stacks: Sequence[StackMap]) -> Findings:
+    """Folded findings, whose groups across layers have names that neither list all layers nor depend on their number.
+
+    Names leave out what paths have in common, so that a stack goes by the end of its path.
+    """
+    ends = {".".join(parts[i:]) for stack in stacks for parts in [stack.path.split(".")] for i in range(len(parts))}
+    if not ends:
+        return findings
+    known = "|".join(re.escape(end) for end in sorted(ends, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![\w.])({known})\.\d+(?!\w)")
+
+    def renamed(group: SmoothingGroup) -> SmoothingGroup:
+        sources, arrow, targets = pattern.sub(rf"\1.{LAYER}", group.name).partition(" -> ")
+        name = sources + arrow + ", ".join(dict.fromkeys(targets.split(", ")))
+        return group.model_copy(update={"name": name})
+
+    named = [g if g.layers is not None else renamed(g) for g in findings.groups]
+    count = Counter(group.name for group in named)
+    groups = (new if count[new.name] == 1 else old for new, old in zip(named, findings.groups, strict=True))
+    return replace(findings, groups=tuple(groups))
 
 
 def unfold(findings: Findings) -> Findings:

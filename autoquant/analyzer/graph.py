@@ -53,6 +53,10 @@ class Captured:
     how: How
     pieces: tuple[Piece, ...]
     aliases: tuple[tuple[str, ...], ...]
+    known: tuple[str, ...] = ()
+    """Inputs that became constants."""
+    first: bool = False
+    """Whether the first floating-point output is the only one."""
 
 
 def module_path(node: torch.fx.Node) -> str:
@@ -136,6 +140,21 @@ def lower(program: torch.export.ExportedProgram, names: Names, described: Sequen
                 raise AutoQuantError(f"graph input {placeholder}: {spec.kind.name} is not supported")
     mutated = sum(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs)
     return Piece(graph, inputs, constants, mutated)
+
+
+def first_output(piece: Piece) -> Piece:
+    """The same graph with its first floating-point result alone: the logits, not what a model returns beside them."""
+    graph: Any = piece.graph
+    output = graph.graph.output_node()
+    results = output.args[0]
+    floating = [r for r in results[piece.mutated :] if isinstance(r, torch.fx.Node) and _is_floating(r.meta.get("val"))]
+    output.args = ((*results[: piece.mutated], *floating[:1]),)
+    _remove_dead(graph)
+    return piece
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _nodes(part: nn.Module) -> Iterable[torch.fx.Node]:

@@ -18,7 +18,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,21 @@ def find_stacks(module: nn.Module) -> tuple[LayerStack, ...]:
 def whole(stacks: Sequence[LayerStack], reason: str | None = None) -> tuple[StackMap, ...]:
     """The map of an unpruned model: every layer stands for itself."""
     return tuple(_stack_map(stack, range(stack.length), reason or stack.whole) for stack in stacks)
+
+
+def ends_apart(stacks: Sequence[LayerStack]) -> tuple[LayerStack, ...]:
+    """The same stacks, whose first and last layer are of a kind of their own.
+
+    What reads the residual before or after all layers may treat these otherwise: the norm at the end of the last layer
+    of a post-norm encoder, a last layer that nothing reads.
+    """
+    return tuple(replace(stack, kinds=_ends_apart(stack.kinds)) for stack in stacks)
+
+
+def _ends_apart(kinds: Sequence[int]) -> tuple[int, ...]:
+    first: dict[int, int] = {}
+    marked = [-1, *kinds[1:-1], -2] if len(kinds) > 1 else kinds
+    return tuple(first.setdefault(kind, len(first)) for kind in marked)
 
 
 def represent(

@@ -164,8 +164,14 @@ def _load(source: Path, config: Config, resolved: Resolved, seed: int | None) ->
     from transformers.utils.logging import disable_progress_bar
 
     from autoquant.executor.apply import apply_
+    from autoquant.models import class_of
 
     disable_progress_bar()
+    if (auto := class_of(source)) is not AutoModelForCausalLM:
+        raise AutoQuantError(
+            f"{source}: smoothing is calibrated on text, which does not reach all of a model of {auto.__name__}; "
+            "use --smooth none"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError) as error:

@@ -21,10 +21,10 @@ def command(config: Path, model: str | None, layers: int | None, trust_remote_co
     fits = ""
     if model is not None:
         from autoquant.modelcheck import model_problems, problems_error, structure_of
-        from autoquant.models import build_meta, resolve
+        from autoquant.models import build_structure, resolve
 
         source = resolve(model, layers=layers, trust_remote_code=trust_remote_code)
-        found = model_problems(loaded, structure_of(build_meta(source).module))
+        found = model_problems(loaded, structure_of(build_structure(source)))
         if found:
             raise problems_error(config, model, found)
         fits = f" and fits {model}"

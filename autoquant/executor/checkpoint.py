@@ -28,7 +28,7 @@ from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved
 from autoquant.executor.safetensors_stream import INDEX, Shards, open_shards, write_shard
-from autoquant.models import build_meta
+from autoquant.models import build_structure, load_checkpoint
 from autoquant.models import resolve as resolve_model
 
 PROVENANCE = "autoquant.json"
@@ -101,7 +101,7 @@ def build_skeleton(folder: Path) -> nn.Module:
         raise AutoQuantError(f"{folder / 'config.json'}: expected a JSON object with a model_type")
     if "quantization_config" in settings:
         raise AutoQuantError(f"{folder}: is quantized already; its weights cannot be folded")
-    return build_meta(resolve_model(str(folder))).module
+    return build_structure(resolve_model(str(folder)))
 
 
 def match_names(inventory: Inventory, shards: Shards) -> dict[str, str] | None:
@@ -221,18 +221,9 @@ def _apply_loaded(
     progress: Progress | None,
 ) -> Applied:
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
-    from transformers import AutoModelForCausalLM
-
     for name in shards.entries:
         check_finite(name, shards.read(name))
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise AutoQuantError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    model, info = loaded
-    if absent := sorted({*info["missing_keys"], *info["mismatched_keys"]}):
-        raise AutoQuantError(f"{source}: {absent[0]} is missing or of another shape")
-    model.eval()
+    model = load_checkpoint(source, "auto")
     if dtype is not None:  # widened before the folding, narrowed after it
         model.to(torch.promote_types(model.dtype, dtype))
     plan = make_plan(resolved, take_inventory(model), model.get_parameter, scales)

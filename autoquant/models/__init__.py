@@ -4,6 +4,8 @@ The only package that imports transformers, and only when one of its functions i
 architecture: sizes are reduced by what their configuration fields are called and by how their values relate.
 """
 
+from autoquant.models.build import build_meta
+from autoquant.models.classes import KINDS, Kind, registered_types
 from autoquant.models.reduction import (
     float64_throughout,
     grouped_experts,
@@ -14,18 +16,24 @@ from autoquant.models.reduction import (
     widened,
 )
 from autoquant.models.repair import resolve
-from autoquant.models.source import LoadedModel, ModelSource, build_meta
-from autoquant.models.weights import load_weights
+from autoquant.models.source import LoadedModel, ModelSource, build_structure
+from autoquant.models.weights import class_of, load_checkpoint, load_weights
 
 __all__ = [
+    "KINDS",
+    "Kind",
     "LoadedModel",
     "ModelSource",
     "build_meta",
+    "build_structure",
+    "class_of",
     "float64_throughout",
     "grouped_experts",
     "layer_kinds",
+    "load_checkpoint",
     "load_weights",
     "randomise_",
+    "registered_types",
     "resolve",
     "runs_in_float64",
     "small",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,45 +19,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autoquant.errors import AutoQuantError
+from autoquant.models.build import build, build_meta, changed, with_inputs
+from autoquant.models.sizes import reductions
 from autoquant.models.source import (
     LoadedModel,
     ModelSource,
-    build,
-    build_meta,
+    build_module,
     call_factory,
     layer_count,
     limit_layers,
     one_line,
     quiet,
-    standard_field,
+    sub_configs,
     text_config,
 )
 
-_VOCABULARY = 128
 _LARGEST = 100_000_000  # parameters of what is still called small: 0.8 GB in float64
-
-# Fields that are counts or sizes by name, and are not to be touched: positions, windows, kernels, layers and the like.
-_KEEP = re.compile(
-    r"token|idx|layer|position|window|kernel|conv|patch|block|seq|length|scalar|pattern|period|seed|multipl|expand"
-    r"|factor|max_|per_head|ngram|bucket|interval|_id$|_tp$"
-)
-_HEADS = re.compile(r"heads?$|num_query_groups")
-_HEAD_SIZE = re.compile(r"head_?dim$|d_head|head_size|kv_channels|dim_head|rotary_dim")
-_WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
-_LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
-    (re.compile(r"vocab"), _VOCABULARY),
-    (re.compile(r"per_tok$|moe_k$|moe_topk|top_k"), 2),
-    (re.compile(r"topk_group"), 2),
-    (re.compile(r"n_group$|expert_group"), 4),
-    (re.compile(r"n_groups$"), 2),
-    (re.compile(r"experts?$|num_experts|expert_num"), 8),
-    (re.compile(r"state"), 8),
-    (re.compile(r"chunk_size"), 16),
-)
 
 
 def small(source: ModelSource, seed: int = 0) -> LoadedModel:
-    """``source`` with reduced sizes and random weights on the CPU, and two sequences of eight tokens.
+    """``source`` with reduced sizes and random weights on the CPU; two sequences of eight tokens, or one with an image.
 
     float64, or float32 where a kernel refuses float64. Enough layers are kept for one of every kind. A factory is
     called at its own size.
@@ -67,8 +48,6 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
     if source.config is None:
         return _small_factory(source, seed)
     config = _reduced(source)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(_vocabulary(config), (2, 8), generator=generator)
     # Grouped matrix products, the default for experts, have no float64 kernel everywhere.
     for dtype, experts in (
         (torch.float64, None),
@@ -76,11 +55,10 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
         (torch.float64, "eager"),
         (torch.float32, None),
     ):
-        loaded = build(source, config, torch.device("cpu"), dtype)
-        model: Any = loaded.module
+        model = build_module(source, config, torch.device("cpu"), dtype)
         model.set_experts_implementation(experts)
-        randomise_(loaded.module, seed)
-        loaded = LoadedModel(loaded.module, (), dict.fromkeys(loaded.kwargs, tokens), loaded.config)
+        randomise_(model, seed)
+        loaded = with_inputs(model, torch.device("cpu"), dtype, (2, 8), seed)
         failure = failure_of(loaded)
         if failure is None:
             return loaded
@@ -134,7 +112,8 @@ def widened(loaded: LoadedModel) -> LoadedModel:
     Some models make tensors of the default dtype on their way, or keep a router in float32, and do not run in any other
     unless that changes too.
     """
-    wide = LoadedModel(copy.deepcopy(loaded.module).double(), loaded.args, loaded.kwargs, loaded.config)
+    kwargs = {name: value.double() if value.is_floating_point() else value for name, value in loaded.kwargs.items()}
+    wide = replace(loaded, module=copy.deepcopy(loaded.module).double(), kwargs=kwargs)
     return wide if runs_in_float64(wide) else loaded
 
 
@@ -244,40 +223,57 @@ def _small_factory(source: ModelSource, seed: int) -> LoadedModel:
 def _reduced(source: ModelSource) -> Any:
     """A small configuration that builds and runs, of as few layers as show every kind.
 
-    Where the reduction as a whole is refused, the one field whose original value makes it acceptable is given that
-    back, else one after the other.
+    Where the reduction as a whole is refused, heads keep their size; else the one field, or the one part of the
+    configuration, whose original values make it acceptable is given those back, else one field after the other.
     """
-    changes = _reductions(source.config)
-    first = failure = _refusal(source, changes)
-    while failure is not None and changes:
-        for name in changes:
-            fewer = {key: value for key, value in changes.items() if key != name}
-            if _refusal(source, fewer) is None:
-                changes, failure = fewer, None
+    changes = reductions(source.config)
+    missing = build_meta(source).missing
+    first = failure = _refusal(source, changes, missing)
+    if failure is not None:
+        for fewer in _fewer(source.config, changes):
+            failure = _refusal(source, fewer, missing)
+            if failure is None:
+                changes = fewer
                 break
-        else:
-            changes = dict(list(changes.items())[:-1])
-            failure = _refusal(source, changes)
     if failure is not None:
         raise AutoQuantError(f"{source.name}: no small model of it can be built: {one_line(first)}") from first
     config = _changed(source.config, changes)
     if layer_count(config) is None:
         return config
-    kinds = layer_kinds(build(source, config, torch.device("meta"), torch.float32).module, config)
+    kinds = layer_kinds(build_module(source, config, torch.device("meta"), torch.float32), config)
     limit_layers(config, max(2, max(kinds, default=0) + 1))
     return config
 
 
-def _refusal(source: ModelSource, changes: Mapping[str, int]) -> Exception | None:
-    """Why two layers of the changed configuration cannot be built or run, None if they can."""
+def _fewer(config: Any, changes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Other reductions to try, those that change most first."""
+    yield reductions(config, keep_heads=True)
+    for name in changes:
+        yield {key: value for key, value in changes.items() if key != name}
+    parts = dict.fromkeys(name.rpartition(".")[0] for name in changes)
+    if len(parts) > 1:
+        for part in parts:
+            yield {key: value for key, value in changes.items() if key.rpartition(".")[0] != part}
+    names = list(changes)
+    for count in range(len(names) - 1, -1, -1):
+        yield {name: changes[name] for name in names[:count]}
+
+
+def _refusal(source: ModelSource, changes: Mapping[str, int], missing: Collection[str]) -> Exception | None:
+    """Why two layers of the changed configuration cannot be built or run, None if they can.
+
+    ``missing``: inputs that the model need not have.
+    """
     try:
         config = _changed(source.config, changes)
         if layer_count(config) is not None:
             limit_layers(config, 2)
-        size = parameters(build(source, config, torch.device("meta"), torch.float32).module)
+        size = parameters(build_module(source, config, torch.device("meta"), torch.float32))
         if size > _LARGEST:
             raise AutoQuantError(f"{size:,} parameters in two layers, more than {_LARGEST:,}")
-        return failure_of(build(source, config, torch.device("cpu"), torch.float32))
+        loaded = build(source, config, torch.device("cpu"), torch.float32)
+        lost = set(loaded.missing) - set(missing)
+        return AutoQuantError(f"no {min(lost)}: {loaded.missing[min(lost)]}") if lost else failure_of(loaded)
     except Exception as error:  # a configuration's own checks, or the architecture's code
         return error
 
@@ -293,14 +289,22 @@ def failure_of(loaded: LoadedModel) -> Exception | None:
 
 
 def _changed(config: Any, changes: Mapping[str, int]) -> Any:
-    config = copy.deepcopy(config)
-    text = text_config(config)
-    for name, value in changes.items():
-        setattr(text, name, value)
-    for name, value in vars(text).items():
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= _vocabulary(text):
-            setattr(text, name, _vocabulary(text) - 1)
+    config = changed(config, changes)
+    _lower_token_ids_(sub_configs(config).values(), _vocabulary(config))
     return config
+
+
+def _lower_token_ids_(parts: Iterable[Any], vocabulary: int) -> None:
+    """Special tokens beyond the vocabulary become its last ones, and stay apart from each other where there is room."""
+    ids = [
+        (part, name, value)
+        for part in parts
+        for name, value in vars(part).items()
+        if name.endswith(("_token_id", "_token_index")) and type(value) is int and value >= vocabulary
+    ]
+    order = sorted({value for _, _, value in ids})
+    for part, name, value in ids:
+        setattr(part, name, max(0, vocabulary - 1 - order.index(value)))
 
 
 def parameters(module: nn.Module) -> int:
@@ -310,96 +314,3 @@ def parameters(module: nn.Module) -> int:
 
 def _vocabulary(config: Any) -> int:
     return int(text_config(config).vocab_size)
-
-
-def _reductions(config: Any) -> dict[str, int]:
-    """New values of the text configuration's integer fields, by field name."""
-    config = text_config(config)
-    sizes = {name: value for name, value in vars(config).items() if type(value) is int and value > 1}
-    changes: dict[str, int] = {}
-    for name, value in sizes.items():
-        limit = next((limit for pattern, limit in _LIMITS if pattern.search(name)), None)
-        if limit is not None and not re.search(r"size$|dim$", name.replace("vocab_size", "").replace("state_size", "")):
-            changes[name] = min(value, limit)
-    rest = {name: value for name, value in sizes.items() if name not in changes and not _KEEP.search(name)}
-    sizes_of_heads = {name: value for name, value in rest.items() if _HEAD_SIZE.search(name)}
-    heads = {name: value for name, value in rest.items() if _HEADS.search(name) and name not in sizes_of_heads}
-    queries = standard_field(config, "num_attention_heads") or max(heads.values(), default=1)
-    hidden = standard_field(config, "hidden_size")
-    head = standard_field(config, "head_dim") or (hidden // queries if hidden else 64)
-
-    new_queries = _fewer_heads(queries, queries)
-    new_head = _smaller_head(head)
-    changes |= {name: _fewer_heads(value, queries) for name, value in heads.items()}
-    changes |= {name: _smaller_head(value) for name, value in sizes_of_heads.items()}
-    if not hidden:
-        return changes
-    inner = queries * head
-    new_hidden = _new_hidden(hidden, inner, new_queries * new_head) if heads else 64
-    width = _narrower(hidden, new_hidden, inner, new_queries * new_head)
-    for name, value in rest.items():
-        if name not in changes and _WIDTH.search(name):
-            changes[name] = width(value)
-    return changes | _products(sizes, changes, heads, hidden, new_hidden)
-
-
-def _fewer_heads(count: int, queries: int) -> int:
-    """4 for the query heads (6 where their number is no power of two), half for fewer, twice for more."""
-    new_queries = min(queries, 4 if queries & (queries - 1) == 0 else 6)
-    if count == queries:
-        return new_queries
-    return max(1, new_queries // 2) if count < queries else 2 * new_queries
-
-
-def _smaller_head(size: int) -> int:
-    """An eighth, in steps of 8, so that a quarter of it still has two rotary halves."""
-    return min(size, max(8, -(-size // 64) * 8))
-
-
-def _new_hidden(hidden: int, inner: int, new_inner: int) -> int:
-    """Keeps ``inner == k * hidden`` if it holds, and the two apart if it does not."""
-    if inner % hidden == 0 and new_inner % (inner // hidden) == 0 and new_inner * hidden // inner >= 16:
-        return new_inner * hidden // inner
-    near = max(32, hidden * new_inner // inner // 16 * 16)
-    return near + 16 if near == new_inner else near
-
-
-def _narrower(hidden: int, new_hidden: int, inner: int, new_inner: int) -> Callable[[int], int]:
-    def width(value: int) -> int:
-        if value % hidden == 0:
-            return value // hidden * new_hidden
-        if value == inner:
-            return new_inner
-        near = max(8, value * new_hidden // hidden // 8 * 8)
-        return min(value, near + 8 if near in (new_hidden, new_inner) else near)
-
-    return width
-
-
-def _products(
-    sizes: Mapping[str, int], changes: Mapping[str, int], heads: Mapping[str, int], hidden: int, new_hidden: int
-) -> dict[str, int]:
-    """Head sizes of further head groups (state-space layers), where heads x size is a width or a multiple of it.
-
-    Groups are told by what comes before 'head' in the names: ``mamba_n_heads`` goes with ``mamba_d_head``.
-    """
-    repaired: dict[str, int] = {}
-    for count_name, count in heads.items():
-        for size_name, size in sizes.items():
-            same_group = _HEAD_SIZE.search(size_name) and _group(size_name) == _group(count_name) != ""
-            if not same_group:
-                continue
-            new_product = changes[count_name] * changes[size_name]
-            if count * size % hidden == 0:
-                wanted = count * size // hidden * new_hidden
-                if wanted % changes[count_name] == 0:
-                    repaired[size_name] = wanted // changes[count_name]
-                    continue
-            repaired |= {
-                name: new_product for name, value in sizes.items() if value == count * size and name in changes
-            }
-    return repaired
-
-
-def _group(name: str) -> str:
-    return re.sub(r"_?(num|n|d)?_?(query_|key_|value_|kv_)?head.*$", "", name)

@@ -23,7 +23,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoquant.errors import AutoQuantError
 from autoquant.models import source as naming
-from autoquant.models.source import ModelSource, build, layer_count, limit_layers, quiet, standard_field, text_config
+from autoquant.models.classes import Kind
+from autoquant.models.inputs import make_inputs, reads_text
+from autoquant.models.source import (
+    ModelSource,
+    build_module,
+    layer_count,
+    limit_layers,
+    quiet,
+    standard_field,
+    text_config,
+)
 
 _MOST = 8  # repairs of one configuration
 
@@ -50,25 +60,27 @@ class Repair:
         return changed
 
 
-def resolve(model: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelSource:
+def resolve(
+    model: str, *, layers: int | None = None, trust_remote_code: bool = False, kind: Kind | None = None
+) -> ModelSource:
     """Find out what ``model`` names.
 
     One of: a directory with a ``config.json`` or such a file, ``package.module:factory`` (imported with the working
     directory on the path), a transformers model type (its default configuration), a hub id. ``layers`` limits the
-    number of layers of a configuration. A few layers of a default configuration are run without memory, and it is
-    repaired where they refuse: ``repairs`` of the result says how.
+    number of layers of a configuration; ``kind`` names the auto class that builds it. A few layers of a default
+    configuration are run without memory, and it is repaired where they refuse: ``repairs`` of the result says how.
 
     Raises :class:`AutoQuantError` with what was tried and the nearest model type.
     """
     try:
-        source = naming.resolve(model, trust_remote_code=trust_remote_code)
+        source = replace(naming.resolve(model, trust_remote_code=trust_remote_code), kind=kind)
     except AutoQuantError as error:
         made = _as_demanded(model, error)
         if made is None:
             raise
-        source = made
+        source = replace(made, kind=kind)
     if source.config is not None and source.checkpoint is None and _is_type(model):
-        for repair in find_repairs(source) if source.repairs else _type_repairs(model):
+        for repair in find_repairs(source) if source.repairs else _type_repairs(model, kind):
             source = replace(
                 source,
                 config=repair.apply(source.config),
@@ -128,9 +140,9 @@ def _literal(text: str) -> Any:
 
 
 @functools.cache
-def _type_repairs(model: str) -> tuple[Repair, ...]:
+def _type_repairs(model: str, kind: Kind | None) -> tuple[Repair, ...]:
     """Repairs of a model type's default configuration, found once in a process."""
-    return find_repairs(naming.resolve(model))
+    return find_repairs(replace(naming.resolve(model), kind=kind))
 
 
 def find_repairs(source: ModelSource) -> tuple[Repair, ...]:
@@ -164,9 +176,12 @@ def refusal(source: ModelSource, config: Any) -> Exception | None:
         if layer_count(config) is not None:
             limit_layers(config, _every_kind(text_config(config)))
         with FakeTensorMode():
-            loaded = build(source, config, torch.device("cpu"), torch.float32)
+            module = build_module(source, config, torch.device("cpu"), torch.float32)
+            if not reads_text(module):
+                return None
+            inputs = make_inputs(module, torch.device("cpu"), (1, 3), torch.float32, media=False)
             with quiet(), torch.random.fork_rng(devices=()), torch.no_grad():
-                loaded.module(*loaded.args, **loaded.kwargs)
+                module(**inputs.kwargs)
     except (RuntimeError, NotImplementedError):
         return None
     except AutoQuantError as error:

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
 from autoquant.errors import AutoQuantError
+from autoquant.models.classes import Kind, auto_class, kind_of
+
+_DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class ModelSource:
     trust_remote_code: bool = False
     repairs: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a default configuration that had to be changed for it to be built, with the new values."""
+    kind: Kind | None = None
+    """Which auto class builds it; None: the one that its configuration prefers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,12 @@ class LoadedModel:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     config: Any = None
+    known: tuple[str, ...] = ()
+    """Keyword inputs whose values are part of the structure: where images go, how they are cut."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Inputs that the model can take and that could not be made, each with the reason."""
+    short: nn.Module | None = None
+    """The same model with fewer positions, for which the inputs are; None: the module itself."""
 
 
 def resolve(model: str, *, trust_remote_code: bool = False) -> ModelSource:
@@ -73,15 +85,12 @@ def limited(source: ModelSource, layers: int) -> ModelSource:
     return replace(source, config=config)
 
 
-def build_meta(source: ModelSource) -> LoadedModel:
-    """The full-size module on the meta device, without weights, and three tokens of input.
-
-    Configurations: float32, no cache, scaled-dot-product attention where the class takes it and eager attention
-    elsewhere. Factories are called with floating-point tensors on the meta device and integers for real.
-    """
+def build_structure(source: ModelSource) -> nn.Module:
+    """The full-size module on the meta device: names, shapes and ties without weights. Raises AutoQuantError."""
     if source.config is None:
-        return call_factory(source, torch.device("meta"))
-    return build(source, source.config, torch.device("meta"), torch.float32)
+        return call_factory(source, torch.device("meta")).module
+    module: nn.Module = build_module(source, source.config, torch.device("meta"), torch.float32)
+    return module
 
 
 def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
@@ -112,7 +121,7 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
     if model in CONFIG_MAPPING:
         try:
             with quiet():
-                return ModelSource(model, CONFIG_MAPPING[model](), trust_remote_code=trust_remote_code)
+                return ModelSource(model, _fitting(CONFIG_MAPPING[model]()), trust_remote_code=trust_remote_code)
         except Exception as error:  # some defaults fail their own checks
             raise AutoQuantError(f"{model}: has no valid default configuration: {one_line(error)}") from error
     if Path(model).expanduser().is_dir():
@@ -128,6 +137,17 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
             f"{model}: not a directory, not a model type{nearest}, and not to be had from the hub ({one_line(error)})"
         ) from error
     return ModelSource(model, config, trust_remote_code=trust_remote_code)
+
+
+def _fitting(config: Any) -> Any:
+    """A default configuration whose parts fit: some towers hand over vectors that their language model cannot take."""
+    parts = sub_configs(config)
+    text = standard_field(text_config(config), "hidden_size") if len(parts) > 1 else None
+    for part in parts.values():
+        for name in ("out_hidden_size", "output_hidden_size"):
+            if text is not None and type(vars(part).get(name)) is int:
+                setattr(part, name, text)
+    return config
 
 
 def _require_known(where: str, model_type: str) -> None:
@@ -217,15 +237,16 @@ _CHUNK = 16
 """Tokens that a scan over the sequence takes at once, at most. It shapes no parameter and changes no result."""
 
 
-def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """A causal language model of ``config``, which is copied, with three tokens of input. Raises AutoQuantError."""
-    from transformers import AutoModelForCausalLM
-
+def build_module(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of ``config``, which is copied, by its auto class, in evaluation mode. Raises AutoQuantError."""
     config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, text_config(config))}.values():
+    kind = source.kind or _kind(source, config)
+    if kind == "causal-lm":
+        for part in (config, text_config(config)):
+            if "is_decoder" in vars(part):  # encoder types attend to the left only if told so
+                part.is_decoder = True
+    for part in sub_configs(config).values():
         part.use_cache = False
-        if "is_decoder" in vars(part):  # encoder types attend to the left only if told so
-            part.is_decoder = True
         if vars(part).get("num_key_value_heads", 0) is None:  # documented as "as many as num_attention_heads"
             part.num_key_value_heads = part.num_attention_heads
         for name, value in list(vars(part).items()):
@@ -234,7 +255,7 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
     for attention in ("sdpa", "eager"):
         try:
             with quiet(), torch.random.fork_rng(devices=()), device:
-                module = AutoModelForCausalLM.from_config(
+                module = auto_class(kind).from_config(
                     copy.deepcopy(config),
                     attn_implementation=attention,
                     dtype=dtype,
@@ -244,29 +265,56 @@ def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.d
         except Exception as error:  # construction runs the architecture's own code
             if attention == "sdpa" and isinstance(error, ValueError):
                 continue  # how a class says that it has no such attention
-            raise AutoQuantError(
-                f"{source.name}: cannot be built as a causal language model: {one_line(error)}"
-            ) from error
-    tokens = torch.arange(1, 4, device=device)[None]
-    return LoadedModel(module.eval(), (), {module.main_input_name: tokens}, module.config)
+            raise AutoQuantError(f"{source.name}: cannot be built ({kind}): {one_line(error)}") from error
+    return module.eval()
+
+
+def _kind(source: ModelSource, config: Any) -> Kind:
+    try:
+        return kind_of(config)
+    except AutoQuantError as error:
+        raise AutoQuantError(f"{source.name}: {error.message}") from None
+
+
+def sub_configs(config: Any) -> dict[str, Any]:
+    """A configuration (``''``) and those that it holds, by dotted path."""
+    found = {"": config}
+    for name, value in vars(config).items():
+        if callable(getattr(value, "to_dict", None)) and hasattr(value, "model_type"):
+            found |= {f"{name}.{path}".rstrip("."): part for path, part in sub_configs(value).items()}
+    return found
 
 
 def limit_layers(config: Any, layers: int) -> None:
-    """Cut to the first ``layers`` layers, every per-layer list of the configuration with them."""
+    """Cut encoder and decoder to the first ``layers`` layers, every per-layer list of the configuration with them."""
     config = text_config(config)
     before = layer_count(config)
     if before is None:
         raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r} has no num_hidden_layers")
+    if config.is_encoder_decoder:
+        for name in depths(config):
+            limit_depth(config, name, layers)
     layers = min(layers, before)
+    try:
+        limit_depth(config, "num_hidden_layers", layers)
+    except NotImplementedError as error:
+        raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r}: {one_line(error)}") from error
+
+
+def depths(config: Any) -> list[str]:
+    """The fields of a configuration that count layers."""
+    return [name for name, value in vars(config).items() if type(value) is int and _DEPTH.search(name)]
+
+
+def limit_depth(config: Any, name: str, layers: int) -> None:
+    """Cut one stack of layers, and every list that has an entry for each of them."""
+    before = getattr(config, name)
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == before and key != "architectures":
             setattr(config, key, value[:layers])
         elif key.endswith("shared_layers") and type(value) is int:  # the last ones, which reuse what others made
             setattr(config, key, round(value * layers / before))
-    try:
-        config.num_hidden_layers = layers
-    except NotImplementedError as error:
-        raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r}: {one_line(error)}") from error
+    setattr(config, name, min(layers, before))
 
 
 def text_config(config: Any) -> Any:

@@ -15,11 +15,18 @@ from autoquant.paths import LAYER, layer_numbers, layer_set
 def summarise(config: Config, unknown_operators: Sequence[str] = ()) -> Summary:
     """Every linear with what reaches it, what is blocked, and totals. ``unknown_operators`` had no rule."""
     lookup = _Lookup(config)
-    sections: dict[str | None, list[Row]] = {}
+    sections: dict[tuple[str, str | None], list[Row]] = {}
     for linear in config.model.linears:
-        sections.setdefault(linear.layers, []).append(_row(lookup, linear))
+        sections.setdefault((_stack(linear.path), linear.layers), []).append(_row(lookup, linear))
+    paths = {linear.path for linear in config.model.linears}
+    for blocked in config.blocked:
+        if blocked.what == "smoothing" and blocked.path not in paths:  # a part that no linear stands for
+            lookup.note(f"{blocked.path}{_in_layers(blocked.layers)}: {because(blocked)}", "")
+    stacks = {stack for stack, layers in sections if layers is not None}
     return Summary(
-        sections=tuple(Section(layers, tuple(rows)) for layers, rows in sections.items()),
+        sections=tuple(
+            Section(layers, tuple(rows), stack if len(stacks) > 1 else "") for (stack, layers), rows in sections.items()
+        ),
         notes=tuple(lookup.notes),
         spaces=tuple(_space(space) for space in config.rotation.spaces),
         query_keys=tuple(_query_key(group) for group in config.smoothing.groups if _is_query_key(group)),
@@ -175,6 +182,11 @@ def _in_layers(layers: str | None) -> str:
     return f" (layers {layers})" if layers is not None else ""
 
 
+def _stack(path: str) -> str:
+    """The list of layers that a path is in, empty where it is in none."""
+    return path.partition(f".{LAYER}.")[0] if LAYER in path else ""
+
+
 def _inside(path: str) -> str:
     """The path below the repeated layer; the whole path where there is none."""
     return path.partition(f"{LAYER}.")[2] or path
@@ -238,6 +250,8 @@ class Section:
 
     layers: str | None
     rows: tuple[Row, ...]
+    stack: str = ""
+    """The list of these layers, where the model has several."""
 
 
 @dataclass(frozen=True, slots=True)

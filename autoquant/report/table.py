@@ -104,7 +104,8 @@ def _table(summary: Summary) -> Table:
 def _section_title(section: Section) -> str:
     if section.layers is None:
         return "outside of the layers"
-    return f"{_count(len(layer_numbers(section.layers)), 'layer')}: {section.layers}"
+    where = f" of {section.stack}" if section.stack else ""
+    return f"{_count(len(layer_numbers(section.layers)), 'layer')}{where}: {section.layers}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,46 @@
+"""What a trace did not reach: parts of the model that its inputs, or the way to its logits, leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from autoquant.analyzer.graph import Captured
+from autoquant.config import Blocked
+
+
+def untraced(module: nn.Module, captured: Captured, missing: Mapping[str, str]) -> tuple[Blocked, ...]:
+    """The outermost modules none of whose matrices the graphs use, blocked with the reason.
+
+    ``missing``: inputs that could not be made, each with the reason.
+    """
+    used = {
+        name
+        for piece in captured.pieces
+        for node in piece.graph.graph.nodes
+        if node.op == "placeholder" and node.users and piece.inputs[node.name].kind in ("parameter", "crossing")
+        for name in _names(piece.inputs[node.name].name, captured)
+    }
+    reason = "it is not traced: nothing that it computes reaches the logits"
+    if missing:
+        reason = "it is not traced: " + "; ".join(f"no {name} could be made ({why})" for name, why in missing.items())
+    return tuple(
+        Blocked(path=path, what=what, reason=reason, operator="forward", at=path)
+        for path in _outermost(module, "", used)
+        for what in ("smoothing", "rotation")
+    )
+
+
+def _names(name: str, captured: Captured) -> tuple[str, ...]:
+    return next((names for names in captured.aliases if name in names), (name,))
+
+
+def _outermost(module: nn.Module, path: str, used: set[str]) -> Iterator[str]:
+    for name, child in module.named_children():
+        inner = f"{path}{name}"
+        matrices = [f"{inner}.{key}" for key, p in child.named_parameters(remove_duplicate=False) if p.dim() > 1]
+        if matrices and not used.intersection(matrices):
+            yield inner
+        elif matrices:
+            yield from _outermost(child, f"{inner}.", used)

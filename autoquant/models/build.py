@@ -1,0 +1,110 @@
+"""Modules with inputs to call them by: at full size on the meta device, or wherever a small one is wanted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from autoquant.models.inputs import Inputs, make_inputs, takes_media
+from autoquant.models.sizes import fewer_positions
+from autoquant.models.source import (
+    LoadedModel,
+    ModelSource,
+    build_module,
+    call_factory,
+    depths,
+    layer_count,
+    limit_depth,
+    limit_layers,
+    sub_configs,
+)
+
+META = torch.device("meta")
+_MOST_TOKENS = 256
+"""A trace keeps a label for each element of each tensor; what is found does not depend on how many tokens there are."""
+
+
+def build_meta(source: ModelSource) -> LoadedModel:
+    """The full-size module on the meta device, without weights, and three tokens of input.
+
+    Configurations: float32, no cache, scaled-dot-product attention where the class takes it and eager attention
+    elsewhere. Factories are called with floating-point tensors on the meta device and integers for real. A model that
+    takes images or sound comes with small ones, and with a version of itself (``short``) whose tables of positions are
+    of their size.
+    """
+    if source.config is None:
+        return call_factory(source, META)
+    module = build_module(source, source.config, META, torch.float32)
+    if not takes_media(module):
+        return with_inputs(module, META, torch.float32, (1, 3))
+    config = changed(source.config, fewer_positions(source.config))
+    inputs = _probe(source, config)
+    short = build_module(source, config, META, torch.float32) if inputs.known or _media(inputs) else None
+    return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing, short)
+
+
+def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A model of ``config``, which is copied, with three tokens of input. Raises AutoQuantError."""
+    return with_inputs(build_module(source, config, device, dtype), device, dtype, (1, 3))
+
+
+def with_inputs(
+    module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], seed: int = 0
+) -> LoadedModel:
+    """A model of transformers with inputs of ``shape`` (sequences, tokens)."""
+    inputs = make_inputs(module, device, shape, dtype, seed)
+    return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing)
+
+
+def changed(config: Any, changes: Mapping[str, int]) -> Any:
+    """A copy with new values by dotted path; a stack that becomes shorter takes its per-layer lists with it."""
+    config = copy.deepcopy(config)
+    parts = sub_configs(config)
+    for name, value in changes.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf in depths(parts[path]):
+            limit_depth(parts[path], leaf, value)
+        else:
+            setattr(parts[path], leaf, value)
+    return config
+
+
+def _probe(source: ModelSource, config: Any) -> Inputs:
+    """Inputs for ``config``, found on two layers of it where that works: they do not depend on its depth."""
+    found = None
+    for shallow in (True, False):
+        tried = _two_layers(config) if shallow else config
+        try:
+            module = build_module(source, tried, META, torch.float32)
+        except Exception:  # a class may count on its layers; then the whole depth has to do
+            if not shallow:
+                raise
+            continue
+        inputs = make_inputs(module, META, (1, 3), torch.float32)
+        longest = max((v.shape[1] for n, v in inputs.kwargs.items() if n.endswith("input_ids")), default=0)
+        if longest > _MOST_TOKENS:
+            text = make_inputs(module, META, (1, 3), torch.float32, media=False)
+            reason = f"it takes {longest} tokens, more than {_MOST_TOKENS}"
+            inputs = Inputs(text.kwargs, missing={name: reason for name in _media(inputs)})
+        found = inputs if found is None or len(inputs.missing) < len(found.missing) else found
+        if not found.missing:
+            break
+    assert found is not None
+    return found
+
+
+def _media(inputs: Inputs) -> list[str]:
+    return [name for name, value in inputs.kwargs.items() if value.is_floating_point()]
+
+
+def _two_layers(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    for part in sub_configs(config).values():
+        for name in depths(part):
+            limit_depth(part, name, 2)
+    if layer_count(config) is not None:
+        limit_layers(config, 2)
+    return config

@@ -1,0 +1,265 @@
+"""Inputs to call a model by, made from its forward's signature and its configuration's fields.
+
+Text is a few tokens. For images and sound there are a few usual layouts; the first one that the model runs on is
+taken, with as many placeholder tokens in the text as the model's own tower makes features. Where none runs, the model
+is called with text alone, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autoquant.tracing import known_values, stand_ins_, undisturbed
+
+_IMAGES = ("pixel_values",)
+_SOUNDS = ("input_features", "input_values")
+
+Values = dict[str, Tensor]
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Keyword arguments of a forward call."""
+
+    kwargs: Values
+    known: tuple[str, ...] = ()
+    """Those whose values are part of the structure: where images go, how they are cut."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Inputs that the model can take and that could not be made, each with the reason."""
+
+
+def make_inputs(
+    module: nn.Module,
+    device: torch.device,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    media: bool = True,
+) -> Inputs:
+    """Inputs of ``shape`` (sequences, tokens) that ``module`` runs on.
+
+    On the meta device token ids have no values, except where ``known`` says so. Elsewhere everything is random. With
+    images or sound there is one sequence.
+    """
+    maker = _Maker(module, device, dtype, torch.Generator().manual_seed(seed))
+    if not (media and takes_media(module)):
+        return Inputs(maker.text(*shape))
+    missing: dict[str, str] = {}
+    text = maker.text(1, shape[1])
+    made: Values = {}
+    for name, layouts in maker.media():
+        failure = ""
+        for layout in layouts:
+            try:
+                tried = {**made, **layout()}
+                maker.run(maker.with_placeholders(text, tried))
+            except Exception as error:  # the model's own code: this layout is not one of its
+                failure = failure or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                continue
+            made = tried
+            break
+        else:
+            missing[name] = failure or "its configuration does not say of what size it is"
+    if not made:
+        return Inputs(maker.text(*shape), missing=missing)
+    kwargs = maker.with_placeholders(text, made)
+    known = tuple(name for name, value in kwargs.items() if not value.is_floating_point() and not value.is_meta)
+    return Inputs(kwargs, known, missing)
+
+
+def takes_media(module: nn.Module) -> bool:
+    """Whether a forward has an input for images or sound."""
+    return any(name in inspect.signature(module.forward).parameters for name in (*_IMAGES, *_SOUNDS))
+
+
+def reads_text(module: Any) -> bool:
+    """Whether a model can be called with token ids alone."""
+    return module.main_input_name not in (*_IMAGES, *_SOUNDS)
+
+
+class _Maker:
+    """What the layouts have in common: a model, where it is, and its configurations by what they describe."""
+
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> None:
+        self.module: Any = module
+        self.device, self.dtype, self.generator = device, dtype, generator
+        self.names = tuple(inspect.signature(self.module.forward).parameters)
+        config: Any = self.module.config
+        self.fields = vars(config)
+        self.vocabulary = int(config.get_text_config().vocab_size)
+
+    # Text
+
+    def text(self, sequences: int, tokens: int) -> Values:
+        main = self.module.main_input_name
+        encoder_decoder = bool(self.module.config.is_encoder_decoder)
+        made = {}
+        if "input_ids" in self.names and (main == "input_ids" or not encoder_decoder):
+            made["input_ids"] = self._tokens(sequences, tokens + encoder_decoder)
+        if encoder_decoder and "decoder_input_ids" in self.names:
+            made["decoder_input_ids"] = self._tokens(sequences, tokens)
+        return made or {main: self._tokens(sequences, tokens)}
+
+    def _tokens(self, sequences: int, tokens: int) -> Tensor:
+        if self.device.type == "meta":
+            return torch.arange(1, tokens + 1, device=self.device).expand(sequences, tokens)
+        # The highest ids are special tokens: images and the like.
+        return torch.randint(max(2, self.vocabulary - 16), (sequences, tokens), generator=self.generator)
+
+    # Images and sound
+
+    def media(self) -> list[tuple[str, list[Callable[[], Values]]]]:
+        """Inputs that are no text, each with its layouts."""
+        found = []
+        for name in self.names:
+            if name in _IMAGES:
+                found.append((name, list(self._images(_part(self.fields, "vision|image|visual|vit|encoder")))))
+            elif name in _SOUNDS:
+                found.append((name, list(self._sounds(name, _part(self.fields, "audio|speech|encoder")))))
+        return found
+
+    def _images(self, vision: Fields) -> Iterator[Callable[[], Values]]:
+        patch = _edge(_first(vision, "patch_size", "spatial_patch_size"))
+        channels = _first(vision, "num_channels", "in_channels", "in_chans", "channels") or 3
+        merge = _first(vision, "spatial_merge_size", "merge_size") or 2
+        frames = _first(vision, "temporal_patch_size") or 1
+        size = _edge(_first(vision, "image_size", "input_size", "img_size")) or (patch and 4 * patch)
+        if "image_grid_thw" in self.names and patch:
+            high = 2 * merge
+            grid = {"image_grid_thw": torch.tensor([[1, high, high]])}
+            yield lambda: {"pixel_values": self._floats(high * high, channels * frames * patch * patch), **grid}
+            yield lambda: {"pixel_values": self._floats(high * high, channels * patch * patch), **grid}
+            yield lambda: {"pixel_values": self._floats(high * high, channels, patch, patch), **grid}
+        if "spatial_shapes" in self.names and patch:
+            yield lambda: {
+                "pixel_values": self._floats(1, 16, channels * patch * patch),
+                "spatial_shapes": torch.tensor([[4, 4]]),
+                "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+            }
+        if not size:
+            return
+        sizes = {"image_sizes": torch.tensor([[size, size]])} if "image_sizes" in self.names else {}
+        for more in ((), (1,), (1, 1)):
+            for extra in (sizes, {}) if sizes else ({},):
+                yield lambda more=more, extra=extra: {  # type: ignore[misc]
+                    "pixel_values": self._floats(1, *more, channels, size, size),
+                    **extra,
+                }
+        if "image_sizes" in self.names:  # the whole image and one crop
+            yield lambda: {"pixel_values": self._floats(1, 2, channels, size, size), **sizes}
+        if "aspect_ratio_ids" in self.names:
+            tiles = _first(vision, "max_num_tiles") or 1
+            yield lambda: {
+                "pixel_values": self._floats(1, 1, tiles, channels, size, size),
+                "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+                "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
+            }
+
+    def _sounds(self, name: str, audio: Fields) -> Iterator[Callable[[], Values]]:
+        if name == "input_values":
+            yield lambda: {name: self._floats(1, 4000)}
+            return
+        bins = _first(
+            audio, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim", "mel_bins"
+        )
+        if not bins:
+            return
+        longest = _first(audio, "max_source_positions", "max_position_embeddings")
+        lengths = dict.fromkeys(length for length in (longest and 2 * longest, 64) if length and length <= 6000)
+        mask = next((other for other in self.names if other in ("input_features_mask", "feature_attention_mask")), None)
+        for length in lengths:
+            for extra in ({mask: torch.ones(1, length, dtype=torch.long)}, {}) if mask else ({},):
+                for shape in ((1, bins, length), (1, length, bins)):
+                    yield lambda shape=shape, extra=extra: {name: self._floats(*shape), **extra}  # type: ignore[misc]
+
+    def _floats(self, *shape: int) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    # Both together
+
+    def with_placeholders(self, text: Values, media: Values) -> Values:
+        """The text with as many placeholder tokens as there are features, and the type of each token."""
+        if "input_ids" not in text:
+            return {**text, **media}
+        ids = _values(text["input_ids"], self.vocabulary)
+        types = torch.zeros_like(ids)
+        for number, (what, pattern) in enumerate(_PLACEHOLDERS, start=1):
+            token = next((v for n, v in self.fields.items() if re.search(pattern, n) and type(v) is int), None)
+            if token is None:
+                continue
+            count = self._features(what, media)
+            if count:
+                ids = torch.cat([ids[:, :1], torch.full((1, count), token), ids[:, 1:]], 1)
+                types = torch.cat([types[:, :1], torch.full((1, count), number), types[:, 1:]], 1)
+        extra = {name: types for name in self.names if name in ("mm_token_type_ids", "moe_mm_token_type_ids")}
+        return {**text, **media, "input_ids": ids, **extra}
+
+    def _features(self, what: str, media: Values) -> int:
+        """How many vectors the model's own method makes of an image or a sound, 0 where it has none."""
+        name = f"get_{what}_features"
+        owner = next((m for m in (self.module, getattr(self.module, "model", None)) if hasattr(m, name)), None)
+        if owner is None:
+            return 0
+        taken = inspect.signature(getattr(owner, name)).parameters
+        given = {key: value for key, value in media.items() if key in taken}
+        if not any(value.is_floating_point() for value in given.values()):
+            return 0
+        output = self.run(given, lambda: getattr(owner, name))
+        found = getattr(output, "pooler_output", None)
+        found = output if found is None else found
+        tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
+
+    def run(self, kwargs: Values, function: Callable[[], Any] | None = None) -> Any:
+        """What the model, or a method of it, returns: shapes alone where it has no weights."""
+        with undisturbed(self.module):
+            given, mode = stand_ins_(self.module, kwargs)
+            with mode if self.device.type == "meta" else torch.no_grad(), known_values():
+                return (function() if function is not None else self.module)(**given)
+
+
+_PLACEHOLDERS = (
+    ("image", r"^(image|img|media)\w*token_(id|index)$"),
+    ("audio", r"^(audio|sound)\w*token_(id|index)$"),
+)
+
+
+def _values(ids: Tensor, vocabulary: int) -> Tensor:
+    return torch.arange(1, ids.shape[1] + 1)[None] if ids.is_meta else ids
+
+
+def _part(fields: Fields, pattern: str) -> Fields:
+    """The fields of the configuration that a name such as ``vision_config`` leads to, else the fields themselves."""
+    for name, value in fields.items():
+        if re.search(pattern, name) and callable(getattr(value, "to_dict", None)):
+            inner = vars(value)
+            return {
+                **inner,
+                **_part({k: v for k, v in inner.items() if callable(getattr(v, "to_dict", None))}, pattern),
+            }
+    return fields
+
+
+def _first(fields: Fields, *names: str) -> Any:
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def _edge(size: Any) -> int:
+    """One edge of an image or a patch, of a number, a pair or a mapping; 0 where there is none."""
+    if isinstance(size, Mapping):
+        size = next(iter(size.values()), 0)
+    if isinstance(size, Sequence):
+        size = size[0] if size else 0
+    return size if isinstance(size, int) else 0

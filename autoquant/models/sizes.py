@@ -1,0 +1,188 @@
+"""Smaller sizes for a configuration's fields, by what they are called and by how their values relate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from autoquant.models.source import depths, standard_field, sub_configs, text_config
+
+_VOCABULARY = 128
+
+# Fields that are counts or sizes by name, and are not to be touched: positions, windows, kernels, layers and the like.
+_KEEP = re.compile(
+    r"token|idx|layer|position|window|kernel|conv|patch|block|seq|length|scalar|pattern|period|seed|multipl|expand"
+    r"|factor|max_|per_head|ngram|bucket|interval|_id$|_tp$"
+)
+_HEADS = re.compile(r"heads?$|num_query_groups")
+_HEAD_SIZE = re.compile(r"head_?dim$|d_head|d_kv$|head_size|kv_channels|dim_head|rotary_dim")
+_OUTWARD = re.compile(r"out|proj|llm|text|language")
+_WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
+_LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
+    (re.compile(r"vocab"), _VOCABULARY),
+    (re.compile(r"per_tok$|moe_k$|moe_topk|top_k"), 2),
+    (re.compile(r"topk_group"), 2),
+    (re.compile(r"n_group$|expert_group"), 4),
+    (re.compile(r"n_groups$"), 2),
+    (re.compile(r"experts?$|num_experts|expert_num"), 8),
+    (re.compile(r"state"), 8),
+    (re.compile(r"chunk_size"), 16),
+)
+
+
+def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, int]:
+    """New values of the integer fields of a configuration and of those that it holds, by dotted path.
+
+    Widths that were equal across a model's parts, such as what a vision tower hands to the language model, stay so.
+    With ``keep_heads`` the heads are fewer and as large as they were: for sizes that hang on them and are no fields.
+    """
+    text = text_config(config)
+    hidden = standard_field(text, "hidden_size")
+    own = _part(text, keep_heads)
+    wide = own.get(type(text).attribute_map.get("hidden_size", "hidden_size"))
+    changes: dict[str, int] = {}
+    for path, part in sub_configs(config).items():
+        if part is text:
+            smaller = own | _fewer_positions(part)
+            changes |= {_join(path, name): value for name, value in smaller.items()}
+            continue
+        smaller = _part(part, keep_heads) | _shallower(part) | _fewer_positions(part)
+        if hidden is not None and wide is not None:
+            smaller |= {name: wide for name in _widths_of(part, hidden)}
+        changes |= {_join(path, name): value for name, value in smaller.items()}
+    return changes
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def fewer_positions(config: Any) -> dict[str, int]:
+    """Images of four patches by four, and a short sound: no channel depends on it."""
+    return {
+        _join(path, name): value
+        for path, part in sub_configs(config).items()
+        for name, value in _fewer_positions(part).items()
+    }
+
+
+def _fewer_positions(part: Any) -> dict[str, int]:
+    fields = vars(part)
+    limits = {"max_source_positions": 16, "mm_tokens_per_image": 4}
+    size, patch = fields.get("image_size"), fields.get("patch_size")
+    if type(size) is int and type(patch) is int:
+        limits["image_size"] = 4 * patch
+    return {name: limit for name, limit in limits.items() if type(fields.get(name)) is int and fields[name] > limit}
+
+
+def _shallower(part: Any) -> dict[str, int]:
+    return {name: 2 for name in depths(part) if vars(part)[name] > 2}
+
+
+def _widths_of(part: Any, hidden: int) -> list[str]:
+    """Fields of a part that hold the width of the language model."""
+    mine = _own_width(part)
+    names = [name for name, value in vars(part).items() if type(value) is int and value == hidden]
+    return [name for name in names if _WIDTH.search(name) and (mine != hidden or _OUTWARD.search(name))]
+
+
+def _own_width(part: Any) -> int | None:
+    fields = vars(part)
+    return next(
+        (fields[name] for name in ("embed_dim", "d_model") if type(fields.get(name)) is int),
+        standard_field(part, "hidden_size"),
+    )
+
+
+def _part(config: Any, keep_heads: bool) -> dict[str, int]:
+    """New values of one configuration's own integer fields, by field name."""
+    sizes = {name: value for name, value in vars(config).items() if type(value) is int and value > 1}
+    changes: dict[str, int] = {}
+    for name, value in sizes.items():
+        limit = next((limit for pattern, limit in _LIMITS if pattern.search(name)), None)
+        if limit is not None and not re.search(r"size$|dim$", name.replace("vocab_size", "").replace("state_size", "")):
+            changes[name] = min(value, limit)
+    rest = {name: value for name, value in sizes.items() if name not in changes and not _KEEP.search(name)}
+    sizes_of_heads = {name: value for name, value in rest.items() if _HEAD_SIZE.search(name)}
+    heads = {name: value for name, value in rest.items() if _HEADS.search(name) and name not in sizes_of_heads}
+    queries = standard_field(config, "num_attention_heads") or max(heads.values(), default=1)
+    hidden = _own_width(config)
+    head = standard_field(config, "head_dim") or (hidden // queries if hidden else 64)
+
+    new_queries = _fewer_heads(queries, queries)
+    new_head = head if keep_heads else _smaller_head(head)
+    changes |= {name: _fewer_heads(value, queries) for name, value in heads.items()}
+    if not keep_heads:
+        changes |= {name: _smaller_head(value) for name, value in sizes_of_heads.items()}
+    if not hidden:
+        return changes
+    inner = queries * head
+    new_hidden = _new_hidden(hidden, inner, new_queries * new_head) if heads else 64
+    width = _narrower(hidden, new_hidden, inner, new_queries * new_head)
+    for name, value in rest.items():
+        if name not in changes and _WIDTH.search(name) and not (keep_heads and name in sizes_of_heads):
+            changes[name] = width(value)
+    return changes | _products(sizes, changes, heads, hidden, new_hidden)
+
+
+def _fewer_heads(count: int, queries: int) -> int:
+    """4 for the query heads (6 where their number is no power of two), half for fewer, twice for more."""
+    new_queries = min(queries, 4 if queries & (queries - 1) == 0 else 6)
+    if count == queries:
+        return new_queries
+    return max(1, new_queries // 2) if count < queries else 2 * new_queries
+
+
+def _smaller_head(size: int) -> int:
+    """An eighth, in steps of 8, so that a quarter of it still has two rotary halves."""
+    return min(size, max(8, -(-size // 64) * 8))
+
+
+def _new_hidden(hidden: int, inner: int, new_inner: int) -> int:
+    """Keeps ``inner == k * hidden`` if it holds, and the two apart if it does not."""
+    if inner % hidden == 0 and new_inner % (inner // hidden) == 0 and new_inner * hidden // inner >= 16:
+        return new_inner * hidden // inner
+    near = max(32, hidden * new_inner // inner // 16 * 16)
+    return near + 16 if near == new_inner else near
+
+
+def _narrower(hidden: int, new_hidden: int, inner: int, new_inner: int) -> Callable[[int], int]:
+    def width(value: int) -> int:
+        if value % hidden == 0:
+            return value // hidden * new_hidden
+        if value == inner:
+            return new_inner
+        near = max(8, value * new_hidden // hidden // 8 * 8)
+        return min(value, near + 8 if near in (new_hidden, new_inner) else near)
+
+    return width
+
+
+def _products(
+    sizes: Mapping[str, int], changes: Mapping[str, int], heads: Mapping[str, int], hidden: int, new_hidden: int
+) -> dict[str, int]:
+    """Head sizes of further head groups (state-space layers), where heads x size is a width or a multiple of it.
+
+    Groups are told by what comes before 'head' in the names: ``mamba_n_heads`` goes with ``mamba_d_head``.
+    """
+    repaired: dict[str, int] = {}
+    for count_name, count in heads.items():
+        for size_name, size in sizes.items():
+            same_group = _HEAD_SIZE.search(size_name) and _group(size_name) == _group(count_name) != ""
+            if not same_group:
+                continue
+            new_product = changes[count_name] * changes.get(size_name, size)
+            if count * size % hidden == 0:
+                wanted = count * size // hidden * new_hidden
+                if wanted % changes[count_name] == 0:
+                    repaired[size_name] = wanted // changes[count_name]
+                    continue
+            repaired |= {
+                name: new_product for name, value in sizes.items() if value == count * size and name in changes
+            }
+    return repaired
+
+
+def _group(name: str) -> str:
+    return re.sub(r"_?(num|n|d)?_?(query_|key_|value_|kv_)?head.*$", "", name)

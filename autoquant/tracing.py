@@ -1,0 +1,138 @@
+"""Running a module without its weights, and leaving it as it was.
+
+Tensors on the meta device are replaced by fake ones on the CPU, which have no memory either. Integers whose values are
+known stay real: token ids that say where the image goes, the grid of its patches. A model that branches on them is
+followed where they lead, and what it computes from them alone is a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+_MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
+
+_FROM_VALUES = (torch.arange, torch.tensor, torch.as_tensor, torch.asarray, torch.linspace)
+_FILLS = (torch.zeros, torch.ones, torch.full, torch.empty)
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, quietly; everything that tracing or running may touch is put back.
+
+    Restored: attributes, training flags, buffers with their values, and hooks of every submodule; grad mode, default
+    dtype and RNG state; warning filters and logging threshold. Dynamo's caches are dropped.
+    """
+    attributes = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
+    tables = [(now[key], dict(now[key])) for now, _ in attributes for key in _MODULE_TABLES]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
+    threshold, dtype = logging.root.manager.disable, torch.get_default_dtype()
+    try:
+        with (
+            torch.random.fork_rng(devices=()),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            contextlib.ExitStack() as quiet,
+        ):
+            warnings.simplefilter("ignore")
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # a failing export prints its graph
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            logging.disable(logging.CRITICAL)
+            module.eval()
+            yield
+    finally:
+        torch._dynamo.reset()
+        torch.set_default_dtype(dtype)
+        logging.disable(threshold)
+        for now, before in attributes + tables:
+            if list(map(id, now.values())) != list(map(id, before.values())) or list(now) != list(before):
+                now.clear()
+                now.update(before)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def stand_ins_(module: nn.Module, inputs: Any) -> tuple[Any, FakeTensorMode]:
+    """Replace meta tensors of a module, and of its inputs, by fake ones on the CPU; neither has memory.
+
+    A list used as an index becomes a tensor on the device of what it indexes: on meta, its values would be lost. The
+    result is the inputs and the mode that the fake tensors belong to.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, torch.Tensor] = {}
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        if id(tensor) not in made:
+            with mode:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            made[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = stand_in(tensor)  # type: ignore[assignment]  # a Parameter for a Parameter
+    return pytree.tree_map_only(torch.Tensor, stand_in, inputs), mode
+
+
+@contextlib.contextmanager
+def known_values() -> Iterator[None]:
+    """Compute for real what depends on plain tensors with values alone, whatever mode traces or fakes the rest.
+
+    What is made of a fill (zeros, ones) in floating point is left to the trace, which knows its scale.
+    """
+    with _KnownValues():
+        yield
+
+
+class _KnownValues(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if all(map(_is_known, tensors)) if tensors else _makes_known(func, kwargs):
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        if func is torch.Tensor.__getitem__ and not _is_known(args[0]):
+            return func(args[0], _without_masks(args[1]))
+        return func(*args, **kwargs)
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and not tensor.is_meta
+
+
+def _makes_known(func: Any, kwargs: Any) -> bool:
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        return False
+    dtype = kwargs.get("dtype")
+    return func in _FROM_VALUES or (func in _FILLS and dtype is not None and not dtype.is_floating_point)
+
+
+def _without_masks(index: Any) -> Any:
+    """Masks of known values as the positions that they hold: the shape of the result is then known too."""
+    entries = index if isinstance(index, tuple) else (index,)
+    made: list[Any] = []
+    for entry in entries:
+        if isinstance(entry, torch.Tensor) and entry.dtype is torch.bool and _is_known(entry):
+            with _disable_current_modes():
+                made.extend(entry.nonzero(as_tuple=True))
+        else:
+            made.append(entry)
+    return tuple(made) if len(made) != 1 or isinstance(index, tuple) else made[0]

@@ -1,0 +1,103 @@
+"""Which auto class a configuration belongs to, and inputs made from signatures and configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from autoquant.errors import AutoQuantError
+from autoquant.models import KINDS, ModelSource, build_meta, load_weights, registered_types, resolve, small
+from autoquant.models.classes import auto_class, kind_of, kinds_of
+from autoquant.models.sizes import fewer_positions, reductions
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("llama", ("causal-lm",)),
+        ("t5", ("seq2seq-lm",)),
+        ("bart", ("seq2seq-lm", "causal-lm")),  # an encoder-decoder is taken whole
+        ("whisper", ("speech-seq2seq", "causal-lm")),
+        ("llava", ("image-text-to-text",)),
+        ("gemma3", ("causal-lm", "image-text-to-text")),  # one class for both
+        ("llama4", ("image-text-to-text", "causal-lm")),  # the causal one is for the text alone
+    ],
+)
+def test_kinds_are_read_off_the_mappings(name: str, kinds: tuple[str, ...]) -> None:
+    config = CONFIG_MAPPING[name]()
+    assert kinds_of(config) == kinds
+    assert kind_of(config) == kinds[0]
+    assert all(name in registered_types(kind) for kind in kinds_of(config))
+
+
+def test_the_class_that_made_a_checkpoint_comes_first() -> None:
+    config = CONFIG_MAPPING["bart"](architectures=["BartForCausalLM"])
+    assert kind_of(config) == "causal-lm"
+    config = CONFIG_MAPPING["llama"]()
+    config.auto_map = {"AutoModelForSeq2SeqLM": "code.Model"}
+    assert kind_of(config) == "seq2seq-lm"
+    assert auto_class(KINDS[0]).__name__ == "AutoModelForCausalLM"
+
+
+def test_a_type_of_no_kind_is_one_line() -> None:
+    with pytest.raises(AutoQuantError, match=r"^type 'vit' is no language model: it is registered for none of Auto"):
+        kind_of(CONFIG_MAPPING["vit"]())
+
+
+def test_the_kind_can_be_chosen() -> None:
+    whole, decoder = (build_meta(resolve("bart", layers=1, kind=kind)) for kind in (None, "causal-lm"))
+    assert set(whole.kwargs) == {"input_ids", "decoder_input_ids"}
+    assert set(decoder.kwargs) == {"input_ids"}
+    assert (whole.config.encoder_layers, whole.config.decoder_layers) == (1, 1)
+
+
+def test_an_image_takes_as_many_tokens_as_it_has_features() -> None:
+    model = build_meta(resolve("llava", layers=1))
+    ids, pixels = model.kwargs["input_ids"], model.kwargs["pixel_values"]
+    assert pixels.is_meta and pixels.shape == (1, 3, 56, 56)
+    assert int((ids == model.config.image_token_id).sum()) == 16, "four patches by four"
+    assert (model.known, dict(model.missing)) == (("input_ids",), {})
+    assert model.module.model.vision_tower.embeddings.position_embedding.num_embeddings == 577, "its own size"
+    short: Any = model.short
+    assert short.model.vision_tower.embeddings.position_embedding.num_embeddings == 17
+
+
+def test_sound_is_as_long_as_the_encoder_takes() -> None:
+    model = small(resolve("whisper"))
+    assert model.config.max_source_positions == 16
+    assert model.kwargs["input_features"].shape == (1, 80, 32)
+    assert model.kwargs["input_features"].dtype is torch.float64
+    assert set(model.kwargs) == {"input_features", "decoder_input_ids"}
+
+
+def test_what_cannot_be_made_is_named() -> None:
+    config = CONFIG_MAPPING["llava"]()
+    config.image_token_id = None
+    model = build_meta(ModelSource("blind", config))
+    assert set(model.missing) == {"pixel_values"}
+    assert set(model.kwargs) == {"input_ids"} and model.known == ()
+
+
+def test_reduction_keeps_what_the_parts_share() -> None:
+    text = {"hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 4}
+    vision = {"embed_dim": 1280, "hidden_size": 2048, "num_heads": 16, "depth": 8}
+    config = CONFIG_MAPPING["qwen2_vl"](text_config=text, vision_config=vision)
+    changes = reductions(config)
+    assert changes["vision_config.hidden_size"] == changes["text_config.hidden_size"] < 2048
+    assert changes["vision_config.embed_dim"] % changes["vision_config.num_heads"] == 0
+    assert changes["vision_config.depth"] == 2
+    kept = reductions(config, keep_heads=True)
+    assert kept["text_config.hidden_size"] // kept["text_config.num_attention_heads"] == 128
+    assert fewer_positions(CONFIG_MAPPING["llava"]()) == {"vision_config.image_size": 56}
+
+
+def test_weights_are_loaded_by_the_class_that_made_them(tmp_path: Any) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1, "vocab_size": 32}
+    model = auto_class("seq2seq-lm").from_config(CONFIG_MAPPING["t5"](**sizes))
+    model.save_pretrained(tmp_path)
+    loaded = load_weights(tmp_path)
+    assert type(loaded.module).__name__ == type(model).__name__
+    assert set(loaded.kwargs) == {"input_ids", "decoder_input_ids"}
