@@ -33,8 +33,8 @@ def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ())
     lines = [
         "# Coverage",
         "",
-        f"The model types that are registered for causal language modelling ({versions}), at their default size.",
-        f"Made by `{command}`; the same in JSON, with every figure and every reason, is [coverage.json](coverage.json).",
+        f"The model types that are registered for causal language modelling ({versions}), at default size.",
+        f"Made by `{command}`; every figure and every reason is also in [coverage.json](coverage.json).",
         "",
         *([f"**Incomplete**: {len(absent)} types were not run: {', '.join(absent)}.", ""] if absent else []),
         *(f"- {number} {what}" for what, number in totals(rows).items()),
