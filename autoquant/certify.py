@@ -25,7 +25,7 @@ from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.capture import capture, check_against_eager
 from autoquant.analyzer.folding import fold, name_across_layers
 from autoquant.analyzer.layers import find_stacks, whole
-from autoquant.config import Blocked, Certificate, CertificateRow, Config, Slot
+from autoquant.config import Blocked, Certificate, CertificateRow, Config, RotationMethod, Slot
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_, check_finite
 from autoquant.executor.inventory import Inventory, take_inventory
@@ -177,6 +177,7 @@ def changed(loaded: LoadedModel, reference: Tensor, config: Config, seed: int) -
     The copy shares the parameters that stay as they are.
     """
     names = [name for name, _ in claims(config)]
+    config = _drawn(config)
     inventory = take_inventory(loaded.module)
     resolved = resolve(config, inventory, only=names, seed=seed)
     scales = random_scales(resolved, seed)
@@ -185,6 +186,20 @@ def changed(loaded: LoadedModel, reference: Tensor, config: Config, seed: int) -
     apply_(copied, config, only=names, scales=scales, seed=seed)
     difference = logits(copied, loaded) - reference
     return float(difference.norm() / reference.norm())
+
+
+def _drawn(config: Config) -> Config:
+    """The config with random rotations where they are to be learned: any proves the space."""
+    rotation = config.rotation
+    spaces = tuple(
+        space.model_copy(update={"method": RotationMethod.HADAMARD})
+        if space.method is RotationMethod.LEARNED
+        else space
+        for space in rotation.spaces
+    )
+    method = RotationMethod.HADAMARD if rotation.method is RotationMethod.LEARNED else rotation.method
+    changes = {"spaces": spaces, "method": method}
+    return config.model_copy(update={"rotation": rotation.model_copy(update=changes)})
 
 
 def _copy_sharing(module: nn.Module, inventory: Inventory, plan: Plan) -> nn.Module:

@@ -27,7 +27,7 @@ from autoquant.executor.inventory import Inventory, take_inventory
 from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
-from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace
+from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
 from autoquant.executor.smooth import group_scales
 from autoquant.preopt import Preopt
 from autoquant.quantizer.key_scales import key_scales, scaled_keys
@@ -88,9 +88,17 @@ def _with_alpha(group: ResolvedGroup, preopt: Preopt) -> ResolvedGroup:
     return group if alpha is None else dataclasses.replace(group, alpha=alpha)
 
 
-def rotation_plan(selected: Selected, inventory: Inventory, read: Callable[[str], Tensor]) -> Plan:
-    """The plan of everything that comes before the sweep."""
+def rotation_plan(
+    selected: Selected, inventory: Inventory, read: Callable[[str], Tensor], *, learned_later: bool = False
+) -> Plan:
+    """The plan of everything that comes before the sweep.
+
+    A space whose rotation is to be learned gets the Hadamard rotation that learning starts from. Raises AutoQuantError
+    for one unless the caller says, by ``learned_later``, that it goes on with ``learn_rotations_``.
+    """
     resolved = selected.resolved
+    if not learned_later:
+        check_not_learned(resolved)
     return make_plan(Resolved(resolved.spaces, (), resolved.online), inventory, read, None)
 
 
@@ -100,10 +108,10 @@ def smoothing_plan(selected: Selected, inventory: Inventory, read: Callable[[str
 
 
 @torch.no_grad()
-def rotate_(model: nn.Module, selected: Selected) -> Plan:
-    """Untie, fold and rotate a model in place; online rotations are installed."""
+def rotate_(model: nn.Module, selected: Selected, *, learned_later: bool = False) -> Plan:
+    """Untie, fold and rotate a model in place; online rotations are installed. ``learned_later`` as above."""
     check_installable(model, selected.resolved.online)
-    plan = rotation_plan(selected, take_inventory(model), model.get_parameter)
+    plan = rotation_plan(selected, take_inventory(model), model.get_parameter, learned_later=learned_later)
     execute_(model, plan)
     return plan
 

@@ -15,7 +15,7 @@ from autoquant.executor.online import check_installable, install_
 from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
-from autoquant.executor.resolved import Resolved
+from autoquant.executor.resolved import Resolved, check_not_learned
 
 
 @torch.no_grad()
@@ -44,6 +44,7 @@ def apply_(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise AutoQuantError("the model has no weights (it is on the meta device); load a checkpoint first")
     resolved = resolve(config, inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
+    check_not_learned(resolved)
     check_installable(model, resolved.online)
     plan = make_plan(resolved, inventory, model.get_parameter, scales)
     for name in plan.operations:

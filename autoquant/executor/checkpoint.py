@@ -26,7 +26,7 @@ from autoquant.executor.inventory import Inventory, take_inventory
 from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
-from autoquant.executor.resolved import Resolved
+from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.executor.safetensors_stream import INDEX, Shards, open_shards, write_shard
 from autoquant.models import build_structure, load_checkpoint
 from autoquant.models import resolve as resolve_model
@@ -129,7 +129,10 @@ def _with_stored_dtypes(inventory: Inventory, shards: Shards, names: dict[str, s
 
 
 def check_plain_resolved(resolved: Resolved) -> None:
-    """Raise AutoQuantError for what no plain transformers checkpoint can hold, before anything is read."""
+    """Raise AutoQuantError for what no plain transformers checkpoint can hold, and for a rotation that must be learned,
+    before anything is read.
+    """
+    check_not_learned(resolved)
     problems = [f"{o.kind} {o.path}: an online rotation needs autoquant's modules" for o in resolved.online]
     for space in resolved.spaces:
         for writer in space.writers:

@@ -38,6 +38,11 @@ def execute(operations: Sequence[Operation], tensor: Tensor, dtype: torch.dtype 
     return result
 
 
+def rotated(tensor: Tensor, axis: Axis, blocks: Blocks, rotations: Sequence[Rotation]) -> Tensor:
+    """What ``Rotate`` makes of a parameter, in the parameter's own dtype and differentiable in the rotations."""
+    return _on_last(tensor, axis, lambda x: _rotate(x, blocks, rotations))
+
+
 def contract(tensor: Tensor, axis: Axis, channel_values: Tensor) -> Tensor:
     """``sum_i W[..., i, ...] * value[channel of i]`` over the axis' dimension: what a linear makes of a constant input.
 

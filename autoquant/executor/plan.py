@@ -155,7 +155,9 @@ def _move_bias(space: ResolvedSpace, read: ResolvedRead, norm: ResolvedNorm, dra
 
 
 def _rotate(space: ResolvedSpace, draft: _Draft) -> None:
-    rotations = tuple(make_rotation(space.size, space.method, seed, space.keep_ones) for seed in space.seeds)
+    rotations = tuple(
+        space.given or make_rotation(space.size, space.method, seed, space.keep_ones) for seed in space.seeds
+    )
     label = f"rotate {space.name} {space.layer}"
     for member in (*space.writers, *(reader for read in space.reads for reader in read.readers)):
         draft.add(member.name, Rotate(label, member.axis, member.blocks, rotations))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Literal
 
-from autoquant.config import Config, Online, Read, Slot, SmoothingGroup, SmoothingKind, Space
+from autoquant.config import Config, Online, Read, RotationMethod, Slot, SmoothingGroup, SmoothingKind, Space
 from autoquant.errors import AutoQuantError
 from autoquant.executor.checker import Checker
 from autoquant.executor.inventory import Inventory
@@ -101,7 +101,6 @@ def _resolve_space(config: Config, space: Space, check: Checker, seed: int | Non
 def _space_at(
     config: Config, space: Space, layers: Layers, layer: int | None, check: Checker, seed: int | None
 ) -> ResolvedSpace:
-    method = space.method or config.rotation.method
     base = seed if seed is not None else config.rotation.seed
     text = f"{base}:{space.name}" if space.seed is None or seed is not None else f"{space.seed}"
     where = space.name if layer is None else f"{space.name} (layer {layer})"
@@ -129,6 +128,7 @@ def _space_at(
                 )
             reads.append(ResolvedRead(norm, tuple(_readers(read, at, space, channels, check))))
     keep_ones = space.centre or any(read.norm is not None and read.norm.kind == "layer" for read in space.reads)
+    method = _method(config, space, keep_ones, check)
     seeds = tuple(f"{text}:{layer}:{block}" for block in range(space.blocks))
     return ResolvedSpace(
         space.name,
@@ -143,6 +143,20 @@ def _space_at(
         tuple(writers),
         tuple(reads),
     )
+
+
+def _method(config: Config, space: Space, keep_ones: bool, check: Checker) -> RotationMethod:
+    """How a space's rotation is made. ``rotation.method`` learned is for the residual stream, the rest is Hadamard."""
+    method = space.method or config.rotation.method
+    if method is not RotationMethod.LEARNED:
+        return method
+    if space.kind != "R1":
+        if space.method is RotationMethod.LEARNED:
+            check.problem(f"method: only R1 can be learned, this is {space.kind}; choose hadamard or orthogonal")
+        return RotationMethod.HADAMARD
+    if keep_ones:
+        check.problem("method: a space that a LayerNorm reads cannot be learned; choose hadamard or orthogonal")
+    return method
 
 
 def _readers(read: Read, at: int | None, space: Space, channels: int, check: Checker) -> Iterator[RotatedSlot]:

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoquant.config import RotationMethod, SmoothingKind, SmoothingMethod
+from autoquant.errors import AutoQuantError
 from autoquant.executor.operations import Axis, Blocks
+from autoquant.executor.rotations import Rotation
+
+
+def check_not_learned(resolved: Resolved) -> None:
+    """Raise AutoQuantError where a rotation has to be learned: for whatever sees no text, or less than a whole model."""
+    for space in resolved.spaces:
+        if space.method is RotationMethod.LEARNED:
+            raise AutoQuantError(
+                f"{space.name}: its rotation is learned from calibration text with the whole model in memory; use "
+                "`autoquant quantize --calibration` without --low-memory, or set its method to hadamard"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +62,9 @@ class ResolvedRead:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSpace:
-    """A space at one layer, or over all of its layers. ``seeds``: one text per block."""
+    """A space at one layer, or over all of its layers. ``seeds``: one text per block; ``given``: the rotation of every
+    block where it is not to be made from them.
+    """
 
     name: str
     layer: int | None
@@ -63,6 +77,7 @@ class ResolvedSpace:
     centre: bool
     writers: tuple[RotatedSlot, ...]
     reads: tuple[ResolvedRead, ...]
+    given: Rotation | None = None
 
     def norms(self) -> Iterator[ResolvedNorm]:
         return (read.norm for read in self.reads if read.norm is not None)

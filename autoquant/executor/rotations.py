@@ -25,15 +25,21 @@ from autoquant.executor.hadamard import apply_hadamard, describe
 def make_rotation(size: int, method: RotationMethod, seed: str, keep_ones: bool = False) -> Rotation:
     """A random rotation of ``size``, the same for the same ``seed`` text on every machine.
 
-    ``keep_ones`` makes it fix the all-ones vector (see the module's docstring).
+    ``keep_ones`` makes it fix the all-ones vector (see the module's docstring). A learned rotation begins as a Hadamard
+    one; what was learned is a dense rotation behind it (:func:`dense_rotation`).
     """
     generator = torch.Generator().manual_seed(seed_number(seed))
-    if method is RotationMethod.HADAMARD:
+    if method is not RotationMethod.ORTHOGONAL:
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
         rotation = Rotation(size, f"random signs x {describe(size)}", signs, None, None)
     else:
         rotation = Rotation(size, "random orthogonal", None, random_orthogonal(size, generator), None)
     return _fix_ones(rotation) if keep_ones else rotation
+
+
+def dense_rotation(q: Tensor, construction: str) -> Rotation:
+    """The rotation by an orthogonal matrix ``[size, size]``, float64."""
+    return Rotation(len(q), construction, None, q, None)
 
 
 def hadamard_rotation(size: int) -> Rotation:

@@ -12,6 +12,15 @@ from autoquant.paths import did_you_mean
 WRAPPED = "linear"
 
 
+def present_name(model: nn.Module, weight: str) -> str:
+    """The name that a parameter has in the model now: inside the wrappers that :func:`locate` looks into."""
+    path, _, name = weight.rpartition(".")
+    owner = locate(model, weight).owner
+    while model.get_submodule(path) is not owner:
+        path = f"{path}.{WRAPPED}"
+    return f"{path}.{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
     """``parent`` holds ``owner`` as ``child``, and that holds ``parameter`` as ``name``."""
