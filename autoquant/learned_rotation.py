@@ -204,11 +204,11 @@ class _Loss:
     def __call__(self, q: Tensor, ids: Tensor) -> Tensor:
         with torch.no_grad():
             expected = self.model(ids).logits.float().log_softmax(-1)
-        rotation = dense_rotation(q, "learned")
-        turned = {
-            name: rotated(self.parameters[name], slot.axis, slot.blocks, (rotation,))
-            for name, slot in self.members.items()
-        }
+        turned = {}
+        for name, slot in self.members.items():
+            parameter = self.parameters[name]
+            rotation = dense_rotation(q.to(parameter.dtype), "learned")
+            turned[name] = rotated(parameter, slot.axis, slot.blocks, (rotation,))
         planned = {
             id(turned[name]): self.planned[id(self.model.get_parameter(name))]
             for name in turned

@@ -13,7 +13,7 @@ from autoquant.executor.rotations import Rotation
 
 
 def check_not_learned(resolved: Resolved) -> None:
-    """Raise AutoQuantError where a rotation has to be learned: for whatever sees no text, or less than a whole model."""
+    """Raise AutoQuantError where a rotation has to be learned, for whatever sees no text or less than a whole model."""
     for space in resolved.spaces:
         if space.method is RotationMethod.LEARNED:
             raise AutoQuantError(
