@@ -63,6 +63,9 @@ class Settings:
     rate: float = 2e-3
 
 
+DEFAULT = Settings()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
     """``q`` float64 [n, n], and the loss on the windows held out (nats per token) at I and at Q. Where Q was no better,
@@ -79,7 +82,7 @@ def learn_rotations_(
     resolved: Resolved,
     planned: Sequence[PlannedLinear],
     batches: Sequence[Tensor],
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
     """Turn the learned spaces of a model further that is rotated by ``resolved`` already, in place.
@@ -88,6 +91,7 @@ def learn_rotations_(
     come before; maxima of inputs change. Returns by space what to add to its rotation's construction.
     Raises AutoQuantError as :func:`learn_rotation` does, with the model as it was.
     """
+    settings = settings or DEFAULT
     added = {}
     for space in resolved.spaces:
         if space.method is RotationMethod.LEARNED:
@@ -103,7 +107,7 @@ def learn_rotation(
     space: ResolvedSpace,
     planned: Sequence[PlannedLinear],
     batches: Sequence[Tensor],
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Learned:
     """The orthogonal Q that a rotated model's ``space`` is turned by; the model stays as it is.
@@ -112,6 +116,7 @@ def learn_rotation(
     space of several blocks or before a LayerNorm, for fewer than two windows, and for a planned linear that is no plain
     product of one weight, whose rounding would be missing from the loss.
     """
+    settings = settings or DEFAULT
     if space.blocks != 1 or space.keep_ones:
         raise AutoQuantError(f"{space.name}: only a rotation of one block before RMSNorms can be learned")
     if len(batches) < 2:

@@ -14,6 +14,7 @@ from autoquant.executor.inventory import take_inventory
 from autoquant.executor.plan import Plan
 from autoquant.executor.resolved import Resolved
 from autoquant.gauge import descend
+from autoquant.learned_rotation import learn_rotations_
 from autoquant.preopt import Preopt
 from autoquant.quantize import (
     Selected,
@@ -76,7 +77,7 @@ def prepare_(
     """
     tell("rotate", 0, 1)
     selected = select(config, take_inventory(model), preopt, seed)
-    plan = rotate_(model, selected)
+    plan = rotate_(model, selected, learned_later=True)
     swept = Sweep()
     prefix = config.quantization.prefix
     if batches:
@@ -88,8 +89,31 @@ def prepare_(
     swept = smooth_(model, selected, swept)
     if any(group.method is SmoothingMethod.DESCENT for group in linear_groups(selected).groups):
         swept = _descend_(model, config, strategy, selected, swept, batches, tell)
+    if any(space.method is RotationMethod.LEARNED for space in selected.resolved.spaces):
+        plan = _learn_(model, config, strategy, selected, plan, batches, tell)
+        with prefixed(model, prefix):
+            swept = sweep(model, swept_weights(config, selected), batches, cache=cache)
     fix_prefix_(model, prefix)
     return Prepared(plan, swept)
+
+
+def _learn_(
+    model: nn.Module,
+    config: Config,
+    strategy: Strategy,
+    selected: Selected,
+    plan: Plan,
+    batches: Sequence[Tensor],
+    tell: Progress,
+) -> Plan:
+    """Turn the residual further, behind all smoothing that is left beside a rotation; the plan says what was done."""
+    planned = plan_linears(config, strategy)
+    with prefixed(model, config.quantization.prefix):
+        added = learn_rotations_(
+            model, selected.resolved, planned, batches, progress=lambda *at: tell("learn the rotation", *at)
+        )
+    texts = {where: f"{text}, {added[where]}" if where in added else text for where, text in plan.constructions.items()}
+    return replace(plan, constructions=texts)
 
 
 def _descend_(

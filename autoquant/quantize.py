@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration import Maxima
-from autoquant.config import Config, SmoothingKind, Strategy
+from autoquant.config import Config, RotationMethod, SmoothingKind, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import execute_
 from autoquant.executor.calibrate import group_maxima
@@ -272,4 +272,5 @@ def needs_sweep(config: Config, strategy: Strategy, selected: Selected) -> bool:
     """Whether anything has to be calibrated."""
     planned = plan_linears(config, strategy)
     static = needs_calibration(planned, kv_granularity(config, strategy))
-    return static or needs_values(planned) or bool(selected.resolved.groups)
+    learned = any(space.method is RotationMethod.LEARNED for space in selected.resolved.spaces)
+    return static or learned or needs_values(planned) or bool(selected.resolved.groups)

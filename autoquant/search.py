@@ -399,7 +399,12 @@ def _learned(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
         space.model_copy(update={"method": RotationMethod.LEARNED}) if space.kind == "R1" else space
         for space in best.config.rotation.spaces
     )
-    if best.config.rotation.enable and spaces != best.config.rotation.spaces:
+    layer_norms = any(
+        space.centre or any(read.norm is not None and read.norm.kind == "layer" for read in space.reads)
+        for space in spaces
+        if space.kind == "R1"
+    )
+    if best.config.rotation.enable and spaces != best.config.rotation.spaces and not layer_norms:
         yield Candidate("rotation.spaces[R1].method", "learned", _rotated(best.config, spaces=spaces))
 
 

@@ -10,6 +10,8 @@ from handmade import LLAMA, build, change, llama_like, logits
 from quantized import PACKAGED, config_of, gpt2, windows
 from torch import Tensor, nn
 
+from autoquant import learned_rotation
+from autoquant.certify import keep, prove
 from autoquant.config import Config, RotationMethod, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
@@ -25,8 +27,10 @@ from autoquant.learned_rotation import (
     straight_through,
     turn_,
 )
+from autoquant.models import LoadedModel
 from autoquant.preopt import parse_preopt
-from autoquant.quantize import Selected, rotate_, select
+from autoquant.prepare import prepare_
+from autoquant.quantize import Selected, needs_sweep, rotate_, select, sweep
 from autoquant.quantize_checkpoint import Recipe, load_float32
 from autoquant.quantize_lowmemory import quantize_checkpoint_by_layers
 from autoquant.quantizer import int8
@@ -182,3 +186,38 @@ def test_whatever_sees_no_text_or_no_whole_model_refuses(tmp_path: Path) -> None
     with pytest.raises(AutoQuantError, match=message):
         quantize_checkpoint_by_layers(PACKAGED, tmp_path / "out", recipe, {})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_pipeline_learns_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_rotation, "DEFAULT", QUICK)
+    config = learned(config_of(PACKAGED))
+    quantization = config.quantization.model_copy(update={"prefix": (0,)})
+    config = config.model_copy(update={"quantization": quantization})
+    model, plain = load_float32(PACKAGED), load_float32(PACKAGED)
+    ids = windows()[0]
+    prepared = prepare_(model, config, TENSOR, parse_preopt("fc_fc:0.5+rotation"), windows(8), cache=True)
+    (text,) = (text for text in prepared.plan.constructions.values() if "learned" in text)
+    assert text.startswith("random signs x Sylvester 128, then learned in 6 steps, loss on held-out windows")
+    with torch.no_grad():
+        assert change(plain(ids).logits, model(ids).logits) < 1e-4
+        again = sweep(model, prepared.swept.inputs, windows(8), cache=True)
+    for name, maximum in again.inputs.items():
+        torch.testing.assert_close(prepared.swept.inputs[name], maximum, rtol=1e-3, atol=1e-5)
+    with pytest.raises(AutoQuantError, match="at least two calibration windows"):
+        prepare_(load_float32(PACKAGED), config, TENSOR, parse_preopt("rotation"), (), cache=True)
+
+
+def test_calibration_is_needed_even_where_everything_is_dynamic() -> None:
+    config = config_of(PACKAGED)
+    for chosen, needed in ((config, False), (learned(config), True)):
+        selected = select(chosen, take_inventory(load_float32(PACKAGED)), parse_preopt("rotation"))
+        assert needs_sweep(chosen, TOKEN, selected) is needed
+
+
+@torch.no_grad()
+def test_a_learned_space_is_proved_by_a_random_rotation() -> None:
+    model = build("llama", **LLAMA)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    loaded = LoadedModel(model, (ids,), {"use_cache": False})
+    trials = prove(loaded, keep(learned(llama_like(model)), [("residual", "R1")]))
+    assert [trial.name for trial in trials] == ["residual", "all"] and all(trial.change < 1e-12 for trial in trials)
