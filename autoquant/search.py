@@ -41,7 +41,7 @@ from autoquant.executor.inventory import take_inventory
 from autoquant.gauge import choose_alphas
 from autoquant.preopt import Preopt
 from autoquant.prepare import prepare_
-from autoquant.quantize import quantize_model_, rotate_, select
+from autoquant.quantize import linear_groups, quantize_model_, rotate_, select
 from autoquant.quantizer.find_prefix import find_prefix
 from autoquant.quantizer.prefix import prefixed
 from autoquant.quantizer.strategies import plan_linears, scheme_of
@@ -165,7 +165,11 @@ def search(
             if time.monotonic() > end:
                 tell("the budget is used up")
                 break
-            judged = searcher.judge(candidate.config)
+            try:
+                judged = searcher.judge(candidate.config)
+            except AutoQuantError as error:  # a knob that this model cannot have
+                tell(f"{name}: {candidate.choice}: {error.message}")
+                continue
             tell(f"{name}: {candidate.choice}: {_shown(judged)}")
             tried.append((judged, candidate))
         if not tried:
@@ -299,7 +303,7 @@ def _alphas(task: Task, config: Config) -> dict[tuple[str, int | None], float]:
     selected = select(config, take_inventory(model), PREOPT)
     rotate_(model, selected)
     with prefixed(model, config.quantization.prefix):
-        chosen = choose_alphas(model, selected.resolved.groups, plan_linears(config, task.strategy), task.fit)
+        chosen = choose_alphas(model, linear_groups(selected).groups, plan_linears(config, task.strategy), task.fit)
     return {key: one.alpha for key, one in chosen.items() if one.alpha is not None}
 
 
