@@ -241,7 +241,7 @@ def _prefix(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """Sinks: a prefix in floating point takes their spikes out of every later token (PrefixQuant, CushionCache)."""
     prefix = prefix_of(searcher.task, best.config, searcher.task.bos, searcher.tell)
     if prefix and prefix != best.config.quantization.prefix:
-        cost = f"keys and values of {len(prefix)} tokens, stored in floating point"
+        cost = "the prefix's keys and values, stored in floating point"
         yield Candidate("quantization.prefix", str(list(prefix)), _quantization(best.config, prefix=prefix), cost)
 
 

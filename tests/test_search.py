@@ -64,7 +64,7 @@ def test_the_search_turns_knobs_keeps_the_evidence_and_repeats_itself() -> None:
     first = record.decisions[0]
     assert (first.where, first.choice) == ("quantization.prefix", "[0]")
     assert first.after < 0.8 * first.before
-    assert "keys and values of 1 tokens" in first.cost
+    assert first.cost == "the prefix's keys and values, stored in floating point"
     assert re.match(r"as it is: perplexity [+-]\d+\.\d\d ± \d+\.\d\d %, KL 0\.\d+ nats$", lines[0])
     assert search(task("prefix", "clip"), config) == found
 
