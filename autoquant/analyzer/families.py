@@ -195,14 +195,18 @@ class Families:
         self, param: Param, role: Role, dim: int, stack: int | None, offset: int, keyed: int, count: int, here: Reason
     ) -> Tensor:
         # The role is not part of the key: a matrix that is used both ways round has one family per axis all the same.
-        key = (param.name, dim, stack, offset, keyed)
+        # Nor is the grouping: experts that are used twice are the same experts.
+        key = (param.name, dim, stack, offset, bool(keyed))
         if key not in self._by_key:
             start = int(self.variables.fresh(count, keyed)[0]) if count else self.variables.count
             self._by_key[key] = Family(
                 param.name, role, dim, stack, offset, keyed, start, count, param.full_shape, here.order
             )
         family = self._by_key[key]
-        return torch.arange(family.start, family.start + family.count)
+        labels = torch.arange(family.start, family.start + family.count)
+        if keyed != family.keyed:  # the tag says which tokens went to which expert, and now other tokens did
+            self.variables.mix(labels)
+        return labels
 
     def other_use(self, param: Param, here: Reason, how: str = "something else") -> None:
         """Note a use that gives the parameter no variables; it must be the only kind of use."""

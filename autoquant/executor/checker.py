@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ from autoquant.paths import did_you_mean, fill
 
 MAX_DETAILS = 20
 
-Positions = NDArray[np.int64] | NDArray[np.bool_]
+Positions = NDArray[np.bool_]
 
 
 def channel_of_position(slot: Slot) -> NDArray[np.int64] | str:
@@ -42,6 +43,13 @@ def _strided(block: IndexMap, strides: tuple[int, ...]) -> NDArray[np.int64]:
     for extent, stride in zip(block.shape, strides, strict=True):
         offsets = (offsets[:, None] + np.arange(extent) * stride).reshape(-1)
     return offsets
+
+
+def _meet(mine: Positions, theirs: Positions) -> bool:
+    """Is a position in both? A stack divided in two ways is compared as if all of its matrices were alike."""
+    if len(mine) != len(theirs) and 1 not in (len(mine), len(theirs)):
+        return bool((mine.any(0) & theirs.any(0)).any())
+    return bool((mine & theirs).any())
 
 
 @dataclass(slots=True)
@@ -154,12 +162,26 @@ class Checker:
 
     def claim(self, member: Member) -> None:
         """A position can belong to one space only, and once."""
-        mine = member.axis.channels.numpy() >= 0
+        mine = self._positions(member)
         claims = self.claimed.setdefault((member.name, member.axis.dim), [])
         for where, theirs in claims:
-            if mine.shape == theirs.shape and (mine & theirs).any():
+            if _meet(mine, theirs):
                 self.problem(f"{member.name}: the same positions of dimension {member.axis.dim} are already in {where}")
         claims.append((self.where, mine))
+
+    def once(self, members: Sequence[Member]) -> None:
+        """A group scales a position once, as a source or as a target."""
+        seen: dict[tuple[str, int], list[Positions]] = {}
+        for member in members:
+            mine = self._positions(member)
+            others = seen.setdefault((member.name, member.axis.dim), [])
+            if any(_meet(mine, other) for other in others):
+                self.problem(f"{member.name}: the group names the same positions of dimension {member.axis.dim} twice")
+            others.append(mine)
+
+    def _positions(self, member: Member) -> Positions:
+        """Where the member carries a channel, bool ``[matrices, size]``; one matrix where all are alike."""
+        return (member.axis.channels.numpy() >= 0).reshape(-1, self.inventory.shapes[member.name][member.axis.dim])
 
     def claim_norm(self, norm: ResolvedNorm) -> None:
         """A gain can be folded once only: all its readers stand in one entry."""

@@ -198,10 +198,12 @@ def _resolve_group(
         if not _selected(group.name, only, chosen):
             continue
         check.begin(group.name if layer is None else f"{group.name} (layer {layer})")
-        sides = []
+        sides, named = [], []
         for slots in (group.sources, group.targets):
             members = [(s, check.slot(s, layer, group.channels)) for s in slots]
             sides.append(tuple(SmoothedSlot(m.name, m.axis, s.power, s.offset) for s, m in members if m is not None))
+            named += [m for _, m in members if m is not None]
+        check.once(named)
         yield ResolvedGroup(
             group.name,
             layer,

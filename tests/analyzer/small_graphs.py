@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 - registers the grouped product
 from torch import Tensor, nn
 
 X = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -100,6 +101,24 @@ def experts(s, x):
     return s.o(out) + (s.z(s.up[0](t)))
 
 
+def grouped(s, x, chosen):
+    """Each token goes to the expert that ``chosen`` names; rows of one expert lie together."""
+    order = chosen.argsort(stable=True)
+    ends = torch.histc(chosen.float(), 2, 0, 1).cumsum(0).to(torch.int32)
+    hidden = torch.relu(torch.ops.transformers.grouped_mm_fallback(x[0][order], s.up, ends))
+    return torch.ops.transformers.grouped_mm_fallback(hidden, s.down, ends)[order.argsort()][None]
+
+
+def experts_once(s, x):
+    return s.o(grouped(s, s.n(x), (s.r(x)[0, :, 0] > 0).long()))
+
+
+def experts_twice(s, x):
+    first, second = (s.r(x)[0] > 0).long().unbind(-1)
+    h = s.n(x)
+    return s.o(grouped(s, h, first) + grouped(s, h, second))
+
+
 def scattered(s, x):
     t = x.reshape(-1, 4)
     r = torch.topk(s.r(t)[:, 0], 2).indices
@@ -139,6 +158,14 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
         Graph(
             experts, r=lin(4, 2), up=nn.ModuleList([lin(), lin()]), down=nn.ModuleList([lin(), lin()]), o=lin(), z=lin()
         ),
+        X,
+    ),
+    "experts_once": lambda: (
+        Graph(experts_once, n=nn.RMSNorm(4), r=lin(4, 2), up=par(2, 4, 6), down=par(2, 6, 4), o=lin()),
+        X,
+    ),
+    "experts_twice": lambda: (
+        Graph(experts_twice, n=nn.RMSNorm(4), r=lin(4, 2), up=par(2, 4, 6), down=par(2, 6, 4), o=lin()),
         X,
     ),
     "shared_weight": lambda: (shared_weight(), X),

@@ -31,6 +31,8 @@ EXPECTED: dict[str, list[str]] = {
         "other 1 x 4 down.0.weight.0 down.0.bias.0 down.1.weight.0 down.1.bias.0 -> o.weight.1 +bias",
         "other 1 x 4 up.1.weight.0 up.1.bias.0 -> down.1.weight.1 +bias",
     ],
+    "experts_once": ["other 1 x 4 down.2 -> o.weight.1 +bias"],
+    "experts_twice": ["other 1 x 4 down.2 -> o.weight.1 +bias"],
     "shared_weight": ["other 1 x 4 a.weight.0 b.weight.0 -> o.weight.1 +bias"],
     "shared_weight_seq": [],
     "conv": [],

@@ -32,6 +32,16 @@ EXPECTED: dict[str, list[str]] = {
         "linear_linear 4 down.0.weight.0 down.0.bias.0 down.1.weight.0 down.1.bias.0 -> o.weight.1",
         "linear_linear 4 up.1.weight.0 up.1.bias.0 -> down.1.weight.1",
     ],
+    "experts_once": [
+        "norm_linear 4 n.weight.0 -> up.1",
+        "linear_linear 12 up.2x2 -> down.1x2",
+        "linear_linear 4 down.2 -> o.weight.1",
+    ],
+    "experts_twice": [
+        "norm_linear 4 n.weight.0 -> up.1",
+        "linear_linear 6 up.2 -> down.1",
+        "linear_linear 4 down.2 -> o.weight.1",
+    ],
     "shared_weight": [
         "norm_linear 4 n.weight.0 n2.weight.0 -> a.weight.1 b.weight.1",
         "linear_linear 4 a.weight.0 b.weight.0 -> o.weight.1",

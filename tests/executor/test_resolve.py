@@ -170,6 +170,34 @@ def test_a_position_in_two_spaces_is_refused() -> None:
     assert problems(model, config)[0] == "again: first.weight: the same positions of dimension 0 are already in middle"
 
 
+def test_a_position_twice_in_a_group_is_refused() -> None:
+    model = TwoLinears()
+    columns = slot("second.weight", 6, dim=1)
+    expected = "pair: {}: the group names the same positions of dimension {} twice"
+    assert problems(model, fc(model, FIRST, [columns, columns])) == (expected.format("second.weight", 1),)
+    half = slot("first.bias", 6, index=(strided(5, 1),))
+    assert problems(model, fc(model, [*FIRST, half], SECOND)) == (expected.format("first.bias", 0),)
+    assert problems(model, fc(model, FIRST, [*SECOND, FIRST[0]])) == (expected.format("first.weight", 0),)
+
+
+def test_a_group_may_name_a_parameter_in_parts() -> None:
+    model = TwoLinears()
+    parts = [slot("second.weight", 6, dim=1, index=(strided(start, 3, channel=start),)) for start in (0, 3)]
+    (group,) = resolve(fc(model, FIRST, parts), take_inventory(model)).groups
+    assert [s.name for s in group.targets] == ["second.weight", "second.weight"]
+
+
+def test_one_expert_and_all_of_them_is_twice() -> None:
+    model = nn.ParameterDict({"up": nn.Parameter(torch.ones(2, 3, 4)), "down": nn.Parameter(torch.ones(2, 4, 3))})
+    every = slot("down", 4, dim=1)
+    last = slot("down", 8, dim=1, stack=2, index=(strided(4, 4),))
+    first = slot("down", 8, dim=1, stack=2, index=(strided(0, 4),))
+    source = [slot("up", 4, dim=2)]
+    found = problems(model, fc(model, source, [every, last]))
+    assert found == ("pair: down: the group names the same positions of dimension 1 twice",)
+    assert len(resolve(fc(model, source, [first, last]), take_inventory(model)).groups[0].targets) == 2
+
+
 def test_a_part_of_a_block_is_refused() -> None:
     model = TwoLinears()
     reads = (Read(readers=(Reader(path="second.weight", dim=1, size=6, index=(strided(0, 5),)),)),)
