@@ -110,13 +110,14 @@ def _signatures(members: _Members) -> Ints:
     return total[inverse]
 
 
-def _in_order_of_appearance(family: Ints, signature: Ints) -> list[Bools]:
-    """One mask per signature, ordered by the first axis that each touches."""
-    masks = [signature == s for s in np.unique(signature)]
-    return sorted(masks, key=lambda mask: tuple(np.unique(family[mask]).tolist()))
+def _in_order_of_appearance(family: Ints, signature: Ints) -> list[Ints]:
+    """The members of each signature, in their order; the signatures by the axes that each touches."""
+    order = np.argsort(signature, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(signature[order])) + 1) if len(order) else []
+    return sorted(parts, key=lambda part: tuple(np.unique(family[part]).tolist()))
 
 
-def _select(members: _Members, chosen: Bools) -> _Members:
+def _select(members: _Members, chosen: Ints) -> _Members:
     return _Members(
         *(getattr(members, name)[chosen] for name in ("component", "family", "position", "weight", "keyed"))
     )
