@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from autoquant.report.coverage import coverage_text, totals
-from autoquant.survey import Row, finished, survey
+from autoquant.survey import Row, examine, finished, survey
 
+COMMITTED = Path(__file__).parents[1] / "docs" / "coverage.json"
 VERSIONS = {"torch": version("torch").partition("+")[0], "transformers": version("transformers")}
 
 
@@ -130,3 +132,22 @@ def test_the_page_has_every_row_totals_and_reasons() -> None:
     assert "Incomplete" not in text
     assert "\n**Incomplete**: 2 types were not run: a, b.\n" in coverage_text(ROWS, "make survey", ["a", "b"])
     assert "analysis takes 0.17 of the capture's time at the median" in text
+
+
+def comparable(row: Row) -> Row:
+    """What does not depend on the machine: no seconds, and of the certificate that it holds."""
+    proved = {kind: change < 1e-5 for kind, change in row.get("certificate", {}).items()}
+    return {key: value for key, value in row.items() if key not in ("seconds", "steps", "certificate")} | {"ok": proved}
+
+
+def test_a_sample_of_the_committed_rows_is_what_is_found_now() -> None:
+    """After a change of the analyzer: `make survey`. AUTOQUANT_SEED draws another sample of the quickest fifth."""
+    rows: list[Row] = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    rows = [row for row in rows if (row["torch"], row["transformers"]) == tuple(VERSIONS.values())]
+    if not rows:
+        pytest.skip("the committed rows were made with other versions")
+    captured = sorted((row for row in rows if row.get("captured")), key=lambda row: float(row["seconds"]))
+    quick = sorted(captured[: len(captured) // 5], key=lambda row: str(row["type"]))
+    seed = int(os.environ.get("AUTOQUANT_SEED", "0"))
+    for row in random.Random(seed).sample(quick, 3):
+        assert comparable(examine(row["type"])) == comparable(row), f"seed {seed}: run 'make survey'"

@@ -75,8 +75,8 @@ def _seconds(rows: Sequence[Row]) -> list[str]:
     medians = ", ".join(f"{name} {median(step.get(name, 0) for step in steps):.1f} s" for name in steps[0])
     total = sum(row.get("seconds", 0) for row in rows)
     return [
-        f"Medians: {medians}; analysis takes {ratio:.2f} of the capture's time at the median. All rows together took "
-        f"{total / 60:.0f} minutes of one core."
+        f"Medians: {medians}; analysis takes {ratio:.2f} of the capture's time at the median. The rows took "
+        f"{total / 60:.0f} minutes in all, one after the other."
     ]
 
 
