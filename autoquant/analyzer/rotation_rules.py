@@ -40,6 +40,9 @@ from autoquant.analyzer.rotation_products import rotation_products
 from autoquant.analyzer.scale_analysis import scalar
 from autoquant.config import Norm
 
+LAYER_NORM_EPS = 1e-5
+"""aten::layer_norm's default, which a graph may leave out."""
+
 
 def rules(a: RotationAnalysis) -> dict[str, Rule]:
     """The rotation rule of every operator that is not data movement; any other operator ends a space."""
@@ -183,7 +186,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
 
     def squared(site: Site, x: Value, *args: Value) -> Value:
         if site.operator == "pow" and scalar(args[0]) != 2.0:
-            return a.end(site, [x], "it is raised to a power")
+            return a.end(site, [x, *args], "it is raised to a power")  # the exponent may be a vector too
         if not isinstance(x, Vector) or x.gain is not None:
             return a.end(site, [x], "it is squared")
         return Square(x)
@@ -240,6 +243,8 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         layer = site.operator == "layer_norm"
         if not layer:
             bias, eps = None, bias  # rms_norm has no bias
+        elif eps is None:
+            eps = LAYER_NORM_EPS
         if (
             not isinstance(x, Vector)
             or x.gain is not None

@@ -227,7 +227,8 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
 
     def channel_norm(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
         """batch_norm, group_norm, instance_norm: normalised somehow, then an affine map per channel (dimension 1)."""
-        weight, bias = args[1:3] if site.operator == "group_norm" else args[:2]
+        first = 1 if site.operator == "group_norm" else 0  # behind the number of groups
+        weight, bias = (*args, None, None)[first : first + 2]  # a graph leaves out what is at its default
         a.mixed(a.labels(site, x))
         reason = site.because("it is normalised")
         v.fix(a.labels(site, x), reason)

@@ -388,10 +388,12 @@ WITH_MORE: dict[str, More] = {
     ),
     "experts": lambda s, x, y: experts(s, x, lambda chosen: torch.histc(chosen.float(), 2, 0, 1)),
     "conv1d": lambda s, x, y: F.conv1d(x.mT, s.kernel, s.k, padding=1).mT[:, :3],
-    "conv2d": lambda s, x, y: F.conv2d(x.mT[:, :, None], s.kernel[:, :, None], s.k)[:, :, 0].mT,
-    "conv3d": lambda s, x, y: F.conv3d(x.mT[:, :, None, None], s.kernel[:, :, None, None])[:, :, 0, 0].mT,
-    "conv1d per channel": lambda s, x, y: F.conv1d(x.mT, s.thin, s.k, groups=4).mT,
-    "conv1d in groups": lambda s, x, y: F.conv1d(x.mT, s.kernel[:, :2], groups=2).mT,
+    "conv2d": lambda s, x, y: F.conv2d(x.mT[:, :, None], s.kernel[:, :, None], s.k, padding=(0, 1))[:, :, 0, :3].mT,
+    "conv3d": lambda s, x, y: (
+        F.conv3d(x.mT[:, :, None, None], s.kernel[:, :, None, None], padding=(0, 0, 1))[:, :, 0, 0, :3].mT
+    ),
+    "conv1d per channel": lambda s, x, y: F.conv1d(x.mT, s.thin, s.k, padding=1, groups=4).mT[:, :3],
+    "conv1d in groups": lambda s, x, y: F.conv1d(x.mT, s.kernel[:, :2], padding=1, groups=2).mT[:, :3],
     "embedding": lambda s, x, y: x + F.embedding(torch.tensor([[1, 0, 3]]), s.m),
     "layer_norm": lambda s, x, y: F.layer_norm(x, (4,), s.k, s.k2) + y,
     "rms_norm": lambda s, x, y: F.rms_norm(x, (4,), s.k),
