@@ -111,8 +111,8 @@ def survey(
 ) -> list[Row]:
     """Rows of ``types``, made ``jobs`` at a time by ``make``; those that ``folder`` holds are not made again.
 
-    However it is left, by an interruption too, no process stays behind. Raises AutoQuantError where the platform
-    cannot fork.
+    When it returns or raises, by Ctrl-C too, no process stays behind; what ends this process from outside (SIGTERM)
+    leaves those that run. Raises AutoQuantError where the platform cannot fork.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = {row["type"]: row for row in finished(folder) if row["type"] in types}
