@@ -195,16 +195,6 @@ def search(
     return best.config.model_copy(update={"search": record, "quantization": section})
 
 
-def prefix_of(task: Task, config: Config, bos: int | None, tell: Callable[[str], None]) -> tuple[int, ...]:
-    """The prefix that the model's spikes ask for, () where there are none or the model cannot have one."""
-    model = task.load()
-    try:
-        return find_prefix(model, plan_linears(config, task.strategy), bos, task.fit)
-    except AutoQuantError as error:
-        tell(f"prefix: {error.message}")
-        return ()
-
-
 def _shown(judged: Judged) -> str:
     ratio = judged.perplexity_ratio
     return (
@@ -239,7 +229,12 @@ def _decision(chosen: Candidate, before: Judged, after: Judged) -> Decision:
 
 def _prefix(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """Sinks: a prefix in floating point takes their spikes out of every later token (PrefixQuant, CushionCache)."""
-    prefix = prefix_of(searcher.task, best.config, searcher.task.bos, searcher.tell)
+    task = searcher.task
+    try:
+        prefix = find_prefix(task.load(), plan_linears(best.config, task.strategy), task.bos, task.fit)
+    except AutoQuantError as error:  # a model that can have none
+        searcher.tell(f"prefix: {error.message}")
+        return
     if prefix and prefix != best.config.quantization.prefix:
         cost = "the prefix's keys and values, stored in floating point"
         yield Candidate("quantization.prefix", str(list(prefix)), _quantization(best.config, prefix=prefix), cost)
