@@ -1,13 +1,14 @@
-"""Every causal language model type that transformers registers: analysed, proved, and one row each.
+"""Every model type that transformers registers for a kind of language model: analysed, proved, and one row each.
 
 torch and transformers are imported once; each type then runs in a forked process of its own, so that a crash, a hang
-or a model that eats memory costs one row. Finished rows are kept in a folder and used again, so that an interrupted
-survey goes on where it stopped.
+or a model that eats memory costs one row. A type of several kinds has a row for each. Finished rows are kept in a
+folder and used again, so that an interrupted survey goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -19,62 +20,90 @@ from importlib.metadata import version
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import AutoQuantError
 from autoquant.files import write_text
-from autoquant.paths import LAYER
+from autoquant.kinds import KINDS, Kind, full_name, split_name
+from autoquant.paths import LAYER, did_you_mean
+
+if TYPE_CHECKING:
+    from autoquant.config import Config
 
 Row = dict[str, Any]
 TIMEOUT = 300.0
 """Seconds that one type may take."""
 
+_PR_SET_PDEATHSIG = 1  # prctl(2): a signal to this process when the one that started it ends
+
 _BEFORE_FORKING = """transformers.modeling_utils transformers.models.auto.modeling_auto torch._dynamo torch.export
 autoquant.analyze autoquant.certify autoquant.generate autoquant.models autoquant.report.summary"""
 
 
-def registered_types() -> list[str]:
-    """Every model type of ``AutoModelForCausalLM``, sorted."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def registered(kinds: Sequence[Kind] = KINDS) -> list[str]:
+    """Every model type of ``kinds`` by its full name, sorted within each kind."""
+    from autoquant.models import registered_types
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return [full_name(model_type, kind) for kind in kinds for model_type in registered_types(kind)]
 
 
-def examine(model_type: str, configs: Path | None = None) -> Row:
+def chosen_names(names: Sequence[str], kinds: Sequence[str] | None, types: Sequence[str] | None) -> list[str]:
+    """Those of full ``names`` that are of ``kinds`` and of ``types``, where these are given.
+
+    A type is a full name, or a model type of whatever kind. Raises AutoQuantError where one is none of ``names``.
+    """
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise AutoQuantError(f"--kinds: there is no kind '{kind}'{did_you_mean(kind, KINDS)}")
+    chosen = [name for name in names if kinds is None or split_name(name)[1] in kinds]
+    if types is None:
+        return chosen
+    wanted: set[str] = set()
+    for given in types:
+        same = {name for name in chosen if given in (name, split_name(name)[0], "/".join(reversed(split_name(name))))}
+        if not same:
+            near = did_you_mean(given, [*chosen, *(split_name(name)[0] for name in chosen)])
+            of = f" of {', '.join(kinds)}" if kinds else ""
+            raise AutoQuantError(f"--types: there is no model type '{given}'{of}{near}")
+        wanted |= same
+    return [name for name in chosen if name in wanted]
+
+
+def examine(name: str, configs: Path | None = None) -> Row:
     """One row: how the type was captured, what it allows, what is proved, or why not. Never raises AutoQuantError.
 
-    A proved config that claims something is written to ``configs``, where that is a folder, and any other removed.
+    A proved config that claims something is written to ``configs``, where that is a folder.
     """
     from autoquant.analyze import analyze
     from autoquant.certify import certify
     from autoquant.generate import offers, save
     from autoquant.models import resolve
-    from autoquant.report.summary import because, reached
+    from autoquant.report.summary import because
 
-    row = _row(model_type)
+    row = _row(name)
+    model_type, kind = split_name(name)
     start = time.perf_counter()
-    stale = configs / f"{model_type}.json" if configs is not None else None
     try:
-        source = resolve(model_type)
+        source = resolve(model_type, kind=kind)
         analyzed = analyze(source)
     except AutoQuantError as error:
-        if stale is not None:
-            stale.unlink(missing_ok=True)
         return row | {"captured": None, "reason": error.message, "seconds": round(time.perf_counter() - start, 1)}
     if source.repairs:
         row["repaired"] = {name: str(value) for name, value in source.repairs.items()}
     config = analyzed.config
-    linears = [whole for linear in config.model.linears for whole in reached(config, linear).values()]
+    stacks = stacks_of(config)
     residual = [space.size for space in config.rotation.spaces if space.kind == "R1"]
     tables = [because(b) for b in config.blocked if b.what == "rotation" and LAYER not in b.path]
     row |= {
         "captured": analyzed.captured.how,
         "layers": config.model.layers,
         "parameters": config.model.parameters,
-        "linears": len(linears),
-        "smoothable": sum(linears),
+        "linears": sum(stack["linears"] for stack in stacks.values()),
+        "smoothable": sum(stack["smoothable"] for stack in stacks.values()),
+        "stacks": stacks,
+        "untraced": {b.path: b.reason for b in config.blocked if b.operator == "forward"},
         "groups": len(config.smoothing.groups),
-        "residual": residual[0] if residual else None,
+        "residual": residual,
         "residual_blocked": tables[0] if tables and not residual else None,
         "spaces": len(config.rotation.spaces),
         "online": len(config.rotation.online),
@@ -88,20 +117,37 @@ def examine(model_type: str, configs: Path | None = None) -> Row:
         if proved.certificate is not None:
             row["certificate"] = {line.kind: line.worst for line in proved.certificate.rows}
             row["dtype"] = proved.certificate.dtype
-        if stale is not None and offers(proved):
-            save(proved, stale)
-            stale = None
+        if configs is not None and offers(proved):
+            save(proved, configs, name)
     except AutoQuantError as error:
         row["unproved"] = error.message
-    if stale is not None:
-        stale.unlink(missing_ok=True)
     now = time.perf_counter()
     row["steps"]["certificate"] = round(now - proving, 2)
     return row | {"seconds": round(now - start, 1)}
 
 
+def stacks_of(config: Config) -> dict[str, Row]:
+    """What each stack of layers holds: linears, those that smoothing reaches, sizes of rotated residual streams.
+
+    A stack goes by the path before ``{layer}``, so that the towers of a model are apart; ``''``: what is in none.
+    """
+    from autoquant.report.summary import reached, stack_of
+
+    found: dict[str, Row] = {}
+    for linear in config.model.linears:
+        flags = reached(config, linear).values()
+        stack = found.setdefault(stack_of(linear.path), {"linears": 0, "smoothable": 0, "residual": []})
+        stack["linears"] += len(flags)
+        stack["smoothable"] += sum(flags)
+    for space in config.rotation.spaces:
+        for path in {stack_of(writer.path) for writer in space.writers} & set(found) - {""}:
+            if space.kind == "R1":
+                found[path]["residual"].append(space.size)
+    return found
+
+
 def survey(
-    types: Sequence[str],
+    names: Sequence[str],
     folder: Path,
     *,
     jobs: int,
@@ -109,30 +155,39 @@ def survey(
     done: Callable[[Row], None] = lambda row: None,
     make: Callable[[str], Row] = examine,
 ) -> list[Row]:
-    """Rows of ``types``, made ``jobs`` at a time by ``make``; those that ``folder`` holds are not made again.
+    """Rows of ``names``, made ``jobs`` at a time by ``make``; those that ``folder`` holds are not made again.
 
-    When it returns or raises, by Ctrl-C too, no process stays behind; what ends this process from outside (SIGTERM)
-    leaves those that run. Raises AutoQuantError where the platform cannot fork.
+    However it ends, no process stays behind; where this one is killed (Linux), the kernel kills those that it started.
+    Raises AutoQuantError where the platform cannot fork.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {row["type"]: row for row in finished(folder) if row["type"] in types}
-    for row in _rows([name for name in types if name not in rows], folder, jobs, timeout, make):
-        rows[row["type"]] = row
-        write_text(folder / f"{row['type']}.json", json.dumps(row, indent=2) + "\n", force=True)
+    for kind in {split_name(name)[1] for name in names}:
+        (folder / full_name("x", kind)).parent.mkdir(exist_ok=True)
+    rows = {name_of(row): row for row in finished(folder)}
+    for row in _rows([name for name in names if name not in rows], folder, jobs, timeout, make):
+        rows[name_of(row)] = row
+        write_text(folder / f"{name_of(row)}.json", json.dumps(row, indent=2) + "\n", force=True)
         done(row)
-    return [rows[name] for name in types]
+    return [rows[name] for name in names]
 
 
 def finished(folder: Path) -> Iterator[Row]:
     """Rows of ``folder`` that were made with the versions at hand."""
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         row: Row = json.loads(path.read_text(encoding="utf-8"))
-        if row | _row(row["type"]) == row:
+        if "kind" in row and row | _row(name_of(row)) == row:
             yield row
 
 
-def _row(model_type: str) -> Row:
+def name_of(row: Row) -> str:
+    """The full name of a row's type."""
+    return full_name(row["type"], row["kind"])
+
+
+def _row(name: str) -> Row:
+    model_type, kind = split_name(name)
     return {
+        "kind": kind,
         "type": model_type,
         "torch": version("torch").partition("+")[0],  # without the kind of build
         "transformers": version("transformers"),
@@ -154,7 +209,7 @@ def _rows(names: Sequence[str], folder: Path, jobs: int, timeout: float, make: C
             while waiting and len(running) < jobs:
                 name = waiting.pop()
                 process = multiprocessing.get_context("fork").Process(
-                    target=_child, args=(make, name, _unfinished(folder, name))
+                    target=_child, args=(make, name, _unfinished(folder, name), os.getpid())
                 )
                 process.start()
                 running[process.sentinel] = name, process, time.monotonic() + timeout
@@ -179,9 +234,13 @@ def _unfinished(folder: Path, name: str) -> Path:
     return folder / f"{name}.part"
 
 
-def _child(make: Callable[[str], Row], name: str, file: Path) -> None:
+def _child(make: Callable[[str], Row], name: str, file: Path, parent: int) -> None:
     """Make one row and write it to ``file``; the parent decides what an interruption means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before
+            os._exit(1)
     with contextlib.suppress(OSError):  # Linux only: short of memory, the kernel then takes this process, no other
         Path("/proc/self/oom_score_adj").write_text("1000")
     silence = os.open(os.devnull, os.O_WRONLY)

@@ -13,9 +13,12 @@ import pytest
 
 from autoquant.config import Config
 from autoquant.configfile import config_text, load_config
+from autoquant.generate import index_text, names_in
+from autoquant.kinds import full_name, split_name
+from autoquant.report.coverage import offers
 
 FOLDER = Path(__file__).parents[1] / "generated_configs"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NAMES = names_in(FOLDER)
 
 
 def drift(committed: Config, fresh: Config) -> str:
@@ -34,22 +37,23 @@ def skip_for_other_versions(config: Config) -> None:
 
 def test_there_is_one_for_every_type_that_the_survey_proved_something_of() -> None:
     rows = json.loads((FOLDER.parent / "docs" / "coverage.json").read_text(encoding="utf-8"))
-    proved = {row["type"] for row in rows if "certificate" in row and row["groups"] + row["spaces"]}
+    proved = {full_name(row["type"], row["kind"]) for row in rows if offers(row)}
     assert proved <= set(NAMES)
-    assert not ({row["type"] for row in rows} - proved) & set(NAMES)
+    assert not ({full_name(row["type"], row["kind"]) for row in rows} - proved) & set(NAMES)
+    assert len(NAMES) == len(list(FOLDER.rglob("*.json"))), "none lies where it does not belong"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_valid_and_proved(name: str) -> None:
     config = load_config(FOLDER / f"{name}.json")
-    assert (config.provenance.model, config.schema_) == (name, "../schemas/autoquant-config.schema.json")
+    assert config.provenance.model == split_name(name)[0]
+    schema = (FOLDER / f"{name}.json").parent / config.schema_
+    assert schema.resolve() == FOLDER.parent / "schemas" / "autoquant-config.schema.json"
     assert config.certificate is not None and config.certificate.proved
     assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == config_text(config)
 
 
 def test_the_index_is_that_of_the_configs() -> None:
-    from autoquant.generate import index_text
-
     configs = {name: load_config(FOLDER / f"{name}.json") for name in NAMES}
     assert (FOLDER / "README.md").read_text(encoding="utf-8") == index_text(configs), "run: make configs"
 
@@ -61,14 +65,16 @@ def check_drift(name: str, *, proved: bool) -> None:
 
     committed = load_config(FOLDER / f"{name}.json")
     skip_for_other_versions(committed)
-    fresh = generate(name) if proved else with_schema(analyze(resolve(name)).config)
+    model_type, kind = split_name(name)
+    fresh = generate(name) if proved else with_schema(analyze(resolve(model_type, kind=kind)).config, name)
     assert not drift(committed, fresh), f"{name}: run 'make configs'\n{drift(committed, fresh)}"
 
 
 def test_drift_of_one_and_of_a_sample() -> None:
     """AUTOQUANT_SEED draws another sample, of the fifth of the types that took the survey least time."""
     rows = json.loads((FOLDER.parent / "docs" / "coverage.json").read_text(encoding="utf-8"))
-    seconds = {row["type"]: row["seconds"] for row in rows if row["type"] in NAMES}
+    seconds = {full_name(row["type"], row["kind"]): row["seconds"] for row in rows}
+    seconds = {name: seconds[name] for name in NAMES if name in seconds}
     quick = sorted(seconds, key=lambda name: seconds[name])[: len(seconds) // 5]
     seed = int(os.environ.get("AUTOQUANT_SEED", "0"))
     check_drift("llama", proved=False)

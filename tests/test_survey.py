@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from autoquant.report.coverage import coverage_text, totals
-from autoquant.survey import Row, examine, finished, survey
+from autoquant.analyze import analyze
+from autoquant.errors import AutoQuantError
+from autoquant.kinds import KINDS, full_name, split_name
+from autoquant.models import resolve
+from autoquant.report.coverage import coverage_text, offers, totals
+from autoquant.survey import Row, chosen_names, examine, finished, name_of, registered, stacks_of, survey
 
 COMMITTED = Path(__file__).parents[1] / "docs" / "coverage.json"
 VERSIONS = {"torch": version("torch").partition("+")[0], "transformers": version("transformers")}
@@ -23,7 +30,8 @@ VERSIONS = {"torch": version("torch").partition("+")[0], "transformers": version
 
 def fine(name: str) -> Row:
     print("noise")  # goes nowhere
-    return {"type": name, **VERSIONS, "captured": "export", "process": os.getpid()}
+    model_type, kind = split_name(name)
+    return {"kind": kind, "type": model_type, **VERSIONS, "captured": "export", "process": os.getpid()}
 
 
 def misbehaving(name: str) -> Row:
@@ -37,6 +45,20 @@ def misbehaving(name: str) -> Row:
     if name in ways:
         ways[name]()
     return fine(name)
+
+
+def tell_and_hang(file: Path, name: str) -> Row:
+    file.write_text(str(os.getpid()))
+    time.sleep(60)
+    return fine(name)
+
+
+def until(done: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether ``done`` comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return done()
 
 
 def test_each_type_has_a_process_and_a_row_in_the_given_order(tmp_path: Path) -> None:
@@ -72,6 +94,64 @@ def test_finished_rows_are_kept_and_those_of_other_versions_are_not(tmp_path: Pa
     assert second[0] != old
 
 
+def test_a_type_of_several_kinds_has_a_row_for_each(tmp_path: Path) -> None:
+    names = ["bart", "seq2seq-lm/bart", "speech-seq2seq/whisper"]
+    rows = survey(names, tmp_path, jobs=2, make=fine)
+    assert [(row["kind"], row["type"]) for row in rows] == [
+        ("causal-lm", "bart"), ("seq2seq-lm", "bart"), ("speech-seq2seq", "whisper"),
+    ]  # fmt: skip
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
+    assert files == ["bart.json", "seq2seq-lm/bart.json", "speech-seq2seq/whisper.json"]
+    assert sorted(map(name_of, finished(tmp_path))) == names
+    assert survey(names, tmp_path, jobs=1, make=misbehaving) == rows, "none is made again"
+
+
+def test_rows_without_a_kind_are_made_again(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"type": "a", **VERSIONS, "captured": "export"}))
+    assert list(finished(tmp_path)) == []
+
+
+def test_every_registered_type_of_every_kind_has_a_name_of_its_own() -> None:
+    names = registered()
+    assert len(set(names)) == len(names)
+    assert all(full_name(*split_name(name)) == name for name in names)
+    assert {split_name(name)[1] for name in names} == set(KINDS)
+    assert {"llama", "bart", "seq2seq-lm/bart", "speech-seq2seq/whisper", "image-text-to-text/llava"} <= set(names)
+
+
+def test_types_are_chosen_by_kind_and_by_name() -> None:
+    names = ["bart", "llama", "seq2seq-lm/bart", "seq2seq-lm/t5"]
+    assert chosen_names(names, None, None) == names
+    assert chosen_names(names, ["seq2seq-lm"], None) == names[2:]
+    assert chosen_names(names, None, ["seq2seq-lm/t5", "bart"]) == ["bart", "seq2seq-lm/bart", "seq2seq-lm/t5"]
+    assert chosen_names(names, None, ["causal-lm/bart"]) == ["bart"]
+    assert chosen_names(names, ["seq2seq-lm"], ["bart"]) == ["seq2seq-lm/bart"]
+    for kinds, types, message in (
+        (["seq2seq"], None, r"^--kinds: there is no kind 'seq2seq'; did you mean 'seq2seq-lm'\?$"),
+        (None, ["lama"], r"^--types: there is no model type 'lama'; did you mean 'llama'\?$"),
+        (None, ["seq2seq-lm/t6"], r"no model type 'seq2seq-lm/t6'; did you mean 'seq2seq-lm/t5'\?$"),
+        (["seq2seq-lm"], ["llama"], r"^--types: there is no model type 'llama' of seq2seq-lm"),
+    ):
+        with pytest.raises(AutoQuantError, match=message):
+            chosen_names(names, kinds, types)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not end a process with the one that started it")
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_what_ends_the_survey_ends_what_it_started(tmp_path: Path, ending: signal.Signals) -> None:
+    told = tmp_path / "process"
+    started = multiprocessing.get_context("fork").Process(
+        target=survey, args=(["hangs"], tmp_path), kwargs={"jobs": 1, "make": partial(tell_and_hang, told)}
+    )
+    started.start()
+    assert until(lambda: told.is_file() and bool(told.read_text()))
+    assert started.pid is not None
+    os.kill(started.pid, ending)
+    started.join()
+    child = Path("/proc") / told.read_text() / "stat"
+    assert until(lambda: not child.is_file() or child.read_text().rpartition(") ")[2][0] == "Z")
+
+
 def test_an_interruption_leaves_no_process_and_no_half_row(tmp_path: Path) -> None:
     def interrupt(row: Row) -> None:
         raise KeyboardInterrupt
@@ -85,53 +165,83 @@ def test_an_interruption_leaves_no_process_and_no_half_row(tmp_path: Path) -> No
         os.waitpid(-1, os.WNOHANG)
 
 
+STACKS = {
+    "": {"linears": 1, "smoothable": 1, "residual": []},
+    "encoder.block": {"linears": 2, "smoothable": 1, "residual": [64]},
+    "decoder.block": {"linears": 2, "smoothable": 2, "residual": []},
+}
 ROWS: list[Row] = [
     {
-        "type": "good", **VERSIONS, "captured": "dynamo", "linears": 5, "smoothable": 4, "groups": 2, "residual": 64,
+        "kind": "causal-lm", "type": "good", **VERSIONS, "captured": "dynamo", "linears": 5, "smoothable": 4,
+        "stacks": {}, "untraced": {}, "groups": 2, "residual": [64],
         "residual_blocked": None, "spaces": 1, "online": 0, "blocked": [], "unknown_operators": [], "seconds": 3.5,
         "steps": {"build": 0.1, "capture": 2.0, "analysis": 0.5}, "certificate": {"R1": 2.5e-15, "all": 1e-15},
         "repaired": {"experts": "8"},
     },
     {
-        "type": "odd", **VERSIONS, "captured": "export", "linears": 3, "smoothable": 0, "groups": 0, "residual": None,
+        "kind": "causal-lm", "type": "odd", **VERSIONS, "captured": "export", "linears": 3, "smoothable": 0,
+        "stacks": {}, "untraced": {}, "groups": 0, "residual": [],
         "residual_blocked": "it is normalised (aten.add at norm)", "spaces": 0, "online": 0, "blocked": [],
         "unknown_operators": ["aten.fold"], "seconds": 1.0, "steps": {"build": 0.1, "capture": 1.0, "analysis": 0.1},
         "unproved": "the small model cannot be run",
     },
-    {"type": "none", **VERSIONS, "captured": None, "reason": "its recurrence is no graph", "seconds": 0.5},
+    {"kind": "causal-lm", "type": "none", **VERSIONS, "captured": None, "reason": "no graph", "seconds": 0.5},
+    {
+        "kind": "seq2seq-lm", "type": "good", **VERSIONS, "captured": "dynamo", "linears": 5, "smoothable": 4,
+        "stacks": STACKS, "untraced": {"vision": "it is not traced"}, "groups": 3, "residual": [64, 32],
+        "residual_blocked": None, "spaces": 2, "online": 0, "blocked": [], "unknown_operators": ["aten.fold"],
+        "seconds": 4.0, "steps": {"build": 0.1, "capture": 2.0, "analysis": 0.4}, "certificate": {"all": 1e-15},
+    },
 ]  # fmt: skip
 
 
 def test_totals() -> None:
     assert totals(ROWS) == {
-        "types": 3,
-        "captured": 2,
-        "proved": 1,
-        "with a smoothing group": 1,
-        "residual rotatable": 1,
-        "with an operator without a rule": 1,
+        "types": 4,
+        "captured": 3,
+        "proved": 2,
+        "with a smoothing group": 2,
+        "residual rotatable": 2,
+        "with an operator without a rule": 2,
         "with a repaired default configuration": 1,
         "tracebacks": 0,
     }
+    assert [offers(row) for row in ROWS] == [True, False, False, True]
 
 
 def test_the_page_has_every_row_totals_and_reasons() -> None:
     text = coverage_text(ROWS, "make survey")
     for line in (
+        "| causal-lm | 3 | 2 | 1 | 1 | 1 | 1 | 1 | 0 |",
+        "| seq2seq-lm | 1 | 1 | 1 | 1 | 1 | 1 | 0 | 0 |",
+        "| **all** | 4 | 3 | 2 | 2 | 2 | 2 | 1 | 0 |",
+        "## causal-lm",
         "| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | 2e-15 | 3.5 |",
         "| odd | export | 0 of 3 | 0 | blocked | 0 | 0 | not proved | 1.0 |",
         "| none | no | | | | | | | 0.5 |",
         "| **3** | **2** | **4 of 8** | **2** | **1** | **1** | **0** | **1 proved, worst 2e-15** | **5** |",
-        "- **none**: its recurrence is no graph",
+        "## seq2seq-lm",
+        "| good | dynamo | 4 of 5 | 3 | 64, 32 | 2 | 0 | 1e-15 | 4.0 |",
+        "- **none**: no graph",
         "- **odd**: the small model cannot be run",
         "- **odd**: it is normalised (aten.add at norm)",
         "- **good**: experts = 8",
-        "- `aten.fold`: odd",
+        "- **seq2seq-lm/good**: encoder.block 1 of 2, residual 64; decoder.block 2 of 2",
+        "- **seq2seq-lm/good**: vision: it is not traced",
+        "- `aten.fold`: odd, seq2seq-lm/good",
     ):
         assert f"\n{line}\n" in text, line
     assert "Incomplete" not in text
-    assert "\n**Incomplete**: 2 types were not run: a, b.\n" in coverage_text(ROWS, "make survey", ["a", "b"])
-    assert "analysis takes 0.17 of the capture's time at the median" in text
+    incomplete = coverage_text(ROWS, "make survey", ["a", "b", "seq2seq-lm/a"])
+    assert "\n**Incomplete**: 3 types were not run: causal-lm a, b; seq2seq-lm a.\n" in incomplete
+    assert "analysis takes 0.20 of the capture's time at the median" in text
+
+
+def test_stacks_tell_encoder_and_decoder_apart() -> None:
+    """T5: the encoder's and the decoder's residual stream start at one table, so that one space is in both."""
+    stacks = stacks_of(analyze(resolve("t5", layers=2)).config)
+    assert list(stacks) == ["encoder.block", "decoder.block", ""]
+    assert [(stack["linears"], stack["smoothable"]) for stack in stacks.values()] == [(12, 12), (20, 20), (1, 1)]
 
 
 def comparable(row: Row) -> Row:
@@ -141,13 +251,21 @@ def comparable(row: Row) -> Row:
 
 
 def test_a_sample_of_the_committed_rows_is_what_is_found_now() -> None:
-    """After a change of the analyzer: `make survey`. AUTOQUANT_SEED draws another sample of the quickest fifth."""
+    """After a change of the analyzer: `make survey`. AUTOQUANT_SEED draws others of the quickest fifth of each kind."""
     rows: list[Row] = json.loads(COMMITTED.read_text(encoding="utf-8"))
     rows = [row for row in rows if (row["torch"], row["transformers"]) == tuple(VERSIONS.values())]
     if not rows:
         pytest.skip("the committed rows were made with other versions")
-    captured = sorted((row for row in rows if row.get("captured")), key=lambda row: float(row["seconds"]))
-    quick = sorted(captured[: len(captured) // 5], key=lambda row: str(row["type"]))
     seed = int(os.environ.get("AUTOQUANT_SEED", "0"))
-    for row in random.Random(seed).sample(quick, 3):
-        assert comparable(examine(row["type"])) == comparable(row), f"seed {seed}: run 'make survey'"
+    drawn = [row for kind in KINDS for row in sample([row for row in rows if row["kind"] == kind], seed)]
+    assert {row["kind"] for row in drawn} == {row["kind"] for row in rows}
+    for row in drawn:
+        found = json.loads(json.dumps(examine(name_of(row))))
+        assert comparable(found) == comparable(row), f"seed {seed}: run 'make survey'"
+
+
+def sample(rows: list[Row], seed: int) -> list[Row]:
+    """Two of the quickest fifth of the captured rows, or as many as there are."""
+    captured = sorted((row for row in rows if row.get("captured")), key=lambda row: float(row["seconds"]))
+    quick = sorted(captured[: -(-len(captured) // 5)], key=name_of)
+    return random.Random(seed).sample(quick, min(2, len(quick)))

@@ -4,8 +4,9 @@ The only package that imports transformers, and only when one of its functions i
 architecture: sizes are reduced by what their configuration fields are called and by how their values relate.
 """
 
+from autoquant.kinds import KINDS, Kind
 from autoquant.models.build import build_meta
-from autoquant.models.classes import KINDS, Kind, registered_types
+from autoquant.models.classes import registered_types
 from autoquant.models.reduction import (
     float64_throughout,
     grouped_experts,

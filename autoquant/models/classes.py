@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 from autoquant.errors import AutoQuantError
-
-Kind = Literal["causal-lm", "image-text-to-text", "seq2seq-lm", "speech-seq2seq"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-"""In the order of preference."""
+from autoquant.kinds import KINDS, Kind
 
 _CLASSES: dict[Kind, tuple[str, str]] = {
     "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),

@@ -22,8 +22,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoquant.errors import AutoQuantError
+from autoquant.kinds import Kind
 from autoquant.models import source as naming
-from autoquant.models.classes import Kind
 from autoquant.models.inputs import make_inputs, reads_text
 from autoquant.models.source import (
     ModelSource,

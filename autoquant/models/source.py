@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
 from autoquant.errors import AutoQuantError
-from autoquant.models.classes import Kind, auto_class, kind_of
+from autoquant.kinds import Kind
+from autoquant.models.classes import auto_class, kind_of
 
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 

@@ -1,69 +1,116 @@
-"""The survey's rows as a page: totals, a table, and what is impossible with the reason."""
+"""The survey's rows as a page: totals, a table for each kind of model, and what is impossible with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
+
+from autoquant.kinds import KINDS, full_name, split_name
 
 Row = dict[str, Any]
 
 
 def totals(rows: Sequence[Row]) -> dict[str, int]:
-    """Counts over all types."""
+    """Counts over ``rows``."""
     captured = [row for row in rows if row.get("captured")]
     return {
         "types": len(rows),
         "captured": len(captured),
         "proved": sum("certificate" in row for row in captured),
         "with a smoothing group": sum(row["groups"] > 0 for row in captured),
-        "residual rotatable": sum(row["residual"] is not None for row in captured),
+        "residual rotatable": sum(bool(row["residual"]) for row in captured),
         "with an operator without a rule": sum(bool(row["unknown_operators"]) for row in captured),
         "with a repaired default configuration": sum("repaired" in row for row in rows),
         "tracebacks": sum(row.get("crashed", False) for row in rows),
     }
 
 
+def offers(row: Row) -> bool:
+    """Whether something is claimed and proved."""
+    return "certificate" in row and row["groups"] + row["spaces"] > 0
+
+
 def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ()) -> str:
     """``coverage.md``: what every type allows, what was measured, and what is impossible, in Markdown.
 
-    ``absent``: registered types that have no row; the page says so.
+    ``absent``: full names of registered types that have no row; the page says so.
     """
     versions = f"transformers {rows[0]['transformers']}, torch {rows[0]['torch']}"
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     lines = [
         "# Coverage",
         "",
-        f"The model types that are registered for causal language modelling ({versions}), at default size.",
+        f"The model types that are registered for each kind of language model ({versions}), at default size; a type of",
+        "several kinds has a row in each table.",
         f"Made by `{command}`; every figure and every reason is also in [coverage.json](coverage.json).",
         "",
-        *([f"**Incomplete**: {len(absent)} types were not run: {', '.join(absent)}.", ""] if absent else []),
-        *(f"- {number} {what}" for what, number in totals(rows).items()),
+        *_incomplete(absent),
+        f"| kind | {' | '.join(totals(rows))} |",
+        f"|---|{'---:|' * len(totals(rows))}",
+        *(_counts(kind, [row for row in rows if row["kind"] == kind]) for kind in kinds),
+        _counts("**all**", rows),
         "",
         *_seconds(rows),
-        "",
-        "| type | captured | linears smoothed | groups | residual rotation | spaces | online | certificate, worst "
-        "| seconds |",
-        "|---|---|---:|---:|---|---:|---:|---:|---:|",
-        *(_line(row) for row in rows),
-        _sums(rows),
     ]
-    for title, key in (("Not captured", "reason"), ("Not proved", "unproved")):
-        failed = [row for row in rows if row.get(key)]
-        if failed:
-            lines += ["", f"## {title}", "", *(f"- **{row['type']}**: {row[key]}" for row in failed)]
-    repaired = [row for row in rows if row.get("repaired")]
-    if repaired:
-        lines += ["", "## Default configurations that were repaired", ""]
-        lines += [f"- **{row['type']}**: {_listed(row['repaired'])}" for row in repaired]
-    blocked = [row for row in rows if row.get("captured") and row["residual"] is None]
-    lines += ["", "## Residual not rotatable", "", *(f"- **{row['type']}**: {_why(row)}" for row in blocked)]
+    for kind in kinds:
+        mine = [row for row in rows if row["kind"] == kind]
+        lines += [
+            "",
+            f"## {kind}",
+            "",
+            "| type | captured | linears smoothed | groups | residual rotation | spaces | online | certificate, worst "
+            "| seconds |",
+            "|---|---|---:|---:|---|---:|---:|---:|---:|",
+            *(_line(row) for row in mine),
+            _sums(mine),
+        ]
+    lines += _listed_rows("Not captured", rows, lambda row: row.get("reason"))
+    lines += _listed_rows("Not proved", rows, lambda row: row.get("unproved"))
+    lines += _listed_rows("Default configurations that were repaired", rows, _repairs)
+    lines += _listed_rows("Residual not rotatable", rows, _why)
+    lines += _listed_rows("Encoders, decoders and towers", rows, _stacks, _ABOUT_STACKS)
+    lines += _listed_rows("Parts that were not traced", rows, _untraced)
     unknown: dict[str, list[str]] = {}
     for row in rows:
         for name in row.get("unknown_operators", []):
-            unknown.setdefault(name, []).append(row["type"])
+            unknown.setdefault(name, []).append(_name(row))
     lines += ["", "## Operators without a rule", ""]
     lines += [f"- `{name}`: {', '.join(types)}" for name, types in sorted(unknown.items())] or ["None."]
     return "\n".join([*lines, ""])
+
+
+_ABOUT_STACKS = (
+    "Of every type with several stacks of layers: linears smoothed in each, and the size of the residual stream where "
+    "it can be rotated."
+)
+
+
+def _name(row: Row) -> str:
+    return full_name(row["type"], row["kind"])
+
+
+def _incomplete(absent: Sequence[str]) -> list[str]:
+    if not absent:
+        return []
+    listed = [
+        f"{kind} {', '.join(of_kind)}"
+        for kind in KINDS
+        if (of_kind := [model_type for model_type, its in map(split_name, absent) if its == kind])
+    ]
+    return [f"**Incomplete**: {len(absent)} types were not run: {'; '.join(listed)}.", ""]
+
+
+def _counts(title: str, rows: Sequence[Row]) -> str:
+    return f"| {title} | {' | '.join(str(number) for number in totals(rows).values())} |"
+
+
+def _listed_rows(
+    title: str, rows: Sequence[Row], text: Callable[[Row], str | None], about: str | None = None
+) -> list[str]:
+    """A section with a line for each row that there is a ``text`` of."""
+    lines = [f"- **{_name(row)}**: {said}" for row in rows if (said := text(row))]
+    return ["", f"## {title}", "", *([about, ""] if about else []), *lines] if lines else []
 
 
 def _seconds(rows: Sequence[Row]) -> list[str]:
@@ -92,7 +139,7 @@ def _line(row: Row) -> str:
         row["captured"],
         f"{row['smoothable']} of {row['linears']}",
         row["groups"],
-        row["residual"] or "blocked",
+        _sizes(row["residual"]) or "blocked",
         row["spaces"],
         row["online"],
         worst,
@@ -111,7 +158,7 @@ def _sums(rows: Sequence[Row]) -> str:
         f"**{len(captured)}**",
         f"**{_sum(captured, 'smoothable')} of {_sum(captured, 'linears')}**",
         f"**{_sum(captured, 'groups')}**",
-        f"**{sum(row['residual'] is not None for row in captured)}**",
+        f"**{sum(bool(row['residual']) for row in captured)}**",
         f"**{_sum(captured, 'spaces')}**",
         f"**{_sum(captured, 'online')}**",
         f"**{len(proved)} proved, worst {worst:.0e}**",
@@ -124,10 +171,33 @@ def _sum(rows: Sequence[Row], key: str) -> int:
     return sum(row[key] for row in rows)
 
 
-def _why(row: Row) -> str:
+def _sizes(sizes: Iterable[int]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _why(row: Row) -> str | None:
+    if not row.get("captured") or row["residual"]:
+        return None
     return row["residual_blocked"] or "no table of embeddings is looked up and read as a vector by linears"
 
 
-def _listed(fields: dict[str, str]) -> str:
+def _stacks(row: Row) -> str | None:
+    """``'encoder.block 48 of 72, residual 512; decoder.block 96 of 120'``, for a model of several stacks."""
+    stacks = {path: stack for path, stack in row.get("stacks", {}).items() if path}
+    if len(stacks) < 2:
+        return None
+    return "; ".join(
+        f"{path} {stack['smoothable']} of {stack['linears']}"
+        + (f", residual {_sizes(stack['residual'])}" if stack["residual"] else "")
+        for path, stack in stacks.items()
+    )
+
+
+def _untraced(row: Row) -> str | None:
+    return "; ".join(f"{path}: {reason}" for path, reason in row.get("untraced", {}).items())
+
+
+def _repairs(row: Row) -> str | None:
+    fields = row.get("repaired", {})
     values = {name: value if len(value) < 60 else f"{value[:57]}..." for name, value in fields.items()}
     return ", ".join(f"{name} = {value}" for name, value in values.items())

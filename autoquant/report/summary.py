@@ -9,7 +9,7 @@ import numpy as np
 
 from autoquant.config import Blocked, Config, Linear, Slot, SmoothingGroup, SmoothingKind, Space
 from autoquant.configcheck import positions_and_channels
-from autoquant.paths import LAYER, layer_numbers, layer_set
+from autoquant.paths import LAYER, fill, layer_numbers, layer_set
 
 
 def summarise(config: Config, unknown_operators: Sequence[str] = ()) -> Summary:
@@ -17,7 +17,7 @@ def summarise(config: Config, unknown_operators: Sequence[str] = ()) -> Summary:
     lookup = _Lookup(config)
     sections: dict[tuple[str, str | None], list[Row]] = {}
     for linear in config.model.linears:
-        sections.setdefault((_stack(linear.path), linear.layers), []).append(_row(lookup, linear))
+        sections.setdefault((stack_of(linear.path), linear.layers), []).append(_row(lookup, linear))
     paths = {linear.path for linear in config.model.linears}
     for blocked in config.blocked:
         if blocked.what == "smoothing" and blocked.path not in paths:  # a part that no linear stands for
@@ -55,10 +55,16 @@ def reached(config: Config, linear: Linear) -> dict[int | None, bool]:
         for slot in _slots(group.targets, linear):
             positions, _ = positions_and_channels(slot)
             expert = np.arange(columns // slot.size)[:, None] * slot.size  # a slot without a stack is for all of them
-            for layer in _numbers(group.layers):
+            written_out = _weights(linear)[slot.path]
+            for layer in _numbers(group.layers) if written_out is None else (written_out,):
                 if layer in covered:
                     covered[layer][(positions + expert).reshape(-1)] = True
     return {layer: bool(mask.all()) for layer, mask in covered.items()}
+
+
+def stack_of(path: str) -> str:
+    """The list of layers that a path is in, empty where it is in none."""
+    return path.partition(f".{LAYER}.")[0] if LAYER in path else ""
 
 
 def _row(lookup: _Lookup, linear: Linear) -> Row:
@@ -117,7 +123,7 @@ def _rotations(lookup: _Lookup, linear: Linear) -> Iterator[str]:
             if _overlap(read.layers or space.layers, linear.layers) and _slots(read.readers, linear):
                 inside.append(space.kind)
         for writer in space.writers:
-            if writer.path == linear.weight and writer.dim != linear.in_dim:
+            if writer.path in _weights(linear) and writer.dim != linear.in_dim:
                 outside.append(space.kind)
     online = [
         o.kind
@@ -166,7 +172,16 @@ def _totals(config: Config, unknown: Sequence[str]) -> str:
 
 def _slots(slots: Iterable[Slot], linear: Linear) -> list[Slot]:
     """The slots that are columns of the linear's weight."""
-    return [slot for slot in slots if slot.path == linear.weight and slot.dim == linear.in_dim]
+    weights = _weights(linear)
+    return [slot for slot in slots if slot.path in weights and slot.dim == linear.in_dim]
+
+
+def _weights(linear: Linear) -> dict[str, int | None]:
+    """Names that the linear's weight goes by, and the layer that each is for, None where it does not say.
+
+    What all layers read, such as an encoder's output, has a group without layers, whose members are written out.
+    """
+    return {linear.weight: None} | {fill(linear.weight, n): n for n in _numbers(linear.layers) if n is not None}
 
 
 def _numbers(layers: str | None) -> tuple[int | None, ...]:
@@ -180,11 +195,6 @@ def _overlap(one: str | None, other: str | None) -> bool:
 
 def _in_layers(layers: str | None) -> str:
     return f" (layers {layers})" if layers is not None else ""
-
-
-def _stack(path: str) -> str:
-    """The list of layers that a path is in, empty where it is in none."""
-    return path.partition(f".{LAYER}.")[0] if LAYER in path else ""
 
 
 def _inside(path: str) -> str:
