@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from autoquant.analyze import analyze
 from autoquant.certify import TOLERANCES, Trial, claims, dtype_of, keep, placeable, prove, small_claims
@@ -72,7 +76,13 @@ def verify_small(
     reduced = keep(reduced, [(name, kind) for name, kind in claims(reduced) if (_plain(name), kind) in wanted])
     if dtype_of(loaded.module) is torch.float64:
         loaded.module.to(dtype)
+        args, kwargs = tree_map_only(Tensor, partial(_in_dtype, dtype), (loaded.args, dict(loaded.kwargs)))
+        loaded = replace(loaded, args=args, kwargs=kwargs)
     return _verify(loaded, reduced, seed, progress)
+
+
+def _in_dtype(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def check_claims(config: Config, found: Config) -> None:

@@ -73,3 +73,15 @@ def test_where_nothing_helps_the_first_reason_stays() -> None:
     assert find_repairs(source) == ()
     with pytest.raises(AutoQuantError, match="no_such_function"):
         build_meta(source)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "repairs"),
+    [
+        ("qwen2_5_vl", {"vision_config.out_hidden_size": 8192}),
+        ("qwen2_vl", {"vision_config.hidden_size": 8192}),  # beside embed_dim, it is what the tower hands over
+        ("llava", {}),
+    ],
+)
+def test_a_tower_hands_over_what_the_language_model_takes(model_type: str, repairs: dict[str, int]) -> None:
+    assert resolve(model_type).repairs == repairs

@@ -100,6 +100,36 @@ def test_a_small_model(checkpoint: Path, config: Config, tmp_path: Path) -> None
     assert all(row["ok"] for row in content["trials"])
 
 
+class Hearing(torch.nn.Module):
+    """Reads vectors and not tokens, as a model of sounds does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(16, eps=1e-6)
+        self.up = torch.nn.Linear(16, 24)
+        self.down = torch.nn.Linear(24, 8)
+
+    def forward(self, sound: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(self.norm(sound * gain))))  # type: ignore[no-any-return]  # a module's call
+
+
+def test_floating_point_inputs_are_of_the_models_dtype() -> None:
+    from autoquant.analyze import analyze
+    from autoquant.models import ModelSource
+    from autoquant.verify import verify_small
+
+    for inputs in (
+        lambda: {"sound": torch.randn(1, 3, 16), "gain": torch.ones(16)},
+        lambda: (torch.randn(1, 3, 16), torch.ones(16)),
+    ):
+        source = ModelSource("hearing", factory=lambda inputs=inputs: (Hearing(), inputs()))
+        config = analyze(source).config
+        for dtype, most in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+            trials, _, _ = verify_small(source, config, dtype=dtype)
+            assert [trial.kind for trial in trials][-1] == "all"
+            assert all(0 < trial.change < most for trial in trials), dtype
+
+
 def test_claims_that_were_taken_out_are_not_tried(checkpoint: Path, config: Config, tmp_path: Path) -> None:
     from autoquant.certify import claims, keep
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from autoquant.kinds import KINDS, Kind
+
 if TYPE_CHECKING:
     from autoquant.analyze import Analyzed
     from autoquant.config import Config
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--layers", type=click.IntRange(1), help="Analyze a model with so many layers only.")
 @click.option("--full", is_flag=True, help="Trace every layer, not one or two of each kind.")
+@click.option("--kind", type=click.Choice(KINDS), help="What to take MODEL for, where its type is of several kinds.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that a checkpoint brings along.")
 @click.option(
     "--format",
@@ -45,6 +48,7 @@ def command(
     how: Literal["auto", "dynamo", "export"],
     layers: int | None,
     full: bool,
+    kind: Kind | None,
     trust_remote_code: bool,
     form: str,
     quiet: bool,
@@ -69,7 +73,7 @@ def command(
         from autoquant.analyze import analyze
         from autoquant.models import resolve
 
-        source = resolve(model, layers=layers, trust_remote_code=trust_remote_code)
+        source = resolve(model, layers=layers, trust_remote_code=trust_remote_code, kind=kind)
         analyzed = analyze(source, how=how, full=full, progress=progress)
         explanation = None if explain is None else _explain(analyzed, explain)
         config = analyzed.config

@@ -32,7 +32,7 @@ def command(
     jobs: int,
     timeout: float,
 ) -> None:
-    """Analyze and prove every model type of transformers that is a language model of some kind.
+    """Analyze and prove every type of language model in transformers.
 
     Kinds: causal-lm, image-text-to-text, seq2seq-lm, speech-seq2seq; a type of several has a row for each. Writes
     coverage.md and coverage.json; finished rows are kept in DIR/rows, and a second run goes on from there. Every type

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autoquant.errors import AutoQuantError
+from autoquant.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from autoquant.verify import Verified
@@ -26,6 +27,7 @@ PIPE_WIDTH = 120
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of inputs, scales and rotations.")
 @click.option("--small", is_flag=True, help="On a small random model of the same structure, even if MODEL has weights.")
 @click.option("--layers", type=click.IntRange(1), help="As given to analyze; for small models.")
+@click.option("--kind", type=click.Choice(KINDS), help="What to take MODEL for, where its type is of several kinds.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that a checkpoint brings along.")
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -36,6 +38,7 @@ def command(
     seed: int,
     small: bool,
     layers: int | None,
+    kind: Kind | None,
     trust_remote_code: bool,
     form: str,
     quiet: bool,
@@ -65,7 +68,7 @@ def command(
                 folder, loaded, dtype=precision, seed=seed, trust_remote_code=trust_remote_code, progress=progress
             )
         else:
-            source = resolve(model, layers=layers, trust_remote_code=trust_remote_code)
+            source = resolve(model, layers=layers, trust_remote_code=trust_remote_code, kind=kind)
             verified = verify_small(source, loaded, dtype=precision, seed=seed, progress=progress)
     if not quiet:
         subject = f"{model}: {'its own weights' if weights else 'a small random model of its structure'}"

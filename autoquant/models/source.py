@@ -122,7 +122,9 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
     if model in CONFIG_MAPPING:
         try:
             with quiet():
-                return ModelSource(model, _fitting(CONFIG_MAPPING[model]()), trust_remote_code=trust_remote_code)
+                config = CONFIG_MAPPING[model]()
+                changed = _fit_(config)
+            return ModelSource(model, config, trust_remote_code=trust_remote_code, repairs=changed)
         except Exception as error:  # some defaults fail their own checks
             raise AutoQuantError(f"{model}: has no valid default configuration: {one_line(error)}") from error
     if Path(model).expanduser().is_dir():
@@ -140,15 +142,21 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
     return ModelSource(model, config, trust_remote_code=trust_remote_code)
 
 
-def _fitting(config: Any) -> Any:
-    """A default configuration whose parts fit: some towers hand over vectors that their language model cannot take."""
+def _fit_(config: Any) -> dict[str, int]:
+    """Make the parts of a default configuration fit: some towers hand over vectors that their language model cannot
+    take. The changed fields, with their new values.
+    """
     parts = sub_configs(config)
     text = standard_field(text_config(config), "hidden_size") if len(parts) > 1 else None
-    for part in parts.values():
-        for name in ("out_hidden_size", "output_hidden_size"):
-            if text is not None and type(vars(part).get(name)) is int:
+    changed = {}
+    for path, part in parts.items():
+        # Beside a width of its own (embed_dim), a tower's hidden_size is what it hands over.
+        own = re.search(r"vision|visual|audio", path) and type(vars(part).get("embed_dim")) is int
+        for name in ("out_hidden_size", "output_hidden_size", *(["hidden_size"] if own else [])):
+            if text is not None and type(vars(part).get(name)) is int and vars(part)[name] != text:
                 setattr(part, name, text)
-    return config
+                changed[f"{path}.{name}".lstrip(".")] = text
+    return changed
 
 
 def _require_known(where: str, model_type: str) -> None:
