@@ -21,6 +21,7 @@ from autoquant.config import Blocked, Linear, Online, Reader, Slot, SmoothingGro
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
 NO_MODULE = "no rotation in the weights reaches its input, and it is no module that an online one could precede"
+NOT_TRACED = "its forward cannot be traced, and nothing is known of what it computes"
 SHARED = "its scale is that of a tensor that must keep it: "
 
 
@@ -53,10 +54,20 @@ def analyse(captured: Captured) -> Analysis:
         groups=tuple(_with_ties(group, shared) for group in scales.groups),
         spaces=tuple(_with_ties(space, shared) for space in rotations.spaces),
         online=online,
-        blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations), *nowhere),
+        blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations), *nowhere, *_blocked_opaque(captured)),
         unknown_operators=_unknown_operators(scales, rotations),
     )
     return Analysis(findings, scales, rotations)
+
+
+def _blocked_opaque(captured: Captured) -> tuple[Blocked, ...]:
+    """The modules that could not be traced: what they hold is neither smoothed nor rotated."""
+    whats: tuple[Literal["smoothing", "rotation"], ...] = ("smoothing", "rotation")
+    return tuple(
+        Blocked(path=path, what=what, reason=f"{NOT_TRACED}: {reason}", operator="forward", at=path)
+        for path, reason in {call.path: call.reason for call in captured.opaque}.items()
+        for what in whats
+    )
 
 
 def _with_ties(item: Model, shared: Mapping[str, tuple[str, ...]]) -> Model:

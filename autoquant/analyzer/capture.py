@@ -31,11 +31,13 @@ from autoquant.analyzer.graph import (
     names_of,
     shape,
 )
+from autoquant.analyzer.opaque import OpaqueCall, culprit, opaque_
 from autoquant.analyzer.pieces import Traced, capture_pieces, compiled
 from autoquant.errors import AutoQuantError
 from autoquant.tracing import known_values, stand_ins_, undisturbed
 
-Route = tuple[How, Callable[..., tuple[Piece, ...]]]
+Run = Callable[..., tuple[Piece, ...]]
+Route = tuple[How, Run]
 
 __all__ = [
     "Captured",
@@ -64,7 +66,8 @@ def capture(
     """Capture ``module(*args, **kwargs)`` in evaluation mode, on any device, ``meta`` included.
 
     ``dynamo`` takes the whole graph where Dynamo can, else the pieces between its graph breaks; ``export`` is
-    ``torch.export`` without Dynamo; ``auto`` tries whole-graph Dynamo, export, and Dynamo's pieces, in this order.
+    ``torch.export`` without Dynamo, where need be with single modules left untraced (``opaque``); ``auto`` tries
+    whole-graph Dynamo, export, and Dynamo's pieces, in this order.
 
     ``known``: optional inputs whose values are part of what is captured, such as the token ids that say where an image
     goes. Export takes them as constants, and comes first then; to Dynamo they are inputs as any other. ``first``: of
@@ -72,13 +75,16 @@ def capture(
 
     Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
     """
-    export: Route = ("export", partial(_non_strict, known=known) if known else _non_strict)
+    non_strict = partial(_non_strict, known=known) if known else _non_strict
+    calls: list[OpaqueCall] = []
+    export: Route = ("export", non_strict)
+    opaque: Route = ("export", partial(_around_opaque, run=non_strict, calls=calls))
     dynamo: Route = ("dynamo", _strict)
     pieces: Route = ("dynamo-pieces", capture_pieces)
     routes: dict[str, tuple[Route, ...]] = {
-        "auto": (export, dynamo, pieces) if known else (dynamo, export, pieces),
+        "auto": (export, dynamo, opaque, pieces) if known else (dynamo, export, opaque, pieces),
         "dynamo": (dynamo, pieces),
-        "export": (export,),
+        "export": (export, opaque),
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
@@ -93,9 +99,11 @@ def capture(
                 made = run(module, *inputs, names)
                 only = first and route != "dynamo-pieces"
                 made = tuple(map(first_output, made)) if only else made
-                return Captured(route, made, aliases, tuple(known) if route == "export" else (), only)
+                constant = tuple(known) if route == "export" else ()
+                return Captured(route, made, aliases, constant, only, tuple(calls) if run is opaque[1] else ())
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
-            failures.append(f"{route}: {_first_line(error)}")
+            failure = f"{route}: {_first_line(error)}"
+            failures += [failure] if failure not in failures else []
     why = _BY_VALUES if any(_VALUES.search(failure) for failure in failures) else ""
     raise AutoQuantError(f"cannot capture {type(module).__name__}: {why}" + "; ".join(failures))
 
@@ -159,6 +167,26 @@ def _non_strict(
     with known_values():
         program = torch.export.export(module, args, given, strict=False)
     return (lower(program, names),)
+
+
+def _around_opaque(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, *, run: Run, calls: list[OpaqueCall]
+) -> tuple[Piece, ...]:
+    """Capture with as few classes of submodules left untraced as possible, those in whose forward tracing fails.
+
+    ``calls`` is filled with the calls of these modules. Raises what tracing said where it fails elsewhere.
+    """
+    reasons: dict[type, str] = {}
+    while True:
+        calls.clear()
+        try:
+            with undisturbed(module), opaque_(module, reasons, calls, lambda part: names.modules[id(part)]):
+                return run(module, args, kwargs, names)
+        except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
+            failing = culprit(error, names, reasons)
+            if failing is None:
+                raise
+            reasons[type(failing)] = _first_line(error)
 
 
 def _run_whole(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], piece: Piece) -> list[Any]:

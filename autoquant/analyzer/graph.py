@@ -57,6 +57,8 @@ class Captured:
     """Inputs that became constants."""
     first: bool = False
     """Whether the first floating-point output is the only one."""
+    opaque: tuple[Any, ...] = ()
+    """Calls of modules that could not be traced (``opaque.OpaqueCall``): one operator of the graph each."""
 
 
 def module_path(node: torch.fx.Node) -> str:

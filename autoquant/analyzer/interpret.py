@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from autoquant.analyzer.capture import Captured, GraphInput, Piece, module_path
 from autoquant.analyzer.families import Param
+from autoquant.analyzer.opaque import OPERATOR, UNTRACED
 from autoquant.analyzer.operators import (
     CASTS,
     CHOOSING,
@@ -155,6 +156,8 @@ class Walk:
                 return args[0]
             if site.operator in MOVEMENT:
                 return _moved_param(args[0], site, args, kwargs)
+        if site.operator == OPERATOR:
+            return self.give_up(site, [v for v in tensors if not isinstance(v, Opaque)], UNTRACED)
         if any(isinstance(v, Opaque) for v in tensors) or any(unwieldy(fake) for fake in site.outputs):
             rest = [v for v in tensors if not isinstance(v, Opaque)]
             return self.give_up(site, rest, "it meets a tensor that is too large to follow, or sized by the data")

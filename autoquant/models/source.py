@@ -305,7 +305,7 @@ def limit_layers(config: Any, layers: int) -> None:
             limit_depth(config, name, layers)
     layers = min(layers, before)
     try:
-        limit_depth(config, "num_hidden_layers", layers)
+        limit_depth(config, _depth_field(config), layers)
     except NotImplementedError as error:
         raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r}: {one_line(error)}") from error
 
@@ -338,8 +338,17 @@ def text_config(config: Any) -> Any:
 
 
 def layer_count(config: Any) -> int | None:
-    """Number of layers; None where the configuration does not have it under its standard name."""
-    return standard_field(text_config(config), "num_hidden_layers")
+    """Number of layers; None where the configuration has no field for it, or several without the standard one."""
+    config = text_config(config)
+    found = getattr(config, _depth_field(config), None)
+    return found if type(found) is int else None
+
+
+def _depth_field(config: Any) -> str:
+    """The field that counts the layers: the standard one, else the only one that counts layers at all."""
+    counts = depths(config)
+    standard = standard_field(config, "num_hidden_layers") is not None or len(counts) != 1
+    return "num_hidden_layers" if standard else counts[0]
 
 
 def standard_field(config: Any, name: str) -> int | None:
