@@ -25,6 +25,7 @@ from autoquant.models import (
     resolve,
     small,
 )
+from autoquant.models.source import layer_count, limit_layers
 
 TYPES = [*TABLE, "gpt_oss"]
 # Copies: where layouts and types allow it, they do not appear.
@@ -315,8 +316,26 @@ def test_a_type_whose_defaults_are_refused_by_its_own_checks(monkeypatch: pytest
         resolve("contrary")
 
 
+def test_of_several_language_models_the_one_that_the_registered_class_takes_is_meant() -> None:
+    source = resolve("musicgen", layers=2)
+    made = build_meta(source)
+    assert type(made.module).__name__ == "MusicgenForCausalLM"
+    assert made.module.config.model_type == source.config.decoder.model_type
+    assert len(made.module.model.decoder.layers) == source.config.decoder.num_hidden_layers == 2
+    assert made.kwargs["input_ids"].shape == (source.config.decoder.num_codebooks, 3)  # a row for each codebook
+
+
 def test_a_configuration_of_several_language_models_is_one_clear_line() -> None:
-    # Older versions of transformers refuse the default configuration itself, also in one line.
-    expected = r"^a configuration of type 'musicgen': ValueError: Multiple valid text configs|^musicgen: has no valid"
+    config = CONFIG_MAPPING["musicgen"]()
+    config.audio_encoder = config.decoder
+    expected = r"^a configuration of type 'musicgen' holds several language models .*Multiple valid text configs"
     with pytest.raises(AutoQuantError, match=expected):
-        build_meta(resolve("musicgen"))
+        build_meta(ModelSource("two decoders", config))
+
+
+def test_layers_are_counted_by_the_only_field_that_counts_any() -> None:
+    config = CONFIG_MAPPING["longcat_flash"](num_layers=5)
+    assert layer_count(config) == 5
+    limit_layers(config, 2)
+    assert config.num_layers == 2
+    assert layer_count(CONFIG_MAPPING["blt"]()) is None  # it has one for each of its parts

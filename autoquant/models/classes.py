@@ -59,6 +59,17 @@ def auto_class(kind: Kind) -> Any:
     return getattr(transformers, _CLASSES[kind][0])
 
 
+def part_taken(kind: Kind, config: Any) -> Any:
+    """The one part of a configuration that the class registered for its type is made from; None where that is no part.
+
+    A ``text_config`` is not meant: the auto class finds it by itself.
+    """
+    architecture = auto_class(kind)._model_mapping.get(type(config), None)
+    taken = getattr(architecture, "config_class", type(config))
+    parts = {name: value for name, value in vars(config).items() if type(value) is taken}
+    return next(iter(parts.values())) if len(parts) == 1 and "text_config" not in parts else None
+
+
 def _names(kind: Kind) -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 

@@ -102,6 +102,9 @@ class _Maker:
 
     def text(self, sequences: int, tokens: int) -> Values:
         main = self.module.main_input_name
+        tables = self.module.get_input_embeddings()
+        if isinstance(tables, nn.ModuleList):  # a codebook each: one row of ids for every one of them
+            sequences *= len(tables)
         encoder_decoder = bool(self.module.config.is_encoder_decoder)
         made = {}
         if "input_ids" in self.names and (main == "input_ids" or not encoder_decoder):

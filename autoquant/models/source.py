@@ -25,7 +25,7 @@ from torch.utils._device import _device_constructors
 
 from autoquant.errors import AutoQuantError
 from autoquant.kinds import Kind
-from autoquant.models.classes import auto_class, kind_of
+from autoquant.models.classes import auto_class, kind_of, kinds_of, part_taken
 
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 
@@ -264,18 +264,23 @@ def build_module(source: ModelSource, config: Any, device: torch.device, dtype: 
     for attention in ("sdpa", "eager"):
         try:
             with quiet(), torch.random.fork_rng(devices=()), device:
-                module = auto_class(kind).from_config(
-                    copy.deepcopy(config),
-                    attn_implementation=attention,
-                    dtype=dtype,
-                    trust_remote_code=source.trust_remote_code,
-                )
+                module = _from_config(kind, copy.deepcopy(config), attention, dtype, source.trust_remote_code)
             break
         except Exception as error:  # construction runs the architecture's own code
             if attention == "sdpa" and isinstance(error, ValueError):
                 continue  # how a class says that it has no such attention
             raise AutoQuantError(f"{source.name}: cannot be built ({kind}): {one_line(error)}") from error
     return module.eval()
+
+
+def _from_config(kind: Kind, config: Any, attention: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    part = part_taken(kind, config)
+    if part is not None:
+        architecture = auto_class(kind)._model_mapping[type(config)]
+        return architecture._from_config(part, attn_implementation=attention, dtype=dtype)
+    return auto_class(kind).from_config(
+        config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
+    )
 
 
 def _kind(source: ModelSource, config: Any) -> Kind:
@@ -327,10 +332,17 @@ def limit_depth(config: Any, name: str, layers: int) -> None:
 
 
 def text_config(config: Any) -> Any:
-    """The language model's part of a configuration of several, else the configuration itself."""
+    """The language model's part of a configuration of several, else the configuration itself.
+
+    Where there are several language models, the one that the class registered for its type is made from.
+    """
     try:
         return config.get_text_config()
     except ValueError as error:
+        kinds = kinds_of(config)
+        part = part_taken(kinds[0], config) if kinds else None
+        if part is not None:
+            return part
         raise AutoQuantError(
             f"a configuration of type {config.model_type!r} holds several language models and does not say which "
             f"one is meant: {one_line(error)}"
