@@ -31,7 +31,7 @@ from autoquant.config import (
 from autoquant.models import LoadedModel, ModelSource, build_meta
 from autoquant.structure import fingerprint, shapes_of, ties_of
 from autoquant.threads import one_thread
-from autoquant.tracing import known_values, stand_ins_, undisturbed
+from autoquant.tracing import known_values, short_chunks, stand_ins_, undisturbed
 
 SCHEMA_URL = f"https://raw.githubusercontent.com/autoquant/autoquant/main/schemas/{SCHEMA_NAME}"
 How = Literal["auto", "dynamo", "export"]
@@ -90,9 +90,9 @@ def analyze(
 
 def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
     if not loaded.known:
-        with undisturbed(module), FakeTensorMode(allow_non_fake_inputs=True):
+        with undisturbed(module), short_chunks(module), FakeTensorMode(allow_non_fake_inputs=True):
             return module(*loaded.args, **loaded.kwargs)
-    with undisturbed(module):
+    with undisturbed(module), short_chunks(module):
         (args, kwargs), mode = stand_ins_(module, (loaded.args, loaded.kwargs))
         with mode, known_values():
             return module(*args, **kwargs)

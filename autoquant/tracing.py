@@ -8,10 +8,13 @@ followed where they lead, and what it computes from them alone is a constant of 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +28,9 @@ _MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isi
 
 _FROM_VALUES = (torch.arange, torch.tensor, torch.as_tensor, torch.asarray, torch.linspace)
 _FILLS = (torch.zeros, torch.ones, torch.full, torch.empty)
+
+_CHUNK = "chunk_size"
+_SHORT_CHUNK = 2
 
 
 @contextlib.contextmanager
@@ -136,3 +142,40 @@ def _without_masks(index: Any) -> Any:
         else:
             made.append(entry)
     return tuple(made) if len(made) != 1 or isinstance(index, tuple) else made[0]
+
+
+@contextlib.contextmanager
+def short_chunks(module: nn.Module) -> Iterator[None]:
+    """Let functions that cut a sequence into chunks of a default size cut it into chunks of two tokens.
+
+    A trace unrolls their loops: with 64 tokens in a chunk they are most of the graph, and the state that one chunk
+    hands to the next is not in it. How a sequence is cut changes no result, which ``check_against_eager`` confirms
+    with the model's own chunks. Only defaults of functions, in the files of the module's classes: a size that a
+    configuration sets may bound what attention sees.
+    """
+    files = {type(part).__module__ for part in module.modules()} & sys.modules.keys()
+    found = [value for name in files for value in vars(sys.modules[name]).values() if isinstance(value, FunctionType)]
+    before = {}
+    for function in map(inspect.unwrap, found):
+        if isinstance(function, FunctionType) and function not in before and _chunk(function) is not None:
+            before[function] = function.__defaults__
+    try:
+        for function, defaults in before.items():
+            position = _chunk(function)
+            assert defaults is not None and position is not None
+            function.__defaults__ = (*defaults[:position], _SHORT_CHUNK, *defaults[position + 1 :])
+        yield
+    finally:
+        for function, defaults in before.items():
+            function.__defaults__ = defaults
+
+
+def _chunk(function: FunctionType) -> int | None:
+    """Where the defaults of ``function`` hold a size of chunks that is to be shorter, None where they do not."""
+    defaults = function.__defaults__ or ()
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    names = positional[len(positional) - len(defaults) :]
+    if _CHUNK not in names:
+        return None
+    position = names.index(_CHUNK)
+    return position if type(defaults[position]) is int and defaults[position] > _SHORT_CHUNK else None

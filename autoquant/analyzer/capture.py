@@ -34,7 +34,7 @@ from autoquant.analyzer.graph import (
 from autoquant.analyzer.opaque import OpaqueCall, culprit, opaque_
 from autoquant.analyzer.pieces import Traced, capture_pieces, compiled
 from autoquant.errors import AutoQuantError
-from autoquant.tracing import known_values, stand_ins_, undisturbed
+from autoquant.tracing import known_values, short_chunks, stand_ins_, undisturbed
 
 Run = Callable[..., tuple[Piece, ...]]
 Route = tuple[How, Run]
@@ -92,7 +92,7 @@ def capture(
     names, aliases = names_of(module)
     for route, run in routes[how]:
         try:
-            with undisturbed(module):
+            with undisturbed(module), short_chunks(module):
                 inputs = tuple(args), dict(kwargs)
                 if route != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
                     inputs, _ = stand_ins_(module, inputs)
