@@ -1,13 +1,18 @@
-"""Models without weights that branch on integers."""
+"""Models without weights that branch on integers; scans that are cut into chunks."""
 
 from __future__ import annotations
+
+import functools
+import sys
+from types import ModuleType
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
 from autoquant.analyzer.capture import capture, check_against_eager
-from autoquant.tracing import known_values, stand_ins_, undisturbed
+from autoquant.tracing import known_values, short_chunks, stand_ins_, undisturbed
 
 
 class Placed(nn.Module):
@@ -79,3 +84,59 @@ def test_integers_alone_are_computed_and_nothing_is_assumed_of_others() -> None:
             assert type(x) is not torch.Tensor
             assert x[torch.tensor([True, False])].shape == (1, 2)
             assert module.weight[torch.tensor([True, True]), 0].shape == (2,)
+
+
+def in_chunks(x: torch.Tensor, keep: torch.Tensor, chunk_size: int = 64, *, scale: float = 1.0) -> torch.Tensor:
+    """``y_t = y_(t-1) * keep + x_t``, a chunk at a time: a token is a step of the graph."""
+    tokens = x.shape[0]
+    x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % chunk_size)).view(-1, chunk_size, x.shape[-1])
+    state, made = torch.zeros_like(x[0, 0]), []
+    for chunk in range(x.shape[0]):
+        for token in range(chunk_size):
+            state = state * keep + scale * x[chunk, token]
+            made.append(state)
+    return torch.stack(made)[:tokens]
+
+
+@functools.wraps(in_chunks)
+def wrapped(*args: torch.Tensor) -> torch.Tensor:
+    return in_chunks(*args)
+
+
+class Scan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep = nn.Parameter(torch.tensor([0.5, 0.25]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return wrapped(x, self.keep)
+
+
+@pytest.mark.parametrize("how", ["dynamo", "export"])
+def test_a_scan_in_chunks_by_default_is_traced_in_short_ones(how: Literal["dynamo", "export"]) -> None:
+    module, x = Scan().double(), torch.randn(5, 2, dtype=torch.float64)
+    captured = capture(module, (x,), {}, how)
+    products = [n for n in captured.pieces[0].graph.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
+    assert len(products) == 2 * 6  # three chunks of two, not one of 64
+    assert check_against_eager(module, (x,), {}, captured) < 1e-15  # against the module's own chunks
+    assert in_chunks.__defaults__ == (64,)
+
+
+def test_chunks_that_are_short_or_given_stay() -> None:
+    def short(x: int, chunk_size: int = 2) -> int:
+        return chunk_size
+
+    def unset(x: int, chunk_size: int | None = None) -> int | None:
+        return chunk_size
+
+    namespace = ModuleType("chunked")
+    namespace.__dict__.update(short=short, unset=unset, in_chunks=in_chunks, number=64)
+    sys.modules["chunked"] = namespace
+    try:
+        module = type("Chunked", (nn.Module,), {"__module__": "chunked"})()
+        with pytest.raises(ValueError, match="inside"), short_chunks(module):
+            assert (short(0), unset(0), in_chunks.__defaults__) == (2, None, (2,))
+            raise ValueError("inside")
+        assert in_chunks.__defaults__ == (64,)
+    finally:
+        del sys.modules["chunked"]

@@ -62,7 +62,7 @@ def test_every_operator_of_the_table_is_in_some_program() -> None:
     for kind in CATALOGUE:
         built = alone(kind)
         met |= operators_in(captured(built.network, (built.tokens,)))
-    assert table() - met <= set(NOT_COVERED), "a new operator needs a step in tests/analyzer/program_expressions.py"
+    assert table() - met <= set(NOT_COVERED), "a new operator needs a step in tests/analyzer/expression_templates.py"
     assert not met & set(NOT_COVERED)
 
 
