@@ -57,7 +57,8 @@ Load = Callable[[], nn.Module]
 class Task:
     """What is searched: ``load`` makes the float model anew; ``fit`` are token ids [1, S] each, ``held_out`` [B, S].
 
-    ``per_token``: how many linears may get per-token scales; ``bos``: the token that each window starts with.
+    ``per_token``: how many linears may get per-token scales; ``bos``: the token that each window starts with;
+    ``offline``: nothing is rotated at inference.
     """
 
     load: Load
@@ -68,6 +69,7 @@ class Task:
     seed: int = 0
     per_token: int = 0
     bos: int | None = None
+    offline: bool = False
     means: frozenset[str] = frozenset()
     """Names of :data:`MEANS` to use."""
 
@@ -102,12 +104,15 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One setting of a knob: where it stands in the file, what it is, what it costs at inference."""
+    """One setting of a knob: where it stands in the file, what it is, what it costs at inference; ``online``: it
+    rotates activations there.
+    """
 
     where: str
     choice: str
     config: Config
     cost: str = "none"
+    online: bool = False
 
 
 Mean = Callable[["Searcher", Judged], Iterable[Candidate]]
@@ -162,15 +167,17 @@ def search(
             continue
         tried: list[tuple[Judged, Candidate]] = []
         for candidate in mean(searcher, best):
+            if task.offline and candidate.online:
+                continue
             if time.monotonic() > end:
                 tell("the budget is used up")
                 break
             try:
                 judged = searcher.judge(candidate.config)
             except AutoQuantError as error:  # a knob that this model cannot have
-                tell(f"{name}: {candidate.choice}: {error.message}")
+                tell(f"{candidate.where} = {candidate.choice}: {error.message}")
                 continue
-            tell(f"{name}: {candidate.choice}: {_shown(judged)}")
+            tell(f"{candidate.where} = {candidate.choice}: {_shown(judged)}")
             tried.append((judged, candidate))
         if not tried:
             continue
@@ -250,7 +257,7 @@ def _clip(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 
 
 def _rotation(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
-    """No rotation, R1 without R2, other random signs, online R4."""
+    """No rotation, R1 without R2, other random signs."""
     rotation = best.config.rotation
     if not rotation.spaces:
         return
@@ -262,12 +269,18 @@ def _rotation(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
         yield Candidate("rotation.spaces[R2].enable", "false", _rotated(best.config, spaces=without))
     for seed in range(1, 4):
         yield Candidate("rotation.seed", str(rotation.seed + seed), _rotated(best.config, seed=rotation.seed + seed))
-    online = tuple(
-        entry.model_copy(update={"enable": True}) if entry.kind == "R4" else entry for entry in rotation.online
-    )
-    if online != rotation.online:
-        cost = "a Hadamard transform before each of these linears"
-        yield Candidate("rotation.online[R4].enable", "true", _rotated(best.config, online=online), cost)
+
+
+def _online(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
+    """Online R4: the inputs of down projections are rotated at inference (QuaRot, Ashkboos et al. 2024)."""
+    yield from _online_candidates(best.config, "R4", "a Hadamard transform before each of these linears")
+
+
+def _online_candidates(config: Config, kind: str, cost: str) -> Iterator[Candidate]:
+    old = config.rotation.online
+    new = tuple(entry.model_copy(update={"enable": True}) if entry.kind == kind else entry for entry in old)
+    if new != old:
+        yield Candidate(f"rotation.online[{kind}].enable", "true", _rotated(config, online=new), cost, online=True)
 
 
 def _alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
@@ -376,7 +389,7 @@ def _cache(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """Keys: scales between queries and keys, or a rotation of both (R3)."""
     if scheme_of(searcher.task.strategy).kv_cache is None:
         return
-    smoothing, rotation = best.config.smoothing, best.config.rotation
+    smoothing = best.config.smoothing
     groups = tuple(
         group.model_copy(update={"enable": True}) if group.kind is SmoothingKind.QUERY_KEY else group
         for group in smoothing.groups
@@ -384,12 +397,7 @@ def _cache(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     if groups != smoothing.groups:
         changed = best.config.model_copy(update={"smoothing": smoothing.model_copy(update={"groups": groups})})
         yield Candidate("smoothing.groups[query_key].enable", "true", changed)
-    online = tuple(
-        entry.model_copy(update={"enable": True}) if entry.kind == "R3" else entry for entry in rotation.online
-    )
-    if online != rotation.online:
-        cost = "a Hadamard transform of queries and keys"
-        yield Candidate("rotation.online[R3].enable", "true", _rotated(best.config, online=online), cost)
+    yield from _online_candidates(best.config, "R3", "a Hadamard transform of queries and keys")
 
 
 def _learned(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
@@ -411,6 +419,7 @@ MEANS: Mapping[str, Mean] = {
     "prefix": _prefix,
     "clip": _clip,
     "rotation": _rotation,
+    "online": _online,
     "alpha": _alpha,
     "descent": _descent,
     "learned": _learned,

@@ -52,13 +52,12 @@ from autoquant.quantize_checkpoint import calibration_windows, load_float32, loa
 from autoquant.quantizer import int8
 from autoquant.quantizer.linear import Int8Linear
 from autoquant.quantizer.prefix import fix_prefix_
-from autoquant.quantizer.strategies import plan_linears
+from autoquant.quantizer.strategies import plan_linears, scheme_of
 from autoquant.quantizer.weight import input_scale
 from autoquant.search import PREOPT
 
 BATCH = 16
 Change = Callable[[Config], Config]
-PREFIX = (0,)
 OUTPUT = ActivationQuantization(clip=StaticClip.OUTPUT)
 
 
@@ -121,51 +120,14 @@ def both(*changes: Change) -> Change:
 
 GPTQ = quantization(weights=WeightQuantization(rounding=Rounding.GPTQ))
 QRONOS = quantization(weights=WeightQuantization(rounding=Rounding.QRONOS))
-SINK = quantization(prefix=PREFIX)
 CLIPPED = quantization(activations=OUTPUT)
 SEED = parse_preopt("fc_fc:0.5+rotation")
 NONE = parse_preopt("none")
 
-# Row -> what is enabled, and the knobs. "alone": on top of the seed's recipe, fc_fc + R1 + R2 at alpha 0.5.
-ROWS: Mapping[str, tuple[Preopt, Change]] = {
-    "none": (NONE, both()),
-    "seed's recipe: fc_fc 0.5 + R1 + R2": (SEED, both()),
-    "alone: alpha 0.7": (PREOPT, smoothing(alpha=0.7)),
-    "alone: alpha 0.85, no rotation": (PREOPT, both(smoothing(alpha=0.85), rotation(enable=False))),
-    "alone: scales by descent": (PREOPT, smoothing(method=SmoothingMethod.DESCENT)),
-    "alone: R1 without R2": (PREOPT, without_r2),
-    "alone: other signs of R1 (seed 1)": (PREOPT, rotation(seed=1)),
-    "alone: learned R1": (PREOPT, learned),
-    "alone: online R4": (PREOPT, online("R4")),
-    "alone: static scales, least input error": (
-        PREOPT,
-        quantization(activations=ActivationQuantization(clip=StaticClip.MSE)),
-    ),
-    "alone: static scales, 99.99 percentile": (
-        PREOPT,
-        quantization(activations=ActivationQuantization(clip=StaticClip.PERCENTILE)),
-    ),
-    "alone: static scales, least output error": (PREOPT, CLIPPED),
-    "alone: spikes (down_proj of layers 0 and 4 per token)": (PREOPT, down_per_token),
-    "alone: prefix": (PREOPT, SINK),
-    "alone: weights, least error": (PREOPT, quantization(weights=WeightQuantization(clip="mse"))),
-    "alone: weights by GPTQ": (PREOPT, GPTQ),
-    "alone: weights by Qronos": (PREOPT, QRONOS),
-    "alone: bias correction": (PREOPT, quantization(weights=WeightQuantization(bias_correction=True))),
-    "alone: query-key scales": (PREOPT, query_key),
-    "alone: online R3": (PREOPT, online("R3")),
-    "prefix + output error": (PREOPT, both(SINK, CLIPPED)),
-    "prefix + output error + alpha 0.7": (PREOPT, both(SINK, CLIPPED, smoothing(alpha=0.7))),
-    "prefix + output error + alpha 0.7 + descent": (
-        PREOPT,
-        both(SINK, CLIPPED, smoothing(alpha=0.7, method=SmoothingMethod.DESCENT)),
-    ),
-    "prefix + output error + alpha 0.7 + Qronos": (PREOPT, both(SINK, CLIPPED, smoothing(alpha=0.7), QRONOS)),
-    "prefix + output error + alpha 0.7 + descent + Qronos": (
-        PREOPT,
-        both(SINK, CLIPPED, smoothing(alpha=0.7, method=SmoothingMethod.DESCENT), QRONOS),
-    ),
-}
+# Rows whose knob does nothing elsewhere.
+STATIC_ONLY = ("alone: static scales", "alone: spikes")
+CACHE_ONLY = ("alone: query-key", "alone: online R3")
+
 LIMITS = {"weights alone (W8A16)": "weights", "activations alone (W16A8)": "activations"}
 
 
@@ -196,6 +158,57 @@ def halve_(model: nn.Module, before: nn.Module, side: str) -> None:
             new = Activations(part, plain)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+
+
+def rows_of(bos: int) -> Mapping[str, tuple[Preopt, Change]]:
+    """Row -> what is enabled, and the knobs. "alone": on top of the seed's recipe, fc_fc + R1 + R2 at alpha 0.5."""
+    sink = quantization(prefix=(bos,))
+    return {
+        "none": (NONE, both()),
+        "seed's recipe: fc_fc 0.5 + R1 + R2": (SEED, both()),
+        "alone: alpha 0.7": (PREOPT, smoothing(alpha=0.7)),
+        "alone: alpha 0.85, no rotation": (PREOPT, both(smoothing(alpha=0.85), rotation(enable=False))),
+        "alone: scales by descent": (PREOPT, smoothing(method=SmoothingMethod.DESCENT)),
+        "alone: R1 without R2": (PREOPT, without_r2),
+        "alone: other signs of R1 (seed 1)": (PREOPT, rotation(seed=1)),
+        "alone: learned R1": (PREOPT, learned),
+        "alone: online R4": (PREOPT, online("R4")),
+        "alone: static scales, least input error": (
+            PREOPT,
+            quantization(activations=ActivationQuantization(clip=StaticClip.MSE)),
+        ),
+        "alone: static scales, 99.99 percentile": (
+            PREOPT,
+            quantization(activations=ActivationQuantization(clip=StaticClip.PERCENTILE)),
+        ),
+        "alone: static scales, least output error": (PREOPT, CLIPPED),
+        "alone: spikes (down_proj of layers 0 and 4 per token)": (PREOPT, down_per_token),
+        "alone: prefix": (PREOPT, sink),
+        "alone: weights, least error": (PREOPT, quantization(weights=WeightQuantization(clip="mse"))),
+        "alone: weights by GPTQ": (PREOPT, GPTQ),
+        "alone: weights by Qronos": (PREOPT, QRONOS),
+        "alone: bias correction": (PREOPT, quantization(weights=WeightQuantization(bias_correction=True))),
+        "alone: query-key scales": (PREOPT, query_key),
+        "alone: online R3": (PREOPT, online("R3")),
+        "prefix + output error": (PREOPT, both(sink, CLIPPED)),
+        "prefix + output error + alpha 0.7": (PREOPT, both(sink, CLIPPED, smoothing(alpha=0.7))),
+        "prefix + output error + alpha 0.7 + descent": (
+            PREOPT,
+            both(sink, CLIPPED, smoothing(alpha=0.7, method=SmoothingMethod.DESCENT)),
+        ),
+        "prefix + output error + alpha 0.7 + Qronos": (PREOPT, both(sink, CLIPPED, smoothing(alpha=0.7), QRONOS)),
+        "prefix + output error + alpha 0.7 + descent + Qronos": (
+            PREOPT,
+            both(sink, CLIPPED, smoothing(alpha=0.7, method=SmoothingMethod.DESCENT), QRONOS),
+        ),
+    }
+
+
+def applies(row: str, strategy: Strategy) -> bool:
+    scheme = scheme_of(strategy)
+    if row.startswith(STATIC_ONLY):
+        return scheme.activation.is_static
+    return scheme.kv_cache is not None or not row.startswith(CACHE_ONLY)
 
 
 def cell_path(folder: Path, row: str, strategy: str) -> Path:
@@ -268,7 +281,7 @@ def main(
 
     def quantized(changed: Config, preopt: Preopt, strategy: Strategy, side: str | None = None) -> nn.Module:
         made = fresh()
-        prepared = prepare_(made, changed, strategy, preopt, fit, cache="kv_cache" in strategy.value)
+        prepared = prepare_(made, changed, strategy, preopt, fit, cache=scheme_of(strategy).kv_cache is not None)
         before = copy.deepcopy(made) if side else made
         quantize_model_(made, changed, strategy, prepared.swept, fit)
         if side:
@@ -277,7 +290,7 @@ def main(
 
     def with_prefix() -> nn.Module:
         made = fresh()
-        fix_prefix_(made, PREFIX)
+        fix_prefix_(made, (tokenizer.bos_token_id,))
         return made
 
     (output / "cells").mkdir(parents=True, exist_ok=True)
@@ -286,18 +299,18 @@ def main(
         measure(output, "float", "float", base, fresh, windows)
         measure(output, "float + prefix", "float", base, with_prefix, windows)
     wanted: list[tuple[str, Preopt, Config, Strategy, str | None]] = []
-    for row, (preopt, change) in ROWS.items():
-        wanted += [(row, preopt, change(base), strategy, None) for strategy in Strategy]
+    for row, (preopt, change) in rows_of(tokenizer.bos_token_id).items():
+        wanted += [(row, preopt, change(base), strategy, None) for strategy in Strategy if applies(row, strategy)]
     for entry in searched:
         name, _, path = entry.partition("=")
         found = load_config(Path(path))
-        matching = [s for s in Strategy if short(s.value).partition(", ")[0] in name.split("|")]
+        matching = [s for s in Strategy if short(s.value) in name.split("|")]
         wanted += [("searched", PREOPT, found, strategy, None) for strategy in matching]
         wanted += [
             (f"searched, {row}", PREOPT, found, strategy, side)
             for row, side in LIMITS.items()
             for strategy in matching
-            if "kv_cache" not in strategy.value
+            if scheme_of(strategy).kv_cache is None
         ]
     chosen = strategies.split("|") if strategies else None
     mine = [
@@ -328,7 +341,7 @@ def table_of(folder: Path, name: str) -> str:
     reference = cells["float", "float"]
     perplexity = exp_estimate(ratio_estimate(reference["nll"], reference["counts"]))
     total = sum(reference["counts"])
-    names = [*ROWS, "searched", *(f"searched, {row}" for row in LIMITS)]
+    names = [*rows_of(0), "searched", *(f"searched, {row}" for row in LIMITS)]
     lines = [
         f"**{name}**, float {perplexity.mean:.3f} ± {perplexity.standard_error:.3f}: {total:,} tokens, "
         f"{len(reference['counts'])} windows; torch {reference['torch']}, transformers {reference['transformers']}",

@@ -76,12 +76,20 @@ def test_no_budget_changes_no_knob() -> None:
     assert found.quantization.prefix == ()
 
 
+def test_offline_rotates_nothing_at_inference() -> None:
+    lines: list[str] = []
+    only = replace(task("online", "bias"), offline=True)
+    search(only, config_of(PACKAGED), tell=lines.append)
+    assert [line.partition(":")[0] for line in lines] == ["as it is", "quantization.weights.bias_correction = true"]
+
+
 @pytest.mark.parametrize(
     ("name", "strategy", "expected"),
     [
         ("clip", STATIC, ["output", "mse", "percentile"]),
         ("clip", Strategy.PER_CHANNEL_PER_TOKEN, []),
-        ("rotation", STATIC, ["false", "false", "1", "2", "3", "true"]),
+        ("rotation", STATIC, ["false", "false", "1", "2", "3"]),
+        ("online", STATIC, ["true"]),
         ("descent", STATIC, ["descent"]),
         ("learned", STATIC, ["learned"]),
         ("cache", STATIC, []),

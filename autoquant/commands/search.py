@@ -9,7 +9,7 @@ from autoquant.paths import did_you_mean
 
 JUDGED_TOGETHER = 8
 """Held-out windows in one forward pass, where no scale spans them."""
-MEANS = "prefix,clip,rotation,alpha,descent,cache,weights,bias,spikes"
+MEANS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
 
 
 @click.command()
@@ -35,6 +35,7 @@ MEANS = "prefix,clip,rotation,alpha,descent,cache,weights,bias,spikes"
     show_default=True,
     help="So many linears of a static strategy may get per-token scales.",
 )
+@click.option("--offline", is_flag=True, help="No rotation at inference: neither R3 nor R4.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws the windows.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run: cpu, cuda.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -51,6 +52,7 @@ def command(
     length: int,
     means: str,
     per_token: int,
+    offline: bool,
     seed: int,
     device: str,
     force: bool,
@@ -100,6 +102,7 @@ def command(
         seed=seed,
         per_token=per_token,
         bos=tokenizer.bos_token_id,
+        offline=offline,
         means=frozenset(names),
     )
     found = search(task, loaded, budget, lambda line: None if quiet else click.echo(line, err=True))
