@@ -224,6 +224,19 @@ def test_reduced_sizes_keep_their_relations() -> None:
     assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
 
 
+def test_queries_still_share_keys_where_a_layer_has_twice_as_many() -> None:
+    def heads(queries: int, keys: int) -> tuple[int, int]:
+        changes = reduction.reductions(CONFIG_MAPPING["llama"](num_attention_heads=queries, num_key_value_heads=keys))
+        return changes["num_attention_heads"], changes["num_key_value_heads"]
+
+    assert heads(64, 4) == (8, 2)
+    assert heads(32, 4) == (4, 2)  # no more than eight queries each: the smallest that is grouped
+    assert "num_key_value_heads" not in reduction.reductions(CONFIG_MAPPING["llama"](num_key_value_heads=1))
+    model = small(resolve("mimo_v2_flash"))
+    attention = [layer.self_attn for layer in model.module.model.layers]
+    assert {part.num_key_value_groups for part in attention} == {4, 2}  # of two kinds of layers, neither is 1
+
+
 def test_every_kind_of_layer_stays() -> None:
     model = small(resolve("gemma3_text"))
     assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}

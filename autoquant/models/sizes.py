@@ -110,9 +110,11 @@ def _part(config: Any, keep_heads: bool) -> dict[str, int]:
     hidden = _own_width(config)
     head = standard_field(config, "head_dim") or (hidden // queries if hidden else 64)
 
-    new_queries = _fewer_heads(queries, queries)
+    keys = standard_field(config, "num_key_value_heads") or queries
+    shared = 1 < keys <= queries // 16
+    new_queries = _fewer_heads(queries, queries, shared)
     new_head = head if keep_heads else _smaller_head(head)
-    changes |= {name: _fewer_heads(value, queries) for name, value in heads.items()}
+    changes |= {name: _fewer_heads(value, queries, shared) for name, value in heads.items()}
     if not keep_heads:
         changes |= {name: _smaller_head(value) for name, value in sizes_of_heads.items()}
     if not hidden:
@@ -126,12 +128,16 @@ def _part(config: Any, keep_heads: bool) -> dict[str, int]:
     return changes | _products(sizes, changes, heads, hidden, new_hidden)
 
 
-def _fewer_heads(count: int, queries: int) -> int:
-    """4 for the query heads (6 where their number is no power of two), half for fewer, twice for more."""
-    new_queries = min(queries, 4 if queries & (queries - 1) == 0 else 6)
+def _fewer_heads(count: int, queries: int, shared: bool) -> int:
+    """4 for the query heads (6 where their number is no power of two), half for fewer, twice for more.
+
+    ``shared``: many queries share a key. Then they are 8, four for each key: where some layers have twice the keys, as
+    no field says, two are left to share one.
+    """
+    new_queries = min(queries, 8 if shared else 4 if queries & (queries - 1) == 0 else 6)
     if count == queries:
         return new_queries
-    return max(1, new_queries // 2) if count < queries else 2 * new_queries
+    return max(1, new_queries // (4 if shared else 2)) if count < queries else 2 * new_queries
 
 
 def _smaller_head(size: int) -> int:
