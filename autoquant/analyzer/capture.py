@@ -177,10 +177,13 @@ def _around_opaque(
     ``calls`` is filled with the calls of these modules. Raises what tracing said where it fails elsewhere.
     """
     reasons: dict[type, str] = {}
+    tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
+    has_values = not any(isinstance(t, torch._subclasses.FakeTensor) or getattr(t, "is_meta", False) for t in tensors)
+    eager = partial(module, *args, **kwargs) if has_values else None
     while True:
         calls.clear()
         try:
-            with undisturbed(module), opaque_(module, reasons, calls, lambda part: names.modules[id(part)]):
+            with undisturbed(module), opaque_(module, reasons, calls, names, eager):
                 return run(module, args, kwargs, names)
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failing = culprit(error, names, reasons)

@@ -6,8 +6,9 @@ every tensor that the module is given and every parameter that it holds. The ope
 whatever reaches it, and nothing is known of what it returns but the shapes.
 
 The shapes come from a rehearsal on the meta device, where every condition is false, every number is 0 and every element
-is nonzero. Where the graph is run with values, to be compared with the model, the module itself is called, and shapes
-that the rehearsal did not foresee are an error.
+is nonzero; where these contradict each other, from one on zeros; and where there are values, from a run of the model.
+Where the graph is run with values, to be compared with the model, the module itself is called, and what was not
+foreseen is an error.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from autoquant.errors import AutoQuantError
 OPERATOR = "autoquant::opaque"
 UNTRACED = "it reaches a module whose forward cannot be traced"
 
+Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+"""Shape and dtype of each tensor in a result."""
+
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -47,8 +51,10 @@ class OpaqueCall:
     places: tuple[int, ...]
     """Positions of the tensors among the arguments."""
     spec: pytree.TreeSpec
-    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
-    """Shape and dtype of each tensor that it returns, as rehearsed."""
+    outputs: Shapes = ()
+    """Shape and dtype of each tensor that it returns."""
+    beside: tuple[Any, ...] = ()
+    """What it returns beside them, None for a tensor: numbers that the trace takes for constants."""
     state: tuple[str, ...] = field(default=())
     """Names of its parameters and buffers, in the order in which the operator takes them."""
 
@@ -70,14 +76,22 @@ def _opaque(tensors: list[Tensor], state: list[Tensor], call: str) -> list[Tenso
     """Run the module itself."""
     opaque = _CALLS[call]
     held = dict(zip(opaque.state, state, strict=True))
-    results = [leaf for leaf in pytree.tree_leaves(opaque.run(tensors, held)) if isinstance(leaf, Tensor)]
-    found = tuple((tuple(result.shape), result.dtype) for result in results)
-    if [shape for shape, _ in found] != [shape for shape, _ in opaque.outputs]:
+    outputs, beside, results = _described(opaque.run(tensors, held))
+    found, foreseen = [[shape for shape, _ in made] for made in (outputs, opaque.outputs)]
+    if found != foreseen or beside != opaque.beside:
         raise AutoQuantError(
-            f"{opaque.path} cannot be traced, and the shapes of what it returns depend on values: "
-            f"{[shape for shape, _ in found]}, without values {[shape for shape, _ in opaque.outputs]}"
+            f"{opaque.path} cannot be traced, and what it returns depends on values: shapes {found}, where {foreseen} "
+            "was foreseen" + (f"; {beside}, where {opaque.beside} was" if beside != opaque.beside else "")
         )
     return [result.clone() for result in results]
+
+
+def _described(result: Any) -> tuple[Shapes, tuple[Any, ...], list[Tensor]]:
+    """Shapes and dtypes of the tensors in a result, what is beside them, and the tensors."""
+    leaves = pytree.tree_leaves(result)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    beside = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), beside, tensors
 
 
 @_opaque.register_fake
@@ -116,17 +130,23 @@ def _registered(owner: object, names: Names) -> nn.Module | None:
 
 @contextlib.contextmanager
 def opaque_(
-    module: nn.Module, reasons: dict[type, str], calls: list[OpaqueCall], at: Callable[[nn.Module], str]
+    module: nn.Module,
+    reasons: dict[type, str],
+    calls: list[OpaqueCall],
+    names: Names,
+    run: Callable[[], object] | None = None,
 ) -> Iterator[None]:
     """Replace the forward of the outermost submodules of some classes by one operator; their calls are added to a list.
 
-    ``reasons``: why each class cannot be traced. ``at``: the path of a submodule.
+    ``reasons``: why each class cannot be traced. ``run`` runs the module on its inputs, where there are values: then
+    the shapes are those that are seen.
     """
+    shapes = _seen(list(_outermost(module, reasons)), names, run) if run is not None and reasons else {}
     replaced: list[nn.Module] = []
     try:
         for part in _outermost(module, reasons):
             replaced.append(part)
-            part.__dict__["forward"] = _forward(part, at(part), reasons[type(part)], calls)
+            part.__dict__["forward"] = _forward(part, names.modules[id(part)], reasons[type(part)], calls, shapes)
         yield
     finally:
         for part in replaced:
@@ -141,7 +161,25 @@ def _outermost(module: nn.Module, classes: Collection[type]) -> Iterator[nn.Modu
             yield from _outermost(child, classes)
 
 
-def _forward(module: nn.Module, path: str, reason: str, calls: list[OpaqueCall]) -> Callable[..., Any]:
+def _seen(parts: Sequence[nn.Module], names: Names, run: Callable[[], object]) -> dict[str, list[Shapes]]:
+    """What each of some submodules returns in a run, call by call."""
+    shapes: dict[str, list[Shapes]] = {}
+
+    def note(part: nn.Module, _: Any, result: Any) -> None:
+        shapes.setdefault(names.modules[id(part)], []).append(_described(result)[0])
+
+    handles = [part.register_forward_hook(note) for part in parts]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _forward(
+    module: nn.Module, path: str, reason: str, calls: list[OpaqueCall], shapes: dict[str, list[Shapes]]
+) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
@@ -156,10 +194,13 @@ def _forward(module: nn.Module, path: str, reason: str, calls: list[OpaqueCall])
         call = OpaqueCall(path, reason, module, rest, places, spec, state=tuple(state))
         replacement = module.__dict__.pop("forward")
         try:
-            result, made = _rehearse(call, tensors, state)
+            result = _rehearse(call, tensors, state)
         finally:
             module.__dict__["forward"] = replacement
-        call.outputs = tuple((tuple(tensor.shape), tensor.dtype) for tensor in made)
+        call.outputs, call.beside, _ = _described(result)
+        actual_shapes = seen.pop(0) if (seen := shapes.get(path)) else call.outputs
+        if len(actual_shapes) == len(call.outputs):
+            call.outputs = actual_shapes
         name = f"{path}#{next(_NUMBERS)}"
         _CALLS[name] = call
         calls.append(call)
@@ -170,18 +211,36 @@ def _forward(module: nn.Module, path: str, reason: str, calls: list[OpaqueCall])
     return forward
 
 
-def _rehearse(call: OpaqueCall, tensors: Sequence[Tensor], state: Mapping[str, Tensor]) -> tuple[Any, list[Tensor]]:
-    """What the module returns on the meta device, and the tensors in it. Raises where more than its results shows."""
+def _rehearse(call: OpaqueCall, tensors: Sequence[Tensor], state: Mapping[str, Tensor]) -> Any:
+    """What the module returns without values. Raises where more than its results shows."""
+    try:
+        result = _run_apart(call, tensors, state, _on_meta)
+    except AutoQuantError:
+        raise
+    except Exception:  # the module's own code, by its values on the meta device
+        result = _run_apart(call, tensors, state, _zeros)
+    leaves = pytree.tree_leaves(result)
+    strange = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))), None)
+    if strange is not None:
+        raise AutoQuantError(f"{call.path} returns a {type(strange).__name__}, whose tensors cannot be seen")
+    return result
+
+
+def _run_apart(
+    call: OpaqueCall, tensors: Sequence[Tensor], state: Mapping[str, Tensor], made: Callable[[Tensor], Tensor]
+) -> Any:
+    """What the module returns for tensors of the same shapes, whatever traces or fakes the rest."""
     settings: Any = torch.fx.experimental._config  # its functions are made at run time
     with (
+        _plain_calls(),
         _disable_current_modes(),
         torch._C.DisableTorchFunction(),
         torch._C._DisablePythonDispatcher(),
         torch.no_grad(),
         settings.patch(meta_nonzero_assume_all_nonzero=True),
     ):
-        given = [_on_meta(tensor) for tensor in tensors]
-        held = {name: _on_meta(tensor) for name, tensor in state.items()}
+        given = [made(tensor) for tensor in tensors]
+        held = {name: made(tensor) for name, tensor in state.items()}
         everything = [*given, *held.values()]
         before = [tensor._version for tensor in everything]
         attributes = _tensor_attributes(call.module)
@@ -193,11 +252,23 @@ def _rehearse(call: OpaqueCall, tensors: Sequence[Tensor], state: Mapping[str, T
             call.module
         ):
             raise AutoQuantError(f"{call.path} keeps a tensor that it made")
-    leaves = pytree.tree_leaves(result)
-    strange = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))), None)
-    if strange is not None:
-        raise AutoQuantError(f"{call.path} returns a {type(strange).__name__}, whose tensors cannot be seen")
-    return result, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return result
+
+
+@contextlib.contextmanager
+def _plain_calls() -> Iterator[None]:
+    """Calls of modules that the trace under way takes no part in."""
+    traced = nn.Module.__call__
+    nn.Module.__call__ = torch.fx._symbolic_trace._orig_module_call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = traced  # type: ignore[method-assign]
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """Zeros without memory for them all."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tuple(tensor.shape))
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -229,7 +300,7 @@ class _WithoutValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         taken = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and taken[0].is_meta:
             return torch.zeros((), dtype=taken[0].dtype).item()
         if func is not torch.ops.aten.lift_fresh.default and any(_storage(t) not in self.known for t in taken):
             raise AutoQuantError("a module that cannot be traced uses a tensor that is not its own")

@@ -184,31 +184,59 @@ def test_a_module_that_does_more_than_return_is_not_replaced(make: type[nn.Modul
         capture(Mixture(make).to("meta"), (IDS.to("meta"),), {}, "export")
 
 
-def test_a_shape_that_depends_on_values_is_noticed_where_there_are_some() -> None:
-    class Cutting(nn.Module):
-        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
-            count = int((chosen > 1).sum().item())
-            return x.new_ones(2 if count == 0 else 3, len(x)).sum(0)[:, None] * x
+class Cut(nn.Module):
+    """As many rows as its input has numbers above 0."""
 
-    class Cut(nn.Module):
-        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
-            return x[: int((chosen >= 0).sum().item())]
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        return x[: int((chosen >= 0).sum().item())]
 
-    class Whole(nn.Module):
-        def __init__(self, cut: nn.Module) -> None:
-            super().__init__()
-            self.linear, self.cut = nn.Linear(4, 4), cut
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.linear(x)
-            return self.cut(y, y.argmax(-1))
+class Counted(nn.Module):
+    def forward(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, int]:
+        return x, int((chosen >= 0).sum().item())
 
-    torch.manual_seed(0)
+
+class Whole(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.part = nn.Linear(4, 4), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        result = self.part(y, y.argmax(-1))
+        return result[0] * result[1] if isinstance(result, tuple) else result
+
+
+def test_shapes_are_those_of_a_run_where_there_are_values() -> None:
     x = torch.randn(5, 4)
-    same = Whole(Cutting())
-    assert check_against_eager(same, (x,), {}, capture(same, (x,), {}, "export")) == 0.0
     module = Whole(Cut())
     found = capture(module, (x,), {}, "export")
+    assert found.opaque[0].outputs == (((5, 4), torch.float32),)
+    assert check_against_eager(module, (x,), {}, found) == 0.0
+    found = capture(module.to("meta"), (x.to("meta"),), {}, "export")
     assert found.opaque[0].outputs == (((0, 4), torch.float32),)
-    with pytest.raises(AutoQuantError, match=r"cut cannot be traced, and the shapes .*\[\(5, 4\)\], without values"):
+
+
+def test_shapes_and_numbers_that_were_not_foreseen_are_noticed() -> None:
+    x = torch.randn(5, 4)
+    module = Whole(Cut())
+    found = capture(module, (x,), {}, "export")
+    found.opaque[0].outputs = (((3, 4), torch.float32),)
+    with pytest.raises(AutoQuantError, match=r"part cannot be traced, .*shapes \[\(5, 4\)\], where \[\(3, 4\)\]"):
         check_against_eager(module, (x,), {}, found)
+    module = Whole(Counted())
+    found = capture(module, (x,), {}, "export")
+    with pytest.raises(AutoQuantError, match=r"\(None, 5\), where \(None, 0\) was"):
+        check_against_eager(module, (x,), {}, found)
+
+
+def test_zeros_stand_in_where_no_values_contradict_each_other() -> None:
+    class Packed(nn.Module):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            both = torch.cat([x > 0, x <= 0])
+            packed = torch.cat([x, x])[both].reshape(x.shape)  # exactly half of them
+            return packed + 1 if packed.sum() > 0 else packed
+
+    module = Whole(Packed()).to("meta")
+    found = capture(module, (torch.randn(5, 4, device="meta"),), {}, "export")
+    assert [call.outputs for call in found.opaque] == [(((5, 4), torch.float32),)]
