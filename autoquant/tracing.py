@@ -114,6 +114,9 @@ class _KnownValues(TorchFunctionMode):
         if all(map(_is_known, tensors)) if tensors else _makes_known(func, kwargs):
             with _disable_current_modes():
                 return func(*args, **kwargs)
+        if func is torch.Tensor.expand_as and _is_known(args[0]):  # of the other tensor, its shape alone is used
+            with _disable_current_modes():
+                return args[0].expand(args[1].shape)
         if func is torch.Tensor.__getitem__ and not _is_known(args[0]):
             return func(args[0], _without_masks(args[1]))
         return func(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -46,16 +46,24 @@ def build_meta(source: ModelSource) -> LoadedModel:
     return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing, short)
 
 
-def build(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def build(
+    source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype, without: Collection[str] = ()
+) -> LoadedModel:
     """A model of ``config``, which is copied, with three tokens of input. Raises AutoQuantError."""
-    return with_inputs(build_module(source, config, device, dtype), device, dtype, (1, 3))
+    return with_inputs(build_module(source, config, device, dtype), device, dtype, (1, 3), without=without)
 
 
 def with_inputs(
-    module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], seed: int = 0
+    module: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    seed: int = 0,
+    *,
+    without: Collection[str] = (),
 ) -> LoadedModel:
-    """A model of transformers with inputs of ``shape`` (sequences, tokens)."""
-    inputs = make_inputs(module, device, shape, dtype, seed)
+    """A model of transformers with inputs of ``shape`` (sequences, tokens), those in ``without`` left out."""
+    inputs = make_inputs(module, device, shape, dtype, seed, without=without)
     return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing)
 
 

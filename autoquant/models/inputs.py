@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autoquant.models.source import PLACEHOLDER
 from autoquant.tracing import known_values, stand_ins_, undisturbed
 
 _IMAGES = ("pixel_values",)
@@ -45,8 +46,9 @@ def make_inputs(
     seed: int = 0,
     *,
     media: bool = True,
+    without: Collection[str] = (),
 ) -> Inputs:
-    """Inputs of ``shape`` (sequences, tokens) that ``module`` runs on.
+    """Inputs of ``shape`` (sequences, tokens) that ``module`` runs on, none of them for images or sound in ``without``.
 
     On the meta device token ids have no values, except where ``known`` says so. Elsewhere everything is random. With
     images or sound there is one sequence.
@@ -58,6 +60,8 @@ def make_inputs(
     text = maker.text(1, shape[1])
     made: Values = {}
     for name, layouts in maker.media():
+        if name in without:
+            continue
         failure = ""
         for layout in layouts:
             try:
@@ -178,7 +182,7 @@ class _Maker:
         if not bins:
             return
         longest = _first(audio, "max_source_positions", "max_position_embeddings")
-        lengths = dict.fromkeys(length for length in (longest and 2 * longest, 64) if length and length <= 6000)
+        lengths = sorted({length for length in (longest and 2 * longest, 64) if length and length <= 6000})
         mask = next((other for other in self.names if other in ("input_features_mask", "feature_attention_mask")), None)
         for length in lengths:
             for extra in ({mask: torch.ones(1, length, dtype=torch.long)}, {}) if mask else ({},):
@@ -198,8 +202,9 @@ class _Maker:
             return {**text, **media}
         ids = _values(text["input_ids"], self.vocabulary)
         types = torch.zeros_like(ids)
-        for number, (what, pattern) in enumerate(_PLACEHOLDERS, start=1):
-            token = next((v for n, v in self.fields.items() if re.search(pattern, n) and type(v) is int), None)
+        for number, what in enumerate(("image", "audio"), start=1):
+            named = ((PLACEHOLDER.search(name), value) for name, value in self.fields.items() if type(value) is int)
+            token = next((value for match, value in named if match and match[what]), None)
             if token is None:
                 continue
             count = self._features(what, media)
@@ -211,15 +216,15 @@ class _Maker:
 
     def _features(self, what: str, media: Values) -> int:
         """How many vectors the model's own method makes of an image or a sound, 0 where it has none."""
-        name = f"get_{what}_features"
-        owner = next((m for m in (self.module, getattr(self.module, "model", None)) if hasattr(m, name)), None)
-        if owner is None:
+        for owner in (self.module, getattr(self.module, "model", None)):  # the outer one may not say what it takes
+            method = getattr(owner, f"get_{what}_features", None)
+            taken = inspect.signature(method).parameters if method is not None else {}
+            given = {key: value for key, value in media.items() if key in taken}
+            if any(value.is_floating_point() for value in given.values()):
+                break
+        else:
             return 0
-        taken = inspect.signature(getattr(owner, name)).parameters
-        given = {key: value for key, value in media.items() if key in taken}
-        if not any(value.is_floating_point() for value in given.values()):
-            return 0
-        output = self.run(given, lambda: getattr(owner, name))
+        output = self.run(given, lambda: method)
         found = getattr(output, "pooler_output", None)
         found = output if found is None else found
         tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -231,12 +236,6 @@ class _Maker:
             given, mode = stand_ins_(self.module, kwargs)
             with mode if self.device.type == "meta" else torch.no_grad(), known_values():
                 return (function() if function is not None else self.module)(**given)
-
-
-_PLACEHOLDERS = (
-    ("image", r"^(image|img|media)\w*token_(id|index)$"),
-    ("audio", r"^(audio|sound)\w*token_(id|index)$"),
-)
 
 
 def _values(ids: Tensor, vocabulary: int) -> Tensor:

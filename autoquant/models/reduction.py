@@ -47,7 +47,8 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
     """
     if source.config is None:
         return _small_factory(source, seed)
-    config = _reduced(source)
+    missing = build_meta(source).missing  # what the full-size model is traced without, its proof goes without too
+    config = _reduced(source, missing)
     # Grouped matrix products, the default for experts, have no float64 kernel everywhere.
     for dtype, experts in (
         (torch.float64, None),
@@ -58,7 +59,7 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
         model = build_module(source, config, torch.device("cpu"), dtype)
         model.set_experts_implementation(experts)
         randomise_(model, seed)
-        loaded = with_inputs(model, torch.device("cpu"), dtype, (2, 8), seed)
+        loaded = with_inputs(model, torch.device("cpu"), dtype, (2, 8), seed, without=missing)
         failure = failure_of(loaded)
         if failure is None:
             return loaded
@@ -220,14 +221,13 @@ def _small_factory(source: ModelSource, seed: int) -> LoadedModel:
     raise AutoQuantError(f"{source.name}: cannot be run: {one_line(failure)}") from failure
 
 
-def _reduced(source: ModelSource) -> Any:
+def _reduced(source: ModelSource, missing: Collection[str]) -> Any:
     """A small configuration that builds and runs, of as few layers as show every kind.
 
     Where the reduction as a whole is refused, heads keep their size; else the one field, or the one part of the
     configuration, whose original values make it acceptable is given those back, else one field after the other.
     """
     changes = reductions(source.config)
-    missing = build_meta(source).missing
     first = failure = _refusal(source, changes, missing)
     if failure is not None:
         for fewer in _fewer(source.config, changes):
@@ -262,7 +262,7 @@ def _fewer(config: Any, changes: Mapping[str, int]) -> Iterator[dict[str, int]]:
 def _refusal(source: ModelSource, changes: Mapping[str, int], missing: Collection[str]) -> Exception | None:
     """Why two layers of the changed configuration cannot be built or run, None if they can.
 
-    ``missing``: inputs that the model need not have.
+    ``missing``: inputs that the model is run without.
     """
     try:
         config = _changed(source.config, changes)
@@ -271,8 +271,8 @@ def _refusal(source: ModelSource, changes: Mapping[str, int], missing: Collectio
         size = parameters(build_module(source, config, torch.device("meta"), torch.float32))
         if size > _LARGEST:
             raise AutoQuantError(f"{size:,} parameters in two layers, more than {_LARGEST:,}")
-        loaded = build(source, config, torch.device("cpu"), torch.float32)
-        lost = set(loaded.missing) - set(missing)
+        loaded = build(source, config, torch.device("cpu"), torch.float32, missing)
+        lost = loaded.missing
         return AutoQuantError(f"no {min(lost)}: {loaded.missing[min(lost)]}") if lost else failure_of(loaded)
     except Exception as error:  # a configuration's own checks, or the architecture's code
         return error

@@ -14,7 +14,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ _HEAD_SIZE = re.compile(r"head_?dim$|d_head|head_size|kv_channels|dim_head")
 _EXPERTS = re.compile(r"experts?$|num_experts|expert_num")
 _EXPERTS_PER_TOKEN = re.compile(r"per_tok$|moe_k$|moe_topk|top_k")
 _DEMAND = re.compile(r"(\w+) must be (\w+), got")
+_SPLIT = re.compile(r"split_sizes to sum exactly to (\d+) .* got split_sizes=\[([\d, ]+)\]")
 _MISSING = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
 
 
@@ -169,7 +170,8 @@ def find_repairs(source: ModelSource) -> tuple[Repair, ...]:
 def refusal(source: ModelSource, config: Any) -> Exception | None:
     """Why a few layers of a configuration, of every kind, cannot be built and run without memory, None where they can.
 
-    A RuntimeError says that values decide the way, or that there is no kernel, and nothing about the configuration.
+    A RuntimeError says that values decide the way, or that there is no kernel, and nothing about the configuration,
+    unless it is about the sizes that a tensor is to be cut into.
     """
     try:
         config = copy.deepcopy(config)
@@ -182,8 +184,8 @@ def refusal(source: ModelSource, config: Any) -> Exception | None:
             inputs = make_inputs(module, torch.device("cpu"), (1, 3), torch.float32, media=False)
             with quiet(), torch.random.fork_rng(devices=()), torch.no_grad():
                 module(**inputs.kwargs)
-    except (RuntimeError, NotImplementedError):
-        return None
+    except (RuntimeError, NotImplementedError) as error:
+        return error if _SPLIT.search(str(error)) else None
     except AutoQuantError as error:
         return error.__cause__ if isinstance(error.__cause__, Exception) else error
     except Exception as error:  # the architecture's own code
@@ -200,12 +202,14 @@ def _every_kind(config: Any) -> int:
 
 def _proposals(config: Any, error: Exception) -> Iterator[Repair]:
     """Whatever may help against ``error``."""
-    missing = _MISSING.search(str(error))
+    missing, split = _MISSING.search(str(error)), _SPLIT.search(str(error))
     for number, part in enumerate(_parts(config)):
         fields = vars(part)
         if missing and type(part).__name__ == missing[1]:
             for value in _elsewhere(config, missing[2]):
                 yield Repair(number, missing[2], value)
+        if split:
+            yield from _turned_in_part(number, fields, int(split[1]), [int(size) for size in split[2].split(",")])
         if isinstance(error, KeyError) and error.args:
             keys = next((v for v in fields.values() if isinstance(v, list) and error.args[0] in v), ())
             for name, value in fields.items():
@@ -220,6 +224,13 @@ def _proposals(config: Any, error: Exception) -> Iterator[Repair]:
                 for old, new in itertools.permutations(dict.fromkeys([*_layer_types(part), *value]), 2):
                     if old in value:
                         yield Repair(number, name, [new if kind == old else kind for kind in value])
+
+
+def _turned_in_part(number: int, fields: Mapping[str, Any], size: int, sections: Sequence[int]) -> Iterator[Repair]:
+    """Rotary embeddings of a part of each head, where their sections are for that and take up less than the whole."""
+    for name, value in fields.items():
+        if isinstance(value, dict) and "rope_theta" in value and sum(sections) < size:
+            yield Repair(number, name, {**value, "partial_rotary_factor": sum(sections) / size})
 
 
 def _derived(config: Any, name: str) -> Iterator[Any]:

@@ -27,6 +27,9 @@ from autoquant.errors import AutoQuantError
 from autoquant.kinds import Kind
 from autoquant.models.classes import auto_class, kind_of, kinds_of, part_taken
 
+PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound))\w*token_(id|index)$")
+"""Fields that hold the token in whose place the features of an image or a sound go."""
+
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 
 
@@ -144,11 +147,16 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
 
 def _fit_(config: Any) -> dict[str, int]:
     """Make the parts of a default configuration fit: some towers hand over vectors that their language model cannot
-    take. The changed fields, with their new values.
+    take, and some leave open which token stands for an image. The changed fields, with their new values.
     """
     parts = sub_configs(config)
     text = standard_field(text_config(config), "hidden_size") if len(parts) > 1 else None
     changed = {}
+    words = standard_field(text_config(config), "vocab_size") if len(parts) > 1 else None
+    for name, value in list(vars(config).items()):
+        if value is None and words is not None and PLACEHOLDER.search(name):
+            setattr(config, name, words - 1 - len(changed))
+            changed[name] = getattr(config, name)
     for path, part in parts.items():
         # Beside a width of its own (embed_dim), a tower's hidden_size is what it hands over.
         own = re.search(r"vision|visual|audio", path) and type(vars(part).get("embed_dim")) is int
