@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from autoquant.errors import AutoQuantError
 from autoquant.models import KINDS, ModelSource, build_meta, load_weights, registered_types, resolve, small
 from autoquant.models.classes import auto_class, kind_of, kinds_of
+from autoquant.models.inputs import make_inputs
 from autoquant.models.sizes import fewer_positions, reductions
 
 
@@ -63,6 +64,8 @@ def test_an_image_takes_as_many_tokens_as_it_has_features() -> None:
     assert model.module.model.vision_tower.embeddings.position_embedding.num_embeddings == 577, "its own size"
     short: Any = model.short
     assert short.model.vision_tower.embeddings.position_embedding.num_embeddings == 17
+    blind = make_inputs(short, torch.device("meta"), (1, 3), torch.float32, without={"pixel_values"})
+    assert (set(blind.kwargs), blind.missing) == ({"input_ids"}, {})
 
 
 def test_sound_is_as_long_as_the_encoder_takes() -> None:
@@ -71,6 +74,15 @@ def test_sound_is_as_long_as_the_encoder_takes() -> None:
     assert model.kwargs["input_features"].shape == (1, 80, 32)
     assert model.kwargs["input_features"].dtype is torch.float64
     assert set(model.kwargs) == {"input_features", "decoder_input_ids"}
+
+
+def test_sound_in_a_text_takes_as_many_tokens_as_it_has_features() -> None:
+    """The outer method says nothing of what it takes; the mask of its tokens is spread over their channels."""
+    model = build_meta(resolve("voxtral", layers=1))
+    ids, sound = model.kwargs["input_ids"], model.kwargs["input_features"]
+    assert sound.is_meta and sound.shape == (1, 128, 32)
+    assert int((ids == model.config.audio_token_id).sum()) == 4
+    assert dict(model.missing) == {}
 
 
 def test_what_cannot_be_made_is_named() -> None:

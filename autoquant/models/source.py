@@ -151,7 +151,7 @@ def _fit_(config: Any) -> dict[str, int]:
     """
     parts = sub_configs(config)
     text = standard_field(text_config(config), "hidden_size") if len(parts) > 1 else None
-    changed = {}
+    changed: dict[str, int] = {}
     words = standard_field(text_config(config), "vocab_size") if len(parts) > 1 else None
     for name, value in list(vars(config).items()):
         if value is None and words is not None and PLACEHOLDER.search(name):
