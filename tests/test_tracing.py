@@ -80,6 +80,10 @@ def test_integers_alone_are_computed_and_nothing_is_assumed_of_others() -> None:
         with mode, known_values():
             assert (torch.arange(4) * 2).tolist() == [0, 2, 4, 6]
             assert torch.zeros(2, dtype=torch.long).tolist() == [0, 0]
+            places = torch.tensor([[True, False, True]])[..., None].expand_as(torch.rand(1, 3, 2))
+            assert places.tolist() == [[[True, True], [False, False], [True, True]]], (
+                "a shape alone is used of the other"
+            )
             x = torch.zeros(2, 2)  # a fill in floating point is the trace's
             assert type(x) is not torch.Tensor
             assert x[torch.tensor([True, False])].shape == (1, 2)
