@@ -279,9 +279,8 @@ def _components(variables: Variables, equations: Equations) -> Solution:
         backward = np.isnan(weight[v]) & ~np.isnan(weight[u])
         weight[v[backward]] = weight[u[backward]] / r[backward]
     reason_of = np.zeros(int(component.max()) + 1, dtype=np.int64)
-    clash = np.abs(weight[u] - r * weight[v]) > 1e-9
-    for index in np.unique(component[u[clash]], return_index=True)[1]:
-        edge = np.flatnonzero(clash)[index]
+    clashes = np.flatnonzero(np.abs(weight[u] - r * weight[v]) > 1e-9)
+    for edge in clashes[np.unique(component[u[clashes]], return_index=True)[1]]:
         label = variables.fixed(Reason("the scale is needed to two different powers", "", "", int(at[edge])))
         reason_of[component[u[edge]]] = label
     full = component[coarse]
