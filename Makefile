@@ -32,7 +32,7 @@ configs: $(INSTALLED)
 	$(BIN)/python -m autoquant schema -o schemas --force
 	$(BIN)/python -m autoquant.generate generated_configs
 
-# About half an hour on two cores. Rows that are there are not made again: `rm -r docs/rows` for a new start.
+# All kinds of language models; `--kinds causal-lm` for one. Rows that are there are not made again: `rm -r docs/rows` for a new start.
 survey: $(INSTALLED)
 	$(BIN)/autoquant survey -o docs --configs generated_configs
 
