@@ -283,18 +283,33 @@ def _check_same_claims(large: Config, reduced: Config) -> None:
 
 def _shape_of_claims(config: Config) -> dict[str, list[object]]:
     """Each claim with its members but without sizes and layer numbers; kinds of layers that share a name are one entry
-    each.
+    each. Of a claim that is written out with layer numbers, whether it has members in several layers is told too.
     """
     found: dict[str, list[object]] = {}
     for group in config.smoothing.groups:
-        members: object = (group.kind, _any_layer(_slots(group.sources)), _any_layer(_slots(group.targets)))
-        found.setdefault(group.name.partition(" @")[0], []).append(members)
+        sources, targets = _slots(group.sources), _slots(group.targets)
+        members: object = (group.kind, _any_layer(sources), _any_layer(targets))
+        found.setdefault(_name(group.name, (*sources, *targets)), []).append(members)
     for space in config.rotation.spaces:
         reads = sorted({(_any_layer_in(repr(read.norm)), _any_layer(_slots(read.readers))) for read in space.reads})
-        found.setdefault(space.name.partition(" @")[0], []).append(
-            (space.kind, space.centre, frozenset(_any_layer(_slots(space.writers))), tuple(reads))
+        writers = _slots(space.writers)
+        slots = (*writers, *(slot for read in space.reads for slot in _slots(read.readers)))
+        found.setdefault(_name(space.name, slots), []).append(
+            (space.kind, space.centre, frozenset(_any_layer(writers)), tuple(reads))
         )
     return {name: sorted(set(members), key=repr) for name, members in found.items()}
+
+
+def _name(name: str, members: Sequence[tuple[object, ...]]) -> str:
+    """A claim's name without the numbers of layers, which are others in a model of other depth (its last, or those
+    that share what another made); what is said of several layers is told apart from what is said of one.
+    """
+    sources, arrow, targets = name.partition(" @")[0].partition(" -> ")
+    without = [re.sub(r"(?<![\w-])\d+(?!\w)", LAYER, part) for part in (*sources.split(", "), *targets.split(", "))]
+    count = len(sources.split(", "))
+    short = ", ".join(dict.fromkeys(without[:count])) + arrow + ", ".join(dict.fromkeys(without[count:]))
+    several = LAYER in short and len(_any_layer(members)) < len(set(members))
+    return f"{short} (across layers)" if several and short != name.partition(" @")[0] else short
 
 
 def _any_layer(slots: Iterable[tuple[object, ...]]) -> tuple[tuple[object, ...], ...]:

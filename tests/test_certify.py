@@ -14,9 +14,20 @@ from click.testing import CliRunner
 from torch import nn
 
 from autoquant.analyze import Analyzed, analyze
-from autoquant.certify import TOLERANCE, certify, changed, claims, keep, logits, placeable, prove, small_config
+from autoquant.certify import (
+    TOLERANCE,
+    _check_same_claims,
+    certify,
+    changed,
+    claims,
+    keep,
+    logits,
+    placeable,
+    prove,
+    small_config,
+)
 from autoquant.cli import main
-from autoquant.config import Config
+from autoquant.config import Config, Slot
 from autoquant.errors import AutoQuantError
 from autoquant.models import LoadedModel, ModelSource, float64_throughout, resolve, small
 
@@ -141,6 +152,22 @@ def test_a_claim_that_only_the_small_model_makes_is_refused() -> None:
     rest = keep(found.config, list(claims(found.config))[1:])
     with pytest.raises(AutoQuantError, match="is found in the small model but not in the full-size one"):
         certify(replace(found, config=rest), source)
+
+
+def test_the_number_of_a_last_layer_does_not_count() -> None:
+    """The last norm of a deep model is another layer's than that of a shallow one."""
+    _, found = analyzed("llama")
+    first = found.config.smoothing.groups[0]
+
+    def last(number: int, *others: int) -> Config:
+        sources = tuple(Slot(path=f"norms.{n}.weight", dim=0, size=8) for n in (number, *others))
+        name = f"norms.{number} -> proj"
+        return keep(with_groups(found.config, name=name, layers=None, sources=sources), [(name, first.kind.value)])
+
+    _check_same_claims(last(11), last(1))
+    _check_same_claims(last(11, 12, 13), last(1, 2))
+    with pytest.raises(AutoQuantError, match=r"'norms\.{layer} -> proj \(across layers\)' is found in the full-size"):
+        _check_same_claims(last(11, 12), last(1))  # what several layers share is not proved by one
 
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

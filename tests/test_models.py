@@ -352,3 +352,24 @@ def test_layers_are_counted_by_the_only_field_that_counts_any() -> None:
     limit_layers(config, 2)
     assert config.num_layers == 2
     assert layer_count(CONFIG_MAPPING["blt"]()) is None  # it has one for each of its parts
+
+
+def test_layers_that_a_property_counts_are_cut_where_they_are_set() -> None:
+    config = CONFIG_MAPPING["prophetnet"]()  # whose num_hidden_layers cannot be set
+    config.is_encoder_decoder = False
+    limit_layers(config, 2)
+    assert (config.num_encoder_layers, config.num_decoder_layers, layer_count(config)) == (2, 2, 2)
+
+
+def test_layers_that_no_field_sets_are_refused() -> None:
+    class Fixed(type(CONFIG_MAPPING["prophetnet"]())):  # type: ignore[misc]  # a class made at run time
+        @property
+        def num_hidden_layers(self) -> int:
+            return 7
+
+        @num_hidden_layers.setter
+        def num_hidden_layers(self, value: int) -> None:
+            raise NotImplementedError("seven it is")
+
+    with pytest.raises(AutoQuantError, match=r"^--layers: .*: NotImplementedError: seven it is$"):
+        limit_layers(Fixed(), 2)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
 
+from autoquant.analyzer.operators import rescales
 from autoquant.errors import AutoQuantError
 
 How = Literal["dynamo", "export", "dynamo-pieces"]
@@ -140,8 +141,34 @@ def lower(program: torch.export.ExportedProgram, names: Names, described: Sequen
                 users += 1
             case _:
                 raise AutoQuantError(f"graph input {placeholder}: {spec.kind.name} is not supported")
-    mutated = sum(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs)
+    held_by = {str(spec.target): spec.arg.name for spec in signature.input_specs if spec.target is not None}
+    written = [str(spec.target) for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    mutated = _forget_rescaling(graph, [held_by.get(target, target) for target in written])
     return Piece(graph, inputs, constants, mutated)
+
+
+def _forget_rescaling(graph: torch.fx.GraphModule, written: Sequence[str]) -> int:
+    """Leave out new values of inputs that are a number times the old ones, and count those that are left.
+
+    ``written``: the placeholder that each of the first outputs is a new value of. Some models divide weights by powers
+    of two when they first run. Where products alone read the scaled weight, and nothing the other one, any scaling
+    of rows and columns that holds of one holds of the other, before and after.
+    """
+    output = graph.graph.output_node()
+    results: Any = output.args[0]
+    kept = [
+        result
+        for name, result in zip(written, results, strict=False)
+        if not (isinstance(result, torch.fx.Node) and _rescales(result, name))
+    ]
+    output.args = ((*kept, *results[len(written) :]),)
+    graph.recompile()
+    return len(kept)
+
+
+def _rescales(node: torch.fx.Node, name: str) -> bool:
+    old = node.args[0] if node.op == "call_function" and rescales(node) else None
+    return isinstance(old, torch.fx.Node) and old.name == name and set(old.users) == {node}
 
 
 def first_output(piece: Piece) -> Piece:

@@ -28,6 +28,7 @@ from autoquant.analyzer.operators import (
     RANDOM,
     RANDOM_LIKE,
     operator_name,
+    rescales,
 )
 from autoquant.analyzer.variables import Reason
 
@@ -103,6 +104,8 @@ class Walk:
     """Blocks all values that meet at a site, for the reason given."""
     finish: Callable[[Site, Sequence[Value]], None]
     """Called with everything that a piece returns."""
+    rescales: bool = False
+    """Whether a weight times a number is the weight itself, where products alone read it."""
     values: dict[fx.Node, Value] = field(default_factory=dict)
     order: int = 0
 
@@ -156,6 +159,8 @@ class Walk:
                 return args[0]
             if site.operator in MOVEMENT:
                 return _moved_param(args[0], site, args, kwargs)
+            if self.rescales and rescales(site.node):
+                return args[0]
         if site.operator == OPERATOR:
             return self.give_up(site, [v for v in tensors if not isinstance(v, Opaque)], UNTRACED)
         if any(isinstance(v, Opaque) for v in tensors) or any(unwieldy(fake) for fake in site.outputs):

@@ -6,6 +6,8 @@ libraries keep their name space. An operator that is in neither table blocks wha
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
@@ -109,6 +111,21 @@ PRODUCTS = frozenset(
     transformers::grouped_mm_fallback""".split()
 ) | frozenset(CONVOLUTIONS)
 """Products that add over channels: what comes out belongs to other channels."""
+
+
+def rescales(node: fx.Node) -> bool:
+    """Is it something times a finite number but 0, for products (and as a result of the graph) alone?
+
+    The scales of a weight's rows and columns are then the same before and after.
+    """
+    if operator_name(node) not in ("mul", "div") or len(node.args) != 2 or node.kwargs:
+        return False
+    factor = node.args[1]
+    products = all(user.op == "output" or operator_name(user) in PRODUCTS for user in node.users)
+    if not isinstance(factor, int | float) or isinstance(factor, bool):
+        return False
+    return factor != 0 and math.isfinite(factor) and products
+
 
 CHOICES = frozenset("""topk sort argmax argsort""".split())
 """Operators that rank."""

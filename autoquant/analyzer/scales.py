@@ -39,6 +39,7 @@ def analyse_scales(captured: Captured) -> Scales:
         no_rule=analysis.no_rule,
         give_up=analysis.block,
         finish=analysis.finish,
+        rescales=True,
     )
     walk.run()
     for families, reason in analysis.families.conflicts():

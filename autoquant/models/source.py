@@ -319,7 +319,11 @@ def limit_layers(config: Any, layers: int) -> None:
     layers = min(layers, before)
     try:
         limit_depth(config, _depth_field(config), layers)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # a property that can be read alone: the fields behind it are cut
+        for name in depths(config):
+            limit_depth(config, name, layers)
+        if layer_count(config) == layers:
+            return
         raise AutoQuantError(f"--layers: a configuration of type {config.model_type!r}: {one_line(error)}") from error
 
 

@@ -132,6 +132,19 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "h_times_h": lambda: (Graph(lambda s, x: (lambda h: s.b(h * h))(s.a(x)), a=lin(), b=lin()), X),
     "squared_relu": lambda: (Graph(lambda s, x: s.b(torch.relu(s.a(x)).square()), a=lin(), b=lin()), X),
     "squared_relu_pow": lambda: (Graph(lambda s, x: s.b(torch.relu(s.a(x)) ** 2), a=lin(), b=lin()), X),
+    "weight_halved": lambda: (
+        Graph(
+            lambda s, x: F.linear(torch.relu(F.linear(s.n(x), s.a.weight * 2.0, s.a.bias)), s.b.weight / 2),
+            n=nn.LayerNorm(4),
+            a=lin(),
+            b=lin(4, 4, False),
+        ),
+        X,
+    ),
+    "weight_halved_plus_one": lambda: (
+        Graph(lambda s, x: F.linear(torch.relu(s.a(x)), s.b.weight / 2 + 1.0), a=lin(), b=lin(4, 4, False)),
+        X,
+    ),
     "plus_one": lambda: (Graph(lambda s, x: s.b(s.a(x) + 1.0), a=lin(), b=lin()), X),
     "adaln": lambda: (Graph(lambda s, x, c: s.b(s.n(x) * (1 + s.a(c))), n=nn.RMSNorm(4), a=lin(), b=lin()), X, C),
     "adaln_no1": lambda: (Graph(lambda s, x, c: s.b(s.n(x) * s.a(c)), n=nn.RMSNorm(4), a=lin(), b=lin()), X, C),

@@ -91,6 +91,25 @@ class Stateful(nn.Module):
         return y
 
 
+class Rescaling(nn.Module):
+    """Divides a weight by a number when it first runs."""
+
+    def __init__(self, by: float = 2, read_before: bool = False) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.by, self.read_before, self.done = by, read_before, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(x)
+        if self.read_before:
+            x = x * (1 + self.out.weight[0])
+        if not self.done:
+            with torch.no_grad():
+                self.out.weight.div_(self.by)
+            self.done = True
+        return self.out(x)
+
+
 def operators(captured: Captured) -> Counter[tuple[str, str]]:
     return Counter(
         (str(node.target), module_path(node))
@@ -255,6 +274,25 @@ def test_in_place_operators_and_regions_are_made_plain(how: str) -> None:
     assert captured.pieces[0].mutated == 1  # the buffer
     assert not [target for target, _ in operators(captured) if "wrap_with" in target or "mul_" in target]
     assert check_against_eager(module, (x,), {}, captured) < 1e-7
+
+
+@pytest.mark.parametrize("how", ["dynamo", "export"])
+@pytest.mark.parametrize(
+    ("module", "mutated"),
+    [(Rescaling(), 0), (Rescaling(read_before=True), 1), (Rescaling(by=0), 1)],
+    ids=["for products alone", "read before", "to nothing"],
+)
+def test_a_weight_that_becomes_a_multiple_of_itself_is_no_result(how: str, module: nn.Module, mutated: int) -> None:
+    x = torch.randn(2, 4)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    captured = capture(module, (x,), {}, how)  # type: ignore[arg-type]
+    assert captured.pieces[0].mutated == mutated
+    expected = nn.functional.linear(x, before["proj.weight"], before["proj.bias"])
+    if mutated == 0:
+        weight = before["out.weight"] / 2
+        values = {"x": x, **{f"p_{name.replace('.', '_')}": value for name, value in before.items()}}
+        (result,) = captured.pieces[0].graph(*(values[name] for name in captured.pieces[0].inputs))
+        assert torch.equal(result, nn.functional.linear(expected, weight, before["out.bias"]))
 
 
 @pytest.mark.parametrize("how", ["dynamo", "export", "auto"])

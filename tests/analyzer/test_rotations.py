@@ -14,6 +14,8 @@ EXPECTED: dict[str, list[str]] = {
     "h_times_h": [],
     "squared_relu": [],
     "squared_relu_pow": [],
+    "weight_halved": [],
+    "weight_halved_plus_one": [],
     "plus_one": [],
     "adaln": [],
     "adaln_no1": [],

@@ -15,6 +15,11 @@ EXPECTED: dict[str, list[str]] = {
     "h_times_h": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
     "squared_relu": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
     "squared_relu_pow": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
+    "weight_halved": [
+        "norm_linear 4 n.weight.0 n.bias.0 -> a.weight.1",
+        "linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1",
+    ],
+    "weight_halved_plus_one": [],
     "plus_one": [],
     "adaln": ["norm_linear 4 n.weight.0 -> b.weight.1"],
     "adaln_no1": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1"],
