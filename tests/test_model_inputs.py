@@ -68,6 +68,18 @@ def test_an_image_takes_as_many_tokens_as_it_has_features() -> None:
     assert (set(blind.kwargs), blind.missing) == ({"input_ids"}, {})
 
 
+def test_attention_in_both_directions_is_told_the_types_of_tokens() -> None:
+    source = resolve("paligemma", layers=1)
+    made = build_meta(source)
+    assert made.known == ("input_ids", "token_type_ids")
+    types, ids = made.kwargs["token_type_ids"], made.kwargs["input_ids"]
+    assert torch.equal(types == 1, ids == made.config.image_token_id)
+    assert int(types.sum()) == 16
+    causal = resolve("paligemma", layers=1)
+    causal.config.text_config.use_bidirectional_attention = False
+    assert set(build_meta(causal).kwargs) == {"input_ids", "pixel_values"}
+
+
 def test_sound_is_as_long_as_the_encoder_takes() -> None:
     model = small(resolve("whisper"))
     assert model.config.max_source_positions == 16

@@ -211,7 +211,12 @@ class _Maker:
             if count:
                 ids = torch.cat([ids[:, :1], torch.full((1, count), token), ids[:, 1:]], 1)
                 types = torch.cat([types[:, :1], torch.full((1, count), number), types[:, 1:]], 1)
-        extra = {name: types for name in self.names if name in ("mm_token_type_ids", "moe_mm_token_type_ids")}
+        wanted = ["mm_token_type_ids", "moe_mm_token_type_ids"]
+        if getattr(self.module.config.get_text_config(), "use_bidirectional_attention", None):
+            # They say what is attended in both directions. A model run without them attends to everything, and traced
+            # without them to what came before alone: two functions.
+            wanted.append("token_type_ids")
+        extra = {name: types for name in self.names if name in wanted}
         return {**text, **media, "input_ids": ids, **extra}
 
     def _features(self, what: str, media: Values) -> int:
