@@ -143,14 +143,15 @@ def _stack(module: nn.Module, path: str, layers: nn.Module, outside: Sequence[nn
         for holder in _holders(module, path)
         for name, value in {**vars(holder), **_computed(holder)}.items()
     ]
+    tied, shared = _shared(blocks, outside)
     kinds: dict[object, int] = {}
     numbers = []
     for i, (structure, attributes) in enumerate(structures):
         own = frozenset((key, value) for key, value in attributes.items() if key not in position)
-        key = (structure, own, tuple(entries[i] for entries in per_layer if entries is not None))
-        numbers.append(kinds.setdefault(key, len(kinds)))
+        entries = tuple(entries[i] for entries in per_layer if entries is not None)
+        numbers.append(kinds.setdefault((structure, own, entries, i if i in tied else None), len(kinds)))
     reason = (
-        _shared(blocks, outside)
+        (shared if len(tied) == len(blocks) else None)
         or _points_elsewhere([attributes for _, attributes in structures], position)
         or _boundary(module, path, len(blocks))
         or _one_per_layer(module, outside, len(blocks))
@@ -235,14 +236,24 @@ def _step(positions: Sequence[int], numbers: Sequence[int]) -> int:
     return step if len(offsets) == 1 else 0
 
 
-def _shared(blocks: Sequence[nn.Module], outside: Sequence[nn.Module]) -> str | None:
-    owner: dict[int, str] = {id(p): "the model" for m in outside for p in m._parameters.values() if p is not None}
+def _shared(blocks: Sequence[nn.Module], outside: Sequence[nn.Module]) -> tuple[set[int], str | None]:
+    """Layers that share parameters with one another, each of which stands for itself; and what is shared first.
+
+    All of them where one shares a parameter with the rest of the model.
+    """
+    owner: dict[int, int | None] = {id(p): None for m in outside for p in m._parameters.values() if p is not None}
+    tied: set[int] = set()
+    reason = None
     for i, block in enumerate(blocks):
         for name, parameter in block.named_parameters():
-            other = owner.setdefault(id(parameter), f"layer {i}")
-            if other != f"layer {i}":
-                return f"layer {i} and {other} share the parameter {name}"
-    return None
+            other = owner.setdefault(id(parameter), i)
+            if other == i:
+                continue
+            if other is None:
+                return set(range(len(blocks))), f"layer {i} and the model share the parameter {name}"
+            tied |= {i, other}
+            reason = reason or f"layer {i} and layer {other} share the parameter {name}"
+    return tied, reason
 
 
 def _points_elsewhere(
@@ -250,7 +261,9 @@ def _points_elsewhere(
 ) -> str | None:
     for i, layer in enumerate(layers):
         for (path, name), value in layer.items():
-            if POINTER.search(name) and (path, name) not in position and isinstance(value, tuple) and value[0] is int:
+            if (path, name) in position or not POINTER.search(name) or value == (int, -1):
+                continue  # -1 is the last layer, or none: the same with fewer of them
+            if isinstance(value, tuple) and value[0] is int:
                 return f"layer {i} refers to layer {value[1]} ({path}.{name})"
     return None
 
@@ -319,6 +332,7 @@ def _prune(module: nn.Module, stacks: Sequence[LayerStack], kept: Mapping[str, t
         memo |= {id(layer): nn.Identity() for layer in dropped}  # what deepcopy finds here it takes for copied
     pruned = copy.deepcopy(module, memo)
     done: set[tuple[int, int]] = set()
+    visited: set[int] = set()
     for stack in stacks:
         if len(kept[stack.path]) == stack.length:
             continue
@@ -330,6 +344,10 @@ def _prune(module: nn.Module, stacks: Sequence[LayerStack], kept: Mapping[str, t
             layers.add_module(str(new), block)
             for where, name, step in stack.counted:
                 _renumber(block, where, name, step * (new - old))
+            for part in block.modules():
+                if id(part) not in visited:
+                    visited.add(id(part))
+                    _fit_mappings(part, stack.length, kept[stack.path])
         for before, after in zip(_holders(module, stack.path), _holders(pruned, stack.path), strict=True):
             if (id(after), stack.length) not in done:
                 done.add((id(after), stack.length))
@@ -343,6 +361,13 @@ def _renumber(layer: nn.Module, where: str, name: str, by: int) -> None:
         fields = vars(layer.get_submodule(where))
         if name in fields:
             fields[name] += by
+
+
+def _fit_mappings(part: nn.Module, length: int, kept: Sequence[int]) -> None:
+    """Renumber what a layer looks up by layer numbers."""
+    for name, value in list(vars(part).items()):
+        if isinstance(value, dict) and (fitted := _fitted(name, value, length, kept)) is not None:
+            vars(part)[name] = fitted
 
 
 def _fit(before: object, after: object, length: int, kept: Sequence[int]) -> None:
@@ -364,9 +389,11 @@ def _fit(before: object, after: object, length: int, kept: Sequence[int]) -> Non
 
 
 def _fitted(name: str, value: object, length: int, kept: Sequence[int]) -> object:
-    """A list of layer numbers or with an entry per layer, for the kept layers; None for anything else."""
-    if _entries(name, value, length) is None or not isinstance(value, list | tuple):
+    """A list of layer numbers or with an entry per layer, or a mapping from them, for the kept layers; else None."""
+    if _entries(name, value, length) is None or not isinstance(value, list | tuple | dict):
         return None
+    if isinstance(value, dict):
+        return {new: value[old] for new, old in enumerate(kept) if old in value}
     if _layer_numbers(name, value, length):
         return type(value)(new for new, old in enumerate(kept) if old in value)
     return type(value)(value[i] for i in kept)
@@ -374,8 +401,11 @@ def _fitted(name: str, value: object, length: int, kept: Sequence[int]) -> objec
 
 def _entries(name: str, value: object, length: int) -> tuple[object, ...] | None:
     """What a field of a config says about each layer, None where it says nothing."""
-    if name in MODULE_FIELDS or not isinstance(value, list | tuple):
+    if name in MODULE_FIELDS or not isinstance(value, list | tuple | dict):
         return None
+    if isinstance(value, dict):
+        found = tuple((i in value, _plain(value.get(i), [])) for i in range(length))
+        return found if _layer_numbers(name, list(value), length) else None
     if _layer_numbers(name, value, length):
         return tuple(i in value for i in range(length))
     return tuple(_plain(item, []) for item in value) if len(value) == length else None

@@ -169,7 +169,6 @@ def test_two_attentions_in_a_layer_count_by_two() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("zamba2", "layer 12 and layer 6 share the parameter shared_transformer.self_attn.q_proj.weight"),
         # What it says first depends on the version: per-layer inputs, or layers that share keys with earlier ones.
         ("gemma3n_text", ("the model does not run with fewer layers", "layer 20 refers to layer 18")),
     ],
@@ -181,6 +180,21 @@ def test_models_that_depend_on_their_depth_stay_whole(model_type: str, reason: s
     assert pruned is model
     assert stack_map.originals == tuple((i,) for i in range(stacks[0].length))
     assert (stack_map.whole or "").startswith(reason)
+
+
+def test_layers_that_share_parameters_stand_for_themselves() -> None:
+    model = build("zamba2")
+    hybrids = list(model.config.hybrid_layer_ids)
+    pruned, (stack_map,) = represent(model, find_stacks(model), forward)
+    alone = [originals[0] for originals in stack_map.originals if len(originals) == 1]
+    assert alone == [*hybrids, 53]
+    assert (stack_map.originals[0][:7], len(stack_map.originals[0])) == ((0, 1, 2, 3, 4, 5, 7), 44)
+    assert pruned.config.hybrid_layer_ids == list(range(1, 10))
+    numbers = {new: position for position, new in enumerate(range(1, 10))}  # which adapter each of them takes
+    assert [m.layer_dic for m in pruned.modules() if hasattr(m, "layer_dic")] == [numbers] * 2 * len(hybrids)
+    tied = [name for name, p in pruned.named_parameters(remove_duplicate=False) if name.endswith("q_proj.weight")]
+    assert len(tied) == len(hybrids)
+    assert len({id(pruned.get_parameter(name)) for name in tied}) == model.config.num_mem_blocks
 
 
 def test_one_layer_model_is_a_stack() -> None:
@@ -249,14 +263,24 @@ def test_lists_of_the_config_make_kinds() -> None:
 
 
 def test_reasons_to_keep_every_layer() -> None:
-    shared = Net([Block(i) for i in range(3)])
+    shared = Net([Block(i) for i in range(5)])
     shared.blocks[2].mixer.up.weight = shared.blocks[0].mixer.up.weight
-    assert find_stacks(shared)[0].whole == "layer 2 and layer 0 share the parameter mixer.up.weight"
+    assert (find_stacks(shared)[0].whole, find_stacks(shared)[0].kinds) == (None, (0, 1, 2, 1, 1))
+    for block in shared.blocks:
+        block.mixer.up.weight = shared.blocks[0].mixer.up.weight
+    assert find_stacks(shared)[0].whole == "layer 1 and layer 0 share the parameter mixer.up.weight"
+
+    outward = Net([Block(i) for i in range(3)])
+    outward.blocks[1].mixer.up.weight = outward.stem.weight
+    assert find_stacks(outward)[0].whole == "layer 1 and the model share the parameter mixer.up.weight"
 
     pointing = Net([Block(i) for i in range(3)])
     for block in pointing.blocks:
         block.mixer.kv_layer_idx = 1
     assert find_stacks(pointing)[0].whole == "layer 0 refers to layer 1 (mixer.kv_layer_idx)"
+    for block in pointing.blocks:
+        block.mixer.kv_layer_idx = -1
+    assert find_stacks(pointing)[0].whole is None
 
     gains = Net([Block(i) for i in range(3)])
     gains.gains = nn.Parameter(torch.ones(3))
@@ -278,6 +302,30 @@ def test_layers_that_are_not_called_keep_the_model_whole() -> None:
     pruned, (stack_map,) = represent(net, find_stacks(net), lambda m: m(torch.zeros(2, 4)))
     assert pruned is net
     assert stack_map.whole == "with fewer layers, those of blocks are not all called equally often"
+
+
+class Looking(Block):
+    """Takes a factor by the number of its layer."""
+
+    def __init__(self, index: int, factors: dict[int, float]) -> None:
+        super().__init__(index)
+        self.layer_factors = factors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer_factors[self.mixer.layer_idx] * self.mixer.down(self.mixer.up(x))
+
+
+def test_what_is_looked_up_by_layer_numbers_is_renumbered() -> None:
+    factors = {0: 1.0, 3: 2.0, 4: 4.0}
+    net = Net([Looking(i, factors) if i in factors else Block(i) for i in range(7)], settings(by_layer=dict(factors)))
+    pruned, (stack_map,) = represent(net, find_stacks(net), lambda m: m(torch.zeros(2, 4)))
+    # the config's mapping tells the three apart as well
+    assert stack_map.originals == ((0,), (1, 2, 5), (3,), (4,), (6,))
+    assert [block.layer_factors for block in pruned.blocks if hasattr(block, "layer_factors")] == [
+        {0: 1.0, 2: 2.0, 3: 4.0}
+    ] * 3
+    assert pruned.config.by_layer == {0: 1.0, 2: 2.0, 3: 4.0}
+    assert factors == net.config.by_layer == {0: 1.0, 3: 2.0, 4: 4.0}
 
 
 def test_two_stacks_under_one_config_must_agree() -> None:
