@@ -373,3 +373,12 @@ def test_layers_that_no_field_sets_are_refused() -> None:
 
     with pytest.raises(AutoQuantError, match=r"^--layers: .*: NotImplementedError: seven it is$"):
         limit_layers(Fixed(), 2)
+
+
+def test_lists_of_layer_numbers_are_cut_with_the_layers() -> None:
+    config = CONFIG_MAPPING["zamba2"]()
+    assert config.hybrid_layer_ids == [6, 12, 18, 24, 30, 36, 42, 47, 51]
+    limit_layers(config, 20)
+    assert config.hybrid_layer_ids == [6, 12, 18]
+    limit_layers(config, 5)  # none is left: as they were, as for a model that has none of them
+    assert config.hybrid_layer_ids == [6, 12, 18]

@@ -21,6 +21,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.scales import tail
 from autoquant.config import Blocked, Read, Reader, Slot, SmoothingGroup, Space, Writer
 from autoquant.paths import LAYER, fill, layer_numbers, layer_set
 
@@ -74,23 +75,38 @@ def fold(findings: Findings, stacks: Sequence[StackMap]) -> Findings:
 def name_across_layers(findings: Findings, stacks: Sequence[StackMap]) -> Findings:
     """Folded findings, whose groups across layers have names that neither list all layers nor depend on their number.
 
-    Names leave out what paths have in common, so that a stack goes by the end of its path.
+    Names leave out what paths have in common, so that a stack goes by the end of its path, and a layer of the stack
+    that the source lies in by its number alone. Where several groups would share a name, each says its layers.
     """
     ends = {".".join(parts[i:]) for stack in stacks for parts in [stack.path.split(".")] for i in range(len(parts))}
     if not ends:
         return findings
     known = "|".join(re.escape(end) for end in sorted(ends, key=len, reverse=True))
     pattern = re.compile(rf"(?<![\w.])({known})\.\d+(?!\w)")
+    layers = _Layers(tuple(stacks))
 
-    def renamed(group: SmoothingGroup) -> SmoothingGroup:
-        sources, arrow, targets = pattern.sub(rf"\1.{LAYER}", group.name).partition(" -> ")
-        name = sources + arrow + ", ".join(dict.fromkeys(targets.split(", ")))
-        return group.model_copy(update={"name": name})
+    def renamed(item: Named) -> Named:
+        sources, arrow, targets = item.name.partition(" -> ")
+        if not arrow:  # the residual stream goes by what it is
+            return item
+        written_out = _unfold_members(item) if isinstance(item, Space) else item
+        stack, named = layers.stack_of(sources), pattern.sub(rf"\1.{LAYER}", sources)
+        short = []
+        for target in targets.split(", "):
+            _, _, rest = target.partition(".")
+            same = stack is not None and layers.is_layer_of(written_out, stack, target)
+            short.append(tail(f"{stack}.{LAYER}.{rest}", named) if same else pattern.sub(rf"\1.{LAYER}", target))
+        return item.model_copy(update={"name": named + arrow + ", ".join(dict.fromkeys(short))})
 
-    named = [g if g.layers is not None else renamed(g) for g in findings.groups]
-    count = Counter(group.name for group in named)
-    groups = (new if count[new.name] == 1 else old for new, old in zip(named, findings.groups, strict=True))
-    return replace(findings, groups=tuple(groups))
+    def across(items: tuple[Named, ...]) -> tuple[Named, ...]:
+        named = [item if item.layers is not None else renamed(item) for item in items]
+        count = Counter(item.name for item in named)
+        return tuple(
+            new if count[new.name] == 1 or new.name == old.name else _named_by_layers(new, layers.numbers(new))
+            for new, old in zip(named, items, strict=True)
+        )
+
+    return replace(findings, groups=across(findings.groups), spaces=across(findings.spaces))
 
 
 def unfold(findings: Findings) -> Findings:
@@ -165,6 +181,22 @@ class _Layers:
         """The layers in the paths of ``item``, each once, in order."""
         found = (match for text in _paths(item) for match in self.pattern.finditer(text))
         return list(dict.fromkeys((match[1], int(match[2])) for match in found))
+
+    def numbers(self, item: SmoothingGroup | Space) -> str:
+        """The set of the layers that ``item``, folded, has paths in."""
+        written_out = _unfold_members(item) if isinstance(item, Space) else item
+        return layer_set(number for _, number in self.refs(written_out))
+
+    def stack_of(self, path: str) -> str | None:
+        """The stack that a path starts in one layer of."""
+        match = self.pattern.match(path)
+        return None if match is None else match[1]
+
+    def is_layer_of(self, item: BaseModel, stack: str, name: str) -> bool:
+        """Whether ``name``, as in '7.linear', is a module of ``stack`` that ``item`` has a path in."""
+        path = f"{stack}.{name}"
+        inside = self.pattern.match(path) is not None and "." in name
+        return inside and any(other == path or other.startswith(f"{path}.") for other in _paths(item))
 
     def sole(self, item: BaseModel) -> Ref | None:
         """The one layer that all paths of ``item`` in any stack lie in, None where there is none or there are several.
@@ -273,7 +305,22 @@ class _Layers:
             update = {"sources": self._write_out(item.sources), "targets": self._write_out(item.targets)}
         else:
             update = {}
+        if isinstance(item, SmoothingGroup | Space):
+            update["name"] = self._name(item)
         return self.write(item).model_copy(update=update)
+
+    def _name(self, item: SmoothingGroup | Space) -> str:
+        """With original numbers: a target in another layer of the source's stack goes by '7.linear'."""
+        source, arrow, targets = item.name.partition(" -> ")
+        stack = self.stack_of(source)
+        if stack is None or not arrow:
+            return self.numbered(item.name)
+        names = []
+        for target in targets.split(", "):
+            number, _, rest = target.partition(".")
+            same = self.is_layer_of(item, stack, target)
+            names.append(f"{self.originals((stack, int(number)))[0]}.{rest}" if same else self.numbered(target))
+        return self.numbered(source) + arrow + ", ".join(names)
 
     def _fold_set(self, members: Iterable[Member]) -> tuple[Member, ...]:
         layers: dict[Member, list[int]] = {}
@@ -370,11 +417,13 @@ def _layer_set(numbers: tuple[int, ...]) -> str:
 def _unique_names(items: tuple[Named, ...]) -> tuple[Named, ...]:
     """Templates of two kinds of layer may share a name: then each name says its layers."""
     count = Counter(item.name for item in items)
-    return tuple(_named_by_layers(item) if count[item.name] > 1 and item.layers else item for item in items)
+    return tuple(
+        _named_by_layers(item, item.layers) if count[item.name] > 1 and item.layers else item for item in items
+    )
 
 
-def _named_by_layers(item: Named) -> Named:
-    return item.model_copy(update={"name": f"{item.name} @{item.layers}"})
+def _named_by_layers(item: Named, layers: str) -> Named:
+    return item.model_copy(update={"name": f"{item.name} @{layers}"})
 
 
 def _unfold_all(items: Iterable[Model]) -> tuple[Model, ...]:

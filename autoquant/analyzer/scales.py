@@ -200,7 +200,7 @@ def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed:
 def group_name(sources: Sequence[Slot], targets: Sequence[Slot]) -> str:
     """``'model.layers.0.mlp.up_proj -> down_proj'``: the first source, then every target by its own name."""
     source = module_of(sources[0].path)
-    return f"{source} -> {', '.join(dict.fromkeys(_tail(module_of(slot.path), source) for slot in targets))}"
+    return f"{source} -> {', '.join(dict.fromkeys(tail(module_of(slot.path), source) for slot in targets))}"
 
 
 def module_of(path: str) -> str:
@@ -209,7 +209,7 @@ def module_of(path: str) -> str:
     return head if leaf in ("weight", "bias") and head else path
 
 
-def _tail(path: str, other: str) -> str:
+def tail(path: str, other: str) -> str:
     """``path`` without the part that it shares with ``other``."""
     parts, others = path.split("."), other.split(".")
     shared = 0

@@ -30,6 +30,7 @@ from autoquant.models.classes import auto_class, kind_of, kinds_of, part_taken
 PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound))\w*token_(id|index)$")
 """Fields that hold the token in whose place the features of an image or a sound go."""
 
+_NUMBERS = re.compile(r"layer_?(ids|idxs?|indices|numbers)$")
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 
 
@@ -333,14 +334,24 @@ def depths(config: Any) -> list[str]:
 
 
 def limit_depth(config: Any, name: str, layers: int) -> None:
-    """Cut one stack of layers, and every list that has an entry for each of them."""
+    """Cut one stack of layers, and every list that has an entry for each of them or holds numbers of them."""
     before = getattr(config, name)
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == before and key != "architectures":
             setattr(config, key, value[:layers])
+        elif _numbers_layers(key, value, before) and min(value) < layers:
+            setattr(config, key, type(value)(number for number in value if number < layers))
         elif key.endswith("shared_layers") and type(value) is int:  # the last ones, which reuse what others made
             setattr(config, key, round(value * layers / before))
     setattr(config, name, min(layers, before))
+
+
+def _numbers_layers(key: str, value: Any, count: int) -> bool:
+    """Whether a field lists some of ``count`` layers by number: ``hybrid_layer_ids``."""
+    if not isinstance(value, list | tuple) or not value or _NUMBERS.search(key) is None:
+        return False
+    ascending = all(type(number) is int for number in value) and sorted(set(value)) == list(value)
+    return ascending and value[0] >= 0 and value[-1] < count
 
 
 def text_config(config: Any) -> Any:

@@ -11,10 +11,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from autoquant.analyze import analyze
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.folding import canonical, fold, unfold
 from autoquant.analyzer.layers import find_stacks, represent, whole
 from autoquant.config import Linear
+from autoquant.models import ModelSource
 
 # type: (path of the stack, layers, originals of each representative in short: its own number and how many it stands for)
 TYPES = {
@@ -345,3 +347,64 @@ def test_the_copy_computes_what_its_layers_compute() -> None:
     assert torch.equal(pruned(x), net.blocks[4](net.blocks[0](net.stem(x))))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     assert not any(block._forward_pre_hooks for block in pruned.blocks)
+
+
+class Sharing(nn.Module):
+    """A layer around a block that other layers have as well, with a matrix of its own behind it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.shared = block
+        self.own = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.own(self.shared(x))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16, bias=False)
+        self.down = nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Hybrid(nn.Module):
+    """Layer i has block ``blocks[i]``, or none: '..a.b.a' has a block in layers 2 and 6, another in layer 4."""
+
+    def __init__(self, blocks: str) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 8)
+        shared = {
+            name: nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 8, bias=False))
+            for name in sorted(set(blocks) - {"."})
+        }
+        self.layers = nn.ModuleList([Residual() if name == "." else Sharing(shared[name]) for name in blocks])
+        self.head = nn.Linear(8, 32, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "traced", "names"),
+    [
+        ("..a...a..", 4, ["layers.{layer}.shared.2 -> own"]),
+        ("..a.b.a.b...", 6, ["layers.{layer}.shared.2 -> own @2,6", "layers.{layer}.shared.2 -> own @4,8"]),
+    ],
+)
+def test_representatives_of_layers_that_share_parameters(blocks: str, traced: int, names: list[str]) -> None:
+    source = ModelSource("hybrid", factory=lambda: (Hybrid(blocks), (torch.zeros(1, 4, dtype=torch.long),)))
+    few, every = analyze(source), analyze(source, full=True)
+    assert (len(few.stacks[0].originals), len(every.stacks[0].originals)) == (traced, len(blocks))
+    assert canonical(unfold(few.findings)) == canonical(unfold(every.findings))
+    assert [group.name for group in few.findings.groups if ".shared.2 " in group.name] == names
+    assert [space.name for space in few.findings.spaces if ".shared.2 " in space.name] == names
+    first = next(group for group in few.findings.groups if group.name == names[0])
+    assert [slot.path for slot in first.sources] == ["layers.2.shared.2.weight", "layers.6.shared.2.weight"]
+    assert [slot.path for slot in first.targets] == ["layers.2.own.weight", "layers.6.own.weight"]
