@@ -87,10 +87,11 @@ def name_across_layers(findings: Findings, stacks: Sequence[StackMap]) -> Findin
 
     def renamed(item: Named) -> Named:
         sources, arrow, targets = item.name.partition(" -> ")
-        if not arrow:  # the residual stream goes by what it is
+        stack = layers.stack_of(sources)
+        if not arrow or (isinstance(item, Space) and stack is None):  # the residual stream, or written once outside
             return item
         written_out = _unfold_members(item) if isinstance(item, Space) else item
-        stack, named = layers.stack_of(sources), pattern.sub(rf"\1.{LAYER}", sources)
+        named = pattern.sub(rf"\1.{LAYER}", sources)
         short = []
         for target in targets.split(", "):
             _, _, rest = target.partition(".")
