@@ -271,7 +271,8 @@ def _with_certificate(
 
 def _check_same_claims(large: Config, reduced: Config) -> None:
     """The small model must allow what the large one does: the same axes of the same parameters to the same powers."""
-    mine, theirs = _shape_of_claims(large), _shape_of_claims(reduced)
+    both = {_plain(name) for name, _ in claims(large)} & {_plain(name) for name, _ in claims(reduced)}
+    mine, theirs = _shape_of_claims(large, both), _shape_of_claims(reduced, both)
     for name in dict.fromkeys(chain(mine, theirs)):
         if mine.get(name) != theirs.get(name):
             raise AutoQuantError(
@@ -281,20 +282,28 @@ def _check_same_claims(large: Config, reduced: Config) -> None:
             )
 
 
-def _shape_of_claims(config: Config) -> dict[str, list[object]]:
+def _plain(name: str) -> str:
+    return name.partition(" @")[0]
+
+
+def _shape_of_claims(config: Config, both: Collection[str]) -> dict[str, list[object]]:
     """Each claim with its members but without sizes and layer numbers; kinds of layers that share a name are one entry
-    each. Of a claim that is written out with layer numbers, whether it has members in several layers is told too.
+    each. A name that is not one of ``both`` models' is taken without the numbers in it.
     """
+
+    def key(name: str, members: Sequence[tuple[object, ...]]) -> str:
+        return _plain(name) if _plain(name) in both else _name(_plain(name), members)
+
     found: dict[str, list[object]] = {}
     for group in config.smoothing.groups:
         sources, targets = _slots(group.sources), _slots(group.targets)
         members: object = (group.kind, _any_layer(sources), _any_layer(targets))
-        found.setdefault(_name(group.name, (*sources, *targets)), []).append(members)
+        found.setdefault(key(group.name, (*sources, *targets)), []).append(members)
     for space in config.rotation.spaces:
         reads = sorted({(_any_layer_in(repr(read.norm)), _any_layer(_slots(read.readers))) for read in space.reads})
         writers = _slots(space.writers)
         slots = (*writers, *(slot for read in space.reads for slot in _slots(read.readers)))
-        found.setdefault(_name(space.name, slots), []).append(
+        found.setdefault(key(space.name, slots), []).append(
             (space.kind, space.centre, frozenset(_any_layer(writers)), tuple(reads))
         )
     return {name: sorted(set(members), key=repr) for name, members in found.items()}
@@ -304,12 +313,12 @@ def _name(name: str, members: Sequence[tuple[object, ...]]) -> str:
     """A claim's name without the numbers of layers, which are others in a model of other depth (its last, or those
     that share what another made); what is said of several layers is told apart from what is said of one.
     """
-    sources, arrow, targets = name.partition(" @")[0].partition(" -> ")
+    sources, arrow, targets = name.partition(" -> ")
     without = [re.sub(r"(?<![\w-])\d+(?!\w)", LAYER, part) for part in (*sources.split(", "), *targets.split(", "))]
     count = len(sources.split(", "))
     short = ", ".join(dict.fromkeys(without[:count])) + arrow + ", ".join(dict.fromkeys(without[count:]))
     several = LAYER in short and len(_any_layer(members)) < len(set(members))
-    return f"{short} (across layers)" if several and short != name.partition(" @")[0] else short
+    return f"{short} (across layers)" if several and short != name else short
 
 
 def _any_layer(slots: Iterable[tuple[object, ...]]) -> tuple[tuple[object, ...], ...]:

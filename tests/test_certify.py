@@ -27,7 +27,7 @@ from autoquant.certify import (
     small_config,
 )
 from autoquant.cli import main
-from autoquant.config import Config, Slot
+from autoquant.config import Config, Slot, Smoothing
 from autoquant.errors import AutoQuantError
 from autoquant.models import LoadedModel, ModelSource, float64_throughout, resolve, small
 
@@ -154,6 +154,11 @@ def test_a_claim_that_only_the_small_model_makes_is_refused() -> None:
         certify(replace(found, config=rest), source)
 
 
+def two_claims(one: Config, other: Config) -> Smoothing:
+    groups = (*one.smoothing.groups, *other.smoothing.groups)
+    return one.smoothing.model_copy(update={"groups": groups})
+
+
 def test_the_number_of_a_last_layer_does_not_count() -> None:
     """The last norm of a deep model is another layer's than that of a shallow one."""
     _, found = analyzed("llama")
@@ -166,6 +171,10 @@ def test_the_number_of_a_last_layer_does_not_count() -> None:
 
     _check_same_claims(last(11), last(1))
     _check_same_claims(last(11, 12, 13), last(1, 2))
+    heads = last(1).model_copy(update={"smoothing": two_claims(last(1), last(2))})
+    _check_same_claims(heads, heads)
+    with pytest.raises(AutoQuantError, match=r"'norms\.{layer} -> proj' is found in the full-size model but not in"):
+        _check_same_claims(heads, last(1))  # a number that both have is no other layer's
     with pytest.raises(AutoQuantError, match=r"'norms\.{layer} -> proj \(across layers\)' is found in the full-size"):
         _check_same_claims(last(11, 12), last(1))  # what several layers share is not proved by one
 
