@@ -44,7 +44,7 @@ def command(
     from autoquant.files import write_text
     from autoquant.generate import write_index
     from autoquant.report.coverage import coverage_text, offers, totals
-    from autoquant.survey import chosen_names, examine, name_of, registered, survey
+    from autoquant.survey import chosen_names, examine, finished, name_of, registered, survey
 
     everything = registered()
     chosen = chosen_names(everything, kinds.split(",") if kinds else None, types.split(",") if types else None)
@@ -52,7 +52,7 @@ def command(
         picked = set(random.Random(seed).sample(chosen, min(sample, len(chosen))))
         chosen = [name for name in chosen if name in picked]
     absent = [name for name in everything if name not in chosen]
-    left = len(chosen)
+    left = len(set(chosen) - {name_of(row) for row in finished(output / "rows")})
 
     def done(row: dict[str, object]) -> None:
         nonlocal left
