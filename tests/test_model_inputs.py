@@ -125,3 +125,18 @@ def test_weights_are_loaded_by_the_class_that_made_them(tmp_path: Any) -> None:
     loaded = load_weights(tmp_path)
     assert type(loaded.module).__name__ == type(model).__name__
     assert set(loaded.kwargs) == {"input_ids", "decoder_input_ids"}
+
+
+def test_a_model_need_not_say_where_its_tables_are_but_must_have_a_vocabulary() -> None:
+    model = build_meta(resolve("llama", layers=1)).module
+
+    def nowhere() -> None:
+        raise NotImplementedError
+
+    model.get_input_embeddings = nowhere  # type: ignore[assignment]  # as a class of transformers may have it
+    shape = (1, 3)
+    inputs = make_inputs(model, torch.device("meta"), shape, torch.float32)
+    assert tuple(inputs.kwargs["input_ids"].shape) == shape
+    model.config.get_text_config = lambda: object()
+    with pytest.raises(AutoQuantError, match=r"takes no tokens: its configuration has no vocab_size$"):
+        make_inputs(model, torch.device("meta"), shape, torch.float32)

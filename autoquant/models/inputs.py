@@ -7,6 +7,7 @@ is called with text alone, and the reason is kept.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autoquant.errors import AutoQuantError
 from autoquant.models.source import PLACEHOLDER
 from autoquant.tracing import known_values, stand_ins_, undisturbed
 
@@ -100,15 +102,19 @@ class _Maker:
         self.names = tuple(inspect.signature(self.module.forward).parameters)
         config: Any = self.module.config
         self.fields = vars(config)
-        self.vocabulary = int(config.get_text_config().vocab_size)
+        words = getattr(config.get_text_config(), "vocab_size", None)
+        if type(words) is not int:
+            raise AutoQuantError(f"{type(module).__name__} takes no tokens: its configuration has no vocab_size")
+        self.vocabulary = words
 
     # Text
 
     def text(self, sequences: int, tokens: int) -> Values:
         main = self.module.main_input_name
-        tables = self.module.get_input_embeddings()
-        if isinstance(tables, nn.ModuleList):  # a codebook each: one row of ids for every one of them
-            sequences *= len(tables)
+        with contextlib.suppress(NotImplementedError):  # a model that does not say has no list of them
+            tables = self.module.get_input_embeddings()
+            if isinstance(tables, nn.ModuleList):  # a codebook each: one row of ids for every one of them
+                sequences *= len(tables)
         encoder_decoder = bool(self.module.config.is_encoder_decoder)
         made = {}
         if "input_ids" in self.names and (main == "input_ids" or not encoder_decoder):
