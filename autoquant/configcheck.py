@@ -6,7 +6,7 @@ Every function yields problems and raises nothing, so that a person sees all of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autoquant.config import Config, IndexMap, Linear, Slot, SmoothingGroup, Space
 from autoquant.errors import AutoQuantError
-from autoquant.paths import LAYER, did_you_mean, layer_numbers, layer_set
+from autoquant.paths import LAYER, did_you_mean, fill, layer_numbers, layer_set
 
 JsonPath = tuple[str | int, ...]
 
@@ -106,9 +106,15 @@ def _rotation(config: Config) -> Iterator[Problem]:
     rotation = config.rotation
     weights = [linear.weight for linear in config.model.linears]
     weights += [name for tie in config.model.tied for name in tie]
+    written_out = {
+        fill(linear.weight, layer)
+        for linear in config.model.linears
+        for layer in _layers_of(linear)
+        if layer is not None
+    }
     yield from _unique(("rotation", "spaces"), [space.name for space in rotation.spaces])
     for number, space in enumerate(rotation.spaces):
-        yield from _space(("rotation", "spaces", number), space, config.model.layers, weights)
+        yield from _space(("rotation", "spaces", number), space, config.model.layers, weights, written_out)
     linears = [linear.path for linear in config.model.linears]
     for number, online in enumerate(rotation.online):
         where = ("rotation", "online", number)
@@ -117,7 +123,9 @@ def _rotation(config: Config) -> Iterator[Problem]:
             yield from _known((*where, "path"), online.path, linears, "linear in model.linears")
 
 
-def _space(where: JsonPath, space: Space, total: int, weights: Sequence[str]) -> Iterator[Problem]:
+def _space(
+    where: JsonPath, space: Space, total: int, weights: Sequence[str], written_out: Collection[str]
+) -> Iterator[Problem]:
     templates: list[bool] = []
     for number, writer in enumerate(space.writers):
         at = (*where, "writers", number)
@@ -130,7 +138,8 @@ def _space(where: JsonPath, space: Space, total: int, weights: Sequence[str]) ->
         yield from _layers(at, read.layers, names, total, inherited=space.layers)
         templates.append(any(LAYER in name for name in names if name is not None))
         for i, reader in enumerate(read.readers):
-            yield from _known((*at, "readers", i, "path"), reader.path, weights, "weight in model.linears")
+            if reader.path not in written_out:  # what all layers read, such as an encoder's output, names each of them
+                yield from _known((*at, "readers", i, "path"), reader.path, weights, "weight in model.linears")
     if space.layers is not None:
         _, mistakes = _numbers(space.layers, (*where, "layers"), total)
         yield from mistakes

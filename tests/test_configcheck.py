@@ -188,3 +188,11 @@ def test_without_index_position_is_channel() -> None:
 
 def test_json_path() -> None:
     assert json_path(("smoothing", "groups", 3, "$schema")) == "$.smoothing.groups[3]['$schema']"
+
+
+def test_a_reader_may_be_one_layer_written_out(example_config: Config) -> None:
+    """What all layers read has no layers of its own, and names each of them."""
+    path = (*SPACE, "reads", 0, "readers", 0, "path")
+    assert not [line for line in found(changed(example_config, path, "net.3.qkv.weight")) if "is no weight" in line]
+    (line,) = [line for line in found(changed(example_config, path, "net.4.qkv.weight")) if "is no weight" in line]
+    assert line.startswith("$.rotation.spaces[0].reads[0].readers[0].path: 'net.4.qkv.weight' is no weight in")

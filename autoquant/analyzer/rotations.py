@@ -179,7 +179,22 @@ def _spaces(
         )
         if space is not None:
             spaces.append(space)
-    return tuple(spaces)
+    return told_apart(spaces)
+
+
+def told_apart(spaces: Sequence[Space]) -> tuple[Space, ...]:
+    """The residual stream goes by that name; where there are several (towers, tables apart), each by what starts it."""
+    if sum(space.kind == "R1" for space in spaces) < 2:
+        return tuple(spaces)
+    told: list[Space] = []
+    for space in spaces:
+        name = space.name
+        if space.kind == "R1":
+            name = f"residual of {space.writers[0].path.removesuffix('.weight')}"
+            same = sum(other.name.partition(" #")[0] == name for other in told)
+            name += f" #{same + 1}" if same else ""
+        told.append(space.model_copy(update={"name": name}))
+    return tuple(told)
 
 
 def _space(

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from proved_graphs import GRAPHS, proof, reasons
 from readable import space_lines
+
+from autoquant.analyzer.rotations import told_apart
+from autoquant.config import Read, Reader, Space, Writer
 
 TOLERANCE = 1e-9
 EXPECTED: dict[str, list[str]] = {
@@ -235,3 +240,19 @@ def test_reason(name: str) -> None:
 
 def test_every_graph_has_an_expectation() -> None:
     assert set(EXPECTED) == set(GRAPHS)
+
+
+def test_residual_streams_are_told_apart_by_what_starts_them() -> None:
+    def space(kind: Literal["R1", "R2"], path: str) -> Space:
+        read = Read(readers=(Reader(path="o.weight", size=4, dim=1),))
+        return Space(name="residual", kind=kind, size=4, writers=(Writer(path=path, size=4, dim=1),), reads=(read,))
+
+    alone = (space("R1", "text.weight"), space("R2", "v.weight"))
+    assert told_apart(alone) == alone
+    several = (*alone, space("R1", "vision.weight"), space("R1", "vision.weight"))
+    assert [one.name for one in told_apart(several)] == [
+        "residual of text",
+        "residual",
+        "residual of vision",
+        "residual of vision #2",
+    ]
