@@ -116,7 +116,7 @@ EXPECTED: dict[str, list[str]] = {
     "mixed_occurrence2": ["linear_linear 2 a.weight.0 a.bias.0 -> o.weight.1[0:2x2/2,1>0,1]"],
     "param_slice_rows": [],
     "fused_slices": [],
-    "weight_scaled": ["norm_linear 4 w.1x4[0:4x4/4,1>1,0] -> o.weight.1"],
+    "weight_scaled": ["linear_linear 4 w.0 -> o.weight.1"],
     "weight_norm": [],
     "bias_plus": ["linear_linear 4 a.weight.0 a.bias.0 -> o.weight.1"],
     "bias_view": ["linear_linear 4 w.0 k.1x2 -> o.weight.1"],
