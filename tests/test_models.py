@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_types import TYPES as TABLE
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from autoquant.analyzer.capture import capture, module_path
 from autoquant.errors import AutoQuantError
@@ -25,7 +25,7 @@ from autoquant.models import (
     resolve,
     small,
 )
-from autoquant.models.source import layer_count, limit_layers
+from autoquant.models.source import layer_count, limit_layers, one_line
 
 TYPES = [*TABLE, "gpt_oss"]
 # Copies: where layouts and types allow it, they do not appear.
@@ -329,7 +329,15 @@ def test_a_type_whose_defaults_are_refused_by_its_own_checks(monkeypatch: pytest
         resolve("contrary")
 
 
+def default_of_several_parts() -> PreTrainedConfig:
+    try:
+        return CONFIG_MAPPING["musicgen"]()
+    except Exception as error:  # as of transformers 5.17
+        pytest.skip(f"this transformers' musicgen has no default configuration: {one_line(error)}")
+
+
 def test_of_several_language_models_the_one_that_the_registered_class_takes_is_meant() -> None:
+    default_of_several_parts()
     source = resolve("musicgen", layers=2)
     made = build_meta(source)
     assert type(made.module).__name__ == "MusicgenForCausalLM"
@@ -339,7 +347,7 @@ def test_of_several_language_models_the_one_that_the_registered_class_takes_is_m
 
 
 def test_a_configuration_of_several_language_models_is_one_clear_line() -> None:
-    config = CONFIG_MAPPING["musicgen"]()
+    config = default_of_several_parts()
     config.audio_encoder = config.decoder
     expected = r"^a configuration of type 'musicgen' holds several language models .*Multiple valid text configs"
     with pytest.raises(AutoQuantError, match=expected):
@@ -348,6 +356,8 @@ def test_a_configuration_of_several_language_models_is_one_clear_line() -> None:
 
 def test_layers_are_counted_by_the_only_field_that_counts_any() -> None:
     config = CONFIG_MAPPING["longcat_flash"](num_layers=5)
+    if "num_hidden_layers" in vars(config):
+        pytest.skip("this transformers' longcat_flash also has the standard field")
     assert layer_count(config) == 5
     limit_layers(config, 2)
     assert config.num_layers == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
 from autoquant.models import ModelSource, build_meta, resolve
-from autoquant.models.repair import find_repairs
+from autoquant.models import repair as repairing
+from autoquant.models.repair import Repair, find_repairs
 
 KINDS = [
     # A number is None that the code computes with.
@@ -45,9 +48,22 @@ def test_kinds_of_layers_are_those_that_the_code_names() -> None:
 
 
 def test_a_check_that_demands_a_value_gets_it() -> None:
+    with contextlib.suppress(Exception):
+        CONFIG_MAPPING["gemma4_assistant"]()
+        pytest.skip("this transformers' gemma4_assistant demands nothing of its defaults")
     source = resolve("gemma4_assistant")
     assert source.repairs["hidden_size_per_layer_input"] == 0
     assert source.config.text_config.hidden_size_per_layer_input == 0
+
+
+def test_a_value_that_the_configuration_itself_refuses_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = Repair(0, "hidden_size", "wide")
+    config, proposals = CONFIG_MAPPING["dots1"](), repairing._proposals
+    with pytest.raises(Exception, match="hidden_size"):
+        refused.apply(config)
+    expected = find_repairs(ModelSource("dots1", config))
+    monkeypatch.setattr(repairing, "_proposals", lambda *of: itertools.chain([refused], proposals(*of)))
+    assert find_repairs(ModelSource("dots1", config)) == expected != ()
 
 
 def test_what_can_be_built_is_left_alone() -> None:

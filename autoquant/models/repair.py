@@ -156,7 +156,10 @@ def find_repairs(source: ModelSource) -> tuple[Repair, ...]:
     error = refusal(source, config)
     while error is not None and len(found) < _MOST:
         for repair in _proposals(config, error):
-            trial = repair.apply(config)
+            try:
+                trial = repair.apply(config)
+            except Exception:  # configuration classes check their values in many ways
+                continue
             left = refusal(source, trial)
             if left is None or (type(left), str(left)) != (type(error), str(error)):
                 config, error = trial, left
