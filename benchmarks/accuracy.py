@@ -361,7 +361,7 @@ def table_of(folder: Path, name: str) -> str:
 
 def percent(cell: dict[str, Any], reference: dict[str, Any]) -> str:
     ratio = ratio_of(cell, reference)
-    return f"{100 * (ratio.mean - 1):+.2f} ± {100 * ratio.standard_error:.2f}"
+    return f"{round(100 * (ratio.mean - 1), 2) + 0.0:+.2f} ± {100 * ratio.standard_error:.2f}"  # 0.0: no "-0.00"
 
 
 def ratio_of(cell: dict[str, Any], reference: dict[str, Any]) -> Estimate:
