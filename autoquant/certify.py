@@ -89,9 +89,23 @@ def certify(
 def small_claims(
     analyzed: Analyzed, source: ModelSource, seed: int, progress: Callable[[str], None]
 ) -> tuple[LoadedModel, Config]:
-    """A small random model and its own config, which claims what the full-size one does. Raises AutoQuantError."""
+    """A small random model and its own config, which claims what the full-size one does. Raises AutoQuantError.
+
+    Where one layer of every kind is too few, two are taken: layers that share parameters, or that all read one tensor
+    from outside, make a claim across them, which one of them alone does not show.
+    """
     progress("building the small model")
-    loaded = small(source, seed)
+    try:
+        return _same_claims(analyzed, source, small(source, seed))
+    except AutoQuantError as error:
+        progress("building a deeper small model")
+        try:
+            return _same_claims(analyzed, source, small(source, seed, each=2))
+        except AutoQuantError:
+            raise error from None
+
+
+def _same_claims(analyzed: Analyzed, source: ModelSource, loaded: LoadedModel) -> tuple[LoadedModel, Config]:
     config = small_config(source, loaded)
     _check_same_claims(analyzed.config, config)
     return widened(loaded), config

@@ -117,6 +117,29 @@ def test_a_wrong_claim_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     assert caught.value.message.endswith("it is not proved, so nothing is written")
 
 
+def test_a_deeper_small_model_is_tried_where_one_layer_of_a_kind_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, found = analyzed("llama")
+    tried: list[int] = []
+
+    def counted(source: ModelSource, seed: int, *, each: int = 1) -> LoadedModel:
+        tried.append(each)
+        return small(source, seed, each=each)
+
+    def wrong_at_first(source: ModelSource, loaded: LoadedModel) -> Config:
+        config = small_config(source, loaded)
+        return forgetful(config) if tried[-1] < enough else config
+
+    monkeypatch.setattr("autoquant.certify.small", counted)
+    monkeypatch.setattr("autoquant.certify.small_config", wrong_at_first)
+    enough = 2
+    assert certify(found, source).certificate is not None
+    assert tried == [1, 2]
+    enough = 3
+    with pytest.raises(AutoQuantError, match="with other members than in the small one: it cannot be proved"):
+        certify(found, source)
+    assert tried == [1, 2, 1, 2]
+
+
 def test_the_command_writes_nothing_that_is_not_proved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, found = analyzed("llama")
 

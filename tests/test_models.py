@@ -248,6 +248,53 @@ def test_every_kind_of_layer_stays() -> None:
     assert layer_kinds(model.module, model.config) == [0, 0, 0, 3, 0, 0, 0, 3]
 
 
+def test_two_layers_of_every_kind_stay_where_they_are_asked_for() -> None:
+    assert small(resolve("deepseek_v3"), each=2).config.num_hidden_layers == 5
+    kinds = [0, 0, 2, 0, 0, 0, 2, 0, 2]
+    assert [reduction._shown(kinds, each) for each in (1, 2, 3, 4)] == [3, 7, 9, 9]
+    assert reduction._shown([0, 1, 0, 0], 2) == 3  # of the second kind there is one
+    assert reduction._shown([], 2) == 0
+
+
+def test_a_tower_keeps_every_kind_of_its_layers() -> None:
+    def depth(kinds: list[str] | list[int]) -> int:
+        tower = PreTrainedConfig(hidden_size=256, num_hidden_layers=len(kinds), kinds=kinds)
+        text = CONFIG_MAPPING["llama"]()
+        config = CONFIG_MAPPING["llava"](text_config=text)
+        config.vision_config = tower
+        return reduction.reductions(config)["vision_config.num_hidden_layers"]
+
+    assert depth(["conv", "conv", "full_attention", "conv", "full_attention"]) == 3
+    assert depth(["conv"] * 5) == 2
+    assert depth([8, 16, 32, 64, 128]) == 2  # sizes, which are no kinds
+
+
+def test_a_codebook_and_a_stack_of_convolutions_become_no_larger() -> None:
+    codebook = PreTrainedConfig(embed_dim=8, latent_channels=256, base_channels=128, projection_dim=2048)
+    changes = reduction.reductions(codebook)
+    assert changes == {"embed_dim": 8, "latent_channels": 16, "base_channels": 16, "projection_dim": 64}
+    convolutions = PreTrainedConfig(hidden_size=64, num_filters=32, kernel_size=7)
+    assert reduction.reductions(convolutions) == {"hidden_size": 64, "num_filters": 8}
+
+
+def test_experts_are_set_behind_an_outer_model_that_has_none() -> None:
+    text = CONFIG_MAPPING["mixtral"](num_hidden_layers=1)
+    source = ModelSource("outer", CONFIG_MAPPING["llava"](text_config=text), kind="image-text-to-text")
+    model = reduction.build_module(source, source.config, torch.device("meta"), torch.float32)
+    inner = model.model.language_model
+
+    def chosen() -> str:
+        return str(inner.get_experts_implementation()[""])
+
+    default = chosen()
+    model.set_experts_implementation(None)
+    assert (default, chosen()) == ("grouped_mm", "eager")  # what the outer model hands on
+    loaded = LoadedModel(model, (), config=source.config)
+    with reduction.grouped_experts(loaded):
+        assert chosen() == "grouped_mm"
+    assert chosen() == "eager"
+
+
 def test_what_cannot_be_reduced_keeps_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     # A reduction that is wrong on purpose: seven key heads do not divide four query heads.
     right = reduction.reductions

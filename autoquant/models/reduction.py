@@ -37,18 +37,18 @@ from autoquant.models.source import (
 _LARGEST = 100_000_000  # parameters of what is still called small: 0.8 GB in float64
 
 
-def small(source: ModelSource, seed: int = 0) -> LoadedModel:
+def small(source: ModelSource, seed: int = 0, *, each: int = 1) -> LoadedModel:
     """``source`` with reduced sizes and random weights on the CPU; two sequences of eight tokens, or one with an image.
 
-    float64, or float32 where a kernel refuses float64. Enough layers are kept for one of every kind. A factory is
-    called at its own size.
+    float64, or float32 where a kernel refuses float64. Enough layers are kept for ``each`` of every kind, or for all
+    where there are fewer. A factory is called at its own size.
 
     Raises :class:`AutoQuantError` where no reduction can be built and run.
     """
     if source.config is None:
         return _small_factory(source, seed)
     missing = build_meta(source).missing  # what the full-size model is traced without, its proof goes without too
-    config = _reduced(source, missing)
+    config = _reduced(source, missing, each)
     # Grouped matrix products, the default for experts, have no float64 kernel everywhere.
     for dtype, experts in (
         (torch.float64, None),
@@ -57,7 +57,7 @@ def small(source: ModelSource, seed: int = 0) -> LoadedModel:
         (torch.float32, None),
     ):
         model = build_module(source, config, torch.device("cpu"), dtype)
-        model.set_experts_implementation(experts)
+        _set_experts_(model, experts)
         randomise_(model, seed)
         loaded = with_inputs(model, torch.device("cpu"), dtype, (2, 8), seed, without=missing)
         failure = failure_of(loaded)
@@ -75,13 +75,26 @@ def grouped_experts(loaded: LoadedModel) -> Iterator[None]:
     if loaded.config is None:
         yield
         return
-    model: Any = loaded.module
-    before = model.get_experts_implementation()
-    model.set_experts_implementation(None)  # its default
+    before = [(part, part.get_experts_implementation()) for part in _with_experts(loaded.module)]
+    _set_experts_(loaded.module, None)
     try:
         yield
     finally:
-        model.set_experts_implementation(before)
+        for part, implementation in before:
+            part.set_experts_implementation(implementation)
+
+
+def _set_experts_(module: nn.Module, implementation: str | None) -> None:
+    """Set how experts are computed (None: the default), the inner models last.
+
+    An outer model that has no choice itself takes eager experts by default, and hands that on to a part that has one.
+    """
+    for part in _with_experts(module):
+        part.set_experts_implementation(implementation)
+
+
+def _with_experts(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if hasattr(part, "set_experts_implementation")]
 
 
 @contextlib.contextmanager
@@ -221,8 +234,8 @@ def _small_factory(source: ModelSource, seed: int) -> LoadedModel:
     raise AutoQuantError(f"{source.name}: cannot be run: {one_line(failure)}") from failure
 
 
-def _reduced(source: ModelSource, missing: Collection[str]) -> Any:
-    """A small configuration that builds and runs, of as few layers as show every kind.
+def _reduced(source: ModelSource, missing: Collection[str], each: int) -> Any:
+    """A small configuration that builds and runs, of as few layers as show every kind ``each`` times.
 
     Where the reduction as a whole is refused, heads keep their size; else the one field, or the one part of the
     configuration, whose original values make it acceptable is given those back, else one field after the other.
@@ -241,8 +254,17 @@ def _reduced(source: ModelSource, missing: Collection[str]) -> Any:
     if layer_count(config) is None:
         return config
     kinds = layer_kinds(build_module(source, config, torch.device("meta"), torch.float32), config)
-    limit_layers(config, max(2, max(kinds, default=0) + 1))
+    limit_layers(config, max(2, _shown(kinds, each)))
     return config
+
+
+def _shown(kinds: Sequence[int], each: int) -> int:
+    """How many first layers hold ``each`` of every kind, or all of those that there are fewer of."""
+    needed = 0
+    for kind in set(kinds):
+        layers = [layer for layer, other in enumerate(kinds) if other == kind]
+        needed = max(needed, layers[:each][-1] + 1)
+    return needed
 
 
 def _fewer(config: Any, changes: Mapping[str, int]) -> Iterator[dict[str, int]]:

@@ -27,6 +27,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"n_groups$"), 2),
     (re.compile(r"experts?$|num_experts|expert_num"), 8),
     (re.compile(r"state"), 8),
+    (re.compile(r"filters$"), 8),  # of a convolution's first stage: each further one doubles them
     (re.compile(r"chunk_size"), 16),
 )
 
@@ -77,7 +78,16 @@ def _fewer_positions(part: Any) -> dict[str, int]:
 
 
 def _shallower(part: Any) -> dict[str, int]:
-    return {name: 2 for name in depths(part) if vars(part)[name] > 2}
+    """Two layers, or as many as show each value of the lists that say what kind every layer is."""
+    return {
+        name: min(vars(part)[name], _shown(part, vars(part)[name])) for name in depths(part) if vars(part)[name] > 2
+    }
+
+
+def _shown(part: Any, count: int) -> int:
+    lists = [value for value in vars(part).values() if isinstance(value, list | tuple) and len(value) == count]
+    kinds = [value for value in lists if all(isinstance(entry, str | bool) for entry in value)]
+    return max([2, *(value.index(entry) + 1 for value in kinds for entry in value)])
 
 
 def _widths_of(part: Any, hidden: int) -> list[str]:
@@ -117,10 +127,12 @@ def _part(config: Any, keep_heads: bool) -> dict[str, int]:
     changes |= {name: _fewer_heads(value, queries, shared) for name, value in heads.items()}
     if not keep_heads:
         changes |= {name: _smaller_head(value) for name, value in sizes_of_heads.items()}
+    if hidden and hidden < 64 and not heads:  # a code of a codebook: what its layers' widths relate to is the widest
+        hidden = max((value for name, value in rest.items() if _WIDTH.search(name)), default=hidden)
     if not hidden:
         return changes
     inner = queries * head
-    new_hidden = _new_hidden(hidden, inner, new_queries * new_head) if heads else 64
+    new_hidden = _new_hidden(hidden, inner, new_queries * new_head) if heads else min(hidden, 64)
     width = _narrower(hidden, new_hidden, inner, new_queries * new_head)
     for name, value in rest.items():
         if name not in changes and _WIDTH.search(name) and not (keep_heads and name in sizes_of_heads):
