@@ -237,6 +237,32 @@ def test_the_page_has_every_row_totals_and_reasons() -> None:
     assert "analysis takes 0.20 of the capture's time at the median" in text
 
 
+def test_a_row_whose_config_cannot_be_written_is_not_proved() -> None:
+    refused = ROWS[0] | {"unproved": "2 problems: the config is not valid"}
+    rows = [refused, *ROWS[1:]]
+    assert "certificate" in refused
+    assert totals(rows)["proved"] == totals(ROWS)["proved"] - 1
+    assert not offers(refused)
+    text = coverage_text(rows, "make survey")
+    assert "\n| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | not proved | 3.5 |\n" in text
+    assert "**0 proved, worst 0e+00**" in text
+    _, _, after = text.partition("\n## Not proved\n")
+    assert "\n- **good**: 2 problems: the config is not valid\n" in after.partition("\n## ")[0]
+
+
+def test_a_row_that_claims_nothing_says_why() -> None:
+    nothing = ROWS[0] | {"groups": 0, "spaces": 0, "certificate": {}, "repaired": {}}
+    for reasons, said in (
+        ({"untraced": {"model": "its forward cannot be traced"}}, "model: its forward cannot be traced"),
+        ({"blocked": ["smoothing: no", "rotation: neither"]}, "smoothing: no; rotation: neither"),
+        ({}, "it holds no linear that anything could be undone in"),
+    ):
+        text = coverage_text([nothing | reasons], "make survey")
+        assert "| nothing claimed |" in text
+        assert f"\n## Nothing claimed\n\n- **good**: {said}\n" in text
+    assert "## Nothing claimed" not in coverage_text(ROWS, "make survey")
+
+
 def test_stacks_tell_encoder_and_decoder_apart() -> None:
     """T5: the encoder's and the decoder's residual stream start at one table, so that one space is in both."""
     stacks = stacks_of(analyze(resolve("t5", layers=2)).config)

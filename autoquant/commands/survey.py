@@ -43,7 +43,7 @@ def command(
 
     from autoquant.files import write_text
     from autoquant.generate import write_index
-    from autoquant.report.coverage import coverage_text, offers, totals
+    from autoquant.report.coverage import coverage_text, offers, proved, totals
     from autoquant.survey import chosen_names, examine, finished, name_of, registered, survey
 
     everything = registered()
@@ -57,7 +57,7 @@ def command(
     def done(row: dict[str, object]) -> None:
         nonlocal left
         left -= 1
-        verdict = "not captured" if not row["captured"] else "proved" if "certificate" in row else "not proved"
+        verdict = "not captured" if not row["captured"] else "proved" if proved(row) else "not proved"
         click.echo(f"{name_of(row)}: {verdict} ({row.get('seconds', '?')} s), {left} to go", err=True)
 
     rows = survey(

@@ -17,7 +17,7 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
     return {
         "types": len(rows),
         "captured": len(captured),
-        "proved": sum("certificate" in row for row in captured),
+        "proved": sum(map(proved, captured)),
         "with a smoothing group": sum(row["groups"] > 0 for row in captured),
         "residual rotatable": sum(bool(row["residual"]) for row in captured),
         "with an operator without a rule": sum(bool(row["unknown_operators"]) for row in captured),
@@ -26,9 +26,14 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
+def proved(row: Row) -> bool:
+    """Whether the certificate holds and the config can be written; a row that says why not is not proved."""
+    return "certificate" in row and "unproved" not in row
+
+
 def offers(row: Row) -> bool:
     """Whether something is claimed and proved."""
-    return "certificate" in row and row["groups"] + row["spaces"] > 0
+    return proved(row) and row["groups"] + row["spaces"] > 0
 
 
 def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ()) -> str:
@@ -67,6 +72,7 @@ def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ())
         ]
     lines += _listed_rows("Not captured", rows, lambda row: row.get("reason"))
     lines += _listed_rows("Not proved", rows, lambda row: row.get("unproved"))
+    lines += _listed_rows("Nothing claimed", rows, _nothing)
     lines += _listed_rows("Default configurations that were repaired", rows, _repairs)
     lines += _listed_rows("Residual not rotatable", rows, _why)
     lines += _listed_rows("Encoders, decoders and towers", rows, _stacks, _ABOUT_STACKS)
@@ -130,7 +136,7 @@ def _seconds(rows: Sequence[Row]) -> list[str]:
 def _line(row: Row) -> str:
     if not row.get("captured"):
         return f"| {row['type']} | no | | | | | | | {row.get('seconds', '')} |"
-    if "certificate" not in row:
+    if not proved(row):
         worst = "not proved"
     else:
         worst = f"{max(row['certificate'].values()):.0e}" if row["certificate"] else "nothing claimed"
@@ -151,8 +157,8 @@ def _line(row: Row) -> str:
 def _sums(rows: Sequence[Row]) -> str:
     """The table's last line: totals per column."""
     captured = [row for row in rows if row.get("captured")]
-    proved = [row for row in captured if "certificate" in row]
-    worst = max((change for row in proved for change in row["certificate"].values()), default=0.0)
+    holding = [row for row in captured if proved(row)]
+    worst = max((change for row in holding for change in row["certificate"].values()), default=0.0)
     cells = (
         f"**{len(rows)}**",
         f"**{len(captured)}**",
@@ -161,7 +167,7 @@ def _sums(rows: Sequence[Row]) -> str:
         f"**{sum(bool(row['residual']) for row in captured)}**",
         f"**{_sum(captured, 'spaces')}**",
         f"**{_sum(captured, 'online')}**",
-        f"**{len(proved)} proved, worst {worst:.0e}**",
+        f"**{len(holding)} proved, worst {worst:.0e}**",
         f"**{sum(row.get('seconds', 0) for row in rows):.0f}**",
     )
     return f"| {' | '.join(cells)} |"
@@ -179,6 +185,13 @@ def _why(row: Row) -> str | None:
     if not row.get("captured") or row["residual"]:
         return None
     return row["residual_blocked"] or "no table of embeddings is looked up and read as a vector by linears"
+
+
+def _nothing(row: Row) -> str | None:
+    """Why a certificate is empty: what was not traced, else what blocks."""
+    if not row.get("captured") or not proved(row) or row["certificate"]:
+        return None
+    return _untraced(row) or "; ".join(row["blocked"]) or "it holds no linear that anything could be undone in"
 
 
 def _stacks(row: Row) -> str | None:
