@@ -22,7 +22,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.models.source import PLACEHOLDER
 from autoquant.tracing import known_values, stand_ins_, undisturbed
 
-_IMAGES = ("pixel_values",)
+_IMAGES = ("pixel_values", "flattened_patches")
 _SOUNDS = ("input_features", "input_values")
 
 Values = dict[str, Tensor]
@@ -68,7 +68,7 @@ def make_inputs(
         for layout in layouts:
             try:
                 tried = {**made, **layout()}
-                maker.run(maker.with_placeholders(text, tried))
+                text = maker.fitting(text, tried)
             except Exception as error:  # the model's own code: this layout is not one of its
                 failure = failure or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
@@ -135,7 +135,9 @@ class _Maker:
         """Inputs that are no text, each with its layouts."""
         found = []
         for name in self.names:
-            if name in _IMAGES:
+            if name == "flattened_patches":
+                found.append((name, list(self._patches(_part(self.fields, "vision|image")))))
+            elif name in _IMAGES:
                 found.append((name, list(self._images(_part(self.fields, "vision|image|visual|vit|encoder")))))
             elif name in _SOUNDS:
                 found.append((name, list(self._sounds(name, _part(self.fields, "audio|speech|encoder")))))
@@ -178,12 +180,32 @@ class _Maker:
                 "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
             }
 
+    def _patches(self, vision: Fields) -> Iterator[Callable[[], Values]]:
+        """Patches in one row each, their row and column in the image before their values."""
+        width = _first(vision, "patch_embed_hidden_size")
+        if not width:
+            return
+
+        def patches() -> Values:
+            made = self._floats(1, 16, 2 + width)
+            made[..., :2] = 0
+            return {"flattened_patches": made}
+
+        yield patches
+
     def _sounds(self, name: str, audio: Fields) -> Iterator[Callable[[], Values]]:
         if name == "input_values":
             yield lambda: {name: self._floats(1, 4000)}
             return
         bins = _first(
-            audio, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim", "mel_bins"
+            audio,
+            "num_mel_bins",
+            "n_mels",
+            "input_feat_per_channel",
+            "feature_size",
+            "input_dim",
+            "mel_bins",
+            "feature_projection_input_dim",
         )
         if not bins:
             return
@@ -201,6 +223,19 @@ class _Maker:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     # Both together
+
+    def fitting(self, text: Values, media: Values) -> Values:
+        """``text``, as long as it takes to run with ``media``. Raises what the model says where it does not run."""
+        try:
+            self.run(self.with_placeholders(text, media))
+        except Exception:  # the model's own code
+            # Where features are added to the tokens one by one, there is a token for each.
+            count = 0 if self.module.config.is_encoder_decoder else self._features("audio", media)
+            if "input_ids" not in text or not count:
+                raise
+            text = {**text, "input_ids": self._tokens(1, count)}
+            self.run(self.with_placeholders(text, media))
+        return text
 
     def with_placeholders(self, text: Values, media: Values) -> Values:
         """The text with as many placeholder tokens as there are features, and the type of each token."""
@@ -223,6 +258,8 @@ class _Maker:
             # without them to what came before alone: two functions.
             wanted.append("token_type_ids")
         extra = {name: types for name in self.names if name in wanted}
+        if "perceiver_embeddings" in self.names and "image_attention_mask" in self.names:  # every token sees each image
+            extra["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
         return {**text, **media, "input_ids": ids, **extra}
 
     def _features(self, what: str, media: Values) -> int:
