@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,3 +141,35 @@ def test_a_model_need_not_say_where_its_tables_are_but_must_have_a_vocabulary() 
     model.config.get_text_config = lambda: object()
     with pytest.raises(AutoQuantError, match=r"takes no tokens: its configuration has no vocab_size$"):
         make_inputs(model, torch.device("meta"), shape, torch.float32)
+
+
+def known_type(name: str) -> ModelSource:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    return resolve(name, layers=1)
+
+
+def test_patches_lie_in_rows_behind_their_places() -> None:
+    model = build_meta(known_type("pix2struct"))
+    patches = model.kwargs["flattened_patches"]
+    assert patches.shape == (1, 16, 2 + model.config.vision_config.patch_embed_hidden_size)
+    assert dict(model.missing) == {}
+
+
+def test_sound_that_is_projected_first_is_as_wide_as_that_takes() -> None:
+    model = build_meta(replace(known_type("seamless_m4t_v2"), kind="speech-seq2seq"))
+    assert model.kwargs["input_features"].shape[-1] == model.config.feature_projection_input_dim == 160
+    assert dict(model.missing) == {}
+
+
+def test_where_sound_is_added_to_the_tokens_there_is_one_for_each() -> None:
+    model = build_meta(known_type("voxtral_realtime"))
+    assert model.kwargs["input_ids"].shape == (1, 8)
+    assert dict(model.missing) == {}
+
+
+def test_every_token_sees_the_image_that_stands_beside_the_text() -> None:
+    model = build_meta(known_type("idefics"))
+    mask, ids = model.kwargs["image_attention_mask"], model.kwargs["input_ids"]
+    assert mask.shape == (1, ids.shape[1], 1) and bool((mask == 1).all())
+    assert dict(model.missing) == {}
