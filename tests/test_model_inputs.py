@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
-from autoquant.models import KINDS, ModelSource, build_meta, load_weights, registered_types, resolve, small
+from autoquant.models import KINDS, ModelSource, build_meta, load_weights, reduction, registered_types, resolve, small
 from autoquant.models.classes import auto_class, kind_of, kinds_of
 from autoquant.models.inputs import make_inputs
 from autoquant.models.sizes import fewer_positions, reductions
@@ -117,6 +117,14 @@ def test_reduction_keeps_what_the_parts_share() -> None:
     kept = reductions(config, keep_heads=True)
     assert kept["text_config.hidden_size"] // kept["text_config.num_attention_heads"] == 128
     assert fewer_positions(CONFIG_MAPPING["llava"]()) == {"vision_config.image_size": 56}
+
+
+def test_what_is_too_large_with_a_layer_of_every_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduction, "_LARGEST_WHOLE", 10_000)
+    with pytest.raises(
+        AutoQuantError, match=r"^llama: its small model has [\d,]+ parameters in 2 layers, more than 10,000$"
+    ):
+        small(resolve("llama"))
 
 
 def test_weights_are_loaded_by_the_class_that_made_them(tmp_path: Any) -> None:

@@ -25,6 +25,7 @@ from autoquant.analyzer.graph import (
     How,
     Names,
     Piece,
+    asks_for_ties,
     first_output,
     lower,
     module_path,
@@ -100,7 +101,8 @@ def capture(
                 only = first and route != "dynamo-pieces"
                 made = tuple(map(first_output, made)) if only else made
                 constant = tuple(known) if route == "export" else ()
-                return Captured(route, made, aliases, constant, only, tuple(calls) if run is opaque[1] else ())
+                untraced = tuple(calls) if run is opaque[1] else ()
+                return Captured(route, made, aliases, constant, only, untraced, asks_for_ties(module))
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failure = f"{route}: {_first_line(error)}"
             failures += [failure] if failure not in failures else []

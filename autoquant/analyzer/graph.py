@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Captured:
     """Whether the first floating-point output is the only one."""
     opaque: tuple[Any, ...] = ()
     """Calls of modules that could not be traced (``opaque.OpaqueCall``): one operator of the graph each."""
+    inseparable: bool = False
+    """Whether the model would compute something else once parameters are untied (:func:`asks_for_ties`)."""
 
 
 def module_path(node: torch.fx.Node) -> str:
@@ -113,6 +116,22 @@ def names_of(module: nn.Module) -> tuple[Names, tuple[tuple[str, ...], ...]]:
         {name: names[0] for names in tensors.values() for name in names},
     )
     return found, aliases
+
+
+def asks_for_ties(module: nn.Module) -> bool:
+    """Whether a forward pass reads ``tie_word_embeddings``: some rescale what a tied linear reads, and no other.
+
+    Untying has to be recorded in that field, so it would change what such a model computes.
+    """
+    return any(
+        getattr(getattr(part, "config", None), "tie_word_embeddings", False)
+        and "tie_word_embeddings" in _names_in(inspect.unwrap(type(part).forward))
+        for part in module.modules()
+    )
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    return getattr(getattr(function, "__code__", None), "co_names", ())
 
 
 def lower(program: torch.export.ExportedProgram, names: Names, described: Sequence[GraphInput] | None = None) -> Piece:

@@ -197,8 +197,8 @@ def _accepts(rule: Rule, site: Site, args: tuple[Value, ...], kwargs: dict[str, 
 def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
     """(canonical name, module path) -> the name that this module has for a shared parameter.
 
-    A table that is shared with a linear is two parameters as soon as it is untied; each use goes by its own name.
-    Linears that share a weight go by one name: their scales are the same.
+    A table that is shared with a linear is two parameters as soon as it is untied; each use goes by its own name. In a
+    model that cannot be untied, and for linears that share a weight, all go by one name: their scales are the same.
     """
     return {
         (group[0], module): users[0][1]
@@ -218,14 +218,16 @@ def shared_names(captured: Captured) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _users(captured: Captured, group: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(module, name) of those of a parameter's names that look it up as a table, and of the others."""
+def _users(captured: Captured, group: tuple[str, ...]) -> tuple[list[tuple[str, str]], ...]:
+    """(module, name) of each of a parameter's names: those that look it up as a table apart, if they can be."""
     table_users = set()
     for piece in captured.pieces:
         for node in piece.graph.graph.nodes:
             if node.op == "call_function" and operator_name(node) == "embedding":
                 table_users.add(module_path(node))
     named = [(name.rpartition(".")[0], name) for name in group]
+    if captured.inseparable:
+        return (named,)
     return [u for u in named if u[0] in table_users], [u for u in named if u[0] not in table_users]
 
 

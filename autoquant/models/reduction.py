@@ -35,6 +35,7 @@ from autoquant.models.source import (
 )
 
 _LARGEST = 100_000_000  # parameters of what is still called small: 0.8 GB in float64
+_LARGEST_WHOLE = 400_000_000  # with a layer of every kind: a proof holds it about three times
 
 
 def small(source: ModelSource, seed: int = 0, *, each: int = 1) -> LoadedModel:
@@ -255,6 +256,12 @@ def _reduced(source: ModelSource, missing: Collection[str], each: int) -> Any:
         return config
     kinds = layer_kinds(build_module(source, config, torch.device("meta"), torch.float32), config)
     limit_layers(config, max(2, _shown(kinds, each)))
+    size = parameters(build_module(source, config, torch.device("meta"), torch.float32))
+    if size > _LARGEST_WHOLE:
+        raise AutoQuantError(
+            f"{source.name}: its small model has {size:,} parameters in {layer_count(config)} layers, more than "
+            f"{_LARGEST_WHOLE:,}"
+        )
     return config
 
 

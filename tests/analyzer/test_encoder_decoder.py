@@ -121,6 +121,21 @@ def test_one_table_for_encoder_and_decoder_is_one_space() -> None:
     assert {writer.path for writer in space.writers if "embed" in writer.path} <= set(tied)
 
 
+def test_what_untying_would_change_stays_tied() -> None:
+    """One that rescales its last hidden state only where its configuration says that the table is tied."""
+    config = CONFIG_MAPPING["umt5"](
+        d_model=64, d_kv=16, d_ff=96, num_heads=4, num_layers=3, vocab_size=96, tie_word_embeddings=True
+    )
+    source = ModelSource("rescaled", config)
+    analyzed = analyze(source)
+    assert analyzed.captured.inseparable and not analyze(ModelSource("t5", made("t5"))).captured.inseparable
+    proved = certify(analyzed, source)
+    assert proved.rotation.spaces and not any(space.kind == "R1" for space in proved.rotation.spaces)
+    assert not any("shared" in slot.path for group in proved.smoothing.groups for slot in group.sources + group.targets)
+    reason = "the parameter is used in different ways: as a table and as a weight"
+    assert [b.what for b in proved.blocked if b.reason == reason] == ["rotation"]
+
+
 @pytest.mark.parametrize(("name", "tower"), [("llava", "model.vision_tower."), ("qwen2_vl", "model.visual.")])
 def test_towers_are_traced(name: str, tower: str) -> None:
     config = found(name).config
