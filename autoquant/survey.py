@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from autoquant.config import Config
 
 Row = dict[str, Any]
-TIMEOUT = 300.0
+TIMEOUT = 600.0
 """Seconds that one type may take."""
 
 _PR_SET_PDEATHSIG = 1  # prctl(2): a signal to this process when the one that started it ends

@@ -7,6 +7,7 @@ token of a head that it belongs to). A rotation mixes the coordinates of one ins
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ class Vector:
     """The mean was subtracted: behind a LayerNorm."""
     factors: Tensor | None = None
     """A number for what each element was multiplied by on its way, None for nothing."""
+    origin: int = field(default_factory=itertools.count().__next__)
+    """The same for what only data movement made of one and the same tensor: parts of others cannot stand in for it."""
 
     def times(self, keys: Tensor) -> Tensor:
         """``factors`` after a product with the factors that ``keys`` number."""
@@ -101,6 +104,8 @@ class RotationAnalysis:
     folded: dict[str, Norm] = field(default_factory=dict)
     values: list[tuple[Site, Tensor]] = field(default_factory=list)
     """Attention sites and the coordinates of their values."""
+    arranged: list[tuple[Site, Tensor]] = field(default_factory=list)
+    """Coordinates as they lie along the last axis where vectors are added or read, ``[rows, channels]``."""
 
     def __post_init__(self) -> None:
         self.families = Families(self.variables)
@@ -156,6 +161,14 @@ class RotationAnalysis:
             np.add.at(sums, inverse, code[real])
         self.splits.append(Split(labels, sums, reason, centre))
 
+    def arrange(self, site: Site, *coordinates: Tensor) -> None:
+        """Note the order in which channels lie. Rows that are alike, as those of all tokens are, count once."""
+        for labels in coordinates:
+            for d in range(labels.ndim - 1):
+                if not varies(labels, d):
+                    labels = labels.narrow(d, 0, 1)
+            self.arranged.append((site, labels.reshape(-1, labels.shape[-1])))
+
     # --- data movement ------------------------------------------------------------------------------------------
 
     def move(
@@ -206,6 +219,8 @@ class RotationAnalysis:
             instances.append(part.instances if site.operator == "cat" else part.instances + offset)
             offset += int(part.instances.max()) + 1
         factors = [torch.zeros_like(p.coordinates) if p.factors is None else p.factors for p in parts]
+        if len({part.origin for part in parts}) > 1:  # of two tensors neither is whole: what each channel is of counts
+            factors = [mixed(f, torch.tensor(part.origin)) for f, part in zip(factors, parts, strict=True)]
         return Vector(
             function([p.coordinates for p in parts], *rest, **kwargs),
             function(instances, *rest, **kwargs),
@@ -287,11 +302,17 @@ def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
     if isinstance(coordinates, (tuple, list)):
         none = [None] * len(coordinates)
         return tuple(
-            Vector(c, i, vector.gain, g, None, vector.centred, f)
+            Vector(c, i, vector.gain, g, None, vector.centred, f, vector.origin)
             for c, i, g, f in zip(coordinates, instances, index or none, factors or none, strict=True)
         )
     whole = coordinates.shape == vector.coordinates.shape
-    return Vector(coordinates, instances, vector.gain, index, vector.table if whole else None, vector.centred, factors)
+    table = vector.table if whole else None
+    return Vector(coordinates, instances, vector.gain, index, table, vector.centred, factors, vector.origin)
+
+
+def anew(vector: Vector) -> Vector:
+    """As the result of an operator that computes."""
+    return replace(vector, origin=Vector(vector.coordinates, vector.instances).origin)
 
 
 def mixed(left: Tensor, right: Tensor) -> Tensor:
@@ -300,6 +321,11 @@ def mixed(left: Tensor, right: Tensor) -> Tensor:
     with np.errstate(over="ignore"):
         pairs = _mix(one.numpy().astype(np.uint64)) + other.numpy().astype(np.uint64)
     return torch.from_numpy(_mix(pairs).view(np.int64))
+
+
+def numbered(labels: Ints) -> npt.NDArray[np.uint64]:
+    """Numbers to tell sets of labels apart by their sums."""
+    return _mix(labels.astype(np.uint64))
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -75,10 +75,17 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
         v.equal(columns, labels, site.order)
         if x.gain_index is not None and not bool((x.gain_index == torch.arange(x.gain_index.shape[-1])).all()):
             a.end(site, [x], "the norm's weight is rearranged before it is read")
+        order = columns.argsort(-1)  # as they lie in the weight
+        a.arrange(site, labels.expand_as(columns).gather(-1, order))
+        if x.factors is not None and varies(x.factors, x.factors.ndim - 1):
+            a.split(x, x.factors, site.because("channels of different vectors are read together"))
         if x.factors is not None:
             seen = mixed(x.instances, x.factors).flatten(0, -2).sum(0)
-            for copies in labels if labels.ndim > 1 else [labels]:
-                a.split_copies(copies, seen, site.because("copies of its channels that saw different factors are read"))
+            rows = zip(labels, order, strict=True) if labels.ndim > 1 else [(labels, order)]
+            for copies, lie in rows:
+                a.split_copies(
+                    copies[lie], seen[lie], site.because("copies of its channels that saw different factors are read")
+                )
         name = bias.name if isinstance(bias, Param) else None
         bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
         a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))

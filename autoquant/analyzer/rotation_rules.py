@@ -20,13 +20,14 @@ import torch
 
 from autoquant.analyzer.families import Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import LINEAR, NO_ROTATION, PRODUCTS, operator_name
+from autoquant.analyzer.operators import CASTS, LINEAR, NO_ROTATION, PRODUCTS, operator_name
 from autoquant.analyzer.rotation_analysis import (
     Gain,
     Mean,
     RotationAnalysis,
     Square,
     Vector,
+    anew,
     broadcast,
     coordinates_of,
     fresh_instances,
@@ -51,7 +52,9 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
     def passes(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
         if not isinstance(x, (Vector, Square, Mean, Gain)):
             return a.end(site, [x], NO_ROTATION)
-        return x if site.outputs[0].is_floating_point() else a.end(site, [x], "it is rounded")
+        if not site.outputs[0].is_floating_point():
+            return a.end(site, [x], "it is rounded")
+        return anew(x) if isinstance(x, Vector) and site.operator not in CASTS else x
 
     def add(site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
         if kwargs.get("alpha", args[0] if args else 1) != 1:
@@ -69,7 +72,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             and isinstance(y, Mean)
             and x.coordinates is y.of.coordinates
         ):
-            return replace(x, table=None, centred=True)
+            return anew(replace(x, table=None, centred=True))
         if isinstance(x, Param) or isinstance(y, Param):
             vector, param = (x, y) if isinstance(y, Param) else (y, x)
             return added_parameter(site, vector, param)
@@ -80,6 +83,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             name = gain.weight if gain else None
             return a.end(site, [x, y], f"{name} is applied to it before it is added: it cannot be folded into a linear")
         coordinates = v.merge(x.coordinates, y.coordinates, site.order)
+        a.arrange(site, x.coordinates.expand(site.shape), y.coordinates.expand(site.shape))
         one, other = torch.broadcast_tensors(x.instances, y.instances)
         pairs = (one * (int(other.max()) + 1) + other).reshape(-1)  # whatever tokens meet, meet in one instance
         instances = torch.unique(pairs, return_inverse=True)[1].view(site.shape)
@@ -96,7 +100,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if vector.gain is not None:
             if (
                 vector.gain.bias is None
-                and param.shape == param.full_shape
+                and not param.views
                 and param.shape == tuple(vector.coordinates.shape[-1:])
                 and vector.gain_index is not None
             ):
@@ -107,7 +111,9 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if labels is None or len([size for size in param.full_shape if size > 1]) > 1:
             return a.end(site, [vector, param], "a parameter is added")
         vector = broadcast(vector, site.shape)
-        return replace(vector, coordinates=v.merge(vector.coordinates, labels, site.order), table=None, centred=False)
+        a.arrange(site, vector.coordinates, labels.expand(site.shape))
+        merged = v.merge(vector.coordinates, labels, site.order)
+        return anew(replace(vector, coordinates=merged, table=None, centred=False))
 
     def bias_of(norm: str | None, bias: Param, site: Site) -> None:
         """One bias of two norms could be folded into the readers of neither: it is gone after the first."""
@@ -142,7 +148,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if scalar(factor) is not None or (isinstance(factor, Unknown) and len(factor.shape) == 0):
             if vector.gain is not None and vector.gain.bias is not None:
                 return a.end(site, [vector], "a norm's bias is scaled")
-            return replace(vector, table=None)  # a norm's epsilon is not scaled with the table
+            return anew(replace(vector, table=None))  # a norm's epsilon is not scaled with the table
         shape = shape_of(factor)
         if vector.gain is not None and vector.gain.bias is not None:
             return a.end(site, [vector], "a norm's bias is scaled")
@@ -152,7 +158,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             vector = broadcast(vector, site.shape)
         keys = torch.arange(int(np.prod(shape))).view(shape).expand(site.shape)
         a.split(vector, keys, site.because("its channels are multiplied by different factors"))
-        return replace(vector, table=None, factors=vector.times(keys + (site.order << 32)))
+        return anew(replace(vector, table=None, factors=vector.times(keys + (site.order << 32))))
 
     def number(site: Site, vector: Vector, param: Param) -> Value:
         """One number that is a parameter: what is multiplied by it is rotated all the same."""
@@ -224,6 +230,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
     def measured(site: Site, vector: Vector, dims: Sequence[int], text: str, centre: bool = False) -> Value:
         shape = [1 if d in dims else s for d, s in enumerate(vector.coordinates.shape)]
         keys = torch.arange(int(np.prod(shape))).view(shape).expand(vector.coordinates.shape)
+        keys = keys if vector.factors is None else mixed(keys, vector.factors)
         a.split(vector, keys, site.because(text), centre)
         return a.unknown(site)
 
@@ -259,6 +266,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             return a.end(site, [x, weight, bias], "it is normalised with a weight that is rearranged")
         here = site.because("it belongs to a norm")
         folds = x.table is not None and None not in (weight, eps) and folds_into_table(site, x.table)
+        folds = folds and params[0].name == f"{site.at}.weight"  # a module of its own, which can become the identity
         owner = f" of {x.table}" if folds else ""
         if gain is not None:
             a.families.other_use(gain.param, here, f"gain{gain.offset}{owner}")
@@ -281,7 +289,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if weight is None and bias is None:
             return replace(x, table=None, centred=layer)
         index = torch.arange(x.coordinates.shape[-1]).expand(x.coordinates.shape)
-        return Vector(x.coordinates, x.instances, found, index)
+        return Vector(x.coordinates, x.instances, found, index, factors=x.factors)
 
     def folds_into_table(site: Site, table: str) -> bool:
         """Is it the only use of the table's only lookup, and does more than linears depend on it?"""

@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from autoquant.analyzer.capture import Captured
 from autoquant.analyzer.families import Family
-from autoquant.analyzer.interpret import Walk, shared_names
-from autoquant.analyzer.rotation_analysis import Read, RotationAnalysis
+from autoquant.analyzer.interpret import Site, Walk, shared_names
+from autoquant.analyzer.rotation_analysis import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rotation_rules import rules
 from autoquant.analyzer.scales import group_name, slot_of
 from autoquant.analyzer.variables import Ints, Reason, Solution
@@ -53,6 +54,9 @@ def analyse_rotations(captured: Captured) -> Rotations:
         solution = analysis.variables.solve(keep)
     families = analysis.families.all()
     blocks = _blocks(analysis, families, solution)
+    if _fix_copies_paired_otherwise(analysis, families, solution, blocks):
+        solution = analysis.variables.solve(keep)
+        blocks = _blocks(analysis, families, solution)
     return Rotations(analysis, walk, solution, blocks, _spaces(analysis, families, solution, blocks))
 
 
@@ -70,8 +74,9 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
         labels = analysis.families.labels(family)
         labels = labels[~solution.fixed[labels]]
         components = tuple(np.unique(solution.component[labels]).tolist())
-        for read in _reads(analysis, family) if len(labels) else []:
-            reads.append((read, labels, components))
+        for read in _reads(analysis, family):
+            if len(labels):
+                reads.append((read, labels, components))
             for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
                 if name is not None:
                     spaces.setdefault(name, set()).add(components)
@@ -89,6 +94,65 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
             analysis.variables.fix(torch.from_numpy(labels), read.site.because(text))
             found = True
     return found
+
+
+def _fix_copies_paired_otherwise(
+    analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints
+) -> bool:
+    """End the blocks whose copies are not always the same; were there any?
+
+    Where several channels have one coordinate, as in two halves that are added, a writer or reader rotates the first
+    channels of all coordinates together, then the second ones, and so on. Those have to be one vector: wherever a
+    channel lies in any order, its company must be the same.
+    """
+    rows = [
+        (None, labels)
+        for f in families
+        if f.role != "column"
+        for labels in analysis.families.labels(f).reshape(_stack(f), -1)
+    ]
+    orders = [*rows, *((site, labels) for site, found in analysis.arranged for labels in found.numpy())]
+    company = np.zeros(len(solution.component), dtype=np.uint64)
+    met: list[tuple[Site | None, Ints, npt.NDArray[np.uint64]]] = []
+    several = np.zeros(int(blocks.max(initial=0)) + 1, dtype=np.bool_)
+    for site, labels in orders:
+        labels = labels[blocks[solution.component[labels]] >= 0]
+        component = solution.component[labels]
+        nth = _occurrence(component)
+        several[blocks[component[nth > 0]]] = True
+        _, group = np.unique(blocks[component] * (len(labels) + 1) + nth, return_inverse=True)
+        sums = np.zeros(len(labels), dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(sums, group, numbered(labels))
+        met.append((site, labels, sums[group]))
+    found = False
+    for site, labels, sums in met:
+        here = several[blocks[solution.component[labels]]]
+        labels, sums = labels[here], sums[here]
+        new = company[labels] == 0
+        company[labels[new]] = sums[new]
+        other = company[labels] != sums
+        if other.any():
+            assert site is not None  # each channel has one place in one weight
+            reason = site.because("copies of its channels lie in different orders")
+            wrong = np.isin(blocks[solution.component], blocks[solution.component[labels[other]]])
+            analysis.variables.fix(torch.from_numpy(np.flatnonzero(wrong)), reason)
+            found = True
+    return found
+
+
+def _stack(family: Family) -> int:
+    """Number of matrices that a family's positions go through, one after the other."""
+    return family.count // family.full_shape[family.dim] if family.stack and not family.keyed else 1
+
+
+def _occurrence(values: Ints) -> Ints:
+    """For each entry how many equal ones are before it."""
+    order = np.argsort(values, kind="stable")
+    found = values[order]
+    nth = np.empty(len(values), dtype=np.int64)
+    nth[order] = np.arange(len(values)) - np.searchsorted(found, found)
+    return nth
 
 
 def _contested_gains(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:

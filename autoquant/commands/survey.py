@@ -21,7 +21,7 @@ COMMAND = "make survey"
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N rows, drawn by --seed.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Types at a time.")
-@click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds that one type may take.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one type may take.")
 def command(
     output: Path,
     configs: Path | None,
