@@ -230,6 +230,53 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    "parts_of_two": lambda: (
+        embedded(
+            lambda s, i: (lambda x, y: s.o(torch.cat([y[..., 2:], x[..., :2]], -1)))(
+                *(lambda x: (x, x + s.b(x)))(s.e(i))
+            ),
+            b=lin(),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "halves_added": lambda: (
+        embedded(lambda s, i: s.o(F.linear(s.e(i), s.w[:8]) + F.linear(s.e(i), s.w[-8:])), w=par(12, 4), o=lin(8, 4)),
+        IDS,
+    ),
+    "halves_added_and_read_from_the_second": lambda: (
+        embedded(
+            lambda s, i: F.linear(F.linear(s.e(i), s.w[:8]) + F.linear(s.e(i), s.w[-8:]), s.o.roll(1, 1)),
+            w=par(12, 4),
+            o=par(4, 8),
+        ),
+        IDS,
+    ),
+    "norm_with_a_rolled_bias": lambda: (
+        embedded(lambda s, i: s.o(s.n(s.b(s.e(i))) + s.p.roll(1, 0)), n=nn.RMSNorm(4), p=par(4), b=lin(), o=lin()),
+        IDS,
+    ),
+    "gain_of_another_vector_too": lambda: (
+        embedded(
+            lambda s, i: (lambda x: s.o(s.n(x * s.p[0])) + s.o2(s.n(s.b(x))))(s.e(i)),
+            n=nn.RMSNorm(4),
+            p=par(4, 4),
+            b=lin(),
+            o=lin(),
+            o2=lin(),
+        ),
+        IDS,
+    ),
+    "norm_that_is_no_module": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(h + s.b(h)))(F.layer_norm(s.e(i), (4,), s.n, s.p)),
+            n=par(4),
+            p=par(4),
+            b=lin(),
+            o=lin(),
+        ),
+        IDS,
+    ),
     "stack_tokens": lambda: (
         embedded(lambda s, i: (lambda h: s.o(torch.cat([h[:, :2], h[:, 1:]], -1)))(s.e(i)), o=lin(8, 4)),
         IDS,

@@ -234,6 +234,24 @@ EXPECTED: dict[str, list[str]] = {
     "weight_is_bias": ["norm_linear 4 p.0 -> o.weight.1"],
     "bias_of_two_norms": ["norm_linear 4 n.0 p.0 n2.0 -> o.weight.1 o2.weight.1"],
     "bias_of_two_spaces": ["norm_linear 4 n.0 p.0 -> o.weight.1 o2.weight.1"],
+    "parts_of_two": ["linear_linear 4 e.weight.1 b.weight.0 b.bias.0 -> b.weight.1 o.weight.1[0:2x2/2,1>2+-2,1]"],
+    "halves_added": [
+        "linear_linear 4 e.weight.1 -> w.1",
+        "linear_linear 4 w.0[0:3x4/4,1>0,1] -> o.weight.1[0:2x4/4,1>0,1]",
+    ],
+    "halves_added_and_read_from_the_second": [
+        "linear_linear 4 e.weight.1 -> w.1",
+        "linear_linear 4 w.0[0:3x4/4,1>0,1] -> o.1[0:2x3/3,1>1+-1,1 6:2/1>3+-3]",
+    ],
+    "norm_with_a_rolled_bias": [
+        "linear_linear 4 e.weight.1 -> b.weight.1",
+        "norm_linear 4 n.weight.0 p.0[0..2>1 3] -> o.weight.1",
+    ],
+    "gain_of_another_vector_too": [
+        "linear_linear 4 e.weight.1 -> p.1x4[0..3] b.weight.1",
+        "norm_linear 4 n.weight.0 -> o.weight.1 o2.weight.1",
+    ],
+    "norm_that_is_no_module": ["linear_linear 4 n.0 p.0 b.weight.0 b.bias.0 -> b.weight.1 o.weight.1"],
     "stack_tokens": ["linear_linear 4 e.weight.1 -> o.weight.1[0:2x4/4,1>0,1]"],
     "cat_tokens": ["norm_linear 4 n.weight.0 -> o.weight.1"],
     "layer_scale": [
