@@ -146,7 +146,7 @@ class RotationAnalysis:
     def split_copies(self, labels: Tensor, keys: Tensor, reason: Reason) -> None:
         """A reader pairs the copies of its channels ``labels [in]`` in order: the n-th ones must see the same keys."""
         order = torch.argsort(labels, stable=True)
-        found = labels[order]
+        found = labels[order].contiguous()
         first = torch.searchsorted(found, found)
         if bool((first == torch.arange(len(found))).all()):
             return  # no channel twice
