@@ -23,6 +23,8 @@ from autoquant.analyzer.operators import NO_ROTATION, operator_name
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Variables
 from autoquant.config import Norm
 
+_next_origin = itertools.count().__next__
+
 
 @dataclass(frozen=True, slots=True)
 class Vector:
@@ -39,7 +41,7 @@ class Vector:
     """The mean was subtracted: behind a LayerNorm."""
     factors: Tensor | None = None
     """A number for what each element was multiplied by on its way, None for nothing."""
-    origin: int = field(default_factory=itertools.count().__next__)
+    origin: int = field(default_factory=_next_origin)
     """The same for what only data movement made of one and the same tensor: parts of others cannot stand in for it."""
 
     def times(self, keys: Tensor) -> Tensor:
@@ -312,7 +314,7 @@ def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
 
 def anew(vector: Vector) -> Vector:
     """As the result of an operator that computes."""
-    return replace(vector, origin=Vector(vector.coordinates, vector.instances).origin)
+    return replace(vector, origin=_next_origin())
 
 
 def mixed(left: Tensor, right: Tensor) -> Tensor:

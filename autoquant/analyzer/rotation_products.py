@@ -81,11 +81,9 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
             a.split(x, x.factors, site.because("channels of different vectors are read together"))
         if x.factors is not None:
             seen = mixed(x.instances, x.factors).flatten(0, -2).sum(0)
-            rows = zip(labels, order, strict=True) if labels.ndim > 1 else [(labels, order)]
-            for copies, lie in rows:
-                a.split_copies(
-                    copies[lie], seen[lie], site.because("copies of its channels that saw different factors are read")
-                )
+            reason = site.because("copies of its channels that saw different factors are read")
+            for copies, lie in zip(labels, order, strict=True) if labels.ndim > 1 else [(labels, order)]:
+                a.split_copies(copies[lie], seen[lie], reason)
         name = bias.name if isinstance(bias, Param) else None
         bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
         a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))

@@ -265,8 +265,12 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         if any(param.views for param in (*params, *([] if bias is None else [bias]))):
             return a.end(site, [x, weight, bias], "it is normalised with a weight that is rearranged")
         here = site.because("it belongs to a norm")
-        folds = x.table is not None and None not in (weight, eps) and folds_into_table(site, x.table)
-        folds = folds and params[0].name == f"{site.at}.weight"  # a module of its own, which can become the identity
+        folds = (
+            x.table is not None
+            and None not in (weight, eps)
+            and params[0].name == f"{site.at}.weight"  # a module of its own, which can become the identity
+            and folds_into_table(site, x.table)
+        )
         owner = f" of {x.table}" if folds else ""
         if gain is not None:
             a.families.other_use(gain.param, here, f"gain{gain.offset}{owner}")
@@ -281,13 +285,13 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         )
         if folds and x.table is not None:
             a.folded[x.table] = found  # of the token alone: the table can hold the result
-            return replace(x, table=None)
+            return anew(replace(x, table=None))
         if layer:
             centred(site, x, [x.coordinates.ndim - 1])
         else:
             measured(site, x, [x.coordinates.ndim - 1], "its length is taken over part of its channels")
         if weight is None and bias is None:
-            return replace(x, table=None, centred=layer)
+            return anew(replace(x, table=None, centred=layer))
         index = torch.arange(x.coordinates.shape[-1]).expand(x.coordinates.shape)
         return Vector(x.coordinates, x.instances, found, index, factors=x.factors)
 

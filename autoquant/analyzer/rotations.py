@@ -15,7 +15,7 @@ from autoquant.analyzer.interpret import Site, Walk, shared_names
 from autoquant.analyzer.rotation_analysis import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rotation_rules import rules
 from autoquant.analyzer.scales import group_name, slot_of
-from autoquant.analyzer.variables import Ints, Reason, Solution
+from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
 from autoquant.config import Norm, Reader, Space, Writer
 from autoquant.config import Read as ConfigRead
 
@@ -116,7 +116,7 @@ def _fix_copies_paired_otherwise(
     met: list[tuple[Site | None, Ints, npt.NDArray[np.uint64]]] = []
     several = np.zeros(int(blocks.max(initial=0)) + 1, dtype=np.bool_)
     for site, labels in orders:
-        labels = labels[blocks[solution.component[labels]] >= 0]
+        labels = labels[(labels != ZERO) & (blocks[solution.component[labels]] >= 0)]
         component = solution.component[labels]
         nth = _occurrence(component)
         several[blocks[component[nth > 0]]] = True

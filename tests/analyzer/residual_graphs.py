@@ -240,6 +240,12 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    "parts_of_a_vector_and_its_norm": lambda: (
+        embedded(
+            lambda s, i: (lambda x: s.o(torch.cat([F.rms_norm(x, (4,))[..., 2:], x[..., :2]], -1)))(s.e(i)), o=lin()
+        ),
+        IDS,
+    ),
     "halves_added": lambda: (
         embedded(lambda s, i: s.o(F.linear(s.e(i), s.w[:8]) + F.linear(s.e(i), s.w[-8:])), w=par(12, 4), o=lin(8, 4)),
         IDS,

@@ -182,6 +182,7 @@ EXPECTED: dict[str, list[str]] = {
     "bias_of_two_norms": [],
     "bias_of_two_spaces": [],
     "parts_of_two": ["R1 2 x 2 e.weight.1 b.weight.0 b.bias.0 -> b.weight.1 +bias o.weight.1[0:2x2/2,1>2+-2,1] +bias"],
+    "parts_of_a_vector_and_its_norm": ["R1 2 x 2 e.weight.1 -> o.weight.1[0:2x2/2,1>2+-2,1] +bias"],
     "halves_added": [
         "R1 1 x 4 e.weight.1 -> w.1",
         "other 1 x 4 w.0[0:3x4/4,1>0,1] -> o.weight.1[0:2x4/4,1>0,1] +bias",

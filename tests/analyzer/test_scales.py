@@ -235,6 +235,7 @@ EXPECTED: dict[str, list[str]] = {
     "bias_of_two_norms": ["norm_linear 4 n.0 p.0 n2.0 -> o.weight.1 o2.weight.1"],
     "bias_of_two_spaces": ["norm_linear 4 n.0 p.0 -> o.weight.1 o2.weight.1"],
     "parts_of_two": ["linear_linear 4 e.weight.1 b.weight.0 b.bias.0 -> b.weight.1 o.weight.1[0:2x2/2,1>2+-2,1]"],
+    "parts_of_a_vector_and_its_norm": [],
     "halves_added": [
         "linear_linear 4 e.weight.1 -> w.1",
         "linear_linear 4 w.0[0:3x4/4,1>0,1] -> o.weight.1[0:2x4/4,1>0,1]",
