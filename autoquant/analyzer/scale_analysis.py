@@ -251,6 +251,6 @@ def scalar(value: Value) -> float | None:
     """The number that ``value`` is, if it is one."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, Known) and value.value.numel() == 1:
+    if isinstance(value, Known) and value.value.numel() == 1 and not value.value.is_complex():
         return float(value.value)
     return None
