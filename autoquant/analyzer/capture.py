@@ -81,7 +81,8 @@ def capture(
     export: Route = ("export", non_strict)
     opaque: Route = ("export", partial(_around_opaque, run=non_strict, calls=calls))
     dynamo: Route = ("dynamo", _strict)
-    pieces: Route = ("dynamo-pieces", capture_pieces)
+    hidden: list[str] = []
+    pieces: Route = ("dynamo-pieces", partial(capture_pieces, hidden=hidden))
     routes: dict[str, tuple[Route, ...]] = {
         "auto": (export, dynamo, opaque, pieces) if known else (dynamo, export, opaque, pieces),
         "dynamo": (dynamo, pieces),
@@ -102,7 +103,7 @@ def capture(
                 made = tuple(map(first_output, made)) if only else made
                 constant = tuple(known) if route == "export" else ()
                 untraced = tuple(calls) if run is opaque[1] else ()
-                return Captured(route, made, aliases, constant, only, untraced, asks_for_ties(module))
+                return Captured(route, made, aliases, constant, only, untraced, asks_for_ties(module), tuple(hidden))
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failure = f"{route}: {_first_line(error)}"
             failures += [failure] if failure not in failures else []

@@ -152,6 +152,25 @@ class Chains:
         )
         return way[0] if self.reason(way[0]) is not None else None
 
+    def first(self, blocker: fx.Node) -> fx.Node:
+        """The earliest node that blocks of those that ``blocker`` blocks for; itself where it has a reason of its own.
+
+        Where a channel meets what carries nothing, that came about before: backwards along tensors of the same width.
+        """
+        found, seen, queue = blocker, {blocker}, [blocker]
+        while queue:
+            node = queue.pop()
+            for argument in node.all_input_nodes:
+                if argument in seen or argument.op != "call_function" or _width(argument) != _width(blocker):
+                    continue
+                if self._is_activation(argument) or operator_name(argument) in PRODUCTS:
+                    continue
+                seen.add(argument)
+                queue.append(argument)
+                if self._order[argument] < self._order[found] and self.reason(argument) is not None:
+                    found = argument
+        return found
+
     def _is_activation(self, node: fx.Node) -> bool:
         return self.labels(_first(self.walk.values.get(node))) is not None
 
@@ -242,6 +261,11 @@ class Chains:
             steps.append(Step(operator, at, effect))
             runs.append(moves)
         return tuple(steps)
+
+
+def _width(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return int(value.shape[-1]) if isinstance(value, Tensor) and value.ndim else None
 
 
 def _first(value: Any) -> Any:

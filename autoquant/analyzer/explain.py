@@ -253,7 +253,19 @@ def _rotation(analysis: Analysis, linear: Linear, use: Use) -> Answer:
             return _split(chains, rotations, value, [*way, node], notes)
         first = Chain("what this linear reads", chains.steps([*way, node], node, blocked=True))
         answer = _elsewhere("no", chains, reason, first, way)
+    answer = _with_first_cause(answer, chains, None if reason is None else chains.at(reason))
     return Answer(answer.verdict, answer.chains, (*answer.notes, *notes))
+
+
+def _with_first_cause(answer: Answer, chains: Chains, blocker: fx.Node | None) -> Answer:
+    """What blocks may do so because of what was blocked before, perhaps many layers before: where that began."""
+    cause = None if blocker is None else chains.first(blocker)
+    reason = None if cause is None or cause is blocker else chains.reason(cause)
+    if cause is None or reason is None:
+        return answer
+    note = f"the first cause is {qualified(reason.operator)} at {reason.at or 'the model'}, which blocks: {reason.text}"
+    steps = chains.steps([*chains.into(cause), cause], None, (cause, reason))
+    return Answer(answer.verdict, (*answer.chains, Chain("the first cause", steps)), (*answer.notes, note))
 
 
 def _split(chains: Chains, rotations: Rotations, value: Vector, way: Sequence[fx.Node], notes: Sequence[str]) -> Answer:

@@ -63,6 +63,8 @@ class Captured:
     """Calls of modules that could not be traced (``opaque.OpaqueCall``): one operator of the graph each."""
     inseparable: bool = False
     """Whether the model would compute something else once parameters are untied (:func:`asks_for_ties`)."""
+    hidden: tuple[str, ...] = ()
+    """Parameters, by all of their names, that code outside of the pieces uses."""
 
 
 def module_path(node: torch.fx.Node) -> str:

@@ -175,6 +175,9 @@ class Walk:
                 return known
         if all(isinstance(v, (Known, Unknown)) for v in tensors) or site.operator in RANDOM_LIKE:
             return _unknowns(site)
+        dtype = kwargs.get("dtype")
+        if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
+            return self.give_up(site, tensors, "it is rounded")  # before anything else is done with it
         is_movement = site.operator in MOVEMENT
         rule = self.rules.get(site.operator)
         if rule is not None and _accepts(rule, site, args, kwargs):

@@ -7,6 +7,8 @@ libraries keep their name space. An operator that is in neither table blocks wha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from string import ascii_letters
 
 import torch
 from torch import fx
@@ -103,7 +105,10 @@ POOLS = {
     f"{kind}{dims}d": dims
     for kind in ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest")
     for dims in (1, 2, 3)
-} | {"upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3}
+} | {
+    "upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3,
+    "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
+}  # fmt: skip
 """Sums, maxima and copies along the spatial dimensions, whose number is given."""
 
 PRODUCTS = frozenset(
@@ -111,6 +116,30 @@ PRODUCTS = frozenset(
     transformers::grouped_mm_fallback""".split()
 ) | frozenset(CONVOLUTIONS)
 """Products that add over channels: what comes out belongs to other channels."""
+
+
+def einsum_letters(equation: str, shapes: Sequence[Sequence[int]]) -> tuple[list[str], str] | None:
+    """A letter for each dimension of the operands and of the result, ``...`` written out.
+
+    None where a letter stands twice in one of them, where the result is left out, or where what ``...`` stands for is
+    not the same for all operands that have it.
+    """
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    covered = {
+        tuple(shape)[term.index("...") :][: len(shape) - len(term) + 3]
+        for term, shape in zip(terms, shapes, strict=True)
+        if "..." in term
+    }
+    if not arrow or len(covered) > 1:
+        return None
+    unused = [letter for letter in ascii_letters if letter not in equation]
+    written = "".join(unused[: len(next(iter(covered), ()))])
+    terms = [term.replace("...", written) for term in terms]
+    result = result.replace("...", written)
+    if any(len(set(term)) < len(term) for term in (*terms, result)):
+        return None
+    return terms, result
 
 
 def rescales(node: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +17,23 @@ from autoquant.analyzer.graph import GraphInput, Names, Piece, lower
 from autoquant.errors import AutoQuantError
 
 
-def capture_pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
+def capture_pieces(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, *, hidden: list[str]
+) -> tuple[Piece, ...]:
     """Run ``module`` under Dynamo and lower every piece that it runs, in the order of running.
 
     Where the values decide which way the code goes, the way that these inputs take. On the meta device there are no
-    values: what picks tokens by them (those of an expert) picks them all.
+    values: what picks tokens by them (those of an expert) picks them all. ``hidden`` is filled with the names of the
+    parameters that code outside of the pieces uses.
     """
     settings: Any = torch.fx.experimental._config  # its functions are made at run time
     with settings.patch(meta_nonzero_assume_all_nonzero=True):
-        return _pieces(module, args, kwargs, names)
+        return _pieces(module, args, kwargs, names, hidden)
 
 
-def _pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
+def _pieces(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, hidden: list[str]
+) -> tuple[Piece, ...]:
     calls: list[tuple[Traced, tuple[Any, ...]]] = []
 
     def record(traced: Traced, inputs: tuple[Any, ...]) -> Any:
@@ -40,7 +45,11 @@ def _pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
         raise AutoQuantError("Dynamo found no tensor operation")
     # Dynamo leaves some code to Python altogether (a loop with a break in it). A parameter used there has readers or
     # writers that no piece shows, so nothing may be concluded from those that are shown.
-    hidden = _uses(lambda: module(*args, **kwargs)) - _uses(lambda: [traced.graph(*inputs) for traced, inputs in calls])
+    outside = _uses(lambda: module(*args, **kwargs)) - _uses(
+        lambda: [traced.graph(*inputs) for traced, inputs in calls]
+    )
+    storages = {p.untyped_storage()._cdata: names.of_tensor(p) for p in module.parameters()}
+    hidden[:] = [name for storage, same in storages.items() if storage in outside for name in same]
     given = {id(leaf): f"input {index}" for index, leaf in enumerate(pytree.tree_leaves((args, kwargs)))}
     first_root: dict[int, str] = {}
     pieces = []
@@ -51,7 +60,7 @@ def _pieces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
             node.meta["nn_module_stack"] = _named_stack(stack, names, traced_root, root)
         program = torch.export.export(traced.graph, inputs, strict=False)
         pieces.append(
-            lower(program, names, [_describe(value, i, names, given, hidden) for i, value in enumerate(inputs)])
+            lower(program, names, [_describe(value, i, names, given, outside) for i, value in enumerate(inputs)])
         )
     return tuple(pieces)
 
@@ -117,10 +126,10 @@ def _named_stack(
     return named
 
 
-def _describe(value: Any, index: int, names: Names, given: Mapping[int, str], hidden: Mapping[int, int]) -> GraphInput:
+def _describe(value: Any, index: int, names: Names, given: Mapping[int, str], outside: Collection[int]) -> GraphInput:
     """What an argument of a piece is, by identity."""
     known = names.of_tensor(value) if isinstance(value, torch.Tensor) else ()
-    if known and value.untyped_storage()._cdata in hidden:
+    if known and value.untyped_storage()._cdata in outside:
         return GraphInput("crossing", known[0])
     if known:
         return GraphInput("parameter" if isinstance(value, nn.Parameter) else "buffer", known[0])

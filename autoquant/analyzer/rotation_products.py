@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoquant.analyzer.families import Factors, Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import CONVOLUTIONS, NO_ROTATION
+from autoquant.analyzer.operators import CONVOLUTIONS, NO_ROTATION, einsum_letters
 from autoquant.analyzer.rotation_analysis import (
     Read,
     RotationAnalysis,
@@ -19,6 +19,7 @@ from autoquant.analyzer.rotation_analysis import (
     fresh_instances,
     mixed,
     seen_along,
+    shape_of,
     varies,
 )
 from autoquant.analyzer.variables import ZERO
@@ -37,6 +38,32 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
         )
         a.lookups[table.name] += 1
         return Vector(labels, fresh_instances(labels), table=table.name)
+
+    def embedding_bag(
+        site: Site,
+        table: Value,
+        indices: Value,
+        offsets: Value,
+        by_frequency: Value = False,
+        mode: Value = 0,
+        sparse: Value = False,
+        shares: Value = None,
+        *args: Value,
+        **kwargs: Value,
+    ) -> Value:
+        """Sums of rows of a table, a number for each row."""
+        largest = mode == 2
+        if (
+            largest
+            or not isinstance(table, Param)
+            or table.views
+            or len(table.full_shape) != 2
+            or not isinstance(shares, (Known, Unknown, type(None)))
+        ):
+            return a.end(site, [table, shares], "it is a maximum of rows" if largest else "the table is computed")
+        rows = a.families.axis(table, 1, "table", site.because("it is an embedding"), stacked=False).expand(site.shape)
+        a.lookups[table.name] += 1
+        return Vector(rows, fresh_instances(rows)), *a.unknown(site)[1:]
 
     def product(site: Site, x: Value, w: Value, contracted: int, bias: Value = None, key: int = 0) -> Value:
         if not isinstance(w, Param) or len(w.shape) < 2:
@@ -144,13 +171,12 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
 
     def einsum(site: Site, equation: str, operands: Value, **kwargs: Value) -> Value:
         """Attention or a mixture of streams: a sum of vectors with coefficients."""
-        terms, arrow, result = equation.replace(" ", "").partition("->")
-        letters = terms.split(",")
-        plain = arrow and "." not in equation and all(len(set(term)) == len(term) for term in (*letters, result))
+        found = einsum_letters(equation, [shape_of(operand) for operand in operands])
         vectors = [isinstance(operand, Vector) for operand in operands]
         others = [isinstance(operand, (Known, Unknown)) for operand in operands]
-        if not plain or len(operands) != 2 or sum(vectors) != 1 or sum(others) != 1:
+        if found is None or len(operands) != 2 or sum(vectors) != 1 or sum(others) != 1:
             return a.end(site, list(operands), "it is a product of two activations")
+        letters, result = found
         at = vectors.index(True)
         values, term, coefficients = operands[at], letters[at], letters[1 - at]
         summed = [d for d, c in enumerate(term) if c not in result]
@@ -193,6 +219,7 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
 
     return {
         "embedding": embedding,
+        "embedding_bag": embedding_bag,
         "linear": linear,
         "matmul": matmul,
         "mm": matmul,

@@ -66,8 +66,7 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
     Writers may be centred only where every reader subtracts the mean. A gain may be folded only where all that is
     behind it reads one and the same space, and no other norm holds it.
     """
-    means = np.concatenate([np.zeros(0, np.int64), *(s.labels for s in analysis.splits if s.centre)])
-    means = np.unique(solution.component[means])
+    means = _touched(solution, [s.labels for s in analysis.splits if s.centre])
     spaces: dict[str, set[tuple[int, ...]]] = {}
     reads = []
     for family in analysis.families.all():
@@ -236,14 +235,28 @@ def _spaces(
             signature = len(np.unique(component[part])), tuple(np.unique(which[part]).tolist())
             by_signature.setdefault(signature, []).append(int(block[part[0]]))
     spaces = []
+    values = _touched(solution, [np.unique(labels.numpy()) for _, labels in analysis.values])
+    means = _touched(solution, [split.labels for split in analysis.splits if split.centre])
     for (size, members), numbers in sorted(by_signature.items(), key=lambda item: item[0][1]):
         chosen = np.isin(block, numbers)
+        positions = ids[chosen], which[chosen], component[chosen], block[chosen]
         space = _space(
-            analysis, families, solution, size, members, (ids[chosen], which[chosen], component[chosen], block[chosen])
+            analysis,
+            families,
+            size,
+            members,
+            positions,
+            is_value=bool(np.isin(positions[2], values).any()),
+            centre=bool(np.isin(positions[2], means).any()),
         )
         if space is not None:
             spaces.append(space)
     return told_apart(spaces)
+
+
+def _touched(solution: Solution, labels: Sequence[Ints]) -> Ints:
+    """The components of any of the labels."""
+    return np.unique(solution.component[np.concatenate([np.zeros(0, np.int64), *labels])])
 
 
 def told_apart(spaces: Sequence[Space]) -> tuple[Space, ...]:
@@ -264,10 +277,12 @@ def told_apart(spaces: Sequence[Space]) -> tuple[Space, ...]:
 def _space(
     analysis: RotationAnalysis,
     families: Sequence[Family],
-    solution: Solution,
     size: int,
     members: tuple[int, ...],
     positions: tuple[Ints, Ints, Ints, Ints],
+    *,
+    is_value: bool,
+    centre: bool,
 ) -> Space | None:
     ids, which, component, block = positions
     first = which == members[0]
@@ -298,11 +313,7 @@ def _space(
         reads.setdefault(key, (gain, []))[1].append(Reader(**slot.model_dump(), bias=readers[0].bias))
     if not writers or not reads:
         return None
-    value_ids = np.concatenate([np.zeros(0, np.int64), *(np.unique(labels.numpy()) for _, labels in analysis.values)])
-    is_value = bool(np.isin(component, solution.component[value_ids]).any())
     kind = "R1" if any(families[i].role == "table" for i in members) else "R2" if is_value else "other"
-    centres = [s for s in analysis.splits if s.centre]
-    centre = any(bool(np.isin(solution.component[s.labels], component).any()) for s in centres)
     name = "residual" if kind == "R1" else group_name(writers, [r for _, readers in reads.values() for r in readers])
     return Space(
         name=name,

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from autoquant.analyzer.families import MAX_ELEMENTS, Families, Param
+from autoquant.analyzer.families import Families, Param
 from autoquant.analyzer.interpret import Known, Opaque, Site, Unknown, Value, unwieldy
 from autoquant.analyzer.operators import GROUPING, NO_RULE, base_name
 from autoquant.analyzer.variables import ONE, ZERO, Reason, Variables
+
+MAX_BLOCKED = 1 << 16
+"""Largest parameter that is labelled element by element only to fix all of its labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class ScaleAnalysis:
         """The operator allows no scale on anything it touches."""
         reason = site.because(text)
         for value in values:
-            if isinstance(value, Param) and math.prod(value.shape) > MAX_ELEMENTS:
+            if isinstance(value, Param) and math.prod(value.full_shape) > MAX_BLOCKED:
                 self.families.other_use(value, reason, "a large tensor")  # no labels: it must be the only use
             elif isinstance(value, (Tensor, Param)):
                 self.mixed(self.labels(site, value))
@@ -251,6 +254,6 @@ def scalar(value: Value) -> float | None:
     """The number that ``value`` is, if it is one."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, Known) and value.value.numel() == 1:
+    if isinstance(value, Known) and value.value.numel() == 1 and not value.value.is_complex():
         return float(value.value)
     return None

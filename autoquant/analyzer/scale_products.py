@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autoquant.analyzer.families import Factors, Param
 from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import CONVOLUTIONS, NO_RULE, PRODUCTS, operator_name
+from autoquant.analyzer.operators import CONVOLUTIONS, NO_RULE, PRODUCTS, einsum_letters, operator_name
 from autoquant.analyzer.scale_analysis import ScaleAnalysis, Scores, Use, shape_of
 
 
@@ -20,6 +20,30 @@ def product_rules(a: ScaleAnalysis) -> dict[str, Rule]:
             return a.block(site, [table_, indices], "the table is computed")
         labels = a.families.axis(table_, 1, "table", site.because("it is an embedding"), stacked=False)
         return labels.expand(site.shape)
+
+    def embedding_bag(
+        site: Site,
+        table_: Value,
+        indices: Value,
+        offsets: Value,
+        by_frequency: Value = False,
+        mode: Value = 0,
+        sparse: Value = False,
+        shares: Value = None,
+        *args: Value,
+        **kwargs: Value,
+    ) -> Value:
+        """Sums, means or maxima of rows of the table."""
+        if isinstance(table_, Param) and not table_.views and len(table_.full_shape) == 2:
+            labels = a.families.axis(table_, 1, "table", site.because("it is an embedding"), stacked=False)
+        else:
+            rows = a.labels(site, table_)
+            a.mixed(rows)
+            labels = v.merge_along(rows, [0], site.order)
+        if isinstance(shares, (Tensor, Param)):
+            v.fix(a.labels(site, shares), site.because("it says how much of each row is added"))
+        beside = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs[1:])
+        return labels.expand(site.shape), *beside
 
     def product(site: Site, x: Value, w: Value, contracted: int, bias: Value = None) -> Value:
         """``x @ w`` with a parameter ``w``; ``contracted`` is the dimension of ``w`` that is summed over."""
@@ -100,12 +124,11 @@ def product_rules(a: ScaleAnalysis) -> dict[str, Rule]:
 
     def einsum(site: Site, equation: str, operands: Value, **kwargs: Value) -> Value:
         """A weight and an activation, or two activations of which one has no scale: the other's labels come out."""
-        terms, arrow, result = equation.replace(" ", "").partition("->")
-        letters = terms.split(",")
-        plain = arrow and "." not in equation and all(len(set(term)) == len(term) for term in (*letters, result))
+        found = einsum_letters(equation, [shape_of(operand) for operand in operands])
         weights = [isinstance(operand, Param) for operand in operands]
-        if not plain or len(operands) != 2 or all(weights):
+        if found is None or len(operands) != 2 or all(weights):
             return a.block(site, list(operands), NO_RULE)
+        letters, result = found
         if any(weights):
             w = weights.index(True)
             return contraction(site, operands[1 - w], operands[w], letters[1 - w], letters[w], result)
@@ -230,6 +253,7 @@ def product_rules(a: ScaleAnalysis) -> dict[str, Rule]:
 
     return {
         "embedding": embedding,
+        "embedding_bag": embedding_bag,
         "linear": linear,
         "matmul": matmul,
         "mm": matmul,

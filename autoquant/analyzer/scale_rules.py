@@ -24,7 +24,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
     v = a.variables
 
     def passes(site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
-        if site.outputs and not site.outputs[0].is_floating_point():
+        if site.outputs and not (site.outputs[0].is_floating_point() or site.outputs[0].is_complex()):
             return a.block(site, [x], "it is rounded")
         if site.operator == "alpha_dropout" and kwargs.get("train", args[1] if len(args) > 1 else False):
             return a.block(site, [x], "a constant is added")  # to what is dropped
@@ -117,10 +117,7 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
     def reduce(site: Site, x: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value) -> Value:
         if isinstance(dim, (Tensor, Param, Known, Unknown)):  # max and min of two tensors
             return larger(site, x, dim)
-        merged = along(site, x, dim, keepdim)
-        if not site.outputs[0].is_floating_point():
-            return Unknown(site.shape, site.outputs[0].dtype)
-        return with_positions(site, merged)
+        return with_positions(site, along(site, x, dim, keepdim))
 
     def along(site: Site, x: Value, dim: Value, keepdim: Value) -> Tensor:
         """Labels that agree along ``dim``: a number, a list, or all dimensions."""
@@ -151,6 +148,28 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         dims = range(labels.ndim - POOLS[site.operator], labels.ndim)
         merged = v.merge_along(labels, list(dims), site.order, keepdim=True).expand(site.shape)
         return with_positions(site, merged)
+
+    def sampled(site: Site, x: Value, places: Value, *args: Value) -> Value:
+        """Sums over the spatial dimensions, all but the first two: the places say which."""
+        labels = a.labels(site, x)
+        a.mixed(labels)
+        if isinstance(places, (Tensor, Param)):
+            v.fix(a.labels(site, places), site.because("it says where another tensor is read"))
+        return v.merge_along(labels, range(2, labels.ndim), site.order, keepdim=True).expand(site.shape)
+
+    def as_complex(site: Site, x: Value) -> Value:
+        """Two numbers become one: they have one scale."""
+        labels = a.labels(site, x)
+        if labels.ndim == 1:
+            a.mixed(labels)
+        return v.merge_along(labels, [labels.ndim - 1], site.order)
+
+    def as_real(site: Site, x: Value) -> Value:
+        return a.labels(site, x).unsqueeze(-1).expand(site.shape)
+
+    def weight_norm(site: Site, direction: Value, length: Value, *args: Value) -> Value:
+        """The length of each row is a parameter: its columns can take no scale, and what its rows take ends here."""
+        return a.block(site, [direction, length], "it is a weight that is normalised before it is used")
 
     def with_positions(site: Site, values: Tensor) -> Value:
         """A maximum alone, or with its positions, which do not depend on a common scale."""
@@ -269,6 +288,10 @@ def rules(a: ScaleAnalysis) -> dict[str, Rule]:
         (("topk", "sort"), order),
         (("cumsum", "cummax", "cummin"), running),
         (POOLS, pooled),
+        (("grid_sampler",), sampled),
+        (("view_as_complex",), as_complex),
+        (("view_as_real",), as_real),
+        (("_weight_norm",), weight_norm),
         (("where",), where),
         (("masked_fill",), masked_fill),
         (("fill", "zero"), fill),

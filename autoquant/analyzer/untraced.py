@@ -1,4 +1,4 @@
-"""What a trace did not reach: parts of the model that its inputs, or the way to its logits, leave out."""
+"""What a trace did not reach: parts of the model that its inputs, the way to its logits, or Dynamo leaves out."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ def untraced(module: nn.Module, captured: Captured, missing: Mapping[str, str]) 
     reason = "it is not traced: nothing that it computes reaches the logits"
     if missing:
         reason = "it is not traced: " + "; ".join(f"no {name} could be made ({why})" for name, why in missing.items())
+    hidden = (
+        "it is not traced: code between the pieces that Dynamo compiles uses it, and what feeds or reads it is unseen"
+    )
     return tuple(
-        Blocked(path=path, what=what, reason=reason, operator="forward", at=path)
+        Blocked(path=path, what=what, reason=here, operator="forward", at=path)
         for path in _outermost(module, "", used)
+        for here in [hidden if any(name.startswith(f"{path}.") for name in captured.hidden) else reason]
         for what in ("smoothing", "rotation")
     )
 

@@ -34,7 +34,7 @@ def _answer(title: str, answer: Answer, renamed: Sequence[tuple[str, str]]) -> I
         places = [rename(step.at, renamed) for step in chain.steps]
         width, wide = max(map(len, operators)), max(map(len, places))
         for number, (operator, at, step) in enumerate(zip(operators, places, chain.steps, strict=True), start=1):
-            yield f"  {number:3}. {operator:{width}}  {at:{wide}}  {rename(step.effect, renamed)}"
+            yield f"  {number:3}. {operator:{width}}  {at:{wide}}  {rename(step.effect, renamed)}".rstrip()
     yield from (f"  - {rename(note, renamed)}" for note in answer.notes)
 
 

@@ -116,6 +116,11 @@ F.interpolate({x}.mT[..., :2, None], size=({T}, 1), mode='bilinear').squeeze(-1)
 F.interpolate({x}.mT[..., :2, None], size=({T}, 1), mode='bicubic').squeeze(-1).mT
 F.interpolate({x}.mT[..., :2, None, None], size=({T}, 1, 1), mode='nearest')[..., 0, 0].mT
 F.interpolate({x}.mT[..., :2, None, None], size=({T}, 1, 1), mode='trilinear')[..., 0, 0].mT
+F.interpolate({x}.mT[..., None], size=({T}, 1), mode='bilinear', antialias=True).squeeze(-1).mT
+F.interpolate({x}.mT[..., :2, None], size=({T}, 1), mode='bicubic', antialias=True).squeeze(-1).mT
+F.grid_sample({x}.mT[..., None], torch.sin({m}[:1, :2]).expand({B}, {T}, 1, 2), align_corners=True)[..., 0].mT
+torch.view_as_real(torch.view_as_complex(torch.stack([{x}, {y}], -1))).flatten(2)
+torch.view_as_real(torch.view_as_complex({x}.view({B}, {T}, {H}, 2)).sum(1, keepdim=True)).flatten(2) + {y}
 """.strip().splitlines()
 
 # what moves elements and changes none
@@ -336,6 +341,7 @@ F.tanhshrink({x})
 {x} * torch.isfinite({y})
 {x} + torch.count_nonzero({y}, 1).unsqueeze(1)
 F.instance_norm({x}.mT).mT
+torch._weight_norm({x}[0], torch.arange(1, {T} + 1, dtype=torch.float64)[:, None], 0) + {y}
 torch.index_fill({x}, 1, torch.tensor([1]), 0.5)
 torch.erfinv(torch.tanh({x}))
 torch.cumsum({x}.softmax(-1), -1)
@@ -436,6 +442,11 @@ F.layer_norm({x}, ({W},), {v}, {u})
 F.layer_norm({x}, ({W},))
 F.embedding(tokens, {m})
 F.embedding({x}.argmax(-1), {m})
+F.embedding_bag(tokens[0].repeat_interleave(2).view({T}, 2) % {W}, {m}, mode='sum') + {x}
+F.embedding_bag(tokens[0].repeat_interleave(2).view({T}, 2) % {W}, {m}, mode='max') + {x}
+F.embedding_bag(tokens[0].view({T}, 1) % {T}, {x}[0], mode='sum', per_sample_weights={y}[0, :, :1]) + {y}
+torch.einsum('...c,dc->...d', {x}, {m})
+torch.einsum('...ts,...sc->...tc', torch.softmax(torch.einsum('...tc,...sc->...ts', {x}, {x}), -1), {y})
 """.strip().splitlines()
 
 # what writes into a tensor; export makes it functional

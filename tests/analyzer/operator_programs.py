@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import complex_programs
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401 - registers the grouped product
@@ -50,7 +51,7 @@ def over_tokens(function: Callable[[Tensor, int], Tensor], dims: int) -> Program
 
 
 # f(s x) = s**power f(x) for every s > 0, channel by channel
-HOMOGENEOUS: dict[str, tuple[Program, int]] = {
+HOMOGENEOUS: dict[str, tuple[Program, int]] = complex_programs.HOMOGENEOUS | {
     "to": (lambda x: x.to(torch.float64), 1),
     "_to_copy": (lambda x: A._to_copy(x, dtype=torch.float64), 1),
     "type_as": (lambda x: x.type_as(torch.zeros(1, dtype=torch.float64)), 1),
@@ -247,7 +248,7 @@ _UNARY = """silu gelu tanh sigmoid softplus exp exp2 expm1 erf erfc sin cos sinh
 elu selu celu mish hardswish hardsigmoid log_sigmoid logit round floor ceil trunc frac relu6 nan_to_num hardshrink
 softshrink""".split()  # noqa: SIM905 - shorter
 
-BLOCKS: dict[str, Program] = {
+BLOCKS: dict[str, Program] = complex_programs.BLOCKS | {
     **{name: getattr(A, name) for name in _UNARY},
     "log": lambda x: x.abs().log(),
     "log2": lambda x: x.abs().log2(),
@@ -328,7 +329,7 @@ def experts(s: Graph, x: Tensor, counted: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 # functions of two activations and of parameters: whatever is claimed must hold
-WITH_MORE: dict[str, More] = {
+WITH_MORE: dict[str, More] = complex_programs.WITH_MORE | {
     "add": lambda s, x, y: x + y,
     "add with a factor": lambda s, x, y: torch.add(x, y, alpha=2),
     "mul": lambda s, x, y: x * y,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,3 +124,47 @@ def test_experts_by_data() -> None:
     assert "grouped product with the experts' weights: each row can take a scale, in every expert its own" in shown
     assert "the other (silu at model.layers.0.mlp.experts.act_fn) has scale 1" in shown
     assert "  - the scale is put on model.layers.0.mlp.experts.gate_up_proj" in shown
+
+
+FIRST_CAUSE = """\
+Rotatable: no, its input is not a vector that weights alone could rotate
+  from the source to what blocks, and on to this linear:
+    1. aten.linear    steps.1.fall.weight  writes the vector: the rows of the weight are rotated
+    2. aten.rms_norm  steps.1.after        divides by the vector's length, which a rotation keeps; its weight is folded into the readers
+    3. aten.add       steps.1              BLOCKS: a tensor that is not rotated is added
+    4. aten.rms_norm  steps.2.before
+    5. aten.linear    steps.2.gate.weight  this linear
+  the first cause:
+    1. aten.embedding  table.weight  looks up an embedding: the columns of the table are rotated
+    2. aten.add        steps.0       BLOCKS: steps.0.after.weight is applied to it before it is added: it cannot be folded into a linear
+  - blocked by aten.add at steps.1: a tensor that is not rotated is added
+  - the first cause is aten.add at steps.0, which blocks: steps.0.after.weight is applied to it before it is added: it cannot be folded into a linear
+  - an online rotation fits (input): a Hadamard matrix of size 16, computed while the model runs"""  # noqa: E501
+
+
+@pytest.fixture
+def layers_apart(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Explanations of the model with post-norms, with each of its layers traced by itself."""
+    monkeypatch.syspath_prepend(str(TINY))
+    import tiny
+
+    from autoquant.analyzer.analysis import analyse
+    from autoquant.analyzer.capture import capture
+    from autoquant.analyzer.explain import explain
+    from autoquant.report.explanation import explanation_text
+
+    module, args = tiny.post()
+    analysis = analyse(capture(module.eval(), args, {}, "export"))
+    return lambda path: explanation_text(explain(analysis, (), path), path).partition("\n\nRotatable")[2]
+
+
+def test_a_deeper_layer_names_where_the_block_came_about(layers_apart: Callable[[str], str]) -> None:
+    assert "Rotatable" + layers_apart("steps.2.gate") == FIRST_CAUSE
+    assert "the first cause is aten.add at steps.0, which blocks: steps.0.after.weight is" in layers_apart("act")
+
+
+def test_what_blocks_by_itself_has_no_cause_before_it(layers_apart: Callable[[str], str]) -> None:
+    for path in ("steps.0.gate", "steps.1.gate"):
+        found = layers_apart(path)
+        assert "at steps.0" in found and "steps.0.after.weight is applied to it before it is added" in found
+        assert "first cause" not in found

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from complex_programs import turned
 from operator_programs import BLOCKS, HOMOGENEOUS, WITH_MORE, More, X, between, in_a_space, on_the_stream, with_more
 from oracle import proved
 from small_graphs import Graph
@@ -55,6 +56,55 @@ def test_in_a_space(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_on_the_stream(name: str) -> None:
     proved(on_the_stream(ALL[name]), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "letters"),
+    [
+        ("bts, bsd->btd", [(2, 3, 3), (2, 3, 4)], (["bts", "bsd"], "btd")),
+        ("...hqk,...khd->...qhd", [(2, 5, 1, 3, 3), (2, 5, 3, 1, 4)], (["abhqk", "abkhd"], "abqhd")),
+        ("...d,ed->...e", [(2, 3, 4), (4, 4)], (["abd", "ed"], "abe")),
+        ("...d,ed->...e", [(4,), (4, 4)], (["d", "ed"], "e")),
+        ("...td,...d->...td", [(1, 3, 4), (1, 4)], (["atd", "ad"], "atd")),
+        ("...td,...d->...td", [(2, 3, 4), (1, 4)], None),  # one is repeated
+        ("...td,...d->...td", [(2, 3, 4), (4,)], None),
+        ("bii,bid->bd", [(2, 3, 3), (2, 3, 4)], None),  # a diagonal
+        ("bts,bsd", [(2, 3, 3), (2, 3, 4)], None),  # the result is left to the alphabet
+    ],
+)
+def test_letters_of_einsum(equation: str, shapes: list[tuple[int, ...]], letters: tuple[list[str], str] | None) -> None:
+    assert operators.einsum_letters(equation, shapes) == letters
+
+
+def test_two_channels_that_become_one_complex_number_have_one_scale() -> None:
+    (group,) = proved(between(turned), X).groups
+    assert group.channels == 2
+    assert [index.model_dump(exclude_defaults=True) for index in group.targets[0].index or ()] == [
+        {"shape": (2, 2), "stride": (2, 1), "channel_stride": (1, 0)}
+    ]
+
+
+def test_values_by_einsum_with_dots_are_found_in_both_analyses() -> None:
+    findings = proved(with_more(WITH_MORE["einsum with dots"]), X)
+    assert [(group.name, group.channels) for group in findings.groups] == [("a -> b", 4)]
+    assert [(space.name, space.blocks, space.size) for space in findings.spaces] == [("a -> b", 2, 2)]
+
+
+def test_the_sum_of_rows_is_written_by_the_table() -> None:
+    findings = proved(in_a_space(WITH_MORE["embedding_bag"]), TOKENS)
+    (residual,) = (space for space in findings.spaces if space.kind == "R1")
+    assert "m" in [writer.path for writer in residual.writers]
+    largest = proved(in_a_space(WITH_MORE["embedding_bag, the largest"]), TOKENS)
+    assert [space.kind for space in largest.spaces] == []
+    assert "a tensor that is not rotated is added" in [b.reason for b in largest.blocked]
+
+
+def test_a_weight_that_is_normalised_blocks_in_words() -> None:
+    findings = proved(between(BLOCKS["_weight_norm"]), X)
+    assert {b.reason for b in findings.blocked if b.path == "b" and b.what == "smoothing"} == {
+        "it is a weight that is normalised before it is used"
+    }
+    assert findings.unknown_operators == ()
 
 
 # --- the table is tested whole ---------------------------------------------------------------------------------------

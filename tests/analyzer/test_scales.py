@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from proved_graphs import GRAPHS, proof, reasons
 from readable import group_lines
+from small_graphs import Graph, X, lin
+
+from autoquant.analyzer.capture import capture
+from autoquant.analyzer.scales import analyse_scales
 
 TOLERANCE = 1e-9
 
@@ -177,7 +182,10 @@ EXPECTED: dict[str, list[str]] = {
     ],
     "qk_shared": ["linear_linear 4 v.weight.0 v.bias.0 -> o.weight.1"],
     "kv_shared": ["query_key 4 q.weight.0 q.bias.0 o.weight.1 -> k.weight.0 k.bias.0"],
-    "complex_rope": ["linear_linear 8 v.weight.0 v.bias.0 -> o.weight.1"],
+    "complex_rope": [
+        "query_key 4 q.weight.0[0:4x2/2,1>1,0] q.bias.0[0:4x2/2,1>1,0] -> k.weight.0[0:4x2/2,1>1,0] k.bias.0[0:4x2/2,1>1,0]",
+        "linear_linear 8 v.weight.0 v.bias.0 -> o.weight.1",
+    ],
     "interleaved_rope": [
         "query_key 4 q.weight.0[0:4x2/2,1>1,0] q.bias.0[0:4x2/2,1>1,0] -> k.weight.0[0:4x2/2,1>1,0] k.bias.0[0:4x2/2,1>1,0]",
         "linear_linear 8 v.weight.0 v.bias.0 -> o.weight.1",
@@ -324,3 +332,12 @@ def test_every_input_is_smoothable_or_blocked(name: str) -> None:
     blocked = {b.path for b in findings.blocked if b.what == "smoothing"}
     for linear in findings.linears:
         assert linear.weight in smoothed or linear.path in blocked, linear.path
+
+
+def test_a_matrix_that_is_blocked_is_not_labelled_element_by_element() -> None:
+    graph = Graph(lambda s, x: s.b(s.a(x)) + torch.softmax(s.a.weight, -1).sum(), a=lin(4, 20000), b=lin(20000, 4))
+    solved = analyse_scales(capture(graph.double().eval(), (X,), {}, "export"))
+    assert solved.analysis.variables.count < 80000  # the elements of the weight alone
+    assert solved.groups == ()  # its rows would be free if it were used as a weight alone
+    reasons = solved.analysis.families.contested()
+    assert reasons["a.weight"].text == "the parameter is used in different ways: as a large tensor and as a weight"
