@@ -149,7 +149,8 @@ def _axis(slot: Slot, shape: Sequence[int]) -> str | None:
     """What is wrong with a parameter of ``shape`` for ``slot``, if anything."""
     if slot.dim >= len(shape):
         return f"it has no dimension {slot.dim} (dim)"
-    if slot.stack is not None and slot.stack not in (math.prod(shape[:-2]), math.prod(shape[: slot.dim])):
+    stacks = (shape[:-2], shape[: slot.dim], shape[: min(slot.dim, 1)])
+    if slot.stack is not None and slot.stack not in map(math.prod, stacks):
         return f"the config says {slot.stack} stacked matrices (stack)"
     if slot.size != shape[slot.dim] * (slot.stack or 1):
         stacked = f", {slot.stack} matrices together" if slot.stack else ""

@@ -107,6 +107,7 @@ def test_stacked_matrices(config: Config) -> None:
     assert _axis(slot, (5, 6, 8)) == "the config says 4 stacked matrices (stack)"
     assert _axis(slot, (4, 6, 9)) == "the config says 32 positions (size) along dimension 2, 4 matrices together"
     assert _axis(slot, (4, 6)) == "it has no dimension 2 (dim)"
+    assert _axis(slot, (4, 6, 8, 5)) is None  # a tensor of four dimensions, for each entry of the first
 
 
 def test_every_problem_has_its_line(config: Config, tmp_path: Path) -> None:

@@ -302,6 +302,8 @@ def _space(
         family = families[index]
         here = which == index
         slot = slot_of(family, ids[here] - family.start, channel[here], size * len(rank_of_block), False, 1)
+        if slot is None:
+            return None
         readers = _reads(analysis, family)
         if not readers:
             writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))

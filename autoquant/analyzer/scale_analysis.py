@@ -14,9 +14,6 @@ from autoquant.analyzer.interpret import Known, Opaque, Site, Unknown, Value, un
 from autoquant.analyzer.operators import GROUPING, NO_RULE, base_name
 from autoquant.analyzer.variables import ONE, ZERO, Reason, Variables
 
-MAX_BLOCKED = 1 << 16
-"""Largest parameter that is labelled element by element only to fix all of its labels."""
-
 
 @dataclass(frozen=True, slots=True)
 class Use:
@@ -88,9 +85,11 @@ class ScaleAnalysis:
         """The operator allows no scale on anything it touches."""
         reason = site.because(text)
         for value in values:
-            if isinstance(value, Param) and math.prod(value.full_shape) > MAX_BLOCKED:
-                self.families.other_use(value, reason, "a large tensor")  # no labels: it must be the only use
-            elif isinstance(value, (Tensor, Param)):
+            if isinstance(value, Param):
+                # No labels, of which the matrices of a module of many experts would have a thousand million: a
+                # parameter with a second kind of use is fixed as a whole.
+                self.families.other_use(value, reason, "a tensor that keeps its scale")
+            elif isinstance(value, Tensor):
                 self.mixed(self.labels(site, value))
                 self.variables.fix(self.labels(site, value), reason)
         return self.outputs(site, reason)

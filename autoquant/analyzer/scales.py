@@ -127,7 +127,9 @@ def _select(members: _Members, chosen: Ints) -> _Members:
 def _group(
     analysis: ScaleAnalysis, families: Sequence[Family], members: _Members, crossed: Ints
 ) -> SmoothingGroup | None:
-    """One group from the components of one signature; None where they hold no source with a target."""
+    """One group from the components of one signature; None where they hold no source with a target, or none that a
+    slot can describe.
+    """
     if not np.allclose(members.weight, np.round(members.weight)):
         return None
     first = members.family == members.family.min()
@@ -147,6 +149,8 @@ def _group(
                 bool(members.keyed[here][0]),
                 abs(round(power)),
             )
+            if slot is None:
+                return None
             (sources if power > 0 else targets).append(slot)
     if not sources or not targets:
         return None
@@ -176,25 +180,49 @@ def matrices(family: Family) -> int:
     )
 
 
-def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed: bool, power: int) -> Slot:
-    """The config's form of some positions of a family and their channels."""
-    stack, size = None if family.keyed else family.stack, family.count
+def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed: bool, power: int) -> Slot | None:
+    """The config's form of some positions of a family and their channels, None where it has none."""
+    dim, stack, size = family.dim, None if family.keyed else family.stack, family.count
     if keyed:
         stack = matrices(family)
         expert = np.repeat(np.arange(stack), len(position))
         position = np.tile(position, stack) + expert * size
         channel = np.tile(channel, stack) + expert * channels
         size *= stack
+    elif family.role == "leaf" and stack is not None and stack > family.full_shape[0]:
+        along = _along_one(family, position, channel)
+        if along is None:
+            return None
+        dim, stack, position, channel = along
+        size = (stack or 1) * family.full_shape[dim]
     order = np.argsort(position, kind="stable")
     return Slot(
         path=family.param,
-        dim=family.dim,
+        dim=dim,
         stack=stack,
         size=size,
         index=index_maps(position[order], channel[order], size),
         power=power,
         offset=1 if family.offset else 0,
     )
+
+
+def _along_one(family: Family, position: Ints, channel: Ints) -> tuple[int, int | None, Ints, Ints] | None:
+    """Elements of a tensor of three dimensions or more as positions along one of them, for each entry of the first.
+
+    None where what an element carries changes along a third dimension too: a slot has one axis and a stack. The result
+    is the dimension, the stack, and the positions with their channels.
+    """
+    shape = family.full_shape
+    carried = np.full(family.count, -1, dtype=np.int64)
+    carried[position] = channel
+    carried = carried.reshape(shape)
+    for dim in range(len(shape) - 1, 0, -1):
+        one = carried[(slice(None), *(slice(None if other == dim else 1) for other in range(1, len(shape))))]
+        if shape[dim] > 1 and bool((carried == one).all()):
+            found = np.flatnonzero(one.reshape(-1) >= 0)
+            return dim, shape[0] if shape[0] > 1 else None, found, one.reshape(-1)[found]
+    return None
 
 
 def group_name(sources: Sequence[Slot], targets: Sequence[Slot]) -> str:

@@ -127,6 +127,23 @@ def scattered(s, x):
 
 
 CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "matrix_per_head_from_left": lambda: (
+        Graph(
+            lambda s, x: s.o((s.w2[:, None] @ (s.w1[:, None] @ x.mT)).sum(0).mT),
+            w1=par(2, 3, 4),
+            w2=par(2, 4, 3),
+            o=lin(),
+        ),
+        X,
+    ),
+    "matrix_from_left_of_one_head": lambda: (
+        Graph(lambda s, x: s.o((s.w2 @ (s.w1 @ x.mT)).mT), w1=par(1, 3, 4), w2=par(1, 4, 3), o=lin()),
+        X,
+    ),
+    "gain_of_three_dimensions": lambda: (
+        Graph(lambda s, x: s.o((x * s.w).reshape(1, 24)), w=par(2, 3, 4), o=lin(24, 4)),
+        X,
+    ),
     "relu_gate": lambda: (Graph(lambda s, x: s.b(torch.relu(s.a(x)) * s.a2(x)), a=lin(), a2=lin(), b=lin()), X),
     "relu_h_times_h": lambda: (Graph(lambda s, x: (lambda h: s.b(torch.relu(h) * h))(s.a(x)), a=lin(), b=lin()), X),
     "h_times_h": lambda: (Graph(lambda s, x: (lambda h: s.b(h * h))(s.a(x)), a=lin(), b=lin()), X),

@@ -124,6 +124,32 @@ def test_what_is_left_is_proved() -> None:
     assert all(row.worst < 1e-12 for row in proved.certificate.rows)
 
 
+def test_its_parameters_have_no_labels_however_many_they_are() -> None:
+    """Only a use elsewhere counts: a thousand experts' matrices would be thousands of millions of variables."""
+    analysis = analyse(captured(Mixture())).scales.analysis
+    assert analysis.families.contested() == {}
+    assert [family.param for family in analysis.families.all() if ".experts." in family.param] == []
+    assert analysis.variables.count < 2000
+
+    class Wide(Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Parameter(torch.empty(1 << 20, HIDDEN, device="meta"))
+
+    assert analyse(captured(Mixture(Wide))).scales.analysis.variables.count == analysis.variables.count
+
+
+def test_a_parameter_that_it_has_in_common_with_a_linear_keeps_its_scale() -> None:
+    module = Mixture()
+    module.layers[0].experts.also = module.layers[0].v
+    analysis = analyse(captured(module)).scales.analysis
+    both = "the parameter is used in different ways: as a tensor"
+    assert {name: reason.text for name, reason in analysis.families.contested().items()} == {
+        "layers.0.v.weight": f"{both} that keeps its scale and as a weight",
+        "layers.0.v.bias": f"{both} and as a tensor that keeps its scale",
+    }
+
+
 def test_a_parameter_that_it_shares_is_claimed_by_nothing() -> None:
     class Borrowing(Experts):
         def __init__(self) -> None:

@@ -14,6 +14,9 @@ from autoquant.config import Read, Reader, Space, Writer
 
 TOLERANCE = 1e-9
 EXPECTED: dict[str, list[str]] = {
+    "matrix_per_head_from_left": [],
+    "matrix_from_left_of_one_head": [],
+    "gain_of_three_dimensions": [],
     "relu_gate": [],
     "relu_h_times_h": [],
     "h_times_h": [],

@@ -15,6 +15,9 @@ from autoquant.analyzer.scales import analyse_scales
 TOLERANCE = 1e-9
 
 EXPECTED: dict[str, list[str]] = {
+    "matrix_per_head_from_left": ["query_key 6 w1.1x2 -> w2.2x2"],
+    "matrix_from_left_of_one_head": ["query_key 3 w1.1 -> w2.2"],
+    "gain_of_three_dimensions": [],
     "relu_gate": ["linear_linear 4 a2.weight.0 a2.bias.0 -> b.weight.1"],
     "relu_h_times_h": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
     "h_times_h": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
@@ -277,6 +280,7 @@ EXPECTED: dict[str, list[str]] = {
 }
 
 WHY: dict[str, str] = {
+    "gain_of_three_dimensions": "o: nothing that feeds it can absorb a scale (aten.linear)",
     "plus_one": "b: a constant is added (aten.add)",
     "silu": "b: silu(s x) is not s silu(x) (aten.silu)",
     "conv_silu": "b: silu(s x) is not s silu(x) (aten.silu)",
@@ -340,4 +344,4 @@ def test_a_matrix_that_is_blocked_is_not_labelled_element_by_element() -> None:
     assert solved.analysis.variables.count < 80000  # the elements of the weight alone
     assert solved.groups == ()  # its rows would be free if it were used as a weight alone
     reasons = solved.analysis.families.contested()
-    assert reasons["a.weight"].text == "the parameter is used in different ways: as a large tensor and as a weight"
+    assert reasons["a.weight"].text == "the parameter is used in different ways: as a tensor that keeps its scale and as a weight"
