@@ -10,10 +10,20 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
-from autoquant.models import KINDS, ModelSource, build_meta, load_weights, reduction, registered_types, resolve, small
+from autoquant.models import (
+    KINDS,
+    ModelSource,
+    build_meta,
+    load_weights,
+    reduction,
+    registered_types,
+    resolve,
+    sizes,
+    small,
+)
 from autoquant.models import source as naming
 from autoquant.models.classes import auto_class, kind_of, kinds_of
-from autoquant.models.inputs import make_inputs
+from autoquant.models.inputs import _code, make_inputs
 from autoquant.models.sizes import fewer_positions, reductions
 
 
@@ -216,7 +226,17 @@ def test_tokens_of_a_page_have_their_places_on_it() -> None:
     places, ids = model.kwargs["bbox"], model.kwargs["input_ids"]
     assert places.shape == (*ids.shape, 4) and places.is_floating_point()
     assert 0 < float(places.min()) < float(places.max()) < 1
-    assert torch.equal(model.kwargs["attention_mask"], torch.ones_like(ids))
+
+
+def test_a_mask_is_given_where_the_model_makes_none_of_its_own_while_it_is_traced() -> None:
+    model = build_meta(known_type("switch_transformers"))
+    mask, ids = model.kwargs["attention_mask"], model.kwargs["input_ids"]
+    assert (mask.shape, mask.dtype, mask.device) == (ids.shape, ids.dtype, ids.device)
+    made = small(replace(known_type("udop"), kind="image-text-to-text"))
+    assert torch.equal(made.kwargs["attention_mask"], torch.ones_like(made.kwargs["input_ids"]))
+    assert set(build_meta(known_type("bart")).kwargs) == {"input_ids", "decoder_input_ids"}  # it does without one
+    assert not torch.compiler.is_compiling()
+    assert _code("no_such_module") == _code("builtins") == ""
 
 
 @pytest.mark.parametrize(
@@ -237,4 +257,5 @@ def test_what_a_part_reads_is_as_wide_as_the_part_that_makes_it() -> None:
     assert changes["qformer_config.hidden_size"] != 64
     other = CONFIG_MAPPING["blip-2"]()
     other.qformer_config.encoder_hidden_size = 1000  # no other part's width: a size of its own
+    assert not sizes._INWARD.search("image_size")  # pixels, whatever width a part may have
     assert reductions(other)["qformer_config.encoder_hidden_size"] not in (64, 1000)

@@ -17,7 +17,7 @@ _KEEP = re.compile(
 )
 _HEADS = re.compile(r"heads?$|num_query_groups")
 _HEAD_SIZE = re.compile(r"head_?dim$|d_head|d_kv$|head_size|kv_channels|dim_head|rotary_dim")
-_INWARD = re.compile(r"^(encoder|vision|image|audio|cross|proj)\w*_(size|dim|width)$")
+_INWARD = re.compile(r"^(encoder|vision|image|audio|cross|proj)\w*_(hidden_size|dim|width)$")
 _OUTWARD = re.compile(r"out|proj|llm|text|language")
 _WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
