@@ -10,9 +10,20 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
-from autoquant.models import KINDS, ModelSource, build_meta, load_weights, reduction, registered_types, resolve, small
+from autoquant.models import (
+    KINDS,
+    ModelSource,
+    build_meta,
+    load_weights,
+    reduction,
+    registered_types,
+    resolve,
+    sizes,
+    small,
+)
+from autoquant.models import source as naming
 from autoquant.models.classes import auto_class, kind_of, kinds_of
-from autoquant.models.inputs import make_inputs
+from autoquant.models.inputs import _code, make_inputs
 from autoquant.models.sizes import fewer_positions, reductions
 
 
@@ -181,3 +192,70 @@ def test_every_token_sees_the_image_that_stands_beside_the_text() -> None:
     mask, ids = model.kwargs["image_attention_mask"], model.kwargs["input_ids"]
     assert mask.shape == (1, ids.shape[1], 1) and bool((mask == 1).all())
     assert dict(model.missing) == {}
+
+
+def test_an_image_may_be_asked_about_in_words_of_its_own() -> None:
+    model = small(known_type("instructblip"))
+    words = model.kwargs["qformer_input_ids"]
+    assert words.shape == (1, 3) and int(words.max()) < model.config.qformer_config.vocab_size == 128
+    assert int((model.kwargs["input_ids"] == model.config.image_token_index).sum()) == model.config.num_query_tokens
+    assert dict(model.missing) == {}
+
+
+def test_a_film_has_tokens_where_there_are_none_for_images() -> None:
+    source = known_type("instructblipvideo")
+    assert source.repairs == {"video_token_index": source.config.text_config.vocab_size - 1}
+    model = build_meta(source)
+    assert model.kwargs["pixel_values"].shape == (1, 1, 3, 56, 56)
+    assert int((model.kwargs["input_ids"] == source.config.video_token_index).sum()) == source.config.num_query_tokens
+    both = CONFIG_MAPPING["llava_onevision"]()  # images are made for it: what stands for a film is left as it is
+    both.video_token_id = None
+    assert naming._fit_(both) == {} and both.video_token_id is None
+
+
+def test_a_mask_may_say_where_the_image_goes() -> None:
+    model = build_meta(known_type("kosmos-2"))
+    mask = model.kwargs["image_embeds_position_mask"]
+    assert mask.shape == model.kwargs["input_ids"].shape == (1, 3 + 64)
+    assert int(mask.sum()) == model.config.latent_query_num == 64
+    assert model.known == ("input_ids", "image_embeds_position_mask")
+
+
+def test_tokens_of_a_page_have_their_places_on_it() -> None:
+    model = small(known_type("udop"))
+    places, ids = model.kwargs["bbox"], model.kwargs["input_ids"]
+    assert places.shape == (*ids.shape, 4) and places.is_floating_point()
+    assert 0 < float(places.min()) < float(places.max()) < 1
+
+
+def test_a_mask_is_given_where_the_model_makes_none_of_its_own_while_it_is_traced() -> None:
+    model = build_meta(known_type("switch_transformers"))
+    mask, ids = model.kwargs["attention_mask"], model.kwargs["input_ids"]
+    assert (mask.shape, mask.dtype, mask.device) == (ids.shape, ids.dtype, ids.device)
+    made = small(replace(known_type("udop"), kind="image-text-to-text"))
+    assert torch.equal(made.kwargs["attention_mask"], torch.ones_like(made.kwargs["input_ids"]))
+    assert set(build_meta(known_type("bart")).kwargs) == {"input_ids", "decoder_input_ids"}  # it does without one
+    assert not torch.compiler.is_compiling()
+    assert _code("no_such_module") == _code("builtins") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "ids", "shape"),
+    [
+        ("dia", "speech-seq2seq", "decoder_input_ids", (1, 3, 9)),
+        ("kyutai_speech_to_text", "speech-seq2seq", "input_ids", (1, 3, 33)),
+    ],
+)
+def test_a_token_is_as_many_ids_as_there_are_codebooks(name: str, kind: Any, ids: str, shape: Any) -> None:
+    model = build_meta(replace(known_type(name), kind=kind))
+    assert model.kwargs[ids].shape == shape
+
+
+def test_what_a_part_reads_is_as_wide_as_the_part_that_makes_it() -> None:
+    changes = reductions(CONFIG_MAPPING["blip-2"]())
+    assert changes["qformer_config.encoder_hidden_size"] == changes["vision_config.hidden_size"] == 64
+    assert changes["qformer_config.hidden_size"] != 64
+    other = CONFIG_MAPPING["blip-2"]()
+    other.qformer_config.encoder_hidden_size = 1000  # no other part's width: a size of its own
+    assert not sizes._INWARD.search("image_size")  # pixels, whatever width a part may have
+    assert reductions(other)["qformer_config.encoder_hidden_size"] not in (64, 1000)

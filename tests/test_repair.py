@@ -6,9 +6,10 @@ import contextlib
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from autoquant.errors import AutoQuantError
 from autoquant.models import ModelSource, build_meta, resolve
@@ -104,3 +105,74 @@ def test_where_nothing_helps_the_first_reason_stays() -> None:
 )
 def test_what_the_parts_of_a_model_have_in_common(model_type: str, repairs: dict[str, object]) -> None:
     assert resolve(model_type).repairs == repairs
+
+
+ROTARY = {"rope_theta": 10000.0, "rope_type": "default"}
+IMAGES = [
+    # A number of heads that does not divide the width, in a tower and in a language model that shares its keys.
+    ("aya_vision", {"num_attention_heads": 16}),
+    ("qwen3_omni_moe_thinker", {"vision_config.out_hidden_size": 2048, "num_attention_heads": 32}),
+    # A mapping and a list that are looked into, and a text whose documentation gives an example.
+    ("chameleon", {"image_token_id": 65535, "vocabulary_map": {}}),
+    ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "1/4"}),
+    # Kinds of layers for which the library has a list of their own.
+    ("deepseek_ocr2", {"mlp_layer_types": ["sparse", "dense"] * 16, "num_experts_per_tok": 2}),
+    # Sections of rotary embeddings: too large for the heads that follow from the width, and not given at all.
+    ("glm4v_moe", {"head_dim": 128}),
+    ("hunyuan_vl", {"head_dim": 128, "rope_parameters": {**ROTARY, "mrope_section": [16, 16, 16, 16]}}),
+    # A window that only other kinds of layers would look through.
+    ("step3p7", {"sliding_window": 128000}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "repairs"), IMAGES)
+def test_what_a_model_of_several_parts_lacks(model_type: str, repairs: dict[str, object]) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    source = resolve(model_type, kind="image-text-to-text")
+    assert source.repairs == repairs
+    assert repairing.refusal(source, source.config) is None
+
+
+class Described(PreTrainedConfig):
+    """Fields that nobody set.
+
+    first (`str`, *optional*):
+        Has no example.
+    second (`str`, *optional*):
+        How much, e.g. `"1/4"`.
+    """
+
+    first: str | None = None
+    second: str | None = None
+    third: dict[str, int] | None = None
+    fourth: list[int] | None = None
+
+
+def test_an_empty_value_is_of_the_kind_that_was_missed_and_an_example_is_the_fields_own() -> None:
+    config = Described()
+    mapping = AttributeError("'NoneType' object has no attribute 'get'")
+    listing = TypeError("object of type 'NoneType' has no len()")
+    text = AttributeError("'NoneType' object has no attribute 'split'")
+    found = {
+        error: {name: list(repairing._empty(config, name, error)) for name in ("first", "second", "third", "fourth")}
+        for error in (mapping, listing, text)
+    }
+    assert found[mapping] == {"first": [], "second": ["1/4"], "third": [{}], "fourth": []}
+    assert found[listing] == {"first": [], "second": ["1/4"], "third": [], "fourth": [[]]}
+    assert found[text] == {"first": [], "second": ["1/4"], "third": [], "fourth": []}
+    assert list(repairing._empty(config, "architectures", listing)) == []  # the library's own, no part of a model
+
+
+def test_heads_are_left_alone_where_they_make_up_the_width_or_are_not_what_the_error_is_about() -> None:
+    error = ValueError("embed_dim must be divisible by num_heads (got `embed_dim`: 100 and `num_heads`: 7)")
+    config: Any = CONFIG_MAPPING["llama"](num_hidden_layers=2)
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads = 100, 7, 5
+    assert list(repairing._even(config, error)) == []  # the size of a head is set: they need not make it up
+    config.head_dim = None
+    assert list(repairing._even(config, error)) == [Repair(0, "num_attention_heads", 5)]
+    assert list(repairing._even(config, RuntimeError("The size of tensor a (14) must match"))) != []  # 100 // 7
+    assert list(repairing._even(config, ValueError("embed_dim must be divisible by num_heads (64 and 5)"))) == []
+    assert list(repairing._even(config, ValueError("100 and 7"))) == []
+    config.num_attention_heads = 10
+    assert list(repairing._even(config, ValueError("must be divisible by: 100 and 10"))) == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from autoquant.tracing import known_values, stand_ins_, undisturbed
 
 _IMAGES = ("pixel_values", "flattened_patches")
 _SOUNDS = ("input_features", "input_values")
+_TEXTS = ("input_ids", "decoder_input_ids")
+_UNTRACED_MASK = re.compile(r"attention_mask is None and not is_\w*compiling\(\)")
 
 Values = dict[str, Tensor]
 Fields = Mapping[str, Any]
@@ -67,7 +70,7 @@ def make_inputs(
         failure = ""
         for layout in layouts:
             try:
-                tried = {**made, **layout()}
+                tried = {**made, **layout(), **maker.beside()}
                 text = maker.fitting(text, tried)
             except Exception as error:  # the model's own code: this layout is not one of its
                 failure = failure or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -121,13 +124,61 @@ class _Maker:
             made["input_ids"] = self._tokens(sequences, tokens + encoder_decoder)
         if encoder_decoder and "decoder_input_ids" in self.names:
             made["decoder_input_ids"] = self._tokens(sequences, tokens)
-        return made or {main: self._tokens(sequences, tokens)}
+        if "bbox" in self.names and "input_ids" in made:  # where on a page, of edge 1, each token stands
+            made["bbox"] = self._floats(*made["input_ids"].shape, 4).sigmoid()
+        if "attention_mask" in self.names and "input_ids" in made and self._lacks_a_mask(made):
+            made["attention_mask"] = torch.ones_like(made["input_ids"])
+        return self._coded(made) if made else {main: self._tokens(sequences, tokens)}
 
-    def _tokens(self, sequences: int, tokens: int) -> Tensor:
+    def _lacks_a_mask(self, text: Values) -> bool:
+        """Whether the model makes the mask that it needs only where it is not traced."""
+        names = {type(part).__module__ for part in self.module.modules()}
+        if not any(_UNTRACED_MASK.search(_code(name)) for name in names if not name.startswith("torch.")):
+            return False
+        before = torch.compiler._is_compiling_flag
+        torch.compiler._is_compiling_flag = True  # what the model's code asks for
+        try:
+            self.run(text)
+        except (AttributeError, TypeError) as error:
+            return "NoneType" in str(error)
+        except Exception:  # the model's own code, for another reason
+            return False
+        finally:
+            torch.compiler._is_compiling_flag = before
+        return False
+
+    def _coded(self, text: Values) -> Values:
+        """An id of each codebook for every token, where the model does not run on a single one."""
+        name = next(reversed([key for key in text if key.endswith("input_ids")]))
+        books, channels = self.fields.get("num_codebooks"), None
+        if name == "decoder_input_ids":
+            channels = _part(self.fields, "decoder").get("num_channels")
+        counts = ([books + 1, books] if type(books) is int else []) + ([channels] if type(channels) is int else [])
+        sequences, tokens = text[name].shape
+        tried = text
+        for count in counts:
+            with contextlib.suppress(Exception):  # the model's own code
+                self.run(tried)
+                return tried
+            tried = {**text, name: self._tokens(sequences * count, tokens).reshape(sequences, tokens, count)}
+        return tried
+
+    def beside(self) -> Values:
+        """Tokens for what else the forward cannot do without: an image may be asked about in words of its own."""
+        found = inspect.signature(self.module.forward).parameters.items()
+        names = [name for name, parameter in found if parameter.default is parameter.empty and name not in _TEXTS]
+        return {
+            name: self._tokens(1, 3, _part(self.fields, name.removesuffix("_input_ids")).get("vocab_size"))
+            for name in names
+            if name.endswith("_input_ids")
+        }
+
+    def _tokens(self, sequences: int, tokens: int, vocabulary: int | None = None) -> Tensor:
         if self.device.type == "meta":
             return torch.arange(1, tokens + 1, device=self.device).expand(sequences, tokens)
         # The highest ids are special tokens: images and the like.
-        return torch.randint(max(2, self.vocabulary - 16), (sequences, tokens), generator=self.generator)
+        words = self.vocabulary if vocabulary is None else vocabulary
+        return torch.randint(max(2, words - 16), (sequences, tokens), generator=self.generator)
 
     # Images and sound
 
@@ -243,12 +294,15 @@ class _Maker:
             return {**text, **media}
         ids = _values(text["input_ids"], self.vocabulary)
         types = torch.zeros_like(ids)
-        for number, what in enumerate(("image", "audio"), start=1):
+        masks = [name for name in self.names if name.endswith("_position_mask")]
+        for number, what in ((1, "image"), (2, "audio"), (2, "video")):
             named = ((PLACEHOLDER.search(name), value) for name, value in self.fields.items() if type(value) is int)
             token = next((value for match, value in named if match and match[what]), None)
-            if token is None:
+            if token is None and what == "image" and masks:  # any: the mask alone says where the image goes
+                token = 1
+            if token is None or (what == "video" and (types == 1).any()):  # it is taken for an image
                 continue
-            count = self._features(what, media)
+            count = self._features(what, media) or (masks and what == "image" and self._queries()) or 0
             if count:
                 ids = torch.cat([ids[:, :1], torch.full((1, count), token), ids[:, 1:]], 1)
                 types = torch.cat([types[:, :1], torch.full((1, count), number), types[:, 1:]], 1)
@@ -258,9 +312,14 @@ class _Maker:
             # without them to what came before alone: two functions.
             wanted.append("token_type_ids")
         extra = {name: types for name in self.names if name in wanted}
+        extra |= {name: (types == 1).long() for name in masks}
         if "perceiver_embeddings" in self.names and "image_attention_mask" in self.names:  # every token sees each image
             extra["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
         return {**text, **media, "input_ids": ids, **extra}
+
+    def _queries(self) -> int:
+        """How many vectors the configuration says that an image becomes, 0 where it does not say."""
+        return _first(self.fields, "latent_query_num", "num_query_tokens", "image_seq_length") or 0
 
     def _features(self, what: str, media: Values) -> int:
         """How many vectors the model's own method makes of an image or a sound, 0 where it has none."""
@@ -284,6 +343,14 @@ class _Maker:
             given, mode = stand_ins_(self.module, kwargs)
             with mode if self.device.type == "meta" else torch.no_grad(), known_values():
                 return (function() if function is not None else self.module)(**given)
+
+
+def _code(module: str) -> str:
+    """The source of a Python module, '' where there is none to be had."""
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return ""
 
 
 def _values(ids: Tensor, vocabulary: int) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from autoquant.errors import AutoQuantError
 from autoquant.kinds import Kind
@@ -44,6 +44,12 @@ _EXPERTS_PER_TOKEN = re.compile(r"per_tok$|moe_k$|moe_topk|top_k")
 _DEMAND = re.compile(r"(\w+) must be (\w+), got")
 _SPLIT = re.compile(r"split_sizes to sum exactly to (\d+) .* got split_sizes=\[([\d, ]+)\]")
 _MISSING = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
+_NO_MAPPING = re.compile(r"'NoneType' object has no attribute '(get|keys|values|items)'")
+_NO_LIST = re.compile(r"object of type 'NoneType' has no len\(\)|'NoneType' object is not iterable")
+_NOT_SET = re.compile(r"Could not find a `(\w+)` argument in the config, or it is not set")
+_UNEVEN = re.compile(
+    r"must be divisible by|size of tensor a .* must match|Attempting to broadcast a dimension of length"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +180,7 @@ def refusal(source: ModelSource, config: Any) -> Exception | None:
     """Why a few layers of a configuration, of every kind, cannot be built and run without memory, None where they can.
 
     A RuntimeError says that values decide the way, or that there is no kernel, and nothing about the configuration,
-    unless it is about the sizes that a tensor is to be cut into.
+    unless it is about the sizes that a tensor is to be cut into, or about heads that do not make up a width.
     """
     try:
         config = copy.deepcopy(config)
@@ -188,9 +194,12 @@ def refusal(source: ModelSource, config: Any) -> Exception | None:
             with quiet(), torch.random.fork_rng(devices=()), torch.no_grad():
                 module(**inputs.kwargs)
     except (RuntimeError, NotImplementedError) as error:
-        return error if _SPLIT.search(str(error)) else None
+        return error if _SPLIT.search(str(error)) or any(_even(config, error)) else None
+    except DataDependentOutputException:
+        return None
     except AutoQuantError as error:
-        return error.__cause__ if isinstance(error.__cause__, Exception) else error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        return None if isinstance(cause, DataDependentOutputException) else cause
     except Exception as error:  # the architecture's own code
         return error
     return None
@@ -206,13 +215,18 @@ def _every_kind(config: Any) -> int:
 def _proposals(config: Any, error: Exception) -> Iterator[Repair]:
     """Whatever may help against ``error``."""
     missing, split = _MISSING.search(str(error)), _SPLIT.search(str(error))
+    yield from _even(config, error)
     for number, part in enumerate(_parts(config)):
         fields = vars(part)
         if missing and type(part).__name__ == missing[1]:
             for value in _elsewhere(config, missing[2]):
                 yield Repair(number, missing[2], value)
+        if _NO_LIST.search(str(error)):
+            yield from _sections(number, part)
         if split:
-            yield from _turned_in_part(number, fields, int(split[1]), [int(size) for size in split[2].split(",")])
+            sections = [int(size) for size in split[2].split(",")]
+            yield from _turned_in_part(number, fields, int(split[1]), sections)
+            yield from _turned_in_whole(number, part, int(split[1]), sections)
         if isinstance(error, KeyError) and error.args:
             keys = next((v for v in fields.values() if isinstance(v, list) and error.args[0] in v), ())
             for name, value in fields.items():
@@ -220,7 +234,12 @@ def _proposals(config: Any, error: Exception) -> Iterator[Repair]:
                     yield Repair(number, name, dict.fromkeys(keys, value or _rotary(part)))
         for name, value in fields.items():
             if value is None:
-                yield from (Repair(number, name, derived) for derived in _derived(part, name))
+                yield from (
+                    Repair(number, name, derived) for derived in (*_empty(part, name, error), *_derived(part, name))
+                )
+        unset = _NOT_SET.search(str(error))
+        if unset and fields.get(unset[1], 0) is None and (longest := fields.get("max_position_embeddings")):
+            yield Repair(number, unset[1], longest)  # a window, of the whole text: it hides nothing
     for number, part in enumerate(_parts(config)):
         for name, value in vars(part).items():
             if name.endswith("_types") and isinstance(value, list):  # without the kind of layer that lacks a size
@@ -234,6 +253,61 @@ def _turned_in_part(number: int, fields: Mapping[str, Any], size: int, sections:
     for name, value in fields.items():
         if isinstance(value, dict) and "rope_theta" in value and sum(sections) < size:
             yield Repair(number, name, {**value, "partial_rotary_factor": sum(sections) / size})
+
+
+def _turned_in_whole(number: int, config: Any, size: int, sections: Sequence[int]) -> Iterator[Repair]:
+    """Heads as large as the sections of their rotary embeddings ask for, where their size is not set."""
+    turned = vars(config).get("rope_parameters")
+    if isinstance(turned, dict) and sum(sections) > size and standard_field(config, "head_dim") is None:
+        yield Repair(number, "head_dim", round(2 * sum(sections) / turned.get("partial_rotary_factor", 1)))
+
+
+def _sections(number: int, config: Any) -> Iterator[Repair]:
+    """Sections of rotary embeddings where the configuration knows the key and has none: four alike, for the place in
+    the text, two in the image, and time.
+    """
+    head, known = standard_field(config, "head_dim"), getattr(type(config), "ignore_keys_at_rope_validation", None)
+    for name, value in vars(config).items():
+        if isinstance(value, dict) and "rope_theta" in value and head and head % 8 == 0:
+            for key in sorted(key for key in known or () if key.endswith("_section") and key not in value):
+                yield Repair(number, name, {**value, key: [head // 8] * 4})
+
+
+def _even(config: Any, error: Exception) -> Iterator[Repair]:
+    """The nearest number of heads that makes up a width, where a number that does not is what ``error`` is about."""
+    said = {int(number) for number in re.findall(r"\d+", str(error))} if _UNEVEN.search(str(error)) else set()
+    for number, part in enumerate(_parts(config) if said else ()):
+        heads, hidden = standard_field(part, "num_attention_heads"), standard_field(part, "hidden_size")
+        if not heads or not hidden or hidden % heads == 0 or standard_field(part, "head_dim"):
+            continue
+        if said >= {heads, hidden} or hidden // heads in said:
+            keys = standard_field(part, "num_key_value_heads") or 1
+            fitting = (count for count in range(1, hidden) if hidden % (2 * count) == 0 and count % keys == 0)
+            name = type(part).attribute_map.get("num_attention_heads", "num_attention_heads")
+            for nearest in sorted(fitting, key=lambda count: (abs(count - heads), -count))[:1]:
+                yield Repair(number, name, nearest)
+
+
+def _empty(config: Any, name: str, error: Exception) -> Iterator[Any]:
+    """For a field that ``error`` misses: an empty list or mapping where it is declared as one, and for a text the
+    example that its description gives.
+    """
+    from transformers import PreTrainedConfig
+
+    field = getattr(type(config), "__dataclass_fields__", {}).get(name)
+    if field is None or name in _field_names(PreTrainedConfig):
+        return
+    declared = str(field.type)
+    if _NO_MAPPING.search(str(error)) and re.search(r"\bdict\b", declared):
+        yield {}
+    if _NO_LIST.search(str(error)) and re.search(r"\blist\b", declared):
+        yield []
+    if "NoneType" not in str(error):
+        return
+    described = re.search(rf"^( *){name} \(`?str\b.*\n((?:\1 +.*\n)+)", type(config).__doc__ or "", re.MULTILINE)
+    example = re.search(r"e\.g\.,? `\"([^\"]+)\"`", described[2]) if described else None
+    if example and re.search(r"\bstr\b", declared):
+        yield example[1]
 
 
 def _derived(config: Any, name: str) -> Iterator[Any]:
@@ -254,7 +328,7 @@ def _derived(config: Any, name: str) -> Iterator[Any]:
         yield 8.0
     elif name.startswith("default_") and (choices := vars(config).get(f"{name.removeprefix('default_')}s")):
         yield next(iter(choices))
-    elif name.endswith("_types") and layers and (kinds := _layer_types(config)):
+    elif name.endswith("_types") and layers and (kinds := _layer_types(config, name)):
         yield [kinds[layer % len(kinds)] for layer in range(layers)]
 
 
@@ -263,10 +337,12 @@ def _rotary(config: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": getattr(config, "default_theta", 10_000.0)}
 
 
-def _layer_types(config: Any) -> list[str]:
-    """The library's kinds of layer that the architecture's own code names."""
+def _layer_types(config: Any, field: str = "") -> list[str]:
+    """The library's kinds of layer that the architecture's own code names; where it has a list for ``field``, those."""
     from transformers import AutoModelForCausalLM, configuration_utils
 
+    if field.startswith("mlp_"):
+        return list(getattr(configuration_utils, "ALLOWED_MLP_LAYER_TYPES", ()))
     try:
         architecture = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:

@@ -12,11 +12,12 @@ _VOCABULARY = 128
 
 # Fields that are counts or sizes by name, and are not to be touched: positions, windows, kernels, layers and the like.
 _KEEP = re.compile(
-    r"token|idx|layer|position|window|kernel|conv|patch|block|seq|length|scalar|pattern|period|seed|multipl|expand"
+    r"token|idx|layer|position|pos_emb|window|kernel|conv|patch|block|seq|length|scalar|pattern|period|seed|multipl|expand"
     r"|factor|max_|per_head|ngram|bucket|interval|_id$|_tp$"
 )
 _HEADS = re.compile(r"heads?$|num_query_groups")
 _HEAD_SIZE = re.compile(r"head_?dim$|d_head|d_kv$|head_size|kv_channels|dim_head|rotary_dim")
+_INWARD = re.compile(r"^(encoder|vision|image|audio|cross|proj)\w*_(hidden_size|dim|width)$")
 _OUTWARD = re.compile(r"out|proj|llm|text|language")
 _WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
@@ -27,6 +28,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"n_groups$"), 2),
     (re.compile(r"experts?$|num_experts|expert_num"), 8),
     (re.compile(r"state"), 8),
+    (re.compile(r"base_channels$"), 32),  # as many as a norm of theirs has groups
     (re.compile(r"filters$"), 8),  # of a convolution's first stage: each further one doubles them
     (re.compile(r"chunk_size"), 16),
 )
@@ -41,6 +43,7 @@ def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, int]:
     text = text_config(config)
     hidden = standard_field(text, "hidden_size")
     own = _part(text, keep_heads)
+    parts = {path: _part(part, keep_heads) for path, part in sub_configs(config).items()}
     wide = own.get(type(text).attribute_map.get("hidden_size", "hidden_size"))
     changes: dict[str, int] = {}
     for path, part in sub_configs(config).items():
@@ -48,11 +51,24 @@ def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, int]:
             smaller = own | _fewer_positions(part)
             changes |= {_join(path, name): value for name, value in smaller.items()}
             continue
-        smaller = _part(part, keep_heads) | _shallower(part) | _fewer_positions(part)
+        smaller = parts[path] | _shallower(part) | _fewer_positions(part) | _read(config, path, parts)
         if hidden is not None and wide is not None:
             smaller |= {name: wide for name in _widths_of(part, hidden)}
         changes |= {_join(path, name): value for name, value in smaller.items()}
     return changes
+
+
+def _read(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """New values for fields of a part that hold the width of another one, whose vectors it reads."""
+    parts = sub_configs(config)
+    mine = _own_width(parts[path])
+    found: dict[str, int] = {}
+    for name, value in vars(parts[path]).items():
+        for other, part in parts.items() if _INWARD.search(name) and type(value) is int and value != mine else ():
+            wide = smaller[other].get(_width_field(part) or "")
+            if part is not parts[path] and wide is not None and _own_width(part) == value:
+                found.setdefault(name, wide)
+    return found
 
 
 def _join(path: str, name: str) -> str:
@@ -98,11 +114,13 @@ def _widths_of(part: Any, hidden: int) -> list[str]:
 
 
 def _own_width(part: Any) -> int | None:
-    fields = vars(part)
-    return next(
-        (fields[name] for name in ("embed_dim", "d_model") if type(fields.get(name)) is int),
-        standard_field(part, "hidden_size"),
-    )
+    name = _width_field(part)
+    return None if name is None else vars(part)[name]
+
+
+def _width_field(part: Any) -> str | None:
+    fields, standard = vars(part), type(part).attribute_map.get("hidden_size", "hidden_size")
+    return next((name for name in ("embed_dim", "d_model", standard) if type(fields.get(name)) is int), None)
 
 
 def _part(config: Any, keep_heads: bool) -> dict[str, int]:

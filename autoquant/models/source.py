@@ -27,8 +27,8 @@ from autoquant.errors import AutoQuantError
 from autoquant.kinds import Kind
 from autoquant.models.classes import auto_class, kind_of, kinds_of, part_taken
 
-PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound))\w*token_(id|index)$")
-"""Fields that hold the token in whose place the features of an image or a sound go."""
+PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound)|(?P<video>video))\w*token_(id|index)$")
+"""Fields that hold the token in whose place the features of an image, a sound or a film go."""
 
 _NUMBERS = re.compile(r"layer_?(ids|idxs?|indices|numbers)$")
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
@@ -154,8 +154,11 @@ def _fit_(config: Any) -> dict[str, int]:
     text = standard_field(text_config(config), "hidden_size") if len(parts) > 1 else None
     changed: dict[str, int] = {}
     words = standard_field(text_config(config), "vocab_size") if len(parts) > 1 else None
-    for name, value in list(vars(config).items()):
-        if value is None and words is not None and PLACEHOLDER.search(name):
+    places = {name: match for name in vars(config) if (match := PLACEHOLDER.search(name))}
+    for name, match in places.items():
+        if match["video"] and any(other["image"] for other in places.values()):
+            continue  # images alone are made
+        if vars(config)[name] is None and words is not None:
             setattr(config, name, words - 1 - len(changed))
             changed[name] = getattr(config, name)
     for path, part in parts.items():
