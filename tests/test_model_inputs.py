@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
 from autoquant.models import KINDS, ModelSource, build_meta, load_weights, reduction, registered_types, resolve, small
 from autoquant.models.classes import auto_class, kind_of, kinds_of
-from autoquant.models.inputs import make_inputs
+from autoquant.models.inputs import make_inputs, masks_beside
 from autoquant.models.sizes import fewer_positions, reductions
 
 
@@ -181,3 +182,24 @@ def test_every_token_sees_the_image_that_stands_beside_the_text() -> None:
     mask, ids = model.kwargs["image_attention_mask"], model.kwargs["input_ids"]
     assert mask.shape == (1, ids.shape[1], 1) and bool((mask == 1).all())
     assert dict(model.missing) == {}
+
+
+class Reader(nn.Module):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+    ) -> None: ...
+
+
+def test_masks_beside_token_ids_let_every_token_count() -> None:
+    ids = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 2, 3]])}
+    found = masks_beside(Reader(), ids)
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        "attention_mask": [[1, 1, 1, 1]],
+        "decoder_attention_mask": [[1, 1, 1]],
+    }
+    assert list(masks_beside(Reader(), ids | {"attention_mask": ids["input_ids"]})) == ["decoder_attention_mask"]
+    assert masks_beside(nn.Linear(2, 2), ids) == {}
