@@ -28,7 +28,7 @@ from autoquant.config import (
     Rotation,
     Smoothing,
 )
-from autoquant.models import LoadedModel, ModelSource, build_meta
+from autoquant.models import LoadedModel, ModelSource, build_meta, masks_beside
 from autoquant.structure import fingerprint, shapes_of, ties_of
 from autoquant.threads import one_thread
 from autoquant.tracing import known_values, short_chunks, stand_ins_, undisturbed
@@ -103,7 +103,10 @@ def _trace(
 ) -> tuple[Captured, Analysis]:
     start = time.perf_counter()
     progress("capturing the graph")
-    captured = capture(traced, loaded.args, loaded.kwargs, how, known=loaded.known, first=loaded.config is not None)
+    spare = masks_beside(traced, loaded.kwargs) if loaded.config is not None else {}
+    captured = capture(
+        traced, loaded.args, loaded.kwargs, how, known=loaded.known, first=loaded.config is not None, spare=spare
+    )
     middle = time.perf_counter()
     progress("reading off scales and rotations")
     analysis = analyse(captured)

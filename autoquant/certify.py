@@ -38,6 +38,7 @@ from autoquant.models import (
     ModelSource,
     float64_throughout,
     grouped_experts,
+    masks_beside,
     runs_in_float64,
     small,
     widened,
@@ -147,7 +148,13 @@ def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
     """Analyse a small model with real weights, every layer of it; its graph is checked against eager execution."""
     with grouped_experts(loaded):
         captured = capture(
-            loaded.module, loaded.args, loaded.kwargs, "auto", known=loaded.known, first=loaded.config is not None
+            loaded.module,
+            loaded.args,
+            loaded.kwargs,
+            "auto",
+            known=loaded.known,
+            first=loaded.config is not None,
+            spare=masks_beside(loaded.module, loaded.kwargs) if loaded.config is not None else {},
         )
     difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
     if not difference <= TOLERANCE:

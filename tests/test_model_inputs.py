@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
@@ -23,7 +24,7 @@ from autoquant.models import (
 )
 from autoquant.models import source as naming
 from autoquant.models.classes import auto_class, kind_of, kinds_of
-from autoquant.models.inputs import _code, make_inputs
+from autoquant.models.inputs import _code, make_inputs, masks_beside
 from autoquant.models.sizes import fewer_positions, reductions
 
 
@@ -259,3 +260,24 @@ def test_what_a_part_reads_is_as_wide_as_the_part_that_makes_it() -> None:
     other.qformer_config.encoder_hidden_size = 1000  # no other part's width: a size of its own
     assert not sizes._INWARD.search("image_size")  # pixels, whatever width a part may have
     assert reductions(other)["qformer_config.encoder_hidden_size"] not in (64, 1000)
+
+
+class Reader(nn.Module):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+    ) -> None: ...
+
+
+def test_masks_beside_token_ids_let_every_token_count() -> None:
+    ids = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 2, 3]])}
+    found = masks_beside(Reader(), ids)
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        "attention_mask": [[1, 1, 1, 1]],
+        "decoder_attention_mask": [[1, 1, 1]],
+    }
+    assert list(masks_beside(Reader(), ids | {"attention_mask": ids["input_ids"]})) == ["decoder_attention_mask"]
+    assert masks_beside(nn.Linear(2, 2), ids) == {}

@@ -13,6 +13,7 @@ import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -63,6 +64,7 @@ def capture(
     *,
     known: Collection[str] = (),
     first: bool = False,
+    spare: Mapping[str, Any] = MappingProxyType({}),
 ) -> Captured:
     """Capture ``module(*args, **kwargs)`` in evaluation mode, on any device, ``meta`` included.
 
@@ -72,7 +74,8 @@ def capture(
 
     ``known``: optional inputs whose values are part of what is captured, such as the token ids that say where an image
     goes. Export takes them as constants, and comes first then; to Dynamo they are inputs as any other. ``first``: of
-    what the model returns, only the first floating-point tensor matters; pieces keep everything.
+    what the model returns, only the first floating-point tensor matters; pieces keep everything. ``spare``: inputs that
+    are added before anything is left untraced, where the model computes by values what they would say (masks).
 
     Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
     """
@@ -82,20 +85,24 @@ def capture(
     opaque: Route = ("export", partial(_around_opaque, run=non_strict, calls=calls))
     dynamo: Route = ("dynamo", _strict)
     hidden: list[str] = []
+    filled: tuple[Route, ...] = (("export", partial(non_strict)),) if spare else ()  # a function of its own
     pieces: Route = ("dynamo-pieces", partial(capture_pieces, hidden=hidden))
     routes: dict[str, tuple[Route, ...]] = {
-        "auto": (export, dynamo, opaque, pieces) if known else (dynamo, export, opaque, pieces),
+        "auto": (*((export, dynamo) if known else (dynamo, export)), *filled, opaque, pieces),
         "dynamo": (dynamo, pieces),
-        "export": (export, opaque),
+        "export": (export, *filled, opaque),
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
     failures = []
     names, aliases = names_of(module)
     for route, run in routes[how]:
+        if (route, run) in filled and not any(map(_VALUES.search, failures)):
+            continue
         try:
             with undisturbed(module), short_chunks(module):
-                inputs = tuple(args), dict(kwargs)
+                added = dict(spare) if (route, run) in filled else {}
+                inputs = tuple(args), {**kwargs, **added}
                 if route != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
                     inputs, _ = stand_ins_(module, inputs)
                 made = run(module, *inputs, names)
@@ -103,7 +110,9 @@ def capture(
                 made = tuple(map(first_output, made)) if only else made
                 constant = tuple(known) if route == "export" else ()
                 untraced = tuple(calls) if run is opaque[1] else ()
-                return Captured(route, made, aliases, constant, only, untraced, asks_for_ties(module), tuple(hidden))
+                return Captured(
+                    route, made, aliases, constant, only, untraced, asks_for_ties(module), tuple(hidden), added
+                )
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failure = f"{route}: {_first_line(error)}"
             failures += [failure] if failure not in failures else []
@@ -116,6 +125,7 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
 
     ``captured`` comes from this module, which holds real tensors.
     """
+    kwargs = {**kwargs, **captured.spare}
     with undisturbed(module):
         expected = _tensors(module(*args, **kwargs))
         if captured.first:

@@ -65,6 +65,8 @@ class Captured:
     """Whether the model would compute something else once parameters are untied (:func:`asks_for_ties`)."""
     hidden: tuple[str, ...] = ()
     """Parameters, by all of their names, that code outside of the pieces uses."""
+    spare: Mapping[str, Any] = field(default_factory=dict)
+    """Inputs that were added, without which it could not be traced."""
 
 
 def module_path(node: torch.fx.Node) -> str:

@@ -7,6 +7,7 @@ architecture: sizes are reduced by what their configuration fields are called an
 from autoquant.kinds import KINDS, Kind
 from autoquant.models.build import build_meta
 from autoquant.models.classes import registered_types
+from autoquant.models.inputs import masks_beside
 from autoquant.models.reduction import (
     float64_throughout,
     grouped_experts,
@@ -33,6 +34,7 @@ __all__ = [
     "layer_kinds",
     "load_checkpoint",
     "load_weights",
+    "masks_beside",
     "randomise_",
     "registered_types",
     "resolve",

@@ -86,6 +86,16 @@ def make_inputs(
     return Inputs(kwargs, known, missing)
 
 
+def masks_beside(module: nn.Module, kwargs: Mapping[str, Tensor]) -> Values:
+    """Attention masks that a forward names and ``kwargs`` lacks, one for each of its token ids: every token counts.
+
+    Some models look for padding among the token ids where they are given no mask.
+    """
+    names = inspect.signature(module.forward).parameters
+    masks = {name.replace("input_ids", "attention_mask"): ids for name, ids in kwargs.items() if "input_ids" in name}
+    return {name: torch.ones_like(ids) for name, ids in masks.items() if name in names and name not in kwargs}
+
+
 def takes_media(module: nn.Module) -> bool:
     """Whether a forward has an input for images or sound."""
     return any(name in inspect.signature(module.forward).parameters for name in (*_IMAGES, *_SOUNDS))

@@ -337,3 +337,47 @@ def test_shape_of_a_node_and_its_refusal() -> None:
         AutoQuantError, match=r"aten.split.Tensor at transformer.h.0.attn: expected one tensor, got list"
     ):
         shape(split)
+
+
+class Padded(nn.Module):
+    """Looks for padding among its token ids, unless it is told that there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+        self.inner = Inner()
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if mask is None and bool((ids == 0).any()):
+            mask = (ids != 0).long()
+        x = self.table(ids)
+        return self.inner(x if mask is None else x * mask[..., None])
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_mask_is_added_where_the_model_would_make_one_by_values(device: str) -> None:
+    module, ids = Padded().to(device).eval(), torch.tensor([[1, 2, 3]], device=device)
+    with pytest.raises(AutoQuantError, match="data-dependent"):
+        capture(module, (), {"ids": ids}, "export")
+    captured = capture(module, (), {"ids": ids}, "export", spare={"mask": torch.ones_like(ids)})
+    assert (captured.how, captured.opaque, list(captured.spare)) == ("export", (), ["mask"])
+    assert {s.name for s in captured.pieces[0].inputs.values() if s.kind == "input"} == {"ids", "mask"}
+    if device == "cpu":
+        assert check_against_eager(module, (), {"ids": ids}, captured) == 0.0
+
+
+def test_a_mask_that_is_not_needed_is_not_added() -> None:
+    module, ids = Padded().eval(), torch.tensor([[1, 2, 3]])
+    given = {"ids": ids, "mask": torch.ones_like(ids)}
+    assert capture(module, (), given, "export", spare={"other": ids}).spare == {}
+    with pytest.raises(AutoQuantError, match=r"unexpected keyword|data-dependent"):  # one that it does not take
+        capture(module, (), {"ids": ids}, "export", spare={"other": ids})
