@@ -220,6 +220,8 @@ def test_reduced_sizes_keep_their_relations() -> None:
     assert config.hidden_size != config.num_attention_heads * config.head_dim
     config = small(resolve("bamba")).config
     assert config.mamba_n_heads * config.mamba_d_head == config.mamba_expand * config.hidden_size
+    sizes = reduction.reductions(resolve("zamba2").config)
+    assert sizes["n_mamba_heads"] * sizes["mamba_headdim"] == 2 * sizes["hidden_size"]
     config = small(resolve("deepseek_v3")).config
     assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
 

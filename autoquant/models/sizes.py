@@ -182,7 +182,8 @@ def _products(
 ) -> dict[str, int]:
     """Head sizes of further head groups (state-space layers), where heads x size is a width or a multiple of it.
 
-    Groups are told by what comes before 'head' in the names: ``mamba_n_heads`` goes with ``mamba_d_head``.
+    Groups are told by what comes before 'head' in the names: ``mamba_n_heads`` goes with ``mamba_d_head``, and
+    ``n_mamba_heads`` with ``mamba_headdim``.
     """
     repaired: dict[str, int] = {}
     for count_name, count in heads.items():
@@ -203,4 +204,4 @@ def _products(
 
 
 def _group(name: str) -> str:
-    return re.sub(r"_?(num|n|d)?_?(query_|key_|value_|kv_)?head.*$", "", name)
+    return re.sub(r"^(num|n)_|_?(num|n|d)?_?(query_|key_|value_|kv_)?head.*$", "", name)
