@@ -28,6 +28,9 @@ from autoquant.config import (
     Rotation,
     Smoothing,
 )
+from autoquant.configcheck import json_path
+from autoquant.errors import AutoQuantError
+from autoquant.modelcheck import model_problems, structure_of
 from autoquant.models import LoadedModel, ModelSource, build_meta, masks_beside
 from autoquant.structure import fingerprint, shapes_of, ties_of
 from autoquant.threads import one_thread
@@ -85,6 +88,11 @@ def analyze(
     blocked = (*analysis.findings.blocked, *untraced(traced, captured, loaded.missing))
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)
     config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
+    if loaded.short is not None:
+        problems = model_problems(config, structure_of(loaded.module))
+        if problems:  # what was found hangs on how many positions there are
+            where = f"{json_path(problems[0].path)}: {problems[0].message}"
+            raise AutoQuantError(f"{source.name}: what was read off a shorter version of it does not fit it: {where}")
     return Analyzed(config, findings, analysis, captured, tuple(maps), seconds)
 
 

@@ -108,7 +108,8 @@ def small_claims(
 
 def _same_claims(analyzed: Analyzed, source: ModelSource, loaded: LoadedModel) -> tuple[LoadedModel, Config]:
     config = small_config(source, loaded)
-    _check_same_claims(analyzed.config, config)
+    held = [name for name, _ in loaded.module.named_parameters(remove_duplicate=False)]
+    _check_same_claims(analyzed.config, config, held)
     return widened(loaded), config
 
 
@@ -290,17 +291,34 @@ def _with_certificate(
     )
 
 
-def _check_same_claims(large: Config, reduced: Config) -> None:
-    """The small model must allow what the large one does: the same axes of the same parameters to the same powers."""
+def _check_same_claims(large: Config, reduced: Config, held: Collection[str] = ()) -> None:
+    """The small model must allow what the large one does: the same axes of the same parameters to the same powers.
+
+    ``held``: the small model's parameters. Of parts that are numbered within a layer (adapters, experts) it has the
+    first ones only: what is said of a further one has to be what is said of one of these.
+    """
     both = {_plain(name) for name, _ in claims(large)} & {_plain(name) for name, _ in claims(reduced)}
     mine, theirs = _shape_of_claims(large, both), _shape_of_claims(reduced, both)
+    proved = _shape_of_claims(reduced, ())
+    apart = [claim for claim in claims(large) if _plain(claim[0]) not in both]
+    shown = _shape_of_claims(keep(large, [claim for claim in apart if not held or _shows(large, claim, held)]), both)
     for name in dict.fromkeys(chain(mine, theirs)):
-        if mine.get(name) != theirs.get(name):
+        further = name not in theirs and name not in shown and set(mine[name]) <= set(proved.get(name, ()))
+        if mine.get(name) != theirs.get(name) and not further:
             raise AutoQuantError(
                 f"{large.provenance.model}: '{name}' is found in the {'full-size' if name in mine else 'small'} model "
                 f"{'with other members than' if name in mine and name in theirs else 'but not'} in the "
                 f"{'small' if name in mine else 'full-size'} one: it cannot be proved (--no-verify skips the proof)"
             )
+
+
+def _shows(large: Config, claim: tuple[str, str], held: Collection[str]) -> bool:
+    """Whether a claim of ``large`` starts at one of a small model's parameters ``held``, in whatever layer."""
+    alone = keep(large, [claim])
+    paths = [group.sources[0].path for group in alone.smoothing.groups]
+    paths += [space.writers[0].path for space in alone.rotation.spaces]
+    pattern = "|".join(re.escape(path).replace(re.escape(LAYER), r"\d+") for path in paths)
+    return any(re.fullmatch(pattern, name) for name in held)
 
 
 def _plain(name: str) -> str:

@@ -202,6 +202,34 @@ def test_the_number_of_a_last_layer_does_not_count() -> None:
         _check_same_claims(last(11, 12), last(1))  # what several layers share is not proved by one
 
 
+def test_a_further_part_of_a_layer_is_like_those_that_the_small_model_has() -> None:
+    """Of adapters or experts that are modules of their own the small model has the first ones only."""
+    _, found = analyzed("llama")
+    first = found.config.smoothing.groups[0]
+
+    def adapters(*numbers: int, **changes: Any) -> Config:
+        made = []
+        for number in numbers:
+            source = Slot(path=f"layers.{{layer}}.adapters.{number}.a.weight", dim=0, size=8)
+            name = f"layers.{{layer}}.adapters.{number}.a -> b"
+            made.append(first.model_copy(update={"name": name, "layers": None, "sources": (source,), **changes}))
+        smoothing = found.config.smoothing.model_copy(update={"groups": tuple(made)})
+        return keep(found.config, []).model_copy(update={"smoothing": smoothing})
+
+    _check_same_claims(
+        adapters(0, 1, 2, 3), adapters(0, 1), [f"layers.{i}.adapters.{j}.a.weight" for i in (0, 1) for j in (0, 1)]
+    )
+    missing = r"'layers\.{layer}\.adapters\.{layer}\.a -> b' is found in the full-size model but not in"
+    with pytest.raises(AutoQuantError, match=missing):  # a part that the small model has, and says nothing of
+        _check_same_claims(adapters(0, 1, 2), adapters(0, 1), [f"layers.0.adapters.{j}.a.weight" for j in (0, 1, 2)])
+    with pytest.raises(AutoQuantError, match=missing):  # nothing is known of what it has
+        _check_same_claims(adapters(0, 1, 2), adapters(0, 1))
+    with pytest.raises(AutoQuantError, match=missing):  # one that is not like those
+        other = adapters(2, targets=(Slot(path="layers.{layer}.adapters.2.c.weight", dim=1, size=8),))
+        both = other.model_copy(update={"smoothing": two_claims(adapters(0, 1), other)})
+        _check_same_claims(both, adapters(0, 1), ["layers.0.adapters.0.a.weight", "layers.0.adapters.1.a.weight"])
+
+
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     source, found = analyzed("llama")
     monkeypatch.setattr("autoquant.certify.check_against_eager", lambda *_: 0.5)

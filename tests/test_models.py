@@ -25,6 +25,7 @@ from autoquant.models import (
     resolve,
     small,
 )
+from autoquant.models import sizes as model_sizes
 from autoquant.models.source import layer_count, limit_layers, one_line
 
 TYPES = [*TABLE, "gpt_oss"]
@@ -220,8 +221,32 @@ def test_reduced_sizes_keep_their_relations() -> None:
     assert config.hidden_size != config.num_attention_heads * config.head_dim
     config = small(resolve("bamba")).config
     assert config.mamba_n_heads * config.mamba_d_head == config.mamba_expand * config.hidden_size
+    sizes = reduction.reductions(resolve("zamba2").config)
+    assert sizes["n_mamba_heads"] * sizes["mamba_headdim"] == 2 * sizes["hidden_size"]
     config = small(resolve("deepseek_v3")).config
     assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
+
+
+def test_windows_that_become_one_token_are_short_in_what_is_traced_and_proved() -> None:
+    """With three tokens a window of four is never full, and what reads it would not be in the graph."""
+    source = resolve("deepseek_v4")
+    assert model_sizes.shorter_windows(source.config) == {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 2}
+    }
+    loaded = build_meta(source)
+    assert loaded.short is not None
+    assert loaded.kwargs["input_ids"].shape == (1, 5)
+    names = ["model.layers.0.self_attn.compressor.position_bias", "model.layers.0.self_attn.compressor.kv_proj.weight"]
+    assert [tuple(loaded.module.get_parameter(name).shape) for name in names] == [(128, 512), (512, 4096)]
+    assert [tuple(loaded.short.get_parameter(name).shape) for name in names] == [(2, 512), (512, 4096)]
+    assert small(source).config.compress_rates["heavily_compressed_attention"] == 2
+    assert build_meta(resolve("llama")).short is None
+
+
+def test_a_window_is_a_number_or_one_for_each_kind_of_layer() -> None:
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=2)
+    config.compress_ratio, config.kv_compress_stride, config.compress_ratios = 16, 2, [4, 128]
+    assert model_sizes.shorter_windows(config) == {"compress_ratio": 2}  # of a list each layer's kind may be told
 
 
 def test_queries_still_share_keys_where_a_layer_has_twice_as_many() -> None:

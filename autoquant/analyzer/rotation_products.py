@@ -87,7 +87,12 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
         elif bias is not None:
             rows_vector = Vector(rows, fresh_instances(rows))
             return a.end(site, [rows_vector, bias], "a tensor that is not rotated is added")
-        return Vector(rows, fresh_instances(rows))
+        out = Vector(rows, fresh_instances(rows))
+        if not key and found.rows.ndim > 1:  # a matrix for each part of the input: its rows read that part alone
+            lead = found.rows.shape[:-1]
+            keys = torch.arange(lead.numel()).view(*lead, 1, 1).expand(site.shape)
+            a.split(out, keys, site.because("its channels are made of different vectors"))
+        return out
 
     def read(site: Site, x: Vector, columns: Tensor, found: Factors, weight: str, bias: Value) -> None:
         real = x.coordinates != ZERO

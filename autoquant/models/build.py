@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from autoquant.models.inputs import Inputs, make_inputs, takes_media
-from autoquant.models.sizes import fewer_positions
+from autoquant.models.sizes import fewer_positions, shorter_windows
 from autoquant.models.source import (
     LoadedModel,
     ModelSource,
@@ -28,18 +29,25 @@ _MOST_TOKENS = 256
 
 
 def build_meta(source: ModelSource) -> LoadedModel:
-    """The full-size module on the meta device, without weights, and three tokens of input.
+    """The full-size module on the meta device, without weights, and three tokens of input, or as many as fill two of
+    the windows that it makes one of, and do not end with one.
 
     Configurations: float32, no cache, scaled-dot-product attention where the class takes it and eager attention
     elsewhere. Factories are called with floating-point tensors on the meta device and integers for real. A model that
     takes images or sound comes with small ones, and with a version of itself (``short``) whose tables of positions are
-    of their size.
+    of their size; one with windows with a version whose windows are short.
     """
     if source.config is None:
         return call_factory(source, META)
     module = build_module(source, source.config, META, torch.float32)
+    windows = shorter_windows(source.config)
     if not takes_media(module):
-        return with_inputs(module, META, torch.float32, (1, 3))
+        if not windows:
+            return with_inputs(module, META, torch.float32, (1, 3))
+        shorter = build_module(source, changed(source.config, windows), META, torch.float32)
+        return replace(
+            with_inputs(shorter, META, torch.float32, (1, 5)), module=module, config=module.config, short=shorter
+        )
     config = changed(source.config, fewer_positions(source.config))
     inputs = _probe(source, config)
     short = build_module(source, config, META, torch.float32) if inputs.known or _media(inputs) else None
@@ -67,7 +75,7 @@ def with_inputs(
     return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing)
 
 
-def changed(config: Any, changes: Mapping[str, int]) -> Any:
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """A copy with new values by dotted path; a stack that becomes shorter takes its per-layer lists with it."""
     config = copy.deepcopy(config)
     parts = sub_configs(config)

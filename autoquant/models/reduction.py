@@ -274,7 +274,7 @@ def _shown(kinds: Sequence[int], each: int) -> int:
     return needed
 
 
-def _fewer(config: Any, changes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def _fewer(config: Any, changes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Other reductions to try, those that change most first."""
     yield reductions(config, keep_heads=True)
     for name in changes:
@@ -288,7 +288,7 @@ def _fewer(config: Any, changes: Mapping[str, int]) -> Iterator[dict[str, int]]:
         yield {name: changes[name] for name in names[:count]}
 
 
-def _refusal(source: ModelSource, changes: Mapping[str, int], missing: Collection[str]) -> Exception | None:
+def _refusal(source: ModelSource, changes: Mapping[str, Any], missing: Collection[str]) -> Exception | None:
     """Why two layers of the changed configuration cannot be built or run, None if they can.
 
     ``missing``: inputs that the model is run without.
@@ -317,7 +317,7 @@ def failure_of(loaded: LoadedModel) -> Exception | None:
     return None
 
 
-def _changed(config: Any, changes: Mapping[str, int]) -> Any:
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     config = changed(config, changes)
     _lower_token_ids_(sub_configs(config).values(), _vocabulary(config))
     return config

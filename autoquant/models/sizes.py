@@ -15,6 +15,7 @@ _KEEP = re.compile(
     r"token|idx|layer|position|pos_emb|window|kernel|conv|patch|block|seq|length|scalar|pattern|period|seed|multipl|expand"
     r"|factor|max_|per_head|ngram|bucket|interval|_id$|_tp$"
 )
+_WINDOW = re.compile(r"compress\w*_(rate|ratio|stride)s?$")
 _HEADS = re.compile(r"heads?$|num_query_groups")
 _HEAD_SIZE = re.compile(r"head_?dim$|d_head|d_kv$|head_size|kv_channels|dim_head|rotary_dim")
 _INWARD = re.compile(r"^(encoder|vision|image|audio|cross|proj)\w*_(hidden_size|dim|width)$")
@@ -34,7 +35,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
 )
 
 
-def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, int]:
+def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, Any]:
     """New values of the integer fields of a configuration and of those that it holds, by dotted path.
 
     Widths that were equal across a model's parts, such as what a vision tower hands to the language model, stay so.
@@ -45,7 +46,7 @@ def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, int]:
     own = _part(text, keep_heads)
     parts = {path: _part(part, keep_heads) for path, part in sub_configs(config).items()}
     wide = own.get(type(text).attribute_map.get("hidden_size", "hidden_size"))
-    changes: dict[str, int] = {}
+    changes: dict[str, Any] = {}
     for path, part in sub_configs(config).items():
         if part is text:
             smaller = own | _fewer_positions(part)
@@ -55,7 +56,7 @@ def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, int]:
         if hidden is not None and wide is not None:
             smaller |= {name: wide for name in _widths_of(part, hidden)}
         changes |= {_join(path, name): value for name, value in smaller.items()}
-    return changes
+    return changes | shorter_windows(config)
 
 
 def _read(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
@@ -82,6 +83,23 @@ def fewer_positions(config: Any) -> dict[str, int]:
         for path, part in sub_configs(config).items()
         for name, value in _fewer_positions(part).items()
     }
+
+
+def shorter_windows(config: Any) -> dict[str, Any]:
+    """Windows of tokens that become one each, two tokens long: else a few tokens fill none.
+
+    A number, or one for each kind of layer. A list may say of what kind each layer is, and stays.
+    """
+    found: dict[str, Any] = {}
+    for path, part in sub_configs(config).items():
+        for name, value in vars(part).items():
+            if not _WINDOW.search(name):
+                continue
+            if type(value) is int and value > 2:
+                found[_join(path, name)] = 2
+            elif isinstance(value, Mapping) and any(type(entry) is int and entry > 2 for entry in value.values()):
+                found[_join(path, name)] = {k: min(v, 2) if type(v) is int else v for k, v in value.items()}
+    return found
 
 
 def _fewer_positions(part: Any) -> dict[str, int]:
@@ -200,7 +218,8 @@ def _products(
 ) -> dict[str, int]:
     """Head sizes of further head groups (state-space layers), where heads x size is a width or a multiple of it.
 
-    Groups are told by what comes before 'head' in the names: ``mamba_n_heads`` goes with ``mamba_d_head``.
+    Groups are told by what comes before 'head' in the names: ``mamba_n_heads`` goes with ``mamba_d_head``, and
+    ``n_mamba_heads`` with ``mamba_headdim``.
     """
     repaired: dict[str, int] = {}
     for count_name, count in heads.items():
@@ -221,4 +240,4 @@ def _products(
 
 
 def _group(name: str) -> str:
-    return re.sub(r"_?(num|n|d)?_?(query_|key_|value_|kv_)?head.*$", "", name)
+    return re.sub(r"^(num|n)_|_?(num|n|d)?_?(query_|key_|value_|kv_)?head.*$", "", name)

@@ -140,6 +140,19 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
         Graph(lambda s, x: s.o((s.w2 @ (s.w1 @ x.mT)).mT), w1=par(1, 3, 4), w2=par(1, 4, 3), o=lin()),
         X,
     ),
+    "block_diagonal": lambda: (
+        Graph(
+            lambda s, x: s.o(
+                torch.bmm(s.a(x).view(3, 2, 2).transpose(0, 1), s.w.view(2, 2, 2).transpose(1, 2))
+                .transpose(0, 1)
+                .reshape(1, 3, 4)
+            ),
+            a=lin(),
+            w=par(4, 2),
+            o=lin(),
+        ),
+        X,
+    ),
     "gain_of_three_dimensions": lambda: (
         Graph(lambda s, x: s.o((x * s.w).reshape(1, 24)), w=par(2, 3, 4), o=lin(24, 4)),
         X,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from autoquant.analyze import analyze
 from autoquant.analyzer.analysis import qualified
-from autoquant.models import resolve
+from autoquant.errors import AutoQuantError
+from autoquant.models import LoadedModel, ModelSource, build_meta, resolve
+from autoquant.models.build import changed
+from autoquant.models.source import build_module
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -103,3 +107,16 @@ def test_graph_breaks_end_every_scale_that_crosses_them() -> None:
 def test_operators_are_named_in_full() -> None:
     assert qualified("silu") == "aten.silu"
     assert qualified("transformers::grouped_mm_fallback") == "transformers.grouped_mm_fallback"
+
+
+def test_what_is_read_off_a_shorter_version_has_to_fit_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve("llama")
+    changes = {"num_hidden_layers": 2, "intermediate_size": 64}
+    short = build_module(source, changed(source.config, changes), torch.device("meta"), torch.float32)
+
+    def shorter(source: ModelSource) -> LoadedModel:
+        return replace(build_meta(source), short=short)
+
+    monkeypatch.setattr("autoquant.analyze.build_meta", shorter)
+    with pytest.raises(AutoQuantError, match="llama: what was read off a shorter version of it does not fit it: "):
+        analyze(source)

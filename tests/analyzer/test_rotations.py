@@ -16,6 +16,10 @@ TOLERANCE = 1e-9
 EXPECTED: dict[str, list[str]] = {
     "matrix_per_head_from_left": [],
     "matrix_from_left_of_one_head": [],
+    "block_diagonal": [
+        "other 1 x 2 a.weight.0[0:2x2/2,1>0,1] a.bias.0[0:2x2/2,1>0,1] -> w.1",
+        "other 2 x 2 w.0 -> o.weight.1 +bias",
+    ],
     "gain_of_three_dimensions": [],
     "relu_gate": [],
     "relu_h_times_h": [],

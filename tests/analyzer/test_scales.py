@@ -17,6 +17,10 @@ TOLERANCE = 1e-9
 EXPECTED: dict[str, list[str]] = {
     "matrix_per_head_from_left": ["query_key 6 w1.1x2 -> w2.2x2"],
     "matrix_from_left_of_one_head": ["query_key 3 w1.1 -> w2.2"],
+    "block_diagonal": [
+        "linear_linear 2 a.weight.0[0:2x2/2,1>0,1] a.bias.0[0:2x2/2,1>0,1] -> w.1",
+        "linear_linear 4 w.0 -> o.weight.1",
+    ],
     "gain_of_three_dimensions": [],
     "relu_gate": ["linear_linear 4 a2.weight.0 a2.bias.0 -> b.weight.1"],
     "relu_h_times_h": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
