@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -39,7 +40,6 @@ from autoquant.errors import AutoQuantError
 from autoquant.tracing import known_values, short_chunks, stand_ins_, undisturbed
 
 Run = Callable[..., tuple[Piece, ...]]
-Route = tuple[How, Run]
 
 __all__ = [
     "Captured",
@@ -51,6 +51,16 @@ __all__ = [
     "module_path",
     "shape",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way of capturing, with inputs that are added for it."""
+
+    name: How
+    run: Run
+    added: Mapping[str, Any] = field(default_factory=dict)
+
 
 _VALUES = re.compile("data-dependent|unbacked|meta tensor")
 _BY_VALUES = "its code takes one way or another by the values of activations, and there are none on the meta device: "
@@ -74,47 +84,49 @@ def capture(
 
     ``known``: optional inputs whose values are part of what is captured, such as the token ids that say where an image
     goes. Export takes them as constants, and comes first then; to Dynamo they are inputs as any other. ``first``: of
-    what the model returns, only the first floating-point tensor matters; pieces keep everything. ``spare``: inputs that
-    are added before anything is left untraced, where the model computes by values what they would say (masks).
+    what the model returns, only the first floating-point tensor matters; pieces keep everything. ``spare``: inputs with
+    which export is tried again where it fails without, since the model then computes what they say by values or not at
+    all (masks).
 
     Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
     """
     non_strict = partial(_non_strict, known=known) if known else _non_strict
     calls: list[OpaqueCall] = []
-    export: Route = ("export", non_strict)
-    opaque: Route = ("export", partial(_around_opaque, run=non_strict, calls=calls))
-    dynamo: Route = ("dynamo", _strict)
     hidden: list[str] = []
-    filled: tuple[Route, ...] = (("export", partial(non_strict)),) if spare else ()  # a function of its own
-    pieces: Route = ("dynamo-pieces", partial(capture_pieces, hidden=hidden))
-    routes: dict[str, tuple[Route, ...]] = {
-        "auto": (*((export, dynamo) if known else (dynamo, export)), *filled, opaque, pieces),
-        "dynamo": (dynamo, pieces),
-        "export": (export, *filled, opaque),
+    dynamo, export = Route("dynamo", _strict), Route("export", non_strict)
+    opaque = Route("export", partial(_around_opaque, run=non_strict, calls=calls))
+    pieces = Route("dynamo-pieces", partial(capture_pieces, hidden=hidden))
+    more = [replace(route, added=spare) for route in (export, opaque) if spare]
+    routes: dict[str, list[Route]] = {
+        "auto": [*((export, dynamo) if known else (dynamo, export)), *more[:1], opaque, *more[1:], pieces],
+        "dynamo": [dynamo, pieces],
+        "export": [export, *more[:1], opaque, *more[1:]],
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
     failures: list[str] = []
     names, aliases = names_of(module)
-    for route, run in routes[how]:
-        if (route, run) in filled and not any(map(_VALUES.search, failures)):
-            continue
+    for route in routes[how]:
         try:
             with undisturbed(module), short_chunks(module):
-                added = dict(spare) if (route, run) in filled else {}
-                inputs = tuple(args), {**kwargs, **added}
-                if route != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
+                inputs = tuple(args), {**kwargs, **route.added}
+                if route.name != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
                     inputs, _ = stand_ins_(module, inputs)
-                made = run(module, *inputs, names)
-                only = first and route != "dynamo-pieces"
-                made = tuple(map(first_output, made)) if only else made
-                constant = tuple(known) if route == "export" else ()
-                untraced = tuple(calls) if run is opaque[1] else ()
+                made = route.run(module, *inputs, names)
+                only = first and route.name != "dynamo-pieces"
                 return Captured(
-                    route, made, aliases, constant, only, untraced, asks_for_ties(module), tuple(hidden), added
+                    route.name,
+                    tuple(map(first_output, made)) if only else made,
+                    aliases,
+                    tuple(known) if route.name == "export" else (),
+                    only,
+                    tuple(calls) if route.run is opaque.run else (),
+                    asks_for_ties(module),
+                    tuple(hidden),
+                    route.added,
                 )
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
-            failure = f"{route}: {_first_line(error)}"
+            failure = f"{route.name}: {_first_line(error)}"
             failures += [failure] if failure not in failures else []
     why = _BY_VALUES if any(_VALUES.search(failure) for failure in failures) else ""
     raise AutoQuantError(f"cannot capture {type(module).__name__}: {why}" + "; ".join(failures))

@@ -26,7 +26,6 @@ from autoquant.tracing import known_values, stand_ins_, undisturbed
 _IMAGES = ("pixel_values", "flattened_patches")
 _SOUNDS = ("input_features", "input_values")
 _TEXTS = ("input_ids", "decoder_input_ids")
-_UNTRACED_MASK = re.compile(r"attention_mask is None and not is_\w*compiling\(\)")
 
 Values = dict[str, Tensor]
 Fields = Mapping[str, Any]
@@ -136,26 +135,7 @@ class _Maker:
             made["decoder_input_ids"] = self._tokens(sequences, tokens)
         if "bbox" in self.names and "input_ids" in made:  # where on a page, of edge 1, each token stands
             made["bbox"] = self._floats(*made["input_ids"].shape, 4).sigmoid()
-        if "attention_mask" in self.names and "input_ids" in made and self._lacks_a_mask(made):
-            made["attention_mask"] = torch.ones_like(made["input_ids"])
         return self._coded(made) if made else {main: self._tokens(sequences, tokens)}
-
-    def _lacks_a_mask(self, text: Values) -> bool:
-        """Whether the model makes the mask that it needs only where it is not traced."""
-        names = {type(part).__module__ for part in self.module.modules()}
-        if not any(_UNTRACED_MASK.search(_code(name)) for name in names if not name.startswith("torch.")):
-            return False
-        before = torch.compiler._is_compiling_flag
-        torch.compiler._is_compiling_flag = True  # what the model's code asks for
-        try:
-            self.run(text)
-        except (AttributeError, TypeError) as error:
-            return "NoneType" in str(error)
-        except Exception:  # the model's own code, for another reason
-            return False
-        finally:
-            torch.compiler._is_compiling_flag = before
-        return False
 
     def _coded(self, text: Values) -> Values:
         """An id of each codebook for every token, where the model does not run on a single one."""
