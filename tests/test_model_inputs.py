@@ -259,3 +259,11 @@ def test_what_a_part_reads_is_as_wide_as_the_part_that_makes_it() -> None:
     other.qformer_config.encoder_hidden_size = 1000  # no other part's width: a size of its own
     assert not sizes._INWARD.search("image_size")  # pixels, whatever width a part may have
     assert reductions(other)["qformer_config.encoder_hidden_size"] not in (64, 1000)
+
+
+def test_an_image_is_found_where_the_experts_have_no_shapes_in_float32() -> None:
+    """Of a grouped product the stand-in without memory knows half precision alone; traced, it is another operator."""
+    model = build_meta(replace(known_type("qwen3_vl_moe"), kind="image-text-to-text"))
+    assert dict(model.missing) == {}
+    assert int((model.kwargs["input_ids"] == model.config.image_token_id).sum()) == 4
+    assert not torch.compiler.is_compiling()

@@ -27,6 +27,8 @@ _IMAGES = ("pixel_values", "flattened_patches")
 _SOUNDS = ("input_features", "input_values")
 _TEXTS = ("input_ids", "decoder_input_ids")
 _UNTRACED_MASK = re.compile(r"attention_mask is None and not is_\w*compiling\(\)")
+_NO_SHAPES = re.compile(r"Expected inputs of BF16 type")
+"""What an operator says that runs in float32, and whose stand-in without memory does not."""
 
 Values = dict[str, Tensor]
 Fields = Mapping[str, Any]
@@ -135,16 +137,13 @@ class _Maker:
         names = {type(part).__module__ for part in self.module.modules()}
         if not any(_UNTRACED_MASK.search(_code(name)) for name in names if not name.startswith("torch.")):
             return False
-        before = torch.compiler._is_compiling_flag
-        torch.compiler._is_compiling_flag = True  # what the model's code asks for
         try:
-            self.run(text)
+            with _as_traced():
+                self.run(text)
         except (AttributeError, TypeError) as error:
             return "NoneType" in str(error)
         except Exception:  # the model's own code, for another reason
             return False
-        finally:
-            torch.compiler._is_compiling_flag = before
         return False
 
     def _coded(self, text: Values) -> Values:
@@ -342,7 +341,25 @@ class _Maker:
         with undisturbed(self.module):
             given, mode = stand_ins_(self.module, kwargs)
             with mode if self.device.type == "meta" else torch.no_grad(), known_values():
-                return (function() if function is not None else self.module)(**given)
+                called = function() if function is not None else self.module
+                try:
+                    return called(**given)
+                except RuntimeError as error:
+                    if self.device.type != "meta" or not _NO_SHAPES.search(str(error)):
+                        raise
+                    with _as_traced():  # by other operators, as the library takes where it is traced
+                        return called(**given)
+
+
+@contextlib.contextmanager
+def _as_traced() -> Iterator[None]:
+    """Let the library's code take the way that it takes while it is traced."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _code(module: str) -> str:
