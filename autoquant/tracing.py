@@ -8,6 +8,7 @@ followed where they lead, and what it computes from them alone is a constant of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import _trace_wrapped_higher_order_op as higher_order
+from torch._functorch import vmap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -28,6 +31,9 @@ _MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isi
 
 _FROM_VALUES = (torch.arange, torch.tensor, torch.as_tensor, torch.asarray, torch.linspace)
 _FILLS = (torch.zeros, torch.ones, torch.full, torch.empty)
+
+_MAPPING = ((vmap, "_add_batch_dim"), (vmap, "_remove_batch_dim"), (higher_order, "mod_index"))
+"""What torch.vmap does with a tensor before and after it maps over it, and an index that is mapped over."""
 
 _CHUNK = "chunk_size"
 _SHORT_CHUNK = 2
@@ -103,8 +109,24 @@ def known_values() -> Iterator[None]:
 
     What is made of a fill (zeros, ones) in floating point is left to the trace, which knows its scale.
     """
-    with _KnownValues():
-        yield
+    before = [(file, name, getattr(file, name)) for file, name in _MAPPING if hasattr(file, name)]
+    try:
+        for file, name, function in before:
+            setattr(file, name, functools.partial(_mapped, function))
+        with _KnownValues():
+            yield
+    finally:
+        for file, name, function in before:
+            setattr(file, name, function)
+
+
+def _mapped(function: Any, *args: Any) -> Any:
+    """A step of torch.vmap; with known values it is no part of a trace."""
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if not all(map(_is_known, tensors)):
+        return function(*args)
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        return function(*args)
 
 
 class _KnownValues(TorchFunctionMode):

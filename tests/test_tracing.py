@@ -10,6 +10,8 @@ from typing import Literal
 import pytest
 import torch
 from torch import nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch._functorch import vmap
 
 from autoquant.analyzer.capture import capture, check_against_eager
 from autoquant.tracing import known_values, short_chunks, stand_ins_, undisturbed
@@ -144,3 +146,30 @@ def test_chunks_that_are_short_or_given_stay() -> None:
         assert in_chunks.__defaults__ == (64,)
     finally:
         del sys.modules["chunked"]
+
+
+class Mapped(nn.Module):
+    """A mask made place by place, as transformers makes those that are not merely causal."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        assert ids is not None
+        places, starts = torch.arange(ids.shape[1]), ids[0] - 1
+
+        def seen(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return (q - k < 2) & (k >= starts[k])
+
+        with TransformGetItemToIndex():
+            mask = torch.vmap(torch.vmap(seen, (None, 0)), (0, None))(places, places)
+        return x * mask.sum(0)
+
+
+def test_known_values_that_are_mapped_over_are_no_part_of_the_trace() -> None:
+    kwargs = {"x": torch.ones(3), "ids": torch.tensor([[1, 3, 3]])}
+    captured = capture(Mapped(), (), kwargs, "export", known=("ids",))
+    assert check_against_eager(Mapped(), (), kwargs, captured) == 0.0
+    assert Mapped()(**kwargs).tolist() == [2, 0, 3]
+    before = vmap._add_batch_dim
+    with known_values():
+        assert torch.vmap(lambda q: q + 1)(torch.arange(3)).tolist() == [1, 2, 3]
+        assert torch.vmap(lambda q: q + 1)(torch.zeros(3, device="meta")).is_meta  # not known: as torch does it
+    assert vmap._add_batch_dim is before

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,8 @@ from autoquant.tracing import known_values, stand_ins_, undisturbed
 _IMAGES = ("pixel_values", "flattened_patches")
 _SOUNDS = ("input_features", "input_values")
 _TEXTS = ("input_ids", "decoder_input_ids")
+_NO_SHAPES = re.compile(r"Expected inputs of BF16 type")
+"""What an operator says that runs in float32, and whose stand-in without memory does not."""
 
 Values = dict[str, Tensor]
 Fields = Mapping[str, Any]
@@ -332,15 +333,25 @@ class _Maker:
         with undisturbed(self.module):
             given, mode = stand_ins_(self.module, kwargs)
             with mode if self.device.type == "meta" else torch.no_grad(), known_values():
-                return (function() if function is not None else self.module)(**given)
+                called = function() if function is not None else self.module
+                try:
+                    return called(**given)
+                except RuntimeError as error:
+                    if self.device.type != "meta" or not _NO_SHAPES.search(str(error)):
+                        raise
+                    with _as_traced():  # by other operators, as the library takes where it is traced
+                        return called(**given)
 
 
-def _code(module: str) -> str:
-    """The source of a Python module, '' where there is none to be had."""
+@contextlib.contextmanager
+def _as_traced() -> Iterator[None]:
+    """Let the library's code take the way that it takes while it is traced."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
     try:
-        return inspect.getsource(sys.modules[module])
-    except (KeyError, OSError, TypeError):
-        return ""
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _values(ids: Tensor, vocabulary: int) -> Tensor:

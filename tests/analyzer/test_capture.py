@@ -381,3 +381,32 @@ def test_a_mask_that_is_not_needed_is_not_added() -> None:
     assert capture(module, (), given, "export", spare={"other": ids}).spare == {}
     with pytest.raises(AutoQuantError, match=r"unexpected keyword|data-dependent"):  # one that it does not take
         capture(module, (), {"ids": ids}, "export", spare={"other": ids})
+
+
+class Router(nn.Module):
+    """Picks tokens by their values, so that it stays whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = x.sum(-1) > 0
+        return x.masked_fill(~chosen[..., None], 0.0) if bool(chosen.any()) else x
+
+
+class LacksMask(nn.Module):
+    """Makes the mask that it needs only where it is not traced, and routes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = Router(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if mask is None and not torch.compiler.is_compiling():
+            mask = torch.ones(x.shape[:2])
+        return self.head(self.router(x)) * mask[:, :, None]  # type: ignore[index]  # the mistake
+
+
+def test_a_module_is_left_untraced_with_the_mask_too() -> None:
+    module, x = LacksMask().eval(), torch.randn(1, 3, 4)
+    with pytest.raises(AutoQuantError, match="NoneType"):
+        capture(module, (), {"x": x}, "export")
+    captured = capture(module, (), {"x": x}, "export", spare={"mask": torch.ones(1, 3)})
+    assert ([call.path for call in captured.opaque], list(captured.spare)) == (["router"], ["mask"])
