@@ -94,7 +94,7 @@ def capture(
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
-    failures = []
+    failures: list[str] = []
     names, aliases = names_of(module)
     for route, run in routes[how]:
         if (route, run) in filled and not any(map(_VALUES.search, failures)):
