@@ -240,6 +240,7 @@ def test_windows_that_become_one_token_are_short_in_what_is_traced_and_proved() 
     assert [tuple(loaded.module.get_parameter(name).shape) for name in names] == [(128, 512), (512, 4096)]
     assert [tuple(loaded.short.get_parameter(name).shape) for name in names] == [(2, 512), (512, 4096)]
     assert small(source).config.compress_rates["heavily_compressed_attention"] == 2
+    assert small(source).config.index_topk == 2  # of four windows: what chooses them counts
     assert build_meta(resolve("llama")).short is None
 
 

@@ -75,6 +75,17 @@ def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> Non
                 f"R3 {rotation.path}: {type(module).__name__} does not call transformers' attention interface, so "
                 "queries and keys cannot be reached; disable R3"
             )
+        if "sdpa" in _texts(forward.__code__.co_consts):  # the rotating function goes by another name
+            raise AutoQuantError(
+                f"R3 {rotation.path}: {type(module).__name__} takes one way or another by the name of its attention "
+                "function, which is exchanged; disable R3"
+            )
+
+
+def _texts(constants: tuple[Any, ...]) -> set[str]:
+    """The strings among a function's constants, those in its tuples and sets included."""
+    flat = [part for value in constants for part in (value if isinstance(value, tuple | frozenset) else (value,))]
+    return {part for part in flat if isinstance(part, str)}
 
 
 def _rotate_attention_(model: nn.Module) -> None:

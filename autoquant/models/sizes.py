@@ -23,7 +23,7 @@ _OUTWARD = re.compile(r"out|proj|llm|text|language")
 _WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"vocab"), _VOCABULARY),
-    (re.compile(r"per_tok$|moe_k$|moe_topk|top_k"), 2),
+    (re.compile(r"per_tok$|moe_k$|topk$|moe_topk|top_k"), 2),
     (re.compile(r"topk_group"), 2),
     (re.compile(r"n_group$|expert_group"), 4),
     (re.compile(r"n_groups$"), 2),

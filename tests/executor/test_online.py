@@ -8,6 +8,7 @@ import pytest
 import torch
 from handmade import LLAMA, build, change, llama_like, logits
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
@@ -97,6 +98,25 @@ def test_an_attention_without_the_interface_is_refused() -> None:
     config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
     with pytest.raises(AutoQuantError, match="LlamaMLP does not call transformers' attention interface"):
         apply_(model, config, only=[path])
+
+
+def test_an_attention_that_asks_for_the_name_of_its_function_is_refused() -> None:
+    """The rotating function has another name: a mask that only "sdpa" gets would be left out."""
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    attention = type(model.model.layers[0].self_attn)
+
+    class Asking(attention):  # type: ignore[misc, valid-type]  # a class of transformers
+        def forward(self, *args: object, **kwargs: object) -> object:
+            if self.config._attn_implementation in ("eager", "sdpa"):
+                return super().forward(*args, **kwargs)
+            return ALL_ATTENTION_FUNCTIONS
+
+    model.model.layers[1].self_attn.__class__ = Asking
+    with pytest.raises(
+        AutoQuantError, match=r"R3 model\.layers\.1\.self_attn: Asking takes one way or another by the name"
+    ):
+        apply_(model, config, only=[R3])
 
 
 def test_everything_together_with_smoothing() -> None:
