@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -298,7 +299,9 @@ def test_a_tower_keeps_every_kind_of_its_layers() -> None:
 def test_a_codebook_and_a_stack_of_convolutions_become_no_larger() -> None:
     codebook = PreTrainedConfig(embed_dim=8, latent_channels=256, base_channels=128, projection_dim=2048)
     changes = reduction.reductions(codebook)
-    assert changes == {"embed_dim": 8, "latent_channels": 16, "base_channels": 16, "projection_dim": 64}
+    assert changes == {"embed_dim": 8, "latent_channels": 16, "base_channels": 32, "projection_dim": 64}
+    few = reduction.reductions(PreTrainedConfig(embed_dim=8, base_channels=16))
+    assert few == {"embed_dim": 8, "base_channels": 16}  # no more than there were
     convolutions = PreTrainedConfig(hidden_size=64, num_filters=32, kernel_size=7)
     assert reduction.reductions(convolutions) == {"hidden_size": 64, "num_filters": 8}
 
@@ -465,3 +468,11 @@ def test_lists_of_layer_numbers_are_cut_with_the_layers() -> None:
     assert config.hybrid_layer_ids == [6, 12, 18]
     limit_layers(config, 5)  # none is left: as they were, as for a model that has none of them
     assert config.hybrid_layer_ids == [6, 12, 18]
+
+
+def test_a_small_model_that_loses_an_input_is_refused() -> None:
+    """Text alone may run where the experts of a tower do not: that would prove less than is claimed."""
+    whole = LoadedModel(torch.nn.Identity(), ())
+    assert reduction._lost(whole) is None
+    error = reduction._lost(replace(whole, missing={"pixel_values": "no kernel", "input_features": "no size"}))
+    assert str(error) == "no input_features: no size"

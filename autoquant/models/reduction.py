@@ -61,7 +61,7 @@ def small(source: ModelSource, seed: int = 0, *, each: int = 1) -> LoadedModel:
         _set_experts_(model, experts)
         randomise_(model, seed)
         loaded = with_inputs(model, torch.device("cpu"), dtype, (2, 8), seed, without=missing)
-        failure = failure_of(loaded)
+        failure = _lost(loaded) or failure_of(loaded)
         if failure is None:
             return loaded
     raise AutoQuantError(f"{source.name}: its small model cannot be run: {one_line(failure)}") from failure
@@ -301,10 +301,15 @@ def _refusal(source: ModelSource, changes: Mapping[str, Any], missing: Collectio
         if size > _LARGEST:
             raise AutoQuantError(f"{size:,} parameters in two layers, more than {_LARGEST:,}")
         loaded = build(source, config, torch.device("cpu"), torch.float32, missing)
-        lost = loaded.missing
-        return AutoQuantError(f"no {min(lost)}: {loaded.missing[min(lost)]}") if lost else failure_of(loaded)
+        return _lost(loaded) or failure_of(loaded)
     except Exception as error:  # a configuration's own checks, or the architecture's code
         return error
+
+
+def _lost(loaded: LoadedModel) -> AutoQuantError | None:
+    """That an input which the full-size model takes could not be made, None where all of them were."""
+    missing = loaded.missing
+    return AutoQuantError(f"no {min(missing)}: {missing[min(missing)]}") if missing else None
 
 
 def failure_of(loaded: LoadedModel) -> Exception | None:
