@@ -91,6 +91,9 @@ class Split:
     keys: Ints
     reason: Reason
     centre: bool = False
+    """Their mean is subtracted."""
+    length: bool = False
+    """Their length is taken while their mean is still in it: it would be another one without."""
 
 
 @dataclass(slots=True)
@@ -140,10 +143,12 @@ class RotationAnalysis:
     def finish(self, site: Site, values: Sequence[Value]) -> None:
         self.end(site, values, "it is an output of the model")
 
-    def split(self, vector: Vector, keys: Tensor, reason: Reason, centre: bool = False) -> None:
+    def split(
+        self, vector: Vector, keys: Tensor, reason: Reason, *, centre: bool = False, length: bool = False
+    ) -> None:
         """Coordinates may be mixed only if they see the same keys, instance by instance."""
         flat = vector.coordinates.reshape(-1).numpy()
-        self._split(flat, mixed(vector.instances, keys).reshape(-1).numpy(), reason, centre)
+        self._split(flat, mixed(vector.instances, keys).reshape(-1).numpy(), reason, centre, length)
 
     def split_copies(self, labels: Tensor, keys: Tensor, reason: Reason) -> None:
         """A reader pairs the copies of its channels ``labels [in]`` in order: the n-th ones must see the same keys."""
@@ -155,13 +160,13 @@ class RotationAnalysis:
         rank = torch.arange(len(found)) - first
         self._split(found.numpy(), mixed(rank, keys[order]).numpy(), reason)
 
-    def _split(self, flat: Ints, code: Ints, reason: Reason, centre: bool = False) -> None:
+    def _split(self, flat: Ints, code: Ints, reason: Reason, centre: bool = False, length: bool = False) -> None:
         real = flat != ZERO
         labels, inverse = np.unique(flat[real], return_inverse=True)
         sums = np.zeros(len(labels), dtype=np.int64)
         with np.errstate(over="ignore"):
             np.add.at(sums, inverse, code[real])
-        self.splits.append(Split(labels, sums, reason, centre))
+        self.splits.append(Split(labels, sums, reason, centre, length))
 
     def arrange(self, site: Site, *coordinates: Tensor) -> None:
         """Note the order in which channels lie. Rows that are alike, as those of all tokens are, count once."""

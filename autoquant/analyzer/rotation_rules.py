@@ -231,7 +231,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
         shape = [1 if d in dims else s for d, s in enumerate(vector.coordinates.shape)]
         keys = torch.arange(int(np.prod(shape))).view(shape).expand(vector.coordinates.shape)
         keys = keys if vector.factors is None else mixed(keys, vector.factors)
-        a.split(vector, keys, site.because(text), centre)
+        a.split(vector, keys, site.because(text), centre=centre, length=not (centre or vector.centred))
         return a.unknown(site)
 
     def centred(site: Site, vector: Vector, dims: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +63,8 @@ def analyse_rotations(captured: Captured) -> Rotations:
 def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied: Collection[str]) -> bool:
     """End the spaces whose norms cannot be folded although each reader alone would allow it; were there any?
 
-    Writers may be centred only where every reader subtracts the mean. A gain may be folded only where all that is
-    behind it reads one and the same space, and no other norm holds it.
+    Writers may be centred only where every reader subtracts the mean, and nothing depends on it before. A gain may be
+    folded only where all that is behind it reads one and the same space, and no other norm holds it.
     """
     means = _touched(solution, [s.labels for s in analysis.splits if s.centre])
     spaces: dict[str, set[tuple[int, ...]]] = {}
@@ -79,7 +79,7 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
             for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
                 if name is not None:
                     spaces.setdefault(name, set()).add(components)
-    found = False
+    found, ended = False, set[int]()
     for read, labels, components in reads:
         text = None
         if (read.gain is None or read.gain.kind != "layer") and np.isin(components, means).any():
@@ -91,6 +91,14 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
                 text = f"{name} is applied to other vectors too"
         if text is not None:
             analysis.variables.fix(torch.from_numpy(labels), read.site.because(text))
+            ended.update(components)
+            found = True
+    means = np.setdiff1d(means, list(ended))
+    for split in analysis.splits:
+        labels = split.labels[~solution.fixed[split.labels]]
+        if split.length and np.isin(solution.component[labels], means).any():
+            reason = replace(split.reason, text="its length is taken before its mean is subtracted")
+            analysis.variables.fix(torch.from_numpy(labels), reason)
             found = True
     return found
 

@@ -150,6 +150,18 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    "length_then_ln": lambda: (
+        embedded(lambda s, i: s.b(s.n(F.rms_norm(s.e(i), (4,)))), n=nn.LayerNorm(4), b=lin()),
+        IDS,
+    ),
+    "ln_then_length": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.b(h) * h.square().sum(-1, True))(s.n(s.e(i))),
+            n=nn.LayerNorm(4, elementwise_affine=False),
+            b=lin(),
+        ),
+        IDS,
+    ),
     "ln_only_bias": lambda: (
         embedded(lambda s, i: (lambda h: s.b(s.n(h)))(s.e(i)), n=nn.LayerNorm(4, elementwise_affine=False), b=lin()),
         IDS,

@@ -230,6 +230,8 @@ EXPECTED: dict[str, list[str]] = {
     "two_norms_one_linear": ["norm_linear 4 n.weight.0 n2.weight.0 -> b.weight.1"],
     "ln_and_raw": ["norm_linear 4 n.weight.0 n.bias.0 -> b.weight.1"],
     "ln_and_rms": ["norm_linear 4 n.weight.0 n.bias.0 -> b.weight.1", "norm_linear 4 n2.weight.0 -> c.weight.1"],
+    "length_then_ln": ["norm_linear 4 n.weight.0 n.bias.0 -> b.weight.1"],
+    "ln_then_length": [],
     "ln_only_bias": [],
     "emb_twice_folded": ["norm_linear 4 n.weight.0 -> o.weight.1", "norm_linear 4 n2.weight.0 -> p.weight.1"],
     "emb_twice_folded_same": ["norm_linear 4 n.weight.0 -> o.weight.1 p.weight.1"],
