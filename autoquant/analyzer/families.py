@@ -85,6 +85,8 @@ class Families:
     variables: Variables
     _by_key: dict[tuple[object, ...], Family] = field(default_factory=dict)
     _uses: dict[str, dict[str, Reason]] = field(default_factory=dict)
+    _seen: dict[str, Tensor] = field(default_factory=dict)
+    """Which elements of the parameters that are used as tensors some view shows."""
 
     def all(self) -> list[Family]:
         """In order of their variables."""
@@ -113,6 +115,11 @@ class Families:
             dim = wide[-1] if wide else max(len(shape) - 1, 0)
             stack = int(np.prod(shape[:dim])) if len(wide) > 1 else None
             base = self._get(param, "leaf", dim, stack, offset, 0, int(np.prod(shape)), here).view(shape)
+        seen = self._seen.setdefault(param.name, torch.zeros(int(np.prod(shape)), dtype=torch.bool))
+        if not param.views or param.key:
+            seen.fill_(True)
+        else:
+            seen[param.replay(torch.arange(len(seen)).view(shape)).reshape(-1)] = True
         return param.replay(base)
 
     def factors(self, param: Param, contracted: int, output: int, here: Reason) -> Factors | None:
@@ -172,11 +179,21 @@ class Families:
         return None if copied else seen
 
     def conflicts(self) -> list[tuple[list[Family], Reason]]:
-        """Parameters that are used in two ways (as ``w`` and as ``1 + w``, as a weight and as a tensor)."""
+        """Parameters that are used in two ways (as ``w`` and as ``1 + w``, as a weight and as a tensor) or in part."""
         return [
             ([family for family in self._by_key.values() if family.param == name], reason)
-            for name, reason in self.contested().items()
+            for name, reason in (self._partly_seen() | self.contested()).items()
         ]
+
+    def _partly_seen(self) -> dict[str, Reason]:
+        """Parameters of which other inputs may use more: a table of positions as far as these tokens go."""
+        found = {}
+        for name, seen in self._seen.items():
+            if not bool(seen.all()):
+                last = max(self._uses[name].values(), key=lambda reason: reason.order)
+                text = "only a part of the parameter is used for these inputs, and others may use more of it"
+                found[name] = Reason(text, last.operator, last.at, last.order)
+        return found
 
     def contested(self) -> dict[str, Reason]:
         """The parameters that are used in two ways."""

@@ -216,7 +216,7 @@ class RotationAnalysis:
     def _join(
         self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
     ) -> Value:
-        parts = [p for p in args[0] if 0 not in shape_of(p)]
+        parts = [self._as_vector(site, p) for p in args[0] if 0 not in shape_of(p)]
         rest = [_plain(arg) for arg in args[1:]]
         if not all(isinstance(p, Vector) and p.gain is None for p in parts):
             return self.end(site, parts, "it is joined with something else")
@@ -233,6 +233,13 @@ class RotationAnalysis:
             function(instances, *rest, **kwargs),
             factors=function(factors, *rest, **kwargs),
         )
+
+    def _as_vector(self, site: Site, part: Value) -> Value:
+        """A parameter of one dimension, such as a class token, is a vector that it writes itself."""
+        if not isinstance(part, Param) or len([size for size in part.full_shape if size > 1]) != 1:
+            return part
+        labels = self.families.leaf(part, 0, site.because("it is a parameter"))
+        return part if labels is None else Vector(labels, fresh_instances(labels))
 
     def _pick(self, site: Site, vector: Vector, indices: list[Value]) -> Value:
         """Rows chosen by data: whole instances, as long as no coordinate axis is indexed."""

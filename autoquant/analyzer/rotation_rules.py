@@ -108,7 +108,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
                 return replace(vector, gain=vector.gain.model_copy(update={"bias": param.name}))
             return a.end(site, [vector, param], "a parameter is added")
         labels = a.families.leaf(param, 0, site.because("it is a parameter"))
-        if labels is None or len([size for size in param.full_shape if size > 1]) > 1:
+        if labels is None:
             return a.end(site, [vector, param], "a parameter is added")
         vector = broadcast(vector, site.shape)
         a.arrange(site, vector.coordinates, labels.expand(site.shape))
@@ -343,9 +343,9 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
             or x.gain is not None
             or source.gain is not None
             or source.coordinates.shape[-1] != x.coordinates.shape[-1]
-            or any(varies(source.coordinates, d) for d in range(source.coordinates.ndim - 1))
         ):
             return a.end(site, [x, mask, source], "it is masked")
+        a.arrange(site, x.coordinates, source.coordinates)
         row = v.merge_along(source.coordinates, range(source.coordinates.ndim - 1), site.order)
         labels = v.merge(x.coordinates, row, site.order)
         factors = seen_along(source, range(source.coordinates.ndim - 1), False, tuple(row.shape))

@@ -189,7 +189,7 @@ def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed:
         position = np.tile(position, stack) + expert * size
         channel = np.tile(channel, stack) + expert * channels
         size *= stack
-    elif family.role == "leaf" and stack is not None and stack > family.full_shape[0]:
+    elif family.role == "leaf" and stack is not None:
         along = _along_one(family, position, channel)
         if along is None:
             return None
@@ -208,10 +208,10 @@ def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed:
 
 
 def _along_one(family: Family, position: Ints, channel: Ints) -> tuple[int, int | None, Ints, Ints] | None:
-    """Elements of a tensor of three dimensions or more as positions along one of them, for each entry of the first.
+    """Elements of a tensor of two dimensions or more as positions along one of them, for each entry of the first.
 
-    None where what an element carries changes along a third dimension too: a slot has one axis and a stack. The result
-    is the dimension, the stack, and the positions with their channels.
+    None where what an element carries changes along a third dimension too: a slot has one axis and a stack, or no stack
+    where all entries are alike. The result is the dimension, the stack, and the positions with their channels.
     """
     shape = family.full_shape
     carried = np.full(family.count, -1, dtype=np.int64)
@@ -220,8 +220,10 @@ def _along_one(family: Family, position: Ints, channel: Ints) -> tuple[int, int 
     for dim in range(len(shape) - 1, 0, -1):
         one = carried[(slice(None), *(slice(None if other == dim else 1) for other in range(1, len(shape))))]
         if shape[dim] > 1 and bool((carried == one).all()):
-            found = np.flatnonzero(one.reshape(-1) >= 0)
-            return dim, shape[0] if shape[0] > 1 else None, found, one.reshape(-1)[found]
+            one = one.reshape(shape[0], -1)
+            alike = bool((one == one[:1]).all())
+            found = np.flatnonzero((one[0] if alike else one.reshape(-1)) >= 0)
+            return dim, None if alike else shape[0], found, one.reshape(-1)[found]
     return None
 
 

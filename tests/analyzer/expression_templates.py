@@ -392,6 +392,10 @@ F.silu({x}) * {y}
 {x} * {v}.view(2, {H}).flip(0).reshape(-1)
 {x} + {v}.roll(1, 0)
 {x} * torch.cat([{v}, {v}])[:{W}]
+{x} + {m}[:{T}]
+torch.cat([{v}.expand({B}, 1, {W}), {x}[:, 1:]], 1)
+torch.cat([{x}[:, :1], {v}.view(1, 1, {W}).repeat({B}, 1, 1), {y}[:, 2:]], 1)
+{x}.masked_scatter({mask}, torch.cat([{y}[:, 1:], {v}.expand({B}, 1, {W})], 1))
 {x} + {m}[tokens]
 {x} * {m}[0]
 {x} * torch.softmax({m}, -1)[0]

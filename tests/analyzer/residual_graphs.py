@@ -25,6 +25,14 @@ def tied():
     )
 
 
+SECOND_AND_THIRD = torch.tensor([[[False], [True], [True]]])
+PICTURE = torch.ones(1, 4, dtype=torch.float64)
+
+
+def rms_norm():
+    return nn.RMSNorm(4, eps=1e-6)
+
+
 def embedded(f, **k):
     return Graph(f, e=nn.Embedding(7, 4), **k)
 
@@ -147,6 +155,41 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
             n2=nn.RMSNorm(4),
             b=lin(),
             c=lin(),
+        ),
+        IDS,
+    ),
+    "class_token": lambda: (
+        embedded(
+            lambda s, i: s.o(s.n(torch.cat([s.cls.expand(1, 1, 4), s.e(i)], 1) + s.pos)),
+            cls=par(1, 1, 4),
+            pos=par(1, 4, 4),
+            n=nn.LayerNorm(4),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "class_token_among_others": lambda: (
+        embedded(
+            lambda s, i: s.o(s.n(torch.cat([s.cls, s.e(i).softmax(-1)], 1))), cls=par(1, 1, 4), n=rms_norm(), o=lin()
+        ),
+        IDS,
+    ),
+    "token_of_two_channels": lambda: (
+        embedded(
+            lambda s, i: s.o(s.n(torch.cat([s.cls.repeat(1, 1, 2), s.e(i)], 1))),
+            cls=par(1, 1, 2),
+            n=rms_norm(),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "pictures_and_newlines": lambda: (
+        embedded(
+            lambda s, i: s.o(s.n(s.e(i).masked_scatter(SECOND_AND_THIRD, torch.cat([s.v(PICTURE), s.newline[None]])))),
+            v=lin(),
+            newline=par(4),
+            n=rms_norm(),
+            o=lin(),
         ),
         IDS,
     ),

@@ -113,7 +113,7 @@ EXPECTED: dict[str, list[str]] = {
     "weight_scaled": [],
     "weight_norm": [],
     "bias_plus": ["other 1 x 4 a.weight.0 a.bias.0 -> o.weight.1 +bias"],
-    "bias_view": [],
+    "bias_view": ["other 1 x 4 w.0 k.1x2 -> o.weight.1 +bias"],
     "param_scalar": ["other 1 x 4 a.weight.0 a.bias.0 -> b.weight.1 +bias"],
     "param_scalar_add": [],
     "linear_attention": [],
@@ -163,7 +163,10 @@ EXPECTED: dict[str, list[str]] = {
     "emb_norm": [
         "R1 1 x 4 e.weight.1 after layer(n.weight, n.bias) b.weight.0 b.bias.0 -> rms(n2.weight) b.weight.1 +bias -> rms(f_.weight) o.weight.1 +bias"
     ],
-    "mlp_bias_ln_space": [],
+    "mlp_bias_ln_space": [
+        "R1 1 x 4 centred e.weight.1 pos.1 b.weight.0 b.bias.0 -> layer(n2.weight, n2.bias) c.weight.1 +bias"
+        " -> layer(f_.weight, f_.bias) o.weight.1"
+    ],
     "pos_table": ["R1 1 x 4 centred e.weight.1 pe.weight.1 -> layer(f_.weight, f_.bias) o.weight.1"],
     "pos_slice": [],
     "norm_gain_two_offsets": [],
@@ -172,6 +175,10 @@ EXPECTED: dict[str, list[str]] = {
     "two_norms_one_linear": [],
     "ln_and_raw": [],
     "ln_and_rms": [],
+    "class_token": ["R1 1 x 4 centred e.weight.1 cls.2 pos.2 -> layer(n.weight, n.bias) o.weight.1 +bias"],
+    "class_token_among_others": [],
+    "token_of_two_channels": [],
+    "pictures_and_newlines": ["R1 1 x 4 e.weight.1 v.weight.0 v.bias.0 newline.0 -> rms(n.weight) o.weight.1 +bias"],
     "length_then_ln": [],
     "ln_then_length": ["R1 1 x 4 centred e.weight.1 -> layer() b.weight.1 +bias"],
     "ln_only_bias": ["R1 1 x 4 centred e.weight.1 -> layer() b.weight.1 +bias"],
@@ -215,10 +222,11 @@ WHY: dict[str, str] = {
     "extra_output_space": "e: it is an output of the model (aten.output)",
     "norm_read_and_added": "e: the parameter is used in different ways: as gain0 and as something else (aten.add)",
     "buffer_space": "e: its channels are multiplied by different factors (aten.mul)",
-    "mlp_bias_ln_space": "e: a parameter is added (aten.add)",
     "gain_of_another_vector_too": "e: it is multiplied by a parameter (aten.mul)",
     "norm_that_is_no_module": "e: the parameter is used in different ways: as something else and as the bias of n (aten.add)",
-    "pos_slice": "e: a parameter is added (aten.add)",
+    "pos_slice": "e: only a part of the parameter is used for these inputs, and others may use more of it (aten.add)",
+    "class_token_among_others": "e: no rotation passes it (aten.softmax)",
+    "token_of_two_channels": "e: its length is taken over part of its channels (aten.rms_norm)",
     "norm_gain_two_offsets": "e: the parameter is used in different ways: as gain0 and as gain1 (aten.mul)",
     "norm_gain_reused": "e: the parameter is used in different ways: as gain0 and as something else (aten.output)",
     "norm_twice_space": "e: n.weight is applied to other vectors too (aten.linear)",
