@@ -111,7 +111,10 @@ ROTARY = {"rope_theta": 10000.0, "rope_type": "default"}
 IMAGES = [
     # A number of heads that does not divide the width, in a tower and in a language model that shares its keys.
     ("aya_vision", {"num_attention_heads": 16}),
-    ("qwen3_omni_moe_thinker", {"vision_config.out_hidden_size": 2048, "num_attention_heads": 32}),
+    (
+        "qwen3_omni_moe_thinker",
+        {"audio_config.output_dim": 2048, "vision_config.out_hidden_size": 2048, "num_attention_heads": 32},
+    ),
     # A mapping and a list that are looked into, and a text whose documentation gives an example.
     ("chameleon", {"image_token_id": 65535, "vocabulary_map": {}}),
     ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "1/4"}),

@@ -184,13 +184,8 @@ class RotationAnalysis:
         first = args[0]
         if isinstance(first, (tuple, list)):
             return self._join(site, function, args, kwargs)
-        if (
-            isinstance(first, Param)
-            and site.operator == "index"
-            and _is_table(first)
-            and isinstance(args[1][0], Unknown)
-        ):
-            # A bias or an embedding per expert: whichever row the data choose, its columns write into the space.
+        if isinstance(first, Param) and site.operator == "index" and _is_table(first) and _is_lookup(list(args[1])):
+            # A bias or an embedding per expert, or positions: whichever row is chosen, its columns write to the space.
             labels = self.families.axis(first, 1, "row", site.because("it is a table"), stacked=False)
             labels = labels.expand(site.shape)
             return Vector(labels, fresh_instances(labels))
@@ -233,6 +228,16 @@ class RotationAnalysis:
             function(instances, *rest, **kwargs),
             factors=function(factors, *rest, **kwargs),
         )
+
+    def written_by(self, site: Site, param: Param) -> Tensor | None:
+        """Labels of a parameter that is a vector, or several, in the shape it is seen in; None if it is too large.
+
+        Where a run of a matrix's rows is taken (positions, as far as these tokens go) all of its rows carry the same.
+        """
+        if not _is_run_of_rows(param):
+            return self.families.leaf(param, 0, site.because("it is a parameter"))
+        labels = self.families.axis(param, 1, "row", site.because("it is a table"), stacked=False)
+        return labels.expand(param.shape)
 
     def _as_vector(self, site: Site, part: Value) -> Value:
         """A parameter of one dimension, such as a class token, is a vector that it writes itself."""
@@ -362,6 +367,26 @@ def shape_of(value: Value) -> tuple[int, ...]:
     if isinstance(value, (Vector, Square, Mean)):
         return tuple(coordinates_of(value).shape)
     return tuple(value.value.shape) if isinstance(value, Known) else tuple(getattr(value, "shape", ()))
+
+
+def _is_run_of_rows(param: Param) -> bool:
+    """Is it seen as two or more consecutive rows of a matrix that has more of them?"""
+    if len(param.full_shape) != 2 or param.key or len(param.shape) < 2:
+        return False
+    rows, width = (torch.arange(size) for size in param.full_shape)
+    picked, columns = (param.replay(part.expand(param.full_shape)) for part in (rows[:, None], width))
+    if columns.shape[-1] != len(width) or bool((columns != width).any()) or bool((picked != picked[..., :1]).any()):
+        return False
+    run = picked[..., 0].reshape(-1)
+    return 1 < len(run) < len(rows) and bool((run.diff() == 1).all())
+
+
+def _is_lookup(indices: Sequence[Value]) -> bool:
+    """Whole rows, by their numbers: of the data's choice, or known ones."""
+    index = indices[0]
+    return isinstance(index, Unknown) or (
+        isinstance(index, Known) and len(indices) == 1 and index.value.dtype == torch.int64
+    )
 
 
 def _is_table(param: Param) -> bool:

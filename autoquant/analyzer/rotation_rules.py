@@ -107,7 +107,7 @@ def rules(a: RotationAnalysis) -> dict[str, Rule]:
                 bias_of(vector.gain.weight, param, site)
                 return replace(vector, gain=vector.gain.model_copy(update={"bias": param.name}))
             return a.end(site, [vector, param], "a parameter is added")
-        labels = a.families.leaf(param, 0, site.because("it is a parameter"))
+        labels = a.written_by(site, param)
         if labels is None:
             return a.end(site, [vector, param], "a parameter is added")
         vector = broadcast(vector, site.shape)

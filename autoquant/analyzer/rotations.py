@@ -14,7 +14,7 @@ from autoquant.analyzer.families import Family
 from autoquant.analyzer.interpret import Site, Walk, shared_names
 from autoquant.analyzer.rotation_analysis import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rotation_rules import rules
-from autoquant.analyzer.scales import group_name, slot_of
+from autoquant.analyzer.scales import group_name, module_of, slot_of
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
 from autoquant.config import Norm, Reader, Space, Writer
 from autoquant.config import Read as ConfigRead
@@ -282,6 +282,15 @@ def told_apart(spaces: Sequence[Space]) -> tuple[Space, ...]:
     return tuple(told)
 
 
+def _name(kind: str, writers: Sequence[Writer], reads: Collection[tuple[Norm | None, Sequence[Reader]]]) -> str:
+    """The residual stream goes by that name; one of a tower, which no table starts, by what starts it."""
+    start = module_of(writers[0].path)
+    several = len({module_of(writer.path) for writer in writers}) > 1 and len(reads) > 1
+    if kind == "other" and several and not any(part.isdecimal() for part in start.split(".")):  # not in a layer
+        return f"residual of {start}"
+    return "residual" if kind == "R1" else group_name(writers, [r for _, readers in reads for r in readers])
+
+
 def _space(
     analysis: RotationAnalysis,
     families: Sequence[Family],
@@ -324,9 +333,8 @@ def _space(
     if not writers or not reads:
         return None
     kind = "R1" if any(families[i].role == "table" for i in members) else "R2" if is_value else "other"
-    name = "residual" if kind == "R1" else group_name(writers, [r for _, readers in reads.values() for r in readers])
     return Space(
-        name=name,
+        name=_name(kind, writers, reads.values()),
         kind=kind,  # type: ignore[arg-type]  # one of the three literals
         size=size,
         blocks=len(rank_of_block),

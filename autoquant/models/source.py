@@ -163,8 +163,10 @@ def _fit_(config: Any) -> dict[str, int]:
             changed[name] = getattr(config, name)
     for path, part in parts.items():
         # Beside a width of its own (embed_dim), a tower's hidden_size is what it hands over.
-        own = re.search(r"vision|visual|audio", path) and type(vars(part).get("embed_dim")) is int
-        for name in ("out_hidden_size", "output_hidden_size", *(["hidden_size"] if own else [])):
+        tower = re.search(r"vision|visual|audio", path) is not None
+        own = tower and type(vars(part).get("embed_dim")) is int
+        names = ["out_hidden_size", "output_hidden_size", *["output_dim"] * tower, *["hidden_size"] * own]
+        for name in names:
             if text is not None and type(vars(part).get(name)) is int and vars(part)[name] != text:
                 setattr(part, name, text)
                 changed[f"{path}.{name}".lstrip(".")] = text

@@ -393,6 +393,8 @@ F.silu({x}) * {y}
 {x} + {v}.roll(1, 0)
 {x} * torch.cat([{v}, {v}])[:{W}]
 {x} + {m}[:{T}]
+{x} + {m}[torch.arange({T})]
+{x} + {m}[::2].repeat(2, 1)[:{T}]
 torch.cat([{v}.expand({B}, 1, {W}), {x}[:, 1:]], 1)
 torch.cat([{x}[:, :1], {v}.view(1, 1, {W}).repeat({B}, 1, 1), {y}[:, 2:]], 1)
 {x}.masked_scatter({mask}, torch.cat([{y}[:, 1:], {v}.expand({B}, 1, {W})], 1))

@@ -103,6 +103,18 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    "positions_by_number": lambda: (
+        embedded(lambda s, i: s.o(s.n(s.e(i) + s.pos[torch.arange(3) + 2])), pos=par(8, 4), n=rms_norm(), o=lin()),
+        IDS,
+    ),
+    "every_second_position": lambda: (
+        embedded(lambda s, i: s.o(s.n(s.e(i) + s.pos[::2])), pos=par(6, 4), n=rms_norm(), o=lin()),
+        IDS,
+    ),
+    "positions_used_otherwise": lambda: (
+        embedded(lambda s, i: s.o(s.n(s.e(i) + s.pos[:3])) * s.pos[5].tanh(), pos=par(8, 4), n=rms_norm(), o=lin()),
+        IDS,
+    ),
     "pos_slice": lambda: (
         embedded(
             lambda s, i: (lambda h: s.o(s.f_(h)))(s.e(i) + s.pos[:3]),
