@@ -103,8 +103,12 @@ def _found(plant: Plant, findings: Findings) -> bool:
 
 
 def _covered(slots: Iterable[Slot], path: str) -> bool:
-    positions = [(expand(slot)[0], slot.size) for slot in slots if slot.path == path]
-    return bool(positions) and len({p for found, _ in positions for p in found}) == positions[0][1]
+    """Whether every axis of a parameter that is in a slot is so as a whole."""
+    axes: dict[tuple[int, int], set[int]] = {}
+    for slot in slots:
+        if slot.path == path:
+            axes.setdefault((slot.dim, slot.size), set()).update(expand(slot)[0])
+    return bool(axes) and all(len(found) == size for (_, size), found in axes.items())
 
 
 def run(seed: int) -> Checked:
