@@ -141,7 +141,7 @@ def stacks_of(config: Config) -> dict[str, Row]:
         stack["smoothable"] += sum(flags)
     for space in config.rotation.spaces:
         for path in {stack_of(writer.path) for writer in space.writers} & set(found) - {""}:
-            if space.kind == "R1":
+            if space.name.startswith("residual"):  # a tower's too, which no table starts
                 found[path]["residual"].append(space.size)
     return found
 
