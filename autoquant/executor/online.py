@@ -60,26 +60,40 @@ def key_rotations(model: nn.Module) -> dict[int, HadamardRotation]:
 
 
 def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> None:
-    """Raise AutoQuantError where an online rotation would not be reached: an attention that calls no exchangeable
-    function.
+    """Raise AutoQuantError where an online rotation would not be reached, by an attention that calls no exchangeable
+    function, or where exchanging it would change what some attention of the model computes.
     """
+    asking = _that_ask(model)
     for rotation in online:
         module = model.get_submodule(rotation.path)
         if isinstance(module, RotatedLinear) or ROTATION_NAME in dict(module.named_children()):
             raise AutoQuantError(f"{rotation.kind} {rotation.path}: is rotated already")
         if rotation.kind != "R3":
             continue
-        forward = unwrap(type(module).forward)
-        if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+        if not _calls_interface(module):
             raise AutoQuantError(
                 f"R3 {rotation.path}: {type(module).__name__} does not call transformers' attention interface, so "
                 "queries and keys cannot be reached; disable R3"
             )
-        if "sdpa" in _texts(forward.__code__.co_consts):  # the rotating function goes by another name
+        if asking:
+            where = "" if asking == rotation.path else f" ({asking})"
             raise AutoQuantError(
-                f"R3 {rotation.path}: {type(module).__name__} takes one way or another by the name of its attention "
-                "function, which is exchanged; disable R3"
+                f"R3 {rotation.path}: {type(model.get_submodule(asking)).__name__}{where} takes one way or another by "
+                "the name of its attention function, which is exchanged in the whole model; disable R3"
             )
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    code = getattr(unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _that_ask(model: nn.Module) -> str | None:
+    """The first attention whose code compares the name of its function, which the rotating one does not have."""
+    for path, module in model.named_modules():
+        if _calls_interface(module) and "sdpa" in _texts(unwrap(type(module).forward).__code__.co_consts):
+            return str(path)
+    return None
 
 
 def _texts(constants: tuple[Any, ...]) -> set[str]:

@@ -114,7 +114,8 @@ def test_an_attention_that_asks_for_the_name_of_its_function_is_refused() -> Non
 
     model.model.layers[1].self_attn.__class__ = Asking
     with pytest.raises(
-        AutoQuantError, match=r"R3 model\.layers\.1\.self_attn: Asking takes one way or another by the name"
+        AutoQuantError,
+        match=r"R3 model\.layers\.0\.self_attn: Asking \(model\.layers\.1\.self_attn\) takes one way or another",
     ):
         apply_(model, config, only=[R3])
 
