@@ -106,15 +106,19 @@ def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
             return module(*args, **kwargs)
 
 
+def captured_from(loaded: LoadedModel, module: nn.Module, how: How = "auto") -> Captured:
+    """The graph of ``module``, which is a loaded model's or a shallower version of it, on that model's inputs."""
+    configured = loaded.config is not None
+    spare = masks_beside(module, loaded.kwargs) if configured else {}
+    return capture(module, loaded.args, loaded.kwargs, how, known=loaded.known, first=configured, spare=spare)
+
+
 def _trace(
     loaded: LoadedModel, traced: nn.Module, how: How, progress: Callable[[str], None], seconds: dict[str, float]
 ) -> tuple[Captured, Analysis]:
     start = time.perf_counter()
     progress("capturing the graph")
-    spare = masks_beside(traced, loaded.kwargs) if loaded.config is not None else {}
-    captured = capture(
-        traced, loaded.args, loaded.kwargs, how, known=loaded.known, first=loaded.config is not None, spare=spare
-    )
+    captured = captured_from(loaded, traced, how)
     middle = time.perf_counter()
     progress("reading off scales and rotations")
     analysis = analyse(captured)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.analyze import Analyzed, build_config, stacks_length
+from autoquant.analyze import Analyzed, build_config, captured_from, stacks_length
 from autoquant.analyzer.analysis import analyse
-from autoquant.analyzer.capture import capture, check_against_eager
+from autoquant.analyzer.capture import check_against_eager
 from autoquant.analyzer.folding import fold, name_across_layers
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.config import Blocked, Certificate, CertificateRow, Config, RotationMethod, Slot
@@ -38,7 +38,6 @@ from autoquant.models import (
     ModelSource,
     float64_throughout,
     grouped_experts,
-    masks_beside,
     runs_in_float64,
     small,
     widened,
@@ -148,15 +147,7 @@ def prove(
 def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
     """Analyse a small model with real weights, every layer of it; its graph is checked against eager execution."""
     with grouped_experts(loaded):
-        captured = capture(
-            loaded.module,
-            loaded.args,
-            loaded.kwargs,
-            "auto",
-            known=loaded.known,
-            first=loaded.config is not None,
-            spare=masks_beside(loaded.module, loaded.kwargs) if loaded.config is not None else {},
-        )
+        captured = captured_from(loaded, loaded.module)
     difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
     if not difference <= TOLERANCE:
         raise AutoQuantError(

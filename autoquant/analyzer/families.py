@@ -38,6 +38,11 @@ class Param:
     key: int = 0
     """Non-zero after rows (experts, tokens) were picked by data: the grouping they were picked by."""
 
+    @property
+    def is_table(self) -> bool:
+        """Is it a matrix as it is stored, whose rows can be looked up?"""
+        return len(self.full_shape) == 2 and not self.views
+
     def viewed(self, move: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Param:
         return replace(self, views=(*self.views, move), shape=shape)
 
@@ -190,9 +195,8 @@ class Families:
         found = {}
         for name, seen in self._seen.items():
             if not bool(seen.all()):
-                last = max(self._uses[name].values(), key=lambda reason: reason.order)
                 text = "only a part of the parameter is used for these inputs, and others may use more of it"
-                found[name] = Reason(text, last.operator, last.at, last.order)
+                found[name] = self._at_last_use(name, text)
         return found
 
     def contested(self) -> dict[str, Reason]:
@@ -200,10 +204,12 @@ class Families:
         found = {}
         for name, uses in self._uses.items():
             if len(uses) > 1:
-                last = max(uses.values(), key=lambda reason: reason.order)
                 text = "the parameter is used in different ways: as " + " and as ".join(sorted(uses))
-                found[name] = Reason(text, last.operator, last.at, last.order)
+                found[name] = self._at_last_use(name, text)
         return found
+
+    def _at_last_use(self, name: str, text: str) -> Reason:
+        return replace(max(self._uses[name].values(), key=lambda reason: reason.order), text=text)
 
     def labels(self, family: Family) -> Ints:
         return np.arange(family.start, family.start + family.count)

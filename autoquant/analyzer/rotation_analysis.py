@@ -184,7 +184,7 @@ class RotationAnalysis:
         first = args[0]
         if isinstance(first, (tuple, list)):
             return self._join(site, function, args, kwargs)
-        if isinstance(first, Param) and site.operator == "index" and _is_table(first) and _is_lookup(list(args[1])):
+        if isinstance(first, Param) and site.operator == "index" and first.is_table and _is_lookup(list(args[1])):
             # A bias or an embedding per expert, or positions: whichever row is chosen, its columns write to the space.
             labels = self.families.axis(first, 1, "row", site.because("it is a table"), stacked=False)
             labels = labels.expand(site.shape)
@@ -387,7 +387,3 @@ def _is_lookup(indices: Sequence[Value]) -> bool:
     return isinstance(index, Unknown) or (
         isinstance(index, Known) and len(indices) == 1 and index.value.dtype == torch.int64
     )
-
-
-def _is_table(param: Param) -> bool:
-    return len(param.full_shape) == 2 and not param.views

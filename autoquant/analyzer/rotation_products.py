@@ -31,7 +31,7 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
     v = a.variables
 
     def embedding(site: Site, table: Value, indices: Value, *args: Value, **kwargs: Value) -> Value:
-        if not isinstance(table, Param) or table.views or len(table.full_shape) != 2:
+        if not isinstance(table, Param) or not table.is_table:
             return a.end(site, [table, indices], "the table is computed")
         labels = a.families.axis(table, 1, "table", site.because("it is an embedding"), stacked=False).expand(
             site.shape
@@ -56,14 +56,12 @@ def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:
         if (
             largest
             or not isinstance(table, Param)
-            or table.views
-            or len(table.full_shape) != 2
+            or not table.is_table
             or not isinstance(shares, (Known, Unknown, type(None)))
         ):
             return a.end(site, [table, shares], "it is a maximum of rows" if largest else "the table is computed")
-        rows = a.families.axis(table, 1, "table", site.because("it is an embedding"), stacked=False).expand(site.shape)
-        a.lookups[table.name] += 1
-        return Vector(rows, fresh_instances(rows)), *a.unknown(site)[1:]
+        rows = embedding(site, table, indices)
+        return replace(rows, table=None), *a.unknown(site)[1:]  # a norm folded into the table would be of each row
 
     def product(site: Site, x: Value, w: Value, contracted: int, bias: Value = None, key: int = 0) -> Value:
         if not isinstance(w, Param) or len(w.shape) < 2:

@@ -16,7 +16,7 @@ def product_rules(a: ScaleAnalysis) -> dict[str, Rule]:
     v = a.variables
 
     def embedding(site: Site, table_: Value, indices: Value, *args: Value, **kwargs: Value) -> Value:
-        if not isinstance(table_, Param) or table_.views or len(table_.full_shape) != 2:
+        if not isinstance(table_, Param) or not table_.is_table:
             return a.block(site, [table_, indices], "the table is computed")
         labels = a.families.axis(table_, 1, "table", site.because("it is an embedding"), stacked=False)
         return labels.expand(site.shape)
@@ -34,8 +34,8 @@ def product_rules(a: ScaleAnalysis) -> dict[str, Rule]:
         **kwargs: Value,
     ) -> Value:
         """Sums, means or maxima of rows of the table."""
-        if isinstance(table_, Param) and not table_.views and len(table_.full_shape) == 2:
-            labels = a.families.axis(table_, 1, "table", site.because("it is an embedding"), stacked=False)
+        if isinstance(table_, Param) and table_.is_table:
+            labels = embedding(site, table_, indices)
         else:
             rows = a.labels(site, table_)
             a.mixed(rows)
