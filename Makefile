@@ -30,7 +30,7 @@ test-slow: $(INSTALLED)
 
 configs: $(INSTALLED)
 	$(BIN)/python -m autoquant schema -o schemas --force
-	$(BIN)/python -m autoquant.generate generated_configs
+	$(BIN)/python -m autoquant.survey.generate generated_configs
 
 # All kinds of language models; `--kinds causal-lm` for one. Rows that are there are not made again: `rm -r docs/rows` for a new start.
 survey: $(INSTALLED)

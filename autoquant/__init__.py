@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from autoquant.version import __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
@@ -19,6 +20,6 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> Any:
     ``dtype`` is that of everything that is not int8 (as stored: null). Raises AutoQuantError where there is no such
     model.
     """
-    from autoquant import loading  # torch is imported when it is needed
+    from autoquant.checkpoint import load as loading  # torch is imported when it is needed
 
     return loading.load(model, dtype)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from autoquant.cli import main
+from autoquant.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -20,8 +20,10 @@ from tables import short
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoquant.compare import shares_scale
-from autoquant.config import (
+from autoquant.calibration.texts import read_text
+from autoquant.checkpoint.quantize import calibration_windows, load_float32, load_tokenizer
+from autoquant.config.file import config_text, load_config
+from autoquant.config.format import (
     ActivationQuantization,
     Config,
     QuantizationOverride,
@@ -31,8 +33,8 @@ from autoquant.config import (
     Strategy,
     WeightQuantization,
 )
-from autoquant.configfile import config_text, load_config
-from autoquant.evaluate import (
+from autoquant.evaluation.compare import shares_scale
+from autoquant.evaluation.perplexity import (
     Estimate,
     Windows,
     cut_windows,
@@ -43,18 +45,16 @@ from autoquant.evaluate import (
     rebatched,
     tokenize,
 )
-from autoquant.executor.texts import read_text
-from autoquant.files import write_text
-from autoquant.preopt import Preopt, parse_preopt
-from autoquant.prepare import prepare_
-from autoquant.quantize import quantize_model_
-from autoquant.quantize_checkpoint import calibration_windows, load_float32, load_tokenizer
+from autoquant.io.files import write_text
+from autoquant.pipeline.quantize import quantize_model_
+from autoquant.pipeline.select import Preopt, parse_preopt
+from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer import int8
 from autoquant.quantizer.linear import Int8Linear
 from autoquant.quantizer.prefix import fix_prefix_
 from autoquant.quantizer.strategies import plan_linears, scheme_of
 from autoquant.quantizer.weight import input_scale
-from autoquant.search import PREOPT
+from autoquant.searcher.search import PREOPT
 
 BATCH = 16
 Change = Callable[[Config], Config]

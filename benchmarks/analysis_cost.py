@@ -49,8 +49,8 @@ def measure(folder: str) -> None:
     import time
 
     start = time.perf_counter()
-    from autoquant.analyze import analyze
-    from autoquant.models import resolve
+    from autoquant.analyzer.analyze import analyze
+    from autoquant.models.repair import resolve
 
     analyzed = analyze(resolve(folder))
     total = time.perf_counter() - start

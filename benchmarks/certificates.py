@@ -18,12 +18,12 @@ import click
 import torch
 from mutations import MUTATIONS, figures
 
-from autoquant.analyze import analyze
-from autoquant.certify import TOLERANCE, certify
-from autoquant.config import Blocked, Config
-from autoquant.models import resolve
+from autoquant.analyzer.analyze import analyze
+from autoquant.certificate.certify import TOLERANCE, certify
+from autoquant.certificate.verify import verify_weights
+from autoquant.config.format import Blocked, Config
+from autoquant.models.repair import resolve
 from autoquant.report.summary import because
-from autoquant.verify import verify_weights
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("AUTOQUANT_DATA", HERE.parent.parent / "shared" / "data"))

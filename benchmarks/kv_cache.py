@@ -16,16 +16,16 @@ import click
 from accuracy import BATCH, Change, both, online, percent, quantization, smoothing
 from torch import Tensor
 
-from autoquant.config import Config, SmoothingKind, Strategy
-from autoquant.configfile import load_config
-from autoquant.evaluate import cut_windows, logits_of, nll_per_window, rebatched, tokenize
-from autoquant.executor.texts import read_text
-from autoquant.prepare import prepare_
-from autoquant.quantize import quantize_model_
-from autoquant.quantize_checkpoint import calibration_windows, load_float32, load_tokenizer
+from autoquant.calibration.texts import read_text
+from autoquant.checkpoint.quantize import calibration_windows, load_float32, load_tokenizer
+from autoquant.config.file import load_config
+from autoquant.config.format import Config, SmoothingKind, Strategy
+from autoquant.evaluation.perplexity import cut_windows, logits_of, nll_per_window, rebatched, tokenize
+from autoquant.pipeline.quantize import quantize_model_
+from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer import kv_cache
 from autoquant.quantizer.strategies import scheme_of
-from autoquant.search import PREOPT
+from autoquant.searcher.search import PREOPT
 
 INT8 = Strategy.PER_CHANNEL_STATIC_KV
 CLIP = 0.8

@@ -16,11 +16,13 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from autoquant import certify
-from autoquant.certify import changed, keep, logits, small_config
-from autoquant.config import Config, IndexMap, Norm, Slot
+from autoquant.certificate import certify
+from autoquant.certificate.certify import changed, keep, logits, small_config
+from autoquant.config.format import Config, IndexMap, Norm, Slot
 from autoquant.executor.apply import apply_
-from autoquant.models import LoadedModel, float64_throughout, resolve, small
+from autoquant.models.reduce import float64_throughout, small
+from autoquant.models.repair import resolve
+from autoquant.models.source import LoadedModel
 
 SEED = 0
 
@@ -148,7 +150,7 @@ def case(model: str, tied: bool) -> tuple[LoadedModel, LoadedModel, Config]:
     source = resolve(model, layers=2)
     source.config.tie_word_embeddings = tied or source.config.tie_word_embeddings
     loaded = small(source, SEED)
-    with torch.random.fork_rng(), patch("autoquant.models.reduction.randomise_", lambda module, seed: None):
+    with torch.random.fork_rng(), patch("autoquant.models.reduce.randomise_", lambda module, seed: None):
         torch.manual_seed(SEED)
         default = small(source, SEED)
     return loaded, default, small_config(source, loaded)

@@ -20,13 +20,13 @@ import click
 import torch
 from torch import Tensor, nn
 
-from autoquant.config import Config, SmoothingKind
+from autoquant.calibration.group_maxima import collect_activation_maxima
+from autoquant.config.format import Config, SmoothingKind
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
-from autoquant.executor.calibrate import collect_activation_maxima
-from autoquant.executor.inventory import take_inventory
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup
+from autoquant.models.inventory import take_inventory
 
 Key = tuple[str, int | None]
 
@@ -118,9 +118,9 @@ def main(model: str, config: Path, calibration: Path, output: Path, windows: int
     """Write MODEL, float32, with synthetic outliers."""
     from transformers import AutoTokenizer
 
-    from autoquant.configfile import load_config
-    from autoquant.evaluate import calibration_batches, cut_windows, tokenize
-    from autoquant.quantizer.checkpoint import load_model
+    from autoquant.checkpoint.formats.native import load_model
+    from autoquant.config.file import load_config
+    from autoquant.evaluation.perplexity import calibration_batches, cut_windows, tokenize
 
     if output.exists():
         raise click.ClickException(f"{output} exists already")

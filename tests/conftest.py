@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from autoquant.config import Config
+    from autoquant.config.format import Config
 
 # Small models on few cores: more threads than one only get in each other's way. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture
 def example_config() -> Config:
     """A small valid config of a made-up model: 4 layers, 2 heads of 4 over 1 KV head, a norm, a v bias."""
-    from autoquant.config import Config
+    from autoquant.config.format import Config
 
     layers, block = "0-3", "net.{layer}."
     heads = [{"shape": [2, 4], "stride": [4, 1], "channel_stride": [0, 1]}]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoquant.analyze import analyze
-from autoquant.config import Config
-from autoquant.models import randomise_, resolve
+from autoquant.analyzer.analyze import analyze
+from autoquant.config.format import Config
+from autoquant.models.reduce import randomise_
+from autoquant.models.repair import resolve
 
 DATA = Path(__file__).parents[1] / "autoquant" / "data"
 PACKAGED = DATA / "wikinano1m"

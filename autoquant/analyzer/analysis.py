@@ -8,16 +8,16 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from autoquant.analyzer.capture import Captured, module_path
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.interpret import shared_names
-from autoquant.analyzer.inventory import linears
-from autoquant.analyzer.operators import CASTS, MOVEMENT, NO_RULE, operator_name
-from autoquant.analyzer.rotations import Rotations, analyse_rotations
-from autoquant.analyzer.scale_analysis import Use
-from autoquant.analyzer.scales import Scales, analyse_scales, module_of
+from autoquant.analyzer.interpreter import shared_names
+from autoquant.analyzer.linears import linears
+from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations
+from autoquant.analyzer.scale_state import Use
+from autoquant.analyzer.smoothing_groups import Scales, analyse_scales, module_of
 from autoquant.analyzer.variables import Bools, Ints, Reason
-from autoquant.config import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space
+from autoquant.aten import CASTS, MOVEMENT, NO_RULE, operator_name
+from autoquant.capture.routes import Captured, module_path
+from autoquant.config.format import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
 NO_MODULE = "no rotation in the weights reaches its input, and it is no module that an online one could precede"

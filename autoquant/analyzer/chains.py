@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from autoquant.analyzer.axes import Param
 from autoquant.analyzer.effects import (
     FORMAT,
     blocking,
@@ -19,14 +20,13 @@ from autoquant.analyzer.effects import (
     rotation_effect,
     scale_effect,
 )
-from autoquant.analyzer.families import Param
-from autoquant.analyzer.graph import module_path
-from autoquant.analyzer.interpret import Walk
-from autoquant.analyzer.operators import PRODUCTS, operator_name
-from autoquant.analyzer.rotation_analysis import Gain, Mean, Square, Vector
-from autoquant.analyzer.rotations import Rotations
-from autoquant.analyzer.scales import Scales
+from autoquant.analyzer.interpreter import Walk
+from autoquant.analyzer.rotation_spaces import Rotations
+from autoquant.analyzer.rotation_state import Gain, Mean, Square, Vector
+from autoquant.analyzer.smoothing_groups import Scales
 from autoquant.analyzer.variables import Ints, Reason
+from autoquant.aten import PRODUCTS, operator_name
+from autoquant.capture.graph import module_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 from torch import fx
 
-from autoquant.analyzer.families import Param
-from autoquant.analyzer.graph import module_path
-from autoquant.analyzer.operators import CASTS, MOVEMENT, PASSES, PRODUCTS, operator_name
+from autoquant.analyzer.axes import Param
 from autoquant.analyzer.variables import Reason
+from autoquant.aten import CASTS, MOVEMENT, PASSES, PRODUCTS, operator_name
+from autoquant.capture.graph import module_path
 
 MOVES = "moves elements"
 FORMAT = "changes the number format only"

@@ -15,15 +15,15 @@ from torch import fx
 from autoquant.analyzer.analysis import NO_SOURCE, Analysis
 from autoquant.analyzer.chains import Chains, Steps, rotation_chains, scale_chains
 from autoquant.analyzer.effects import qualified
-from autoquant.analyzer.folding import StackMap
-from autoquant.analyzer.rotation_analysis import Vector
-from autoquant.analyzer.rotations import Rotations
-from autoquant.analyzer.scale_analysis import Use
-from autoquant.analyzer.scales import module_of
+from autoquant.analyzer.rotation_spaces import Rotations
+from autoquant.analyzer.rotation_state import Vector
+from autoquant.analyzer.scale_state import Use
+from autoquant.analyzer.smoothing_groups import module_of
+from autoquant.analyzer.templates import StackMap
 from autoquant.analyzer.variables import Reason
-from autoquant.config import Linear, SmoothingKind
+from autoquant.config.format import Linear, SmoothingKind
+from autoquant.config.layers import LAYER, did_you_mean, layer_set
 from autoquant.errors import AutoQuantError
-from autoquant.paths import LAYER, did_you_mean, layer_set
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoquant.config import Blocked, Linear, Online, SmoothingGroup, Space
+from autoquant.config.format import Blocked, Linear, Online, SmoothingGroup, Space
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from autoquant.analyzer.variables import Ints
-from autoquant.config import IndexMap
+from autoquant.config.format import IndexMap
 
 
 def index_maps(positions: Ints, channels: Ints, size: int) -> tuple[IndexMap, ...] | None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.analyzer.folding import StackMap
+from autoquant.analyzer.templates import StackMap
 
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoquant.analyzer.families import Factors, Param
-from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import CONVOLUTIONS, NO_ROTATION, einsum_letters
-from autoquant.analyzer.rotation_analysis import (
+from autoquant.analyzer.axes import Factors, Param
+from autoquant.analyzer.interpreter import Known, Rule, Site, Unknown, Value
+from autoquant.analyzer.rotation_state import (
     Read,
     RotationAnalysis,
     Vector,
@@ -23,7 +22,8 @@ from autoquant.analyzer.rotation_analysis import (
     varies,
 )
 from autoquant.analyzer.variables import ZERO
-from autoquant.config import Norm
+from autoquant.aten import CONVOLUTIONS, NO_ROTATION, einsum_letters
+from autoquant.config.format import Norm
 
 
 def rotation_products(a: RotationAnalysis) -> dict[str, Rule]:

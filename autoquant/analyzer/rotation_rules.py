@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from autoquant.analyzer.families import Param
-from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import CASTS, LINEAR, NO_ROTATION, PRODUCTS, operator_name
-from autoquant.analyzer.rotation_analysis import (
+from autoquant.analyzer.axes import Param
+from autoquant.analyzer.interpreter import Known, Rule, Site, Unknown, Value
+from autoquant.analyzer.rotation_products import rotation_products
+from autoquant.analyzer.rotation_state import (
     Gain,
     Mean,
     RotationAnalysis,
@@ -37,9 +37,9 @@ from autoquant.analyzer.rotation_analysis import (
     varies,
     whole_rows,
 )
-from autoquant.analyzer.rotation_products import rotation_products
-from autoquant.analyzer.scale_analysis import scalar
-from autoquant.config import Norm
+from autoquant.analyzer.scale_state import scalar
+from autoquant.aten import CASTS, LINEAR, NO_ROTATION, PRODUCTS, operator_name
+from autoquant.config.format import Norm
 
 LAYER_NORM_EPS = 1e-5
 """aten::layer_norm's default, which a graph may leave out."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoquant.analyzer.families import Factors, Param
-from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import CONVOLUTIONS, NO_RULE, PRODUCTS, einsum_letters, operator_name
-from autoquant.analyzer.scale_analysis import ScaleAnalysis, Scores, Use, shape_of
+from autoquant.analyzer.axes import Factors, Param
+from autoquant.analyzer.interpreter import Known, Rule, Site, Unknown, Value
+from autoquant.analyzer.scale_state import ScaleAnalysis, Scores, Use, shape_of
+from autoquant.aten import CONVOLUTIONS, NO_RULE, PRODUCTS, einsum_letters, operator_name
 
 
 def product_rules(a: ScaleAnalysis) -> dict[str, Rule]:

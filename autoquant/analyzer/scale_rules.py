@@ -11,12 +11,12 @@ import math
 
 from torch import Tensor
 
-from autoquant.analyzer.families import Param
-from autoquant.analyzer.interpret import Known, Rule, Site, Unknown, Value
-from autoquant.analyzer.operators import COMPARISONS, NONLINEAR, PASSES, POOLS, SIGNS, base_name
-from autoquant.analyzer.scale_analysis import ScaleAnalysis, scalar
+from autoquant.analyzer.axes import Param
+from autoquant.analyzer.interpreter import Known, Rule, Site, Unknown, Value
 from autoquant.analyzer.scale_products import product_rules
+from autoquant.analyzer.scale_state import ScaleAnalysis, scalar
 from autoquant.analyzer.scale_writes import write_rules
+from autoquant.aten import COMPARISONS, NONLINEAR, PASSES, POOLS, SIGNS, base_name
 
 
 def rules(a: ScaleAnalysis) -> dict[str, Rule]:

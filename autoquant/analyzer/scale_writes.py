@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from autoquant.analyzer.families import Param
-from autoquant.analyzer.interpret import Known, Rule, Site, Value
-from autoquant.analyzer.operators import NO_RULE
-from autoquant.analyzer.rotation_analysis import whole_rows
-from autoquant.analyzer.scale_analysis import ScaleAnalysis, shape_of
+from autoquant.analyzer.axes import Param
+from autoquant.analyzer.interpreter import Known, Rule, Site, Value
+from autoquant.analyzer.rotation_state import whole_rows
+from autoquant.analyzer.scale_state import ScaleAnalysis, shape_of
+from autoquant.aten import NO_RULE
 
 
 def write_rules(a: ScaleAnalysis) -> dict[str, Rule]:

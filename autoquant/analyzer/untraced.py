@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from autoquant.analyzer.graph import Captured
-from autoquant.config import Blocked
+from autoquant.capture.graph import Captured
+from autoquant.config.format import Blocked
 
 
 def untraced(module: nn.Module, captured: Captured, missing: Mapping[str, str]) -> tuple[Blocked, ...]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from autoquant.config import Config
+from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
-from autoquant.executor.inventory import take_inventory
 from autoquant.executor.online import check_installable, install_
 from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
+from autoquant.models.inventory import take_inventory
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoquant.config import IndexMap, Norm, Slot
+from autoquant.config.format import IndexMap, Norm, Slot
+from autoquant.config.layers import did_you_mean, fill
 from autoquant.errors import AutoQuantError
-from autoquant.executor.inventory import FLOATING, Inventory
 from autoquant.executor.operations import Axis, Blocks
 from autoquant.executor.resolved import Member, ResolvedNorm
-from autoquant.paths import did_you_mean, fill
+from autoquant.models.inventory import FLOATING, Inventory
 
 MAX_DETAILS = 20
 

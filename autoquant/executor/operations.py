@@ -13,7 +13,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from autoquant.executor.rotations import Rotation
+from autoquant.executor.rotation import Rotation
 
 PIECE = 1 << 18
 """Elements of a float64 piece: 2 MiB stay in the cache and the allocator; with 128 MiB all takes 2.6 times as long."""

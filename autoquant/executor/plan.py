@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
-from autoquant.executor.inventory import Inventory
 from autoquant.executor.operations import (
     Add,
     Axis,
@@ -41,7 +40,8 @@ from autoquant.executor.resolved import (
     ResolvedSpace,
     RotatedSlot,
 )
-from autoquant.executor.rotations import Rotation, hadamard_rotation, make_rotation
+from autoquant.executor.rotation import Rotation, hadamard_rotation, make_rotation
+from autoquant.models.inventory import Inventory
 
 Scales = Mapping[tuple[str, int | None], Tensor]
 """(group name, layer or None) -> scales ``[channels]``: channel c of every source is multiplied by ``scales[c] **

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Literal
 
-from autoquant.config import Config, Online, Read, RotationMethod, Slot, SmoothingGroup, SmoothingKind, Space
+from autoquant.config.format import Config, Online, Read, RotationMethod, Slot, SmoothingGroup, SmoothingKind, Space
+from autoquant.config.layers import LAYER, did_you_mean, fill, layer_numbers
 from autoquant.errors import AutoQuantError
 from autoquant.executor.checker import Checker
-from autoquant.executor.inventory import Inventory
 from autoquant.executor.resolved import (
     Resolved,
     ResolvedGroup,
@@ -21,7 +21,7 @@ from autoquant.executor.resolved import (
     RotatedSlot,
     SmoothedSlot,
 )
-from autoquant.paths import LAYER, did_you_mean, fill, layer_numbers
+from autoquant.models.inventory import Inventory
 
 Smooth = Literal["all", "fc_fc", "none"]
 Layers = tuple[int | None, ...]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from autoquant.config import RotationMethod, SmoothingKind, SmoothingMethod
+from autoquant.config.format import RotationMethod, SmoothingKind, SmoothingMethod
 from autoquant.errors import AutoQuantError
 from autoquant.executor.operations import Axis, Blocks
-from autoquant.executor.rotations import Rotation
+from autoquant.executor.rotation import Rotation
 
 
 def check_not_learned(resolved: Resolved) -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autoquant.capture.fake_tensors import known_values, stand_ins_, undisturbed
 from autoquant.errors import AutoQuantError
 from autoquant.models.source import PLACEHOLDER
-from autoquant.tracing import known_values, stand_ins_, undisturbed
 
 _IMAGES = ("pixel_values", "flattened_patches")
 _SOUNDS = ("input_features", "input_values")

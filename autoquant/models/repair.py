@@ -22,7 +22,6 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from autoquant.errors import AutoQuantError
-from autoquant.kinds import Kind
 from autoquant.models import source as naming
 from autoquant.models.inputs import make_inputs, reads_text
 from autoquant.models.source import (
@@ -34,6 +33,7 @@ from autoquant.models.source import (
     standard_field,
     text_config,
 )
+from autoquant.models.tasks import Kind
 
 _MOST = 8  # repairs of one configuration
 

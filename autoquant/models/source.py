@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
 from autoquant.errors import AutoQuantError
-from autoquant.kinds import Kind
-from autoquant.models.classes import auto_class, kind_of, kinds_of, part_taken
+from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, part_taken
+from autoquant.models.tasks import Kind
 
 PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound)|(?P<video>video))\w*token_(id|index)$")
 """Fields that hold the token in whose place the features of an image, a sound or a film go."""

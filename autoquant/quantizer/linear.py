@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from autoquant.calibration import Maxima
+from autoquant.algorithms.gptq_qronos import Rounded
+from autoquant.calibration.input_maxima import Maxima
 from autoquant.errors import AutoQuantError
+from autoquant.models.locate import Location, locate
 from autoquant.quantizer import int8
-from autoquant.quantizer.locate import Location, locate
-from autoquant.quantizer.sequential import Rounded
 from autoquant.quantizer.strategies import PlannedLinear, Scheme
 from autoquant.quantizer.weight import Int8Weight, Mode, linear
 

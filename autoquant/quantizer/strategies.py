@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from autoquant.config import ActivationQuantization, Config, Linear, Strategy, WeightQuantization
+from autoquant.config.format import ActivationQuantization, Config, Linear, Strategy, WeightQuantization
+from autoquant.config.layers import did_you_mean, fill, layer_numbers
 from autoquant.errors import AutoQuantError
-from autoquant.paths import did_you_mean, fill, layer_numbers
 
 
 class Granularity(StrEnum):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from autoquant.kinds import KINDS, full_name, split_name
+from autoquant.models.tasks import KINDS, full_name, split_name
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autoquant.analyzer.explain import Answer, Explanation, rename
-from autoquant.paths import LAYER
+from autoquant.config.layers import LAYER
 
 MAX_OPERATOR = 36
 

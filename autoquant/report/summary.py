@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoquant.config import Blocked, Config, Linear, Slot, SmoothingGroup, SmoothingKind, Space
-from autoquant.configcheck import positions_and_channels
-from autoquant.paths import LAYER, fill, layer_numbers, layer_set
+from autoquant.config.check import positions_and_channels
+from autoquant.config.format import Blocked, Config, Linear, Slot, SmoothingGroup, SmoothingKind, Space
+from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set
 
 
 def summarise(config: Config, unknown_operators: Sequence[str] = ()) -> Summary:

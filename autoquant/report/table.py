@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoquant.config import Certificate, Config
-from autoquant.paths import layer_numbers
+from autoquant.config.format import Certificate, Config
+from autoquant.config.layers import layer_numbers
 from autoquant.report.summary import Row, Section, Summary, summarise
 
 PIPE_WIDTH = 140

@@ -13,14 +13,15 @@ from programs import WIDTHS, Built, InvalidError, Plant, Program, Step, build, d
 from readable import text
 from recorder import captured
 
-from autoquant.analyzer import operators, rotation_rules, scale_rules
+from autoquant import aten as operators
+from autoquant.analyzer import rotation_rules, scale_rules
 from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.graph import Captured
-from autoquant.analyzer.operators import operator_name
-from autoquant.analyzer.rotation_analysis import RotationAnalysis
-from autoquant.analyzer.scale_analysis import ScaleAnalysis
-from autoquant.config import Slot
+from autoquant.analyzer.rotation_state import RotationAnalysis
+from autoquant.analyzer.scale_state import ScaleAnalysis
+from autoquant.aten import operator_name
+from autoquant.capture.graph import Captured
+from autoquant.config.format import Slot
 from autoquant.errors import AutoQuantError
 
 TOLERANCE = 1e-6

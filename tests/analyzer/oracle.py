@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autoquant.analyzer.analysis import analyse
-from autoquant.analyzer.capture import capture
 from autoquant.analyzer.findings import Findings
-from autoquant.config import Norm, Read, Slot, SmoothingGroup, Space
+from autoquant.capture.routes import capture
+from autoquant.config.format import Norm, Read, Slot, SmoothingGroup, Space
 
 Run = Callable[[nn.Module], Any]
 

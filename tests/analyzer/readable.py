@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autoquant.analyzer.findings import Findings
-from autoquant.config import IndexMap, Norm, Slot, SmoothingGroup, Space
+from autoquant.config.format import IndexMap, Norm, Slot, SmoothingGroup, Space
 
 
 def slot_text(slot: Slot) -> str:

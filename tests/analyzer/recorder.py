@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from autoquant.analyzer.capture import capture
-from autoquant.analyzer.graph import Captured, GraphInput, Names, Piece, names_of
+from autoquant.capture.graph import Captured, GraphInput, Names, Piece, names_of
+from autoquant.capture.routes import capture
 
 # ``torch.tensor`` calls these on the new constant.
 _NOTHING = {"aten::lift_fresh", "aten::detach_"}

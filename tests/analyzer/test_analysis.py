@@ -11,12 +11,12 @@ from oracle import analysed, outcomes, randomised
 from readable import text
 from torch import Tensor, nn
 
-from autoquant.analyze import analyze
 from autoquant.analyzer.analysis import qualified
+from autoquant.analyzer.analyze import analyze
 from autoquant.errors import AutoQuantError
-from autoquant.models import LoadedModel, ModelSource, build_meta, resolve
-from autoquant.models.build import changed
-from autoquant.models.source import build_module
+from autoquant.models.build import build_meta, changed
+from autoquant.models.repair import resolve
+from autoquant.models.source import LoadedModel, ModelSource, build_module
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -92,7 +92,7 @@ def test_graph_breaks_end_every_scale_that_crosses_them() -> None:
             return self.c(torch.relu(self.b(x)))
 
     from autoquant.analyzer.analysis import analyse
-    from autoquant.analyzer.capture import capture
+    from autoquant.capture.routes import capture
 
     module = randomised(Broken())
     x = torch.randn(1, 3, 4, dtype=torch.float64)
@@ -117,6 +117,6 @@ def test_what_is_read_off_a_shorter_version_has_to_fit_the_model(monkeypatch: py
     def shorter(source: ModelSource) -> LoadedModel:
         return replace(build_meta(source), short=short)
 
-    monkeypatch.setattr("autoquant.analyze.build_meta", shorter)
+    monkeypatch.setattr("autoquant.analyzer.analyze.build_meta", shorter)
     with pytest.raises(AutoQuantError, match="llama: what was read off a shorter version of it does not fit it: "):
         analyze(source)

@@ -14,12 +14,13 @@ from oracle import outcomes
 from readable import group_lines, space_lines, text
 from syrupy.assertion import SnapshotAssertion
 
-from autoquant.analyze import analyze
 from autoquant.analyzer.analysis import NO_MODULE, analyse
-from autoquant.analyzer.capture import capture
+from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.folding import canonical, unfold
-from autoquant.models import float64_throughout, grouped_experts, resolve, small
+from autoquant.analyzer.templates import canonical, unfold
+from autoquant.capture.routes import capture
+from autoquant.models.reduce import float64_throughout, grouped_experts, small
+from autoquant.models.repair import resolve
 
 LAYERS = {"deepseek_v3": 4, "gemma3_text": 7, "bamba": 11}  # enough for one of every kind of layer
 TYPES = [*TABLE, "gpt_oss"]
@@ -272,7 +273,7 @@ def test_every_layer_traced_gives_what_representatives_give(name: str) -> None:
 
 def test_findings_do_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import hashlib\nfrom autoquant.analyze import analyze\nfrom autoquant.models import resolve\n"
+        "import hashlib\nfrom autoquant.analyzer.analyze import analyze\nfrom autoquant.models import resolve\n"
         "config = analyze(resolve('qwen2_moe', layers=1), how='export').config\n"
         "print(hashlib.sha256(config.model_dump_json().encode()).hexdigest())"
     )

@@ -13,9 +13,9 @@ from syrupy.assertion import SnapshotAssertion
 from transformers import CONFIG_MAPPING
 from transformers.models.umt5.modeling_umt5 import UMT5LayerSelfAttention
 
-from autoquant.analyze import Analyzed, analyze
-from autoquant.certify import certify
-from autoquant.models import ModelSource
+from autoquant.analyzer.analyze import Analyzed, analyze
+from autoquant.certificate.certify import certify
+from autoquant.models.source import ModelSource
 
 WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3}
 TEXT = {**WIDTHS, "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 16}

@@ -9,14 +9,14 @@ import pytest
 from autoquant.errors import AutoQuantError
 
 if TYPE_CHECKING:
-    from autoquant.analyze import Analyzed
+    from autoquant.analyzer.analyze import Analyzed
 
 TINY = Path(__file__).parents[1] / "report"
 
 
 def analyzed(name: str) -> Iterator[Analyzed]:
-    from autoquant.analyze import analyze
-    from autoquant.models import resolve
+    from autoquant.analyzer.analyze import analyze
+    from autoquant.models.repair import resolve
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TINY))
@@ -149,8 +149,8 @@ def layers_apart(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     import tiny
 
     from autoquant.analyzer.analysis import analyse
-    from autoquant.analyzer.capture import capture
     from autoquant.analyzer.explain import explain
+    from autoquant.capture.routes import capture
     from autoquant.report.explanation import explanation_text
 
     module, args = tiny.post()

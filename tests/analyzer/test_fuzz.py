@@ -20,10 +20,11 @@ from program_expressions import FAMILIES
 from programs import Built, InvalidError, Program, Step, build, draw
 from recorder import MutationError, captured, record
 
-from autoquant.analyzer import rotations, scales
+from autoquant.analyzer import rotation_spaces as rotations
+from autoquant.analyzer import smoothing_groups as scales
 from autoquant.analyzer.analysis import analyse
-from autoquant.analyzer.capture import capture
-from autoquant.analyzer.interpret import Rule
+from autoquant.analyzer.interpreter import Rule
+from autoquant.capture.routes import capture
 
 PROGRAMS = int(os.environ.get("AUTOQUANT_FUZZ", "2000"))
 FIRST_SEED = int(os.environ.get("AUTOQUANT_FUZZ_SEED", "0"))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import expand
 
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.config import IndexMap, Slot
+from autoquant.config.format import IndexMap, Slot
 
 
 def enumerated(maps: tuple[IndexMap, ...] | None, size: int) -> list[tuple[int, int]]:

@@ -11,12 +11,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from autoquant.analyze import analyze
+from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.folding import canonical, fold, unfold
 from autoquant.analyzer.layers import find_stacks, represent, whole
-from autoquant.config import Linear
-from autoquant.models import ModelSource
+from autoquant.analyzer.templates import canonical, fold, unfold
+from autoquant.config.format import Linear
+from autoquant.models.source import ModelSource
 
 # type: (path of the stack, layers, originals of each representative in short: its own number and how many it stands for)
 TYPES = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.analyzer.capture import Captured, capture
 from autoquant.analyzer.untraced import untraced
+from autoquant.capture.routes import Captured, capture
 
 
 class Step(nn.Module):

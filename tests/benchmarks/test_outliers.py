@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoquant.config import Config
+from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 
 LAYERS, HIDDEN, INNER = 4, 24, 40

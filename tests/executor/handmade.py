@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.config import (
+from autoquant.config.format import (
     Config,
     IndexMap,
     Linear,
@@ -31,7 +31,7 @@ from autoquant.config import (
     Space,
     Writer,
 )
-from autoquant.models import float64_throughout
+from autoquant.models.reduce import float64_throughout
 
 NORM, FC, QK = SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR, SmoothingKind.QUERY_KEY
 

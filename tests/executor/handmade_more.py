@@ -7,7 +7,7 @@ from typing import Any
 from handmade import FC, NORM, block, cols, gqa, make_config, rows
 from torch import nn
 
-from autoquant.config import Config, IndexMap, Norm, Read, Reader, Slot, SmoothingGroup, Space, Writer
+from autoquant.config.format import Config, IndexMap, Norm, Read, Reader, Slot, SmoothingGroup, Space, Writer
 
 HIDDEN, INNER, HEADS, HEAD, EXPERTS = 24, 40, 3, 8, 4
 

@@ -24,13 +24,13 @@ from handmade_more import (
 )
 from torch import nn
 
-from autoquant.config import Config, Norm, RotationMethod
+from autoquant.algorithms.smoothquant import random_scales
+from autoquant.config.format import Config, Norm, RotationMethod
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, apply_
-from autoquant.executor.inventory import take_inventory
 from autoquant.executor.plan import Scales
 from autoquant.executor.resolve import resolve
-from autoquant.executor.smooth import random_scales
+from autoquant.models.inventory import take_inventory
 
 
 @dataclass(frozen=True, slots=True)

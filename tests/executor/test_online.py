@@ -10,14 +10,14 @@ from handmade import LLAMA, build, change, llama_like, logits
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from autoquant.algorithms.smoothquant import random_scales
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.hadamard import hadamard_matrix
-from autoquant.executor.inventory import take_inventory
 from autoquant.executor.online import HadamardRotation, RotatedLinear, _beside
 from autoquant.executor.resolve import resolve
-from autoquant.executor.smooth import random_scales
-from autoquant.models import float64_throughout
+from autoquant.models.inventory import take_inventory
+from autoquant.models.reduce import float64_throughout
 
 R3, R4 = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp.down_proj"
 INPUT = "model.layers.{layer}.self_attn.q_proj"

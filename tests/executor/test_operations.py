@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoquant.config import RotationMethod
+from autoquant.config.format import RotationMethod
 from autoquant.executor import operations
 from autoquant.executor.operations import (
     Add,
@@ -20,7 +20,7 @@ from autoquant.executor.operations import (
     contract,
     execute,
 )
-from autoquant.executor.rotations import make_rotation
+from autoquant.executor.rotation import make_rotation
 
 
 def random(*shape: int) -> Tensor:

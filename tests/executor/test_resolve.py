@@ -10,7 +10,7 @@ from handmade import LLAMA, build, cols, llama_like, make_config, rows
 from handmade_more import MIXTRAL, mixtral_config
 from torch import nn
 
-from autoquant.config import (
+from autoquant.config.format import (
     Config,
     IndexMap,
     Norm,
@@ -25,9 +25,9 @@ from autoquant.config import (
 )
 from autoquant.errors import AutoQuantError
 from autoquant.executor.checker import channel_of_position
-from autoquant.executor.inventory import take_inventory
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved
+from autoquant.models.inventory import take_inventory
 
 
 class TwoLinears(nn.Module):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.config import Strategy
+from autoquant.calibration.observers import observe_linears
+from autoquant.config.format import Strategy
 from autoquant.quantizer.linear import Int8Linear, int8_weights, quantize_
-from autoquant.quantizer.observers import observe_linears
 from autoquant.quantizer.strategies import PlannedLinear, scheme_of
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

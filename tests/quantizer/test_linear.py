@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoquant.config import Strategy
+from autoquant.calibration.observers import observe_linears
+from autoquant.config.format import Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer import int8
 from autoquant.quantizer.linear import (
@@ -18,7 +19,6 @@ from autoquant.quantizer.linear import (
     replace_with_empty_,
     set_mode_,
 )
-from autoquant.quantizer.observers import observe_linears
 from autoquant.quantizer.strategies import PlannedLinear, scheme_of
 
 DIM, INNER, EXPERTS = 12, 20, 3

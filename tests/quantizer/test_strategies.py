@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from autoquant.config import Config, Strategy
+from autoquant.config.format import Config, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer.strategies import (
     Granularity,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from autoquant.report.summary import because, reached, summarise
 
 if TYPE_CHECKING:
-    from autoquant.config import Config
+    from autoquant.config.format import Config
 
 
 def test_every_linear_says_what_reaches_it(example_config: Config) -> None:

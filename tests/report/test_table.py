@@ -10,7 +10,7 @@ from rich.console import Console
 from autoquant.report.table import print_summary
 
 if TYPE_CHECKING:
-    from autoquant.config import Config
+    from autoquant.config.format import Config
 
 PIPED = """\
 made-up: 4 layers, hidden size 8, 1,234 parameters, tied table.weight = head.weight

@@ -1,0 +1,1 @@
+"""What is profitable: one file per method, each names its paper."""

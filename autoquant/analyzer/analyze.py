@@ -1,0 +1,181 @@
+"""From MODEL to a config: build on the meta device, trace representatives, read off the symmetries, fold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autoquant.analyzer.analysis import Analysis, analyse
+from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.layers import ends_apart, find_stacks, represent, whole
+from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
+from autoquant.analyzer.untraced import untraced
+from autoquant.capture.fake_tensors import known_values, short_chunks, stand_ins_, undisturbed
+from autoquant.capture.routes import Captured, capture
+from autoquant.config.check import json_path
+from autoquant.config.format import (
+    FORMAT_VERSION,
+    SCHEMA_NAME,
+    Config,
+    ModelFacts,
+    Provenance,
+    Quantization,
+    Rotation,
+    Smoothing,
+)
+from autoquant.errors import AutoQuantError
+from autoquant.executor.fit import model_problems, structure_of
+from autoquant.models.build import build_meta
+from autoquant.models.inputs import masks_beside
+from autoquant.models.source import LoadedModel, ModelSource
+from autoquant.models.structure import fingerprint, shapes_of, ties_of
+from autoquant.threads import one_thread
+from autoquant.version import __version__
+
+SCHEMA_URL = f"https://raw.githubusercontent.com/autoquant/autoquant/main/schemas/{SCHEMA_NAME}"
+How = Literal["auto", "dynamo", "export"]
+
+
+@dataclass(frozen=True, slots=True)
+class Analyzed:
+    """A config with what it was read from."""
+
+    config: Config
+    findings: Findings
+    """Folded: paths with ``{layer}``."""
+    analysis: Analysis
+    """Of the traced model, with concrete paths."""
+    captured: Captured
+    stacks: tuple[StackMap, ...]
+    seconds: dict[str, float]
+    """Wall-clock time per step: build, capture, analysis, in this order."""
+
+
+@one_thread()
+def analyze(
+    source: ModelSource, *, how: How = "auto", full: bool = False, progress: Callable[[str], None] = lambda step: None
+) -> Analyzed:
+    """Analyse the architecture that ``source`` names; no weights are read or allocated.
+
+    ``full`` traces every layer instead of representatives. ``progress`` is told each step before it starts.
+
+    Raises AutoQuantError where the model cannot be built or captured.
+    """
+    started = time.perf_counter()
+    progress("building on the meta device")
+    loaded = build_meta(source)
+    built = time.perf_counter()
+    module = loaded.short or loaded.module
+    stacks = find_stacks(module)
+    seconds = {"build": built - started, "capture": 0.0, "analysis": 0.0}
+    # Where the first and the last layer of a kind differ after all, the ends are taken apart; if depth still matters,
+    # every layer is traced.
+    attempts = [] if full else [stacks, ends_apart(stacks)]
+    reason = None
+    while True:
+        if attempts:
+            traced, maps = represent(module, attempts.pop(0), lambda module: _fake_forward(module, loaded))
+        else:
+            traced, maps = module, whole(stacks, reason)
+        captured, analysis = _trace(loaded, traced, how, progress, seconds)
+        reason = disagreement(analysis.findings, maps)
+        if reason is None:
+            break
+    blocked = (*analysis.findings.blocked, *untraced(traced, captured, loaded.missing))
+    findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)
+    config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
+    if loaded.short is not None:
+        problems = model_problems(config, structure_of(loaded.module))
+        if problems:  # what was found hangs on how many positions there are
+            where = f"{json_path(problems[0].path)}: {problems[0].message}"
+            raise AutoQuantError(f"{source.name}: what was read off a shorter version of it does not fit it: {where}")
+    return Analyzed(config, findings, analysis, captured, tuple(maps), seconds)
+
+
+def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
+    if not loaded.known:
+        with undisturbed(module), short_chunks(module), FakeTensorMode(allow_non_fake_inputs=True):
+            return module(*loaded.args, **loaded.kwargs)
+    with undisturbed(module), short_chunks(module):
+        (args, kwargs), mode = stand_ins_(module, (loaded.args, loaded.kwargs))
+        with mode, known_values():
+            return module(*args, **kwargs)
+
+
+def captured_from(loaded: LoadedModel, module: nn.Module, how: How = "auto") -> Captured:
+    """The graph of ``module``, which is a loaded model's or a shallower version of it, on that model's inputs."""
+    configured = loaded.config is not None
+    spare = masks_beside(module, loaded.kwargs) if configured else {}
+    return capture(module, loaded.args, loaded.kwargs, how, known=loaded.known, first=configured, spare=spare)
+
+
+def _trace(
+    loaded: LoadedModel, traced: nn.Module, how: How, progress: Callable[[str], None], seconds: dict[str, float]
+) -> tuple[Captured, Analysis]:
+    start = time.perf_counter()
+    progress("capturing the graph")
+    captured = captured_from(loaded, traced, how)
+    middle = time.perf_counter()
+    progress("reading off scales and rotations")
+    analysis = analyse(captured)
+    seconds["capture"] += middle - start
+    seconds["analysis"] += time.perf_counter() - middle
+    return captured, analysis
+
+
+def stacks_length(maps: tuple[StackMap, ...]) -> int:
+    """Number of layers of the longest stack, 0 where nothing repeats."""
+    return max((1 + max(layer for group in stack.originals for layer in group) for stack in maps), default=0)
+
+
+def build_config(
+    source: ModelSource, module: nn.Module, findings: Findings, analysis: Analysis, captured: Captured, layers: int
+) -> Config:
+    """Put findings into the file format, with every knob at its default."""
+    scores = analysis.scales.analysis.scores
+    residual = next((space.size for space in findings.spaces if space.kind == "R1"), None)
+    tables = [f for f in analysis.scales.analysis.families.all() if f.role == "table"]
+    facts = ModelFacts(
+        layers=layers,
+        hidden_size=residual or (tables[0].count if tables else None),
+        heads=scores[0].heads if scores else None,
+        kv_heads=scores[0].kv_heads if scores else None,
+        head_size=scores[0].head_size if scores else None,
+        parameters=sum(p.numel() for p in module.parameters()),
+        tied=ties_of(module),
+        linears=findings.linears,
+    )
+    return Config.model_validate(
+        {
+            "$schema": SCHEMA_URL,
+            "format_version": FORMAT_VERSION,
+            "provenance": Provenance(
+                autoquant=__version__,
+                torch=version("torch").partition("+")[0],
+                transformers=_version("transformers") if source.config is not None else None,
+                model=source.name,
+                capture=captured.how,
+                fingerprint=fingerprint(shapes_of(module), ties_of(module)),
+            ),
+            "model": facts,
+            "smoothing": Smoothing(groups=findings.groups),
+            "rotation": Rotation(spaces=findings.spaces, online=findings.online),
+            "quantization": Quantization(
+                exclude=tuple(linear.path for linear in findings.linears if linear.role != "linear")
+            ),
+            "blocked": findings.blocked,
+        }
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,326 @@
+"""Walks a captured graph once, handing every operator to its rule.
+
+What is common to both analyses lives here: constants are really computed, data movement on a parameter is remembered
+rather than done, integers that depend on the data are known to be unknown. What a rule gets is the values of its
+arguments; what it returns becomes the value of the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autoquant.analyzer.axes import Param
+from autoquant.analyzer.variables import Reason
+from autoquant.aten import (
+    CASTS,
+    CHOOSING,
+    FILLS,
+    LIKE_ANOTHER,
+    MOVEMENT,
+    RANDOM,
+    RANDOM_LIKE,
+    operator_name,
+    rescales,
+)
+from autoquant.capture.routes import Captured, GraphInput, Piece, module_path
+from autoquant.capture.untraceable import OPERATOR, UNTRACED
+
+MAX_CONSTANT = 1 << 24
+"""Largest constant that is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A constant whose value is known, whatever the weights and the data."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A tensor that no scale and no rotation reaches, of unknown value: token ids, routing decisions, cosines."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A tensor that cannot be followed: its size depends on the data, or it is too large. Nothing passes it."""
+
+
+MAX_FOLLOWED = 1 << 25
+"""Largest activation that is labelled element by element."""
+
+
+def unwieldy(fake: Tensor) -> bool:
+    """Is this a tensor that cannot be followed?"""
+    return any(not isinstance(size, int) for size in fake.shape) or fake.numel() > MAX_FOLLOWED
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a rule is applied."""
+
+    node: fx.Node
+    order: int
+    operator: str
+    at: str
+    outputs: tuple[Tensor, ...]
+    """Fake tensors: shapes and dtypes of what the node makes."""
+
+    def because(self, text: str) -> Reason:
+        return Reason(text, self.operator, self.at, self.order)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.outputs[0].shape)
+
+
+Value = Any
+"""A Known, an Unknown, a Param, what the analysis puts on an activation, or a plain Python argument."""
+Rule = Callable[..., Value]
+
+
+@dataclass(slots=True)
+class Walk:
+    """One pass over the pieces of a capture."""
+
+    captured: Captured
+    rules: Mapping[str, Rule]
+    movement: Rule
+    """Applied to data movement of an activation: ``movement(site, function, args, kwargs)``."""
+    crossing: Callable[[Site], Value]
+    """Makes the value of a tensor that comes out of a graph break."""
+    no_rule: Callable[[Site, Sequence[Value]], Value]
+    give_up: Callable[[Site, Sequence[Value], str], Value]
+    """Blocks all values that meet at a site, for the reason given."""
+    finish: Callable[[Site, Sequence[Value]], None]
+    """Called with everything that a piece returns."""
+    rescales: bool = False
+    """Whether a weight times a number is the weight itself, where products alone read it."""
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    order: int = 0
+
+    def run(self) -> None:
+        names = parameter_names(self.captured)
+        for piece in self.captured.pieces:
+            for node in piece.graph.graph.nodes:
+                self.order += 1
+                site = self._site(node)
+                if node.op == "placeholder":
+                    self.values[node] = self._input(site, piece, piece.inputs.get(node.name))
+                elif node.op == "get_attr":
+                    held = getattr(piece.graph, str(node.target), None)
+                    self.values[node] = _constant(held) if isinstance(held, Tensor) else held
+                elif node.op == "output":
+                    values = [v for v in _flat(self._value(node.args)) if not _plain(v)]
+                    self.finish(site, [v for v in values if not isinstance(v, Opaque)])
+                else:
+                    self.values[node] = self._call(site, names)
+
+    def _site(self, node: fx.Node) -> Site:
+        outputs = tuple(v for v in _flat(node.meta.get("val")) if isinstance(v, Tensor))
+        return Site(node, self.order, operator_name(node), module_path(node), outputs)
+
+    def _input(self, site: Site, piece: Piece, what: GraphInput | None) -> Value:
+        if what is None or not site.outputs:
+            return None
+        fake = site.outputs[0]
+        if what.kind == "parameter":
+            return Param(what.name, tuple(fake.shape), (), tuple(fake.shape))
+        if what.kind == "crossing" and fake.is_floating_point():
+            return self.crossing(site)
+        if what.kind in ("buffer", "constant") and site.node.name in piece.constants:
+            return _constant(piece.constants[site.node.name])
+        return Unknown(tuple(fake.shape), fake.dtype)
+
+    def _value(self, argument: Any) -> Value:
+        return fx.map_arg(argument, lambda node: self.values[node])
+
+    def _call(self, site: Site, names: Mapping[tuple[str, str], str]) -> Value:
+        args, kwargs = self._value(site.node.args), dict(self._value(site.node.kwargs))
+        args = tuple(args)
+        if site.operator == "getitem":
+            return args[0][args[1]] if isinstance(args[0], (tuple, list)) else self.no_rule(site, [args[0]])
+        args = tuple(_named(a, site, names) for a in args)
+        if site.operator in LIKE_ANOTHER:
+            args = args[:1]
+        tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
+        if isinstance(args[0] if args else None, Param) and len(tensors) == 1:
+            if site.operator in CASTS and site.outputs[0].is_floating_point():
+                return args[0]
+            if site.operator in MOVEMENT:
+                return _moved_param(args[0], site, args, kwargs)
+            if self.rescales and rescales(site.node):
+                return args[0]
+        if site.operator == OPERATOR:
+            return self.give_up(site, [v for v in tensors if not isinstance(v, Opaque)], UNTRACED)
+        if any(isinstance(v, Opaque) for v in tensors) or any(unwieldy(fake) for fake in site.outputs):
+            rest = [v for v in tensors if not isinstance(v, Opaque)]
+            return self.give_up(site, rest, "it meets a tensor that is too large to follow, or sized by the data")
+        if site.operator in FILLS and site.outputs and site.outputs[0].numel() <= MAX_CONSTANT:
+            fill = FILLS[site.operator]
+            return Known(torch.full(site.shape, args[-1] if fill is None else fill, dtype=site.outputs[0].dtype))
+        if all(isinstance(v, Known) for v in tensors):
+            known = _evaluate(site, args, kwargs)
+            if known is not None:
+                return known
+        if all(isinstance(v, (Known, Unknown)) for v in tensors) or site.operator in RANDOM_LIKE:
+            return _unknowns(site)
+        dtype = kwargs.get("dtype")
+        if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
+            return self.give_up(site, tensors, "it is rounded")  # before anything else is done with it
+        is_movement = site.operator in MOVEMENT
+        rule = self.rules.get(site.operator)
+        if rule is not None and _accepts(rule, site, args, kwargs):
+            return rule(site, *args, **kwargs)
+        if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Unknown) for v in _flat(args[1:]))):
+            with contextlib.suppress(RuntimeError, TypeError):
+                return self.movement(site, _function(site), args, kwargs)
+        return self.no_rule(site, tensors)  # also where the data decide how far elements move
+
+
+def _accepts(rule: Rule, site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> bool:
+    """Was the rule written for this overload? One with other arguments has no rule."""
+    try:
+        signature(rule).bind(site, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
+    """(canonical name, module path) -> the name that this module has for a shared parameter.
+
+    A table that is shared with a linear is two parameters as soon as it is untied; each use goes by its own name. In a
+    model that cannot be untied, and for linears that share a weight, all go by one name: their scales are the same.
+    """
+    return {
+        (group[0], module): users[0][1]
+        for group in captured.aliases
+        for users in _users(captured, group)
+        for module, _ in users
+    }
+
+
+def shared_names(captured: Captured) -> dict[str, tuple[str, ...]]:
+    """A name as the analysis uses it -> all names of the parameter that stay tied: all of them change alike."""
+    found = {}
+    for group in captured.aliases:
+        for users in _users(captured, group):
+            if len(users) > 1:
+                found[users[0][1]] = tuple(name for _, name in users)
+    return found
+
+
+def _users(captured: Captured, group: tuple[str, ...]) -> tuple[list[tuple[str, str]], ...]:
+    """(module, name) of each of a parameter's names: those that look it up as a table apart, if they can be."""
+    table_users = set()
+    for piece in captured.pieces:
+        for node in piece.graph.graph.nodes:
+            if node.op == "call_function" and operator_name(node) == "embedding":
+                table_users.add(module_path(node))
+    named = [(name.rpartition(".")[0], name) for name in group]
+    if captured.inseparable:
+        return (named,)
+    return [u for u in named if u[0] in table_users], [u for u in named if u[0] not in table_users]
+
+
+def _named(value: Value, site: Site, names: Mapping[tuple[str, str], str]) -> Value:
+    if isinstance(value, Param):
+        name = names.get((value.name, site.at), value.name)
+        if name != value.name:
+            return Param(name, value.full_shape, value.views, value.shape, value.key)
+    return value
+
+
+def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+    move = _function(site)
+
+    def one(index: int | None) -> Callable[[Tensor], Tensor]:
+        def replay(labels: Tensor) -> Tensor:
+            result = move(labels, *args[1:], **kwargs)
+            return result if index is None else result[index]  # type: ignore[no-any-return]  # an ATen operator
+
+        return replay
+
+    if isinstance(site.node.meta.get("val"), (tuple, list)):
+        return tuple(param.viewed(one(i), tuple(fake.shape)) for i, fake in enumerate(site.outputs))
+    return param.viewed(one(None), site.shape)
+
+
+def _function(site: Site) -> Callable[..., Any]:
+    """The operator itself; a view is a reshape, since labels may be strided otherwise than the tensor they label."""
+    if site.operator in ("alias", "clone", "contiguous", "detach", "detach_copy", "lift_fresh_copy"):
+        return lambda labels, *args, **kwargs: labels
+    if site.operator in ("view", "_unsafe_view", "_reshape_alias"):
+        return lambda labels, shape, *args: labels.reshape(shape)
+    if site.operator in ("reshape_as", "view_as"):
+        return lambda labels: labels.reshape(site.shape)
+    if site.operator == "expand_as":
+        return lambda labels: labels.expand(site.shape)
+    target: Callable[..., Any] = site.node.target  # type: ignore[assignment]  # a call_function node
+    return target
+
+
+def _constant(value: Tensor) -> Known | Unknown:
+    fake = isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta"
+    if fake or value.numel() > MAX_CONSTANT:
+        return Unknown(tuple(value.shape), value.dtype)
+    return Known(value.detach().cpu())
+
+
+def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value | None:
+    """Compute a constant for real, on the CPU; None where that is not possible."""
+    fake = site.outputs
+    if not fake or any(f.numel() > MAX_CONSTANT for f in fake) or site.operator in RANDOM:
+        return None
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    real = _map(
+        args, lambda v: v.value if isinstance(v, Known) else torch.device("cpu") if isinstance(v, torch.device) else v
+    )
+    real_kwargs = _map(kwargs, lambda v: v.value if isinstance(v, Known) else v)
+    try:
+        result = site.node.target(*real, **real_kwargs)  # type: ignore[operator]  # a call_function node
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # no kernel for these dtypes: unknown, which is always safe
+    return _map(result, lambda v: Known(v) if isinstance(v, Tensor) else v)
+
+
+def _unknowns(site: Site) -> Value:
+    val = site.node.meta.get("val")
+    made = tuple(Opaque() if unwieldy(f) else Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+    return made if isinstance(val, (tuple, list)) else made[0] if made else None
+
+
+def _map(value: object, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, list):
+        return [_map(v, change) for v in value]
+    if isinstance(value, tuple):
+        return tuple(_map(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    return change(value)
+
+
+def _flat(value: object) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _flat(item)]
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _flat(item)]
+    return [value]
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(
+        value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice)
+    )

@@ -1,0 +1,69 @@
+"""Every product of an activation with a weight, and what it is for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import fx
+
+from autoquant.analyzer.scale_state import Use
+from autoquant.analyzer.smoothing_groups import module_of
+from autoquant.aten import CHOICES, PRODUCTS, operator_name
+from autoquant.config.format import Linear
+
+
+def linears(uses: list[Use]) -> tuple[Linear, ...]:
+    """One entry per weight, in graph order."""
+    by_weight: dict[str, list[Use]] = {}
+    for use in uses:
+        by_weight.setdefault(use.weight, []).append(use)
+    return tuple(
+        Linear(
+            path=module_of(weight),
+            weight=weight,
+            bias=same[0].bias,
+            in_features=same[0].in_features,
+            out_features=same[0].out_features,
+            stack=same[0].stack,
+            in_dim=same[0].contracted_dim,
+            role=_role(same[0].site.node),
+        )
+        for weight, same in by_weight.items()
+    )
+
+
+def _role(node: fx.Node) -> Literal["linear", "lm_head", "router"]:
+    """Lm_head: its output alone becomes the model's; router: its output is ranked before any further product."""
+    if _reaches_choice(node):
+        return "router"
+    return "lm_head" if _is_output(node) else "linear"
+
+
+def _is_output(node: fx.Node) -> bool:
+    while True:
+        if any(user.op == "output" for user in node.users):
+            return True
+        users = [user for user in node.users if user.op == "call_function"]
+        if len(users) != 1 or operator_name(users[0]) in PRODUCTS or len(_activations(users[0])) != 1:
+            return False
+        node = users[0]
+
+
+def _activations(node: fx.Node) -> list[fx.Node]:
+    return [argument for argument in node.all_input_nodes if argument.op == "call_function"]
+
+
+def _reaches_choice(node: fx.Node) -> bool:
+    seen = {node}
+    queue = list(node.users)
+    while queue:
+        user = queue.pop(0)  # nearest first: the number of nodes looked at is limited
+        if user in seen or user.op != "call_function":
+            continue
+        seen.add(user)
+        name = operator_name(user)
+        if name in CHOICES:
+            return True
+        if name not in PRODUCTS and len(seen) < 64:
+            queue.extend(user.users)
+    return False

@@ -1,0 +1,344 @@
+"""Rotatable spaces: from merged coordinates and their splits to writers, norms and readers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from autoquant.analyzer.axes import Family
+from autoquant.analyzer.interpreter import Site, Walk, shared_names
+from autoquant.analyzer.rotation_rules import rules
+from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
+from autoquant.analyzer.smoothing_groups import group_name, module_of, slot_of
+from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
+from autoquant.capture.routes import Captured
+from autoquant.config.format import Norm, Reader, Space, Writer
+from autoquant.config.format import Read as ConfigRead
+
+
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """The solved analysis of one capture."""
+
+    analysis: RotationAnalysis
+    walk: Walk
+    solution: Solution
+    blocks: Ints
+    """Per component, a number of its block; -1 where it cannot be rotated."""
+    spaces: tuple[Space, ...]
+
+
+def analyse_rotations(captured: Captured) -> Rotations:
+    """Find every vector space of the graph that an orthogonal matrix can be put on."""
+    analysis = RotationAnalysis()
+    walk = Walk(
+        captured,
+        rules(analysis),
+        movement=analysis.move,
+        crossing=analysis.crossing,
+        no_rule=analysis.no_rule,
+        give_up=analysis.end,
+        finish=analysis.finish,
+    )
+    walk.run()
+    for families, reason in [*analysis.families.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
+        for family in families:
+            analysis.variables.fix(torch.from_numpy(analysis.families.labels(family)), reason)
+    keep = np.zeros(analysis.variables.count, dtype=np.bool_)
+    solution = analysis.variables.solve(keep)
+    if _fix_what_spaces_share(analysis, solution, shared_names(captured)):
+        solution = analysis.variables.solve(keep)
+    families = analysis.families.all()
+    blocks = _blocks(analysis, families, solution)
+    if _fix_copies_paired_otherwise(analysis, families, solution, blocks):
+        solution = analysis.variables.solve(keep)
+        blocks = _blocks(analysis, families, solution)
+    return Rotations(analysis, walk, solution, blocks, _spaces(analysis, families, solution, blocks))
+
+
+def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied: Collection[str]) -> bool:
+    """End the spaces whose norms cannot be folded although each reader alone would allow it; were there any?
+
+    Writers may be centred only where every reader subtracts the mean, and nothing depends on it before. A gain may be
+    folded only where all that is behind it reads one and the same space, and no other norm holds it.
+    """
+    means = _touched(solution, [s.labels for s in analysis.splits if s.centre])
+    spaces: dict[str, set[tuple[int, ...]]] = {}
+    reads = []
+    for family in analysis.families.all():
+        labels = analysis.families.labels(family)
+        labels = labels[~solution.fixed[labels]]
+        components = tuple(np.unique(solution.component[labels]).tolist())
+        for read in _reads(analysis, family):
+            if len(labels):
+                reads.append((read, labels, components))
+            for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
+                if name is not None:
+                    spaces.setdefault(name, set()).add(components)
+    found, ended = False, set[int]()
+    for read, labels, components in reads:
+        text = None
+        if (read.gain is None or read.gain.kind != "layer") and np.isin(components, means).any():
+            text = "its mean is subtracted for some of its readers only"
+        for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
+            if text is None and name in tied:
+                text = f"{name} is shared with another norm"
+            if text is None and len(spaces.get(name or "", ())) > 1:
+                text = f"{name} is applied to other vectors too"
+        if text is not None:
+            analysis.variables.fix(torch.from_numpy(labels), read.site.because(text))
+            ended.update(components)
+            found = True
+    means = np.setdiff1d(means, list(ended))
+    for split in analysis.splits:
+        labels = split.labels[~solution.fixed[split.labels]]
+        if split.length and np.isin(solution.component[labels], means).any():
+            reason = replace(split.reason, text="its length is taken before its mean is subtracted")
+            analysis.variables.fix(torch.from_numpy(labels), reason)
+            found = True
+    return found
+
+
+def _fix_copies_paired_otherwise(
+    analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints
+) -> bool:
+    """End the blocks whose copies are not always the same; were there any?
+
+    Where several channels have one coordinate, as in two halves that are added, a writer or reader rotates the first
+    channels of all coordinates together, then the second ones, and so on. Those have to be one vector: wherever a
+    channel lies in any order, its company must be the same.
+    """
+    rows = [
+        (None, labels)
+        for f in families
+        if f.role != "column"
+        for labels in analysis.families.labels(f).reshape(_stack(f), -1)
+    ]
+    orders = [*rows, *((site, labels) for site, found in analysis.arranged for labels in found.numpy())]
+    company = np.zeros(len(solution.component), dtype=np.uint64)
+    met: list[tuple[Site | None, Ints, npt.NDArray[np.uint64]]] = []
+    several = np.zeros(int(blocks.max(initial=0)) + 1, dtype=np.bool_)
+    for site, labels in orders:
+        labels = labels[(labels != ZERO) & (blocks[solution.component[labels]] >= 0)]
+        component = solution.component[labels]
+        nth = _occurrence(component)
+        several[blocks[component[nth > 0]]] = True
+        _, group = np.unique(blocks[component] * (len(labels) + 1) + nth, return_inverse=True)
+        sums = np.zeros(len(labels), dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(sums, group, numbered(labels))
+        met.append((site, labels, sums[group]))
+    found = False
+    for site, labels, sums in met:
+        here = several[blocks[solution.component[labels]]]
+        labels, sums = labels[here], sums[here]
+        new = company[labels] == 0
+        company[labels[new]] = sums[new]
+        other = company[labels] != sums
+        if other.any():
+            assert site is not None  # each channel has one place in one weight
+            reason = site.because("copies of its channels lie in different orders")
+            wrong = np.isin(blocks[solution.component], blocks[solution.component[labels[other]]])
+            analysis.variables.fix(torch.from_numpy(np.flatnonzero(wrong)), reason)
+            found = True
+    return found
+
+
+def _stack(family: Family) -> int:
+    """Number of matrices that a family's positions go through, one after the other."""
+    return family.count // family.full_shape[family.dim] if family.stack and not family.keyed else 1
+
+
+def _occurrence(values: Ints) -> Ints:
+    """For each entry how many equal ones are before it."""
+    order = np.argsort(values, kind="stable")
+    found = values[order]
+    nth = np.empty(len(values), dtype=np.int64)
+    nth[order] = np.arange(len(values)) - np.searchsorted(found, found)
+    return nth
+
+
+def _contested_gains(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:
+    """A norm weight that is used elsewhere too must stay what it is: it cannot be folded into its readers."""
+    contested = analysis.families.contested()
+    found = []
+    for family in analysis.families.all():
+        norm = analysis.folded.get(family.param)
+        if norm is not None and family.role == "table":
+            found += [([family], contested[name]) for name in (norm.weight, norm.bias) if name in contested]
+            if analysis.lookups[family.param] > 1:
+                here = Reason("a norm is applied to one of its two uses", "aten.embedding", "", family.order)
+                found.append(([family], here))
+        for read in _reads(analysis, family):
+            names = (read.gain.weight, read.gain.bias) if read.gain else ()
+            found += [([family], contested[name]) for name in names if name in contested]
+    return found
+
+
+def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:
+    """A weight that is read behind two different norms can hold the gain of neither."""
+    found = []
+    for family in analysis.families.all():
+        gains = {(r.gain.weight, r.gain.bias, r.gain.offset) if r.gain else None for r in _reads(analysis, family)}
+        if len(gains) > 1:
+            last = _reads(analysis, family)[-1].site
+            found.append(([family], last.because("the weight is used behind different norms")))
+    return found
+
+
+def _reads(analysis: RotationAnalysis, family: Family) -> list[Read]:
+    return [read for read in analysis.reads if (read.weight, read.dim) == (family.param, family.dim)]
+
+
+def _blocks(analysis: RotationAnalysis, families: Sequence[Family], solution: Solution) -> Ints:
+    """Components that see the same parameters and the same splits may be mixed: number those sets."""
+    count = int(solution.component.max()) + 1
+    code = np.zeros(count, dtype=np.uint64)
+    salts = np.random.default_rng(0).integers(1, 2**63, size=len(families) + len(analysis.splits), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for family, salt in zip(families, salts, strict=False):
+            members = np.bincount(solution.component[analysis.families.labels(family)], minlength=count).astype(
+                np.uint64
+            )
+            code += (members * salt) ^ (members * members * (salt >> np.uint64(7)))
+        for split, salt in zip(analysis.splits, salts[len(families) :], strict=True):
+            keys = np.zeros(count, dtype=np.uint64)
+            np.add.at(keys, solution.component[split.labels], split.keys.view(np.uint64))
+            code += (keys ^ (keys >> np.uint64(29))) * salt
+    fixed = np.zeros(count, dtype=np.bool_)
+    fixed[solution.component[solution.fixed]] = True
+    _, blocks = np.unique(code, return_inverse=True)
+    blocks = blocks.astype(np.int64)
+    blocks[fixed] = -1
+    for split in analysis.splits:
+        if split.centre:  # writers are centred over all that the mean is taken of: it must be one block
+            touched = np.unique(solution.component[split.labels])
+            for block in np.unique(blocks[touched]):
+                whole = np.flatnonzero(blocks == block)
+                if block != -1 and np.isin(touched, whole, invert=True).any() and len(np.unique(blocks[touched])) > 1:
+                    blocks[whole] = -1
+    return blocks
+
+
+def _spaces(
+    analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints
+) -> tuple[Space, ...]:
+    ids = np.concatenate([np.zeros(0, np.int64), *(analysis.families.labels(f) for f in families)])
+    which = np.repeat(np.arange(len(families)), [f.count for f in families])
+    component = solution.component[ids]
+    block = blocks[component]
+    held = np.unique(block * (len(blocks) + 1) + component) // (len(blocks) + 1)
+    several = np.unique(held, return_counts=True)
+    live = (block >= 0) & np.isin(block, several[0][several[1] > 1])  # a block of one coordinate cannot rotate
+    ids, which, component, block = ids[live], which[live], component[live], block[live]
+    by_signature: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    order = np.argsort(block, kind="stable")
+    edges = np.flatnonzero(np.diff(block[order])) + 1
+    for part in np.split(order, edges):
+        if len(part):
+            signature = len(np.unique(component[part])), tuple(np.unique(which[part]).tolist())
+            by_signature.setdefault(signature, []).append(int(block[part[0]]))
+    spaces = []
+    values = _touched(solution, [np.unique(labels.numpy()) for _, labels in analysis.values])
+    means = _touched(solution, [split.labels for split in analysis.splits if split.centre])
+    for (size, members), numbers in sorted(by_signature.items(), key=lambda item: item[0][1]):
+        chosen = np.isin(block, numbers)
+        positions = ids[chosen], which[chosen], component[chosen], block[chosen]
+        space = _space(
+            analysis,
+            families,
+            size,
+            members,
+            positions,
+            is_value=bool(np.isin(positions[2], values).any()),
+            centre=bool(np.isin(positions[2], means).any()),
+        )
+        if space is not None:
+            spaces.append(space)
+    return told_apart(spaces)
+
+
+def _touched(solution: Solution, labels: Sequence[Ints]) -> Ints:
+    """The components of any of the labels."""
+    return np.unique(solution.component[np.concatenate([np.zeros(0, np.int64), *labels])])
+
+
+def told_apart(spaces: Sequence[Space]) -> tuple[Space, ...]:
+    """The residual stream goes by that name; where there are several (towers, tables apart), each by what starts it."""
+    if sum(space.kind == "R1" for space in spaces) < 2:
+        return tuple(spaces)
+    told: list[Space] = []
+    for space in spaces:
+        name = space.name
+        if space.kind == "R1":
+            name = f"residual of {space.writers[0].path.removesuffix('.weight')}"
+            same = sum(other.name.partition(" #")[0] == name for other in told)
+            name += f" #{same + 1}" if same else ""
+        told.append(space.model_copy(update={"name": name}))
+    return tuple(told)
+
+
+def _name(kind: str, writers: Sequence[Writer], reads: Collection[tuple[Norm | None, Sequence[Reader]]]) -> str:
+    """The residual stream goes by that name; one of a tower, which no table starts, by what starts it."""
+    start = module_of(writers[0].path)
+    several = len({module_of(writer.path) for writer in writers}) > 1 and len(reads) > 1
+    if kind == "other" and several and not any(part.isdecimal() for part in start.split(".")):  # not in a layer
+        return f"residual of {start}"
+    return "residual" if kind == "R1" else group_name(writers, [r for _, readers in reads for r in readers])
+
+
+def _space(
+    analysis: RotationAnalysis,
+    families: Sequence[Family],
+    size: int,
+    members: tuple[int, ...],
+    positions: tuple[Ints, Ints, Ints, Ints],
+    *,
+    is_value: bool,
+    centre: bool,
+) -> Space | None:
+    ids, which, component, block = positions
+    first = which == members[0]
+    start = ids[first]
+    rank_of_block = {b: i for i, b in enumerate(dict.fromkeys(block[first][np.argsort(start)].tolist()))}
+    by_block: dict[int, dict[int, int]] = {b: {} for b in rank_of_block}
+    for c, b in zip(
+        component[first][np.argsort(start)].tolist(), block[first][np.argsort(start)].tolist(), strict=True
+    ):
+        by_block[b].setdefault(c, len(by_block[b]))
+    channel = np.array(
+        [rank_of_block[b] * size + by_block[b][c] for c, b in zip(component.tolist(), block.tolist(), strict=True)]
+    )
+    writers: list[Writer] = []
+    reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]] = {}
+    for index in members:
+        family = families[index]
+        here = which == index
+        slot = slot_of(family, ids[here] - family.start, channel[here], size * len(rank_of_block), False, 1)
+        if slot is None:
+            return None
+        readers = _reads(analysis, family)
+        if not readers:
+            writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))
+            continue
+        gain = readers[0].gain
+        if gain is not None and (gain.weight or gain.bias) and slot.index is not None:
+            return None  # the norm counts its channels in another order, or has others too
+        key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
+        reads.setdefault(key, (gain, []))[1].append(Reader(**slot.model_dump(), bias=readers[0].bias))
+    if not writers or not reads:
+        return None
+    kind = "R1" if any(families[i].role == "table" for i in members) else "R2" if is_value else "other"
+    return Space(
+        name=_name(kind, writers, reads.values()),
+        kind=kind,  # type: ignore[arg-type]  # one of the three literals
+        size=size,
+        blocks=len(rank_of_block),
+        centre=centre,
+        writers=tuple(writers),
+        reads=tuple(ConfigRead(norm=norm, readers=tuple(readers)) for norm, readers in reads.values()),
+    )

@@ -1,0 +1,389 @@
+"""What an activation carries through the rotation analysis, and the state of that analysis.
+
+An activation that may be rotated is a :class:`Vector`. Each element carries the label of its *coordinate* (the variable
+of the weight row that made it; equal coordinates are merged as scales are) and of its *instance* (the token or the
+token of a head that it belongs to). A rotation mixes the coordinates of one instance.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autoquant.analyzer.axes import Families, Param
+from autoquant.analyzer.interpreter import Known, Opaque, Site, Unknown, Value, unwieldy
+from autoquant.analyzer.variables import ZERO, Ints, Reason, Variables
+from autoquant.aten import NO_ROTATION, operator_name
+from autoquant.config.format import Norm
+
+_next_origin = itertools.count().__next__
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """Labels of an activation, int64 tensors of its shape."""
+
+    coordinates: Tensor
+    instances: Tensor
+    gain: Norm | None = None
+    gain_index: Tensor | None = None
+    """Position on the norm's weight, where a gain is pending."""
+    table: str | None = None
+    """The embedding table that alone made it: a norm applied now can be folded into the table."""
+    centred: bool = False
+    """The mean was subtracted: behind a LayerNorm."""
+    factors: Tensor | None = None
+    """A number for what each element was multiplied by on its way, None for nothing."""
+    origin: int = field(default_factory=_next_origin)
+    """The same for what only data movement made of one and the same tensor: parts of others cannot stand in for it."""
+
+    def times(self, keys: Tensor) -> Tensor:
+        """``factors`` after a product with the factors that ``keys`` number."""
+        before = torch.zeros_like(self.coordinates) if self.factors is None else self.factors
+        return mixed(before, keys.expand_as(before))
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    """The squares of a vector's elements: only their sum over whole blocks is unchanged by a rotation."""
+
+    of: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of a vector's elements: only subtracting it makes sense, and needs centred writers."""
+
+    of: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """A parameter, or one plus a parameter."""
+
+    param: Param
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A linear that reads a vector."""
+
+    site: Site
+    weight: str
+    bias: str | None
+    dim: int
+    gain: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Coordinates with different keys cannot be mixed."""
+
+    labels: Ints
+    keys: Ints
+    reason: Reason
+    centre: bool = False
+    """Their mean is subtracted."""
+    length: bool = False
+    """Their length is taken while their mean is still in it: it would be another one without."""
+
+
+@dataclass(slots=True)
+class RotationAnalysis:
+    """Coordinates, the splits between them, and who reads them."""
+
+    variables: Variables = field(default_factory=Variables)
+    families: Families = field(init=False)
+    splits: list[Split] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    lookups: Counter[str] = field(default_factory=Counter)
+    """How often each embedding table is used."""
+    folded: dict[str, Norm] = field(default_factory=dict)
+    values: list[tuple[Site, Tensor]] = field(default_factory=list)
+    """Attention sites and the coordinates of their values."""
+    arranged: list[tuple[Site, Tensor]] = field(default_factory=list)
+    """Coordinates as they lie along the last axis where vectors are added or read, ``[rows, channels]``."""
+
+    def __post_init__(self) -> None:
+        self.families = Families(self.variables)
+
+    def end(self, site: Site, values: Sequence[Value], text: str) -> Value:
+        """No rotation gets past this operator."""
+        reason = site.because(text)
+        for value in values:
+            vector = value.of if isinstance(value, (Square, Mean)) else value
+            if isinstance(vector, Vector):
+                self.variables.fix(vector.coordinates, reason)
+                for name in (vector.gain.weight, vector.gain.bias) if vector.gain else ():
+                    if name is not None:
+                        self.families.other_use(Param(name, ()), reason)
+            param = value.param if isinstance(value, Gain) else value
+            if isinstance(param, Param):
+                self.families.other_use(param, reason)
+        return self.unknown(site)
+
+    def unknown(self, site: Site) -> Value:
+        made = tuple(Opaque() if unwieldy(f) else Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+        return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0] if made else None
+
+    def no_rule(self, site: Site, values: Sequence[Value]) -> Value:
+        return self.end(site, values, NO_ROTATION)
+
+    def crossing(self, site: Site) -> Value:
+        return Unknown(site.shape, site.outputs[0].dtype)
+
+    def finish(self, site: Site, values: Sequence[Value]) -> None:
+        self.end(site, values, "it is an output of the model")
+
+    def split(
+        self, vector: Vector, keys: Tensor, reason: Reason, *, centre: bool = False, length: bool = False
+    ) -> None:
+        """Coordinates may be mixed only if they see the same keys, instance by instance."""
+        flat = vector.coordinates.reshape(-1).numpy()
+        self._split(flat, mixed(vector.instances, keys).reshape(-1).numpy(), reason, centre, length)
+
+    def split_copies(self, labels: Tensor, keys: Tensor, reason: Reason) -> None:
+        """A reader pairs the copies of its channels ``labels [in]`` in order: the n-th ones must see the same keys."""
+        order = torch.argsort(labels, stable=True)
+        found = labels[order].contiguous()
+        first = torch.searchsorted(found, found)
+        if bool((first == torch.arange(len(found))).all()):
+            return  # no channel twice
+        rank = torch.arange(len(found)) - first
+        self._split(found.numpy(), mixed(rank, keys[order]).numpy(), reason)
+
+    def _split(self, flat: Ints, code: Ints, reason: Reason, centre: bool = False, length: bool = False) -> None:
+        real = flat != ZERO
+        labels, inverse = np.unique(flat[real], return_inverse=True)
+        sums = np.zeros(len(labels), dtype=np.int64)
+        with np.errstate(over="ignore"):
+            np.add.at(sums, inverse, code[real])
+        self.splits.append(Split(labels, sums, reason, centre, length))
+
+    def arrange(self, site: Site, *coordinates: Tensor) -> None:
+        """Note the order in which channels lie. Rows that are alike, as those of all tokens are, count once."""
+        for labels in coordinates:
+            for d in range(labels.ndim - 1):
+                if not varies(labels, d):
+                    labels = labels.narrow(d, 0, 1)
+            self.arranged.append((site, labels.reshape(-1, labels.shape[-1])))
+
+    # --- data movement ------------------------------------------------------------------------------------------
+
+    def move(
+        self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
+    ) -> Value:
+        first = args[0]
+        if isinstance(first, (tuple, list)):
+            return self._join(site, function, args, kwargs)
+        if isinstance(first, Param) and site.operator == "index" and first.is_table and _is_lookup(list(args[1])):
+            # A bias or an embedding per expert, or positions: whichever row is chosen, its columns write to the space.
+            labels = self.families.axis(first, 1, "row", site.because("it is a table"), stacked=False)
+            labels = labels.expand(site.shape)
+            return Vector(labels, fresh_instances(labels))
+        if not isinstance(first, Vector):
+            return self.end(site, [first, *args[1:]], NO_ROTATION)
+        if site.operator == "index" and any(isinstance(i, Unknown) for i in args[1]):
+            return self._pick(site, first, list(args[1]))
+        if site.operator == "index_select" and isinstance(args[2], Unknown):
+            return self._pick(site, first, [None] * (int(args[1]) % first.coordinates.ndim) + [args[2]])
+        rest = [_plain(arg) for arg in args[1:]]
+        if any(isinstance(arg, (Unknown, Vector, Square, Mean, Param)) for arg in rest):
+            return self.end(site, [first], "it is rearranged by the data")
+        if site.operator in ("constant_pad_nd", "pad"):
+            if len(rest) > 1 and rest[-1] not in (0, 0.0, None, "constant"):
+                return self.end(site, [first], "it is padded with a constant")
+            rest = rest[:1]
+        moved = apply(first, lambda labels: function(labels, *rest, **kwargs))
+        if site.operator in ("tril", "triu", "constant_pad_nd", "pad") and isinstance(moved, Vector):
+            here = site.because("some of its channels become 0")
+            self.split(moved, torch.zeros_like(moved.instances), here)
+        return moved
+
+    def _join(
+        self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
+    ) -> Value:
+        parts = [self._as_vector(site, p) for p in args[0] if 0 not in shape_of(p)]
+        rest = [_plain(arg) for arg in args[1:]]
+        if not all(isinstance(p, Vector) and p.gain is None for p in parts):
+            return self.end(site, parts, "it is joined with something else")
+        offset = 0
+        instances = []
+        for part in parts:  # instances of different parts are different, unless the parts come from one vector
+            instances.append(part.instances if site.operator == "cat" else part.instances + offset)
+            offset += int(part.instances.max()) + 1
+        factors = [torch.zeros_like(p.coordinates) if p.factors is None else p.factors for p in parts]
+        if len({part.origin for part in parts}) > 1:  # of two tensors neither is whole: what each channel is of counts
+            factors = [mixed(f, torch.tensor(part.origin)) for f, part in zip(factors, parts, strict=True)]
+        return Vector(
+            function([p.coordinates for p in parts], *rest, **kwargs),
+            function(instances, *rest, **kwargs),
+            factors=function(factors, *rest, **kwargs),
+        )
+
+    def written_by(self, site: Site, param: Param) -> Tensor | None:
+        """Labels of a parameter that is a vector, or several, in the shape it is seen in; None if it is too large.
+
+        Where a run of a matrix's rows is taken (positions, as far as these tokens go) all of its rows carry the same.
+        """
+        if not _is_run_of_rows(param):
+            return self.families.leaf(param, 0, site.because("it is a parameter"))
+        labels = self.families.axis(param, 1, "row", site.because("it is a table"), stacked=False)
+        return labels.expand(param.shape)
+
+    def _as_vector(self, site: Site, part: Value) -> Value:
+        """A parameter of one dimension, such as a class token, is a vector that it writes itself."""
+        if not isinstance(part, Param) or len([size for size in part.full_shape if size > 1]) != 1:
+            return part
+        labels = self.families.leaf(part, 0, site.because("it is a parameter"))
+        return part if labels is None else Vector(labels, fresh_instances(labels))
+
+    def _pick(self, site: Site, vector: Vector, indices: list[Value]) -> Value:
+        """Rows chosen by data: whole instances, as long as no coordinate axis is indexed."""
+        dims = [d for d, i in enumerate(indices) if i is not None]
+        if vector.gain_index is not None:
+            moved = self._pick(site, replace(vector, gain=None, gain_index=None), indices)
+            index = _index_any(vector.gain_index, indices)
+            return replace(moved, gain=vector.gain, gain_index=index) if isinstance(moved, Vector) else moved
+        if any(varies(vector.coordinates, d) for d in dims):
+            return self.end(site, [vector], "its channels are chosen by the data")
+        coordinates = _index_any(vector.coordinates, indices)
+        factors = vector.factors
+        if factors is not None:  # any row may be picked: what a channel saw in all of them counts
+            factors = _index_any(factors.sum(dims, keepdim=True).expand(factors.shape), indices)
+        return Vector(coordinates, fresh_instances(coordinates), centred=vector.centred, factors=factors)
+
+
+def fresh_instances(coordinates: Tensor) -> Tensor:
+    """A new instance for every position of the axes along which the coordinates do not change."""
+    shape = [1 if varies(coordinates, d) else size for d, size in enumerate(coordinates.shape)]
+    return torch.arange(int(np.prod(shape))).view(shape).expand(coordinates.shape)
+
+
+def broadcast(vector: Vector, shape: Sequence[int]) -> Vector:
+    """Copies of a vector along new or leading axes of size 1; its channels are the last axis."""
+    moved: Vector = apply(vector, lambda labels: labels.expand(tuple(shape)))
+    return moved
+
+
+def seen_along(vector: Vector, dims: Sequence[int], keepdim: bool, shape: Sequence[int]) -> Tensor | None:
+    """What each channel of a sum over ``dims`` was multiplied by, anywhere along them."""
+    return None if vector.factors is None else vector.factors.sum(list(dims), keepdim=keepdim).expand(tuple(shape))
+
+
+def whole_rows(node: object, mask: Value) -> bool:
+    """Does the mask choose whole vectors of the last axis? Of one that depends on the data the graph says so."""
+    if isinstance(mask, Known):
+        return bool((mask.value == mask.value[..., :1]).all())
+    while isinstance(node, torch.fx.Node) and node.op == "call_function":
+        if node.meta["val"].shape[-1:] == (1,):
+            return True
+        if operator_name(node) not in ("expand", "expand_as", "to", "alias", "clone", "broadcast_to"):
+            return False
+        node = node.args[0]
+    return False
+
+
+def varies(labels: Tensor, dim: int) -> bool:
+    """Do the labels change along ``dim``?"""
+    return labels.shape[dim] > 1 and bool((labels != labels.narrow(dim, 0, 1)).any())
+
+
+def _index_any(labels: Tensor, indices: Sequence[Value]) -> Tensor:
+    """Index where the labels do not depend on the index."""
+    chosen = [
+        None if i is None else i.value if isinstance(i, Known) else torch.zeros(i.shape, dtype=torch.int64)
+        for i in indices
+    ]
+    indexed: Tensor = torch.ops.aten.index.Tensor(labels, chosen)
+    return indexed
+
+
+def _plain(value: Value) -> Value:
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value.value if isinstance(value, Known) else value
+
+
+def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
+    """Move all labels of a vector alike; a movement with several results gives a tuple of vectors."""
+    coordinates, instances = move(vector.coordinates), move(vector.instances)
+    index = None if vector.gain_index is None else move(vector.gain_index)
+    factors = None if vector.factors is None else move(vector.factors)
+    if isinstance(coordinates, (tuple, list)):
+        none = [None] * len(coordinates)
+        return tuple(
+            Vector(c, i, vector.gain, g, None, vector.centred, f, vector.origin)
+            for c, i, g, f in zip(coordinates, instances, index or none, factors or none, strict=True)
+        )
+    whole = coordinates.shape == vector.coordinates.shape
+    table = vector.table if whole else None
+    return Vector(coordinates, instances, vector.gain, index, table, vector.centred, factors, vector.origin)
+
+
+def anew(vector: Vector) -> Vector:
+    """As the result of an operator that computes."""
+    return replace(vector, origin=_next_origin())
+
+
+def mixed(left: Tensor, right: Tensor) -> Tensor:
+    """A number for each pair of labels (int64, same shape after broadcasting): different pairs, different numbers."""
+    one, other = torch.broadcast_tensors(left, right)
+    with np.errstate(over="ignore"):
+        pairs = _mix(one.numpy().astype(np.uint64)) + other.numpy().astype(np.uint64)
+    return torch.from_numpy(_mix(pairs).view(np.int64))
+
+
+def numbered(labels: Ints) -> npt.NDArray[np.uint64]:
+    """Numbers to tell sets of labels apart by their sums."""
+    return _mix(labels.astype(np.uint64))
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64: sums of mixed values are equal for equal multisets only, up to collisions of probability 2**-64."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)  # else 0 would count for nothing
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        result: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+        return result
+
+
+def coordinates_of(value: Vector | Square | Mean) -> Tensor:
+    """The coordinates, of squares and means too."""
+    return value.coordinates if isinstance(value, Vector) else value.of.coordinates
+
+
+def shape_of(value: Value) -> tuple[int, ...]:
+    """Shape of any argument that has one, else ``()``."""
+    if isinstance(value, (Vector, Square, Mean)):
+        return tuple(coordinates_of(value).shape)
+    return tuple(value.value.shape) if isinstance(value, Known) else tuple(getattr(value, "shape", ()))
+
+
+def _is_run_of_rows(param: Param) -> bool:
+    """Is it seen as two or more consecutive rows of a matrix that has more of them?"""
+    if len(param.full_shape) != 2 or param.key or len(param.shape) < 2:
+        return False
+    rows, width = (torch.arange(size) for size in param.full_shape)
+    picked, columns = (param.replay(part.expand(param.full_shape)) for part in (rows[:, None], width))
+    if columns.shape[-1] != len(width) or bool((columns != width).any()) or bool((picked != picked[..., :1]).any()):
+        return False
+    run = picked[..., 0].reshape(-1)
+    return 1 < len(run) < len(rows) and bool((run.diff() == 1).all())
+
+
+def _is_lookup(indices: Sequence[Value]) -> bool:
+    """Whole rows, by their numbers: of the data's choice, or known ones."""
+    index = indices[0]
+    return isinstance(index, Unknown) or (
+        isinstance(index, Known) and len(indices) == 1 and index.value.dtype == torch.int64
+    )

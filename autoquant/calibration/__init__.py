@@ -1,0 +1,1 @@
+"""Text through a float model: what is observed on the way."""

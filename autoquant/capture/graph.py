@@ -1,0 +1,248 @@
+"""ATen graphs that know what their inputs are and where their operators stand."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from autoquant.aten import rescales
+from autoquant.errors import AutoQuantError
+
+How = Literal["dynamo", "export", "dynamo-pieces"]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """What a placeholder stands for.
+
+    ``crossing`` is a tensor that comes from outside of the piece and that nothing is known about: another piece made
+    it, or it is a parameter that code between the pieces uses too.
+    """
+
+    kind: Literal["parameter", "buffer", "constant", "input", "crossing"]
+    name: str
+    """Fully qualified name of a parameter or buffer; otherwise a name for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One ATen graph. ``node.meta['val']`` of every placeholder and call holds its fake value (shape, dtype)."""
+
+    graph: torch.fx.GraphModule
+    inputs: Mapping[str, GraphInput]
+    """By placeholder name, in the order of the graph's arguments."""
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors made while tracing, by placeholder name."""
+    mutated: int = 0
+    """How many of the graph's outputs, the first ones, are new values of its inputs and not results."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A module as ATen graphs.
+
+    Parameters are told apart by identity, never by value. One that several modules share goes by its first name in
+    ``named_parameters()``; ``aliases`` lists all the names of each shared one, that first.
+    """
+
+    how: How
+    pieces: tuple[Piece, ...]
+    aliases: tuple[tuple[str, ...], ...]
+    known: tuple[str, ...] = ()
+    """Inputs that became constants."""
+    first: bool = False
+    """Whether the first floating-point output is the only one."""
+    opaque: tuple[Any, ...] = ()
+    """Calls of modules that could not be traced (``opaque.OpaqueCall``): one operator of the graph each."""
+    inseparable: bool = False
+    """Whether the model would compute something else once parameters are untied (:func:`asks_for_ties`)."""
+    hidden: tuple[str, ...] = ()
+    """Parameters, by all of their names, that code outside of the pieces uses."""
+    spare: Mapping[str, Any] = field(default_factory=dict)
+    """Inputs that were added, without which it could not be traced."""
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """The innermost module that ``node`` was traced in: ``'model.layers.0.mlp'``; ``''`` for the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return re.sub(r"@\d+", "", path)  # '@1' marks the second call of the same module
+
+
+def shape(node: torch.fx.Node) -> tuple[int, ...]:
+    """Shape of the tensor that ``node`` makes."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        raise AutoQuantError(
+            f"{node.target} at {module_path(node) or 'the root'}: expected one tensor, got {type(value).__name__}"
+        )
+    return tuple(int(size) for size in value.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of a module's tensors and submodules, by identity."""
+
+    tensors: Mapping[tuple[Any, ...], tuple[str, ...]]
+    modules: Mapping[int, str]
+    canonical: Mapping[str, str]
+
+    def of_tensor(self, tensor: torch.Tensor) -> tuple[str, ...]:
+        """All names of a parameter or buffer, the canonical one first; none for any other tensor."""
+        return self.tensors.get(_identity(tensor), ())
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors exactly if they are the same elements of the same storage (``meta`` has storages too)."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def names_of(module: nn.Module) -> tuple[Names, tuple[tuple[str, ...], ...]]:
+    """The names in ``module``, and the groups of parameter names that stand for one and the same tensor."""
+    tensors: dict[tuple[Any, ...], list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        tensors.setdefault(_identity(parameter), []).append(name)
+    aliases = tuple(tuple(names) for names in tensors.values() if len(names) > 1)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        tensors.setdefault(_identity(buffer), []).append(name)
+    found = Names(
+        {identity: tuple(names) for identity, names in tensors.items()},
+        {id(part): name for name, part in module.named_modules()},
+        {name: names[0] for names in tensors.values() for name in names},
+    )
+    return found, aliases
+
+
+def asks_for_ties(module: nn.Module) -> bool:
+    """Whether a forward pass reads ``tie_word_embeddings``: some rescale what a tied linear reads, and no other.
+
+    Untying has to be recorded in that field, so it would change what such a model computes.
+    """
+    return any(
+        getattr(getattr(part, "config", None), "tie_word_embeddings", False)
+        and "tie_word_embeddings" in _names_in(inspect.unwrap(type(part).forward))
+        for part in module.modules()
+    )
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    return getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def lower(program: torch.export.ExportedProgram, names: Names, described: Sequence[GraphInput] | None = None) -> Piece:
+    """An exported program as a piece: functional, without dead nodes, autocast and no-grad regions inlined."""
+    if any(_mutates(node) for part in program.graph_module.modules() for node in _nodes(part)):
+        program = program.run_decompositions({})  # no decomposition, but every in-place operator made functional
+    graph = program.graph_module
+    _inline_regions(graph)
+    _remove_dead(graph)
+    signature = program.graph_signature
+    inputs, constants, users = {}, {}, 0
+    for spec in signature.input_specs:
+        placeholder = spec.arg.name
+        match spec.kind:
+            case InputKind.PARAMETER | InputKind.BUFFER:
+                kind: Literal["parameter", "buffer"] = "parameter" if spec.kind is InputKind.PARAMETER else "buffer"
+                inputs[placeholder] = GraphInput(kind, names.canonical.get(str(spec.target), str(spec.target)))
+                held = program.state_dict.get(str(spec.target), program.constants.get(str(spec.target)))
+                if kind == "buffer" and isinstance(held, torch.Tensor) and not held.is_floating_point():
+                    constants[placeholder] = held  # an index: which channels it picks is part of the structure
+            case InputKind.CONSTANT_TENSOR:
+                inputs[placeholder] = GraphInput("constant", str(spec.target))
+                constants[placeholder] = program.constants[str(spec.target)]
+            case InputKind.USER_INPUT:
+                inputs[placeholder] = described[users] if described else GraphInput("input", placeholder)
+                users += 1
+            case _:
+                raise AutoQuantError(f"graph input {placeholder}: {spec.kind.name} is not supported")
+    held_by = {str(spec.target): spec.arg.name for spec in signature.input_specs if spec.target is not None}
+    written = [str(spec.target) for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    mutated = _forget_rescaling(graph, [held_by.get(target, target) for target in written])
+    return Piece(graph, inputs, constants, mutated)
+
+
+def _forget_rescaling(graph: torch.fx.GraphModule, written: Sequence[str]) -> int:
+    """Leave out new values of inputs that are a number times the old ones, and count those that are left.
+
+    ``written``: the placeholder that each of the first outputs is a new value of. Some models divide weights by powers
+    of two when they first run. Where products alone read the scaled weight, and nothing the other one, any scaling
+    of rows and columns that holds of one holds of the other, before and after.
+    """
+    output = graph.graph.output_node()
+    results: Any = output.args[0]
+    kept = [
+        result
+        for name, result in zip(written, results, strict=False)
+        if not (isinstance(result, torch.fx.Node) and _rescales(result, name))
+    ]
+    output.args = ((*kept, *results[len(written) :]),)
+    graph.recompile()
+    return len(kept)
+
+
+def _rescales(node: torch.fx.Node, name: str) -> bool:
+    old = node.args[0] if node.op == "call_function" and rescales(node) else None
+    return isinstance(old, torch.fx.Node) and old.name == name and set(old.users) == {node}
+
+
+def first_output(piece: Piece) -> Piece:
+    """The same graph with its first floating-point result alone: the logits, not what a model returns beside them."""
+    graph: Any = piece.graph
+    output = graph.graph.output_node()
+    results = output.args[0]
+    floating = [r for r in results[piece.mutated :] if isinstance(r, torch.fx.Node) and _is_floating(r.meta.get("val"))]
+    output.args = ((*results[: piece.mutated], *floating[:1]),)
+    _remove_dead(graph)
+    return piece
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _nodes(part: nn.Module) -> Iterable[torch.fx.Node]:
+    return part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ()
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _remove_dead(graph: torch.fx.GraphModule) -> None:
+    """Drop what no output depends on, and export's assertions. Nothing mutates any more, so no other node matters."""
+    for node in reversed(graph.graph.nodes):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _inline_regions(graph: torch.fx.GraphModule) -> None:
+    """Put the bodies of no-grad and disabled-autocast regions in their places: they change no value."""
+    for node in list(graph.graph.nodes):
+        body: Any
+        operands: Any
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            body, operands = node.args[1], node.args[2:]
+        elif node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is False:
+            body, operands = node.args[4], node.args[5:]
+        else:
+            continue
+        inner: Any = graph.get_submodule(body.target)
+        _inline_regions(inner)
+        places = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+        with graph.graph.inserting_before(node):
+            results: Any = graph.graph.graph_copy(inner.graph, places)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+    graph.recompile()

@@ -1,0 +1,266 @@
+"""From a module to ATen graphs, by Dynamo or by non-strict export.
+
+The graphs are lowered to ATen *before* decomposition: ``aten.linear``, ``aten.scaled_dot_product_attention``,
+``aten.layer_norm``, ``aten.rms_norm`` and ``aten.embedding`` stay whole. In-place operators are functionalised, dead
+nodes removed. Every placeholder says what it is, by its fully qualified name where it is a parameter or a buffer.
+
+Capturing leaves the module and torch's global state as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autoquant.capture.fake_tensors import known_values, short_chunks, stand_ins_, undisturbed
+from autoquant.capture.graph import (
+    Captured,
+    GraphInput,
+    How,
+    Names,
+    Piece,
+    asks_for_ties,
+    first_output,
+    lower,
+    module_path,
+    names_of,
+    shape,
+)
+from autoquant.capture.subgraphs import Traced, capture_pieces, compiled
+from autoquant.capture.untraceable import OpaqueCall, culprit, opaque_
+from autoquant.errors import AutoQuantError
+
+Run = Callable[..., tuple[Piece, ...]]
+
+__all__ = [
+    "Captured",
+    "GraphInput",
+    "How",
+    "Piece",
+    "capture",
+    "check_against_eager",
+    "module_path",
+    "shape",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way of capturing, with inputs that are added for it."""
+
+    name: How
+    run: Run
+    added: Mapping[str, Any] = field(default_factory=dict)
+
+
+_VALUES = re.compile("data-dependent|unbacked|meta tensor")
+_BY_VALUES = "its code takes one way or another by the values of activations, and there are none on the meta device: "
+
+
+def capture(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    how: Literal["auto", "dynamo", "export"] = "auto",
+    *,
+    known: Collection[str] = (),
+    first: bool = False,
+    spare: Mapping[str, Any] = MappingProxyType({}),
+) -> Captured:
+    """Capture ``module(*args, **kwargs)`` in evaluation mode, on any device, ``meta`` included.
+
+    ``dynamo`` takes the whole graph where Dynamo can, else the pieces between its graph breaks; ``export`` is
+    ``torch.export`` without Dynamo, where need be with single modules left untraced (``opaque``); ``auto`` tries
+    whole-graph Dynamo, export, and Dynamo's pieces, in this order.
+
+    ``known``: optional inputs whose values are part of what is captured, such as the token ids that say where an image
+    goes. Export takes them as constants, and comes first then; to Dynamo they are inputs as any other. ``first``: of
+    what the model returns, only the first floating-point tensor matters; pieces keep everything. ``spare``: inputs with
+    which export is tried again where it fails without, since the model then computes what they say by values or not at
+    all (masks).
+
+    Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
+    """
+    non_strict = partial(_non_strict, known=known) if known else _non_strict
+    calls: list[OpaqueCall] = []
+    hidden: list[str] = []
+    dynamo, export = Route("dynamo", _strict), Route("export", non_strict)
+    opaque = Route("export", partial(_around_opaque, run=non_strict, calls=calls))
+    pieces = Route("dynamo-pieces", partial(capture_pieces, hidden=hidden))
+    more = [replace(route, added=spare) for route in (export, opaque) if spare]
+    routes: dict[str, list[Route]] = {
+        "auto": [*((export, dynamo) if known else (dynamo, export)), *more[:1], opaque, *more[1:], pieces],
+        "dynamo": [dynamo, pieces],
+        "export": [export, *more[:1], opaque, *more[1:]],
+    }
+    if how not in routes:
+        raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
+    failures: list[str] = []
+    names, aliases = names_of(module)
+    for route in routes[how]:
+        try:
+            with undisturbed(module), short_chunks(module):
+                inputs = tuple(args), {**kwargs, **route.added}
+                if route.name != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
+                    inputs, _ = stand_ins_(module, inputs)
+                made = route.run(module, *inputs, names)
+                only = first and route.name != "dynamo-pieces"
+                return Captured(
+                    route.name,
+                    tuple(map(first_output, made)) if only else made,
+                    aliases,
+                    tuple(known) if route.name == "export" else (),
+                    only,
+                    tuple(calls) if route.run is opaque.run else (),
+                    asks_for_ties(module),
+                    tuple(hidden),
+                    route.added,
+                )
+        except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
+            failure = f"{route.name}: {_first_line(error)}"
+            failures += [failure] if failure not in failures else []
+    why = _BY_VALUES if any(_VALUES.search(failure) for failure in failures) else ""
+    raise AutoQuantError(f"cannot capture {type(module).__name__}: {why}" + "; ".join(failures))
+
+
+def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], captured: Captured) -> float:
+    """Largest difference between the captured graphs and ``module`` itself, relative to the largest eager value.
+
+    ``captured`` comes from this module, which holds real tensors.
+    """
+    kwargs = {**kwargs, **captured.spare}
+    with undisturbed(module):
+        expected = _tensors(module(*args, **kwargs))
+        if captured.first:
+            expected = [tensor for tensor in expected if tensor.is_floating_point()][:1]
+        if captured.how == "dynamo-pieces":
+            actual = _run_pieces(module, args, kwargs, captured.pieces)
+        else:
+            given = {name: value for name, value in kwargs.items() if name not in captured.known}
+            actual = _tensors(_run_whole(module, args, given, captured.pieces[0]))
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
+        raise AutoQuantError(
+            f"captured graph of {type(module).__name__}: expected outputs {[tuple(t.shape) for t in expected]}, "
+            f"got {[tuple(t.shape) for t in actual]}"
+        )
+    return max((_difference(a, b) for a, b in zip(actual, expected, strict=True)), default=0.0)
+
+
+def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
+    with _no_guards():
+        program = torch.export.export(module, args, kwargs, strict=True)
+    return (lower(program, names),)
+
+
+@contextlib.contextmanager
+def _no_guards() -> Iterator[None]:
+    """Without the check of dynamic shapes, where torch has it in a function of its own.
+
+    It writes one guard for every size of every parameter, a third of the time of an export. No shape is dynamic here.
+    """
+    from torch._dynamo import functional_export
+
+    name = "_suggest_or_raise_constraint_violation"
+    check = getattr(functional_export, name, None)
+    if check is None:
+        yield
+        return
+    setattr(functional_export, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(functional_export, name, check)
+
+
+def _non_strict(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
+) -> tuple[Piece, ...]:
+    if not known:
+        return (lower(torch.export.export(module, args, kwargs, strict=False), names),)
+    constants = {name: kwargs[name] for name in known}
+    given = {name: value for name, value in kwargs.items() if name not in constants}
+    module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
+    with known_values():
+        program = torch.export.export(module, args, given, strict=False)
+    return (lower(program, names),)
+
+
+def _around_opaque(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, *, run: Run, calls: list[OpaqueCall]
+) -> tuple[Piece, ...]:
+    """Capture with as few classes of submodules left untraced as possible, those in whose forward tracing fails.
+
+    ``calls`` is filled with the calls of these modules. Raises what tracing said where it fails elsewhere.
+    """
+    reasons: dict[type, str] = {}
+    tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
+    has_values = not any(isinstance(t, torch._subclasses.FakeTensor) or getattr(t, "is_meta", False) for t in tensors)
+    eager = partial(module, *args, **kwargs) if has_values else None
+    while True:
+        calls.clear()
+        try:
+            with undisturbed(module), opaque_(module, reasons, calls, names, eager):
+                return run(module, args, kwargs, names)
+        except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
+            failing = culprit(error, names, reasons)
+            if failing is None:
+                raise
+            reasons[type(failing)] = _first_line(error)
+
+
+def _run_whole(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], piece: Piece) -> list[Any]:
+    given = iter(pytree.tree_leaves((tuple(args), dict(kwargs))))
+    values: list[Any] = []
+    for placeholder, source in piece.inputs.items():
+        match source.kind:
+            case "parameter":
+                values.append(module.get_parameter(source.name))
+            case "buffer":
+                values.append(module.get_buffer(source.name))
+            case "constant":
+                values.append(piece.constants[placeholder])
+            case _:
+                values.append(next(given))
+    return list(piece.graph(*values))[piece.mutated :]
+
+
+def _run_pieces(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], pieces: Sequence[Piece]
+) -> list[torch.Tensor]:
+    remaining = iter(pieces)
+
+    def run(_: Traced, inputs: tuple[Any, ...]) -> Any:
+        piece = next(remaining)
+        given = iter(inputs)
+        values = [piece.constants[name] if name in piece.constants else next(given) for name in piece.inputs]
+        return tuple(piece.graph(*values))[piece.mutated :]
+
+    return _tensors(compiled(module, run)(*args, **kwargs))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    scale = expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((actual.double() - expected.double()).abs().max() / scale)
+
+
+def _first_line(error: BaseException) -> str:
+    """What tracing said, in one line: the message's first line and the line of model code it points at."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    sites = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
+    site = f" (at {sites[-1][0].rpartition('/')[2]}:{sites[-1][1]} in {sites[-1][2]})" if sites else ""
+    return (lines[0] if lines else type(error).__name__) + site

@@ -1,0 +1,288 @@
+"""Apply a config to a checkpoint on disk, tensor by tensor, all or nothing.
+
+The result is written to a hidden folder beside the target and renamed at the end, its ``config.json`` last: whatever
+interrupts the work, no folder that looks finished is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.config.format import Config
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import Applied, check_finite, execute_, summarise
+from autoquant.executor.operations import execute
+from autoquant.executor.plan import Plan, Scales, make_plan
+from autoquant.executor.resolve import Smooth, resolve
+from autoquant.executor.resolved import Resolved, check_not_learned
+from autoquant.io.folders import check_target, finished_folder
+from autoquant.io.safetensors_stream import INDEX, Shards, open_shards, write_shard
+from autoquant.models.inventory import Inventory, take_inventory
+from autoquant.models.load import load_checkpoint
+from autoquant.models.repair import resolve as resolve_model
+from autoquant.models.source import build_structure
+from autoquant.version import __version__
+
+PROVENANCE = "autoquant.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json", ".ot")
+ALTERNATIVE = "disable it in the config, or use --no-rotate"
+
+Progress = Callable[[int, int], None]
+
+
+def apply_checkpoint(
+    source: Path,
+    config: Config,
+    target: Path,
+    *,
+    rotate: bool = True,
+    smooth: Smooth = "none",
+    scales: Scales | None = None,
+    only: Collection[str] | None = None,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Applied:
+    """Write ``source`` changed by ``config`` to the folder ``target``, loadable with plain transformers.
+
+    Tensors are read, folded in float64 and written one at a time. A checkpoint whose tensor names are not the model's
+    own (transformers converts some on loading, experts for example) is loaded and changed in memory instead.
+    ``options`` is recorded in the provenance file. Raises AutoQuantError, with nothing left behind, where anything does
+    not fit, where the result cannot be held by the model's class, and where ``target`` exists and ``force`` is false.
+    """
+    check_target(source, target, force)
+    shards = open_shards(source)
+    skeleton = build_skeleton(source)
+    inventory = take_inventory(skeleton)
+    names = match_names(inventory, shards)
+    if names is not None:
+        inventory = _with_stored_dtypes(inventory, shards, names)
+    resolved = resolve(config, inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
+    check_plain_resolved(resolved)
+    if names is None:
+        return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, progress)
+    stored = names
+
+    def read(name: str) -> Tensor:
+        tensor = shards.read(stored[name])
+        check_finite(name, tensor)
+        return tensor
+
+    plan = make_plan(resolved, inventory, read, scales)
+    check_plain_plan(plan)
+    applied = summarise(plan, resolved)
+    with finished_folder(target) as folder:
+        copy_side_files(source, folder)
+        _write_shards(folder, shards, plan, inventory, stored, read, dtype, progress)
+        _write_provenance(folder, source, config, applied, options)
+        _write_config(source, folder, bool(plan.untied), dtype)
+    return applied
+
+
+def build_skeleton(folder: Path) -> nn.Module:
+    """The checkpoint's model on the meta device: names, shapes and ties without weights."""
+    if not (folder / "config.json").is_file():
+        raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AutoQuantError(f"{folder / 'config.json'}: cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise AutoQuantError(f"{folder / 'config.json'}: expected a JSON object with a model_type")
+    if "quantization_config" in settings:
+        raise AutoQuantError(f"{folder}: is quantized already; its weights cannot be folded")
+    return build_structure(resolve_model(str(folder)))
+
+
+def match_names(inventory: Inventory, shards: Shards) -> dict[str, str] | None:
+    """Parameter name -> stored name, or None where some parameter is stored under no name that is known.
+
+    Base checkpoints lack the first component ('transformer.'), and of tied parameters one is stored.
+    """
+    names: dict[str, str] = {}
+    for name in inventory.shapes:
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in shards.entries and shards.entries[candidate].shape == inventory.shapes[name]:
+                names[name] = candidate
+                break
+    for name, first in inventory.canonical.items():
+        tied = next((names[n] for n, f in inventory.canonical.items() if f == first and n in names), None)
+        if tied is None:
+            return None
+        names.setdefault(name, tied)
+    return names
+
+
+def _with_stored_dtypes(inventory: Inventory, shards: Shards, names: dict[str, str]) -> Inventory:
+    dtypes = {name: shards.entries[stored].dtype for name, stored in names.items()}
+    return Inventory(inventory.shapes, dtypes, inventory.canonical, inventory.shared_modules, inventory.growable)
+
+
+def check_plain_resolved(resolved: Resolved) -> None:
+    """Raise AutoQuantError for what no plain transformers checkpoint can hold, and for a rotation that must be learned,
+    before anything is read.
+    """
+    check_not_learned(resolved)
+    problems = [f"{o.kind} {o.path}: an online rotation needs autoquant's modules" for o in resolved.online]
+    for space in resolved.spaces:
+        for writer in space.writers:
+            if writer.fold_norm is not None:
+                norm = writer.fold_norm.weight or writer.fold_norm.bias
+                problems.append(f"{space.name}: {norm} is folded into {writer.name}, yet the class keeps the norm")
+    if problems:
+        raise AutoQuantError(f"plain transformers cannot hold the result; {ALTERNATIVE}", tuple(problems[:20]))
+
+
+def check_plain_plan(plan: Plan) -> None:
+    """Raise AutoQuantError for a new bias, which the model's class does not have."""
+    if plan.created:
+        details = tuple(f"{bias}: a LayerNorm's bias has to move there (its gain has zeros)" for bias in plan.created)
+        raise AutoQuantError(f"plain transformers cannot hold new biases; {ALTERNATIVE}", details[:20])
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Everything but weights and config.json: tokenizer, generation config, chat template, licence, model code."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES) and path.name not in ("config.json", PROVENANCE):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_shards(
+    folder: Path,
+    shards: Shards,
+    plan: Plan,
+    inventory: Inventory,
+    names: dict[str, str],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+) -> None:
+    """The shards of the source with the plan carried out; untied parameters join the shard of the tensor they came
+    from.
+    """
+    by_stored: dict[str, str] = {}
+    for name, stored in names.items():
+        if inventory.canonical[name] == name or stored not in by_stored:
+            by_stored[stored] = name
+    outputs: dict[str, list[tuple[str, str]]] = {file: [] for file in shards.files}
+    for stored, entry in shards.entries.items():
+        outputs[entry.file].append((stored, by_stored.get(stored, "")))
+    for name in plan.untied:
+        if by_stored[names[name]] != name and (name, name) not in outputs[shards.entries[names[name]].file]:
+            outputs[shards.entries[names[name]].file].append((name, name))
+    total, done = sum(map(len, outputs.values())), 0
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file, members in outputs.items():
+        sources = dict(members)
+
+        def make(stored: str, sources: dict[str, str] = sources) -> Tensor:
+            nonlocal done
+            name = sources[stored]
+            operations = plan.operations.get(name, ()) if name else ()
+            tensor = read(name) if name else shards.read(stored)
+            if name:
+                tensor = execute(operations, tensor, dtype) if operations else tensor.to(dtype or tensor.dtype)
+                check_finite(name, tensor, f"overflows {tensor.dtype} when transformed; choose a wider dtype")
+            done += 1
+            if progress is not None:
+                progress(done, total)
+            return tensor
+
+        described = {}
+        for stored, name in members:
+            entry = shards.entries[stored if stored in shards.entries else names[name]]
+            stored_dtype = dtype if dtype is not None and name else entry.dtype
+            described[stored] = (stored_dtype, entry.shape)
+            weight_map[stored] = file
+            size += torch.Size(entry.shape).numel() * stored_dtype.itemsize
+        write_shard(folder / file, described, make, dict(shards.metadata) or {"format": "pt"})
+    if len(outputs) > 1 or (shards.folder / INDEX).is_file():
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / INDEX, index)
+
+
+def _apply_loaded(
+    source: Path,
+    config: Config,
+    target: Path,
+    shards: Shards,
+    resolved: Resolved,
+    scales: Scales | None,
+    dtype: torch.dtype | None,
+    options: dict[str, Any] | None,
+    progress: Progress | None,
+) -> Applied:
+    """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
+    for name in shards.entries:
+        check_finite(name, shards.read(name))
+    model = load_checkpoint(source, "auto")
+    if dtype is not None:  # widened before the folding, narrowed after it
+        model.to(torch.promote_types(model.dtype, dtype))
+    plan = make_plan(resolved, take_inventory(model), model.get_parameter, scales)
+    check_plain_plan(plan)
+    with torch.no_grad():
+        execute_(model, plan, progress)
+    applied = summarise(plan, resolved)
+    if dtype is not None:
+        model.to(dtype)
+    with finished_folder(target) as folder:
+        copy_side_files(source, folder)
+        model.save_pretrained(folder)
+        _write_provenance(folder, source, config, applied, options)
+        _write_config(source, folder, bool(applied.untied), dtype)
+    return applied
+
+
+def _write_config(source: Path, folder: Path, untied: bool, dtype: torch.dtype | None) -> None:
+    """The source's config.json, byte for byte unless parameters were untied or converted."""
+    text = (source / "config.json").read_text()
+    if untied or dtype is not None:
+        settings = json.loads(text)
+        for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            if untied and (section is settings or "tie_word_embeddings" in section):
+                section["tie_word_embeddings"] = False
+            for key in ("dtype", "torch_dtype"):
+                if dtype is not None and key in section:
+                    section[key] = str(dtype).removeprefix("torch.")
+        if dtype is not None:
+            settings["dtype"] = str(dtype).removeprefix("torch.")
+        text = json.dumps(settings, indent=2) + "\n"
+    with open(folder / "config.json", "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_provenance(
+    folder: Path, source: Path, config: Config, applied: Applied, options: dict[str, Any] | None
+) -> None:
+    digest = hashlib.sha256(config.model_dump_json(by_alias=True).encode()).hexdigest()
+    record = {
+        "autoquant": __version__,
+        "torch": torch.__version__,
+        "source": str(source),
+        "config_sha256": digest,
+        "fingerprint": config.provenance.fingerprint,
+        "options": options or {},
+        "rotations": applied.constructions,
+        "smoothed": list(applied.groups),
+        "untied": list(applied.untied),
+        "tensors_changed": applied.tensors,
+    }
+    _write_json(folder / PROVENANCE, record)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,332 @@
+"""``autoquant quantize --low-memory``: the same bytes with one decoder layer in memory.
+
+The model is built without weights. Its own forward pass runs once for each calibration window, each in a thread of its
+own and one thread at a time; at the entrance of a layer it waits until all windows have come there. Then the layer's
+tensors are read, rotated and put in, every window passes, and they are dropped. So each layer is read once, whatever
+the architecture's code does between layers, and nothing has to be known of it. What lies outside of the layers
+(embeddings, head) stays in memory. Afterwards the tensors are read again one by one, rotated, smoothed, quantized and
+written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.algorithms.gptq_qronos import needs_values
+from autoquant.analyzer.layers import find_stacks
+from autoquant.calibration.input_maxima import InputMaxima
+from autoquant.calibration.layer_by_layer import run_in_step
+from autoquant.checkpoint.apply import build_skeleton, match_names
+from autoquant.checkpoint.formats.native import parameters_on_meta, write_folder
+from autoquant.checkpoint.quantize import (
+    Recipe,
+    has_static_cache,
+    load_tokenizer,
+    provenance,
+    required_calibration,
+    stored_dtype,
+    used_config,
+)
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import check_finite, record_untied_
+from autoquant.executor.operations import execute
+from autoquant.executor.plan import Plan
+from autoquant.io.safetensors_stream import Shards, open_shards
+from autoquant.io.safetensors_writer import Described
+from autoquant.models.inventory import Inventory, take_inventory
+from autoquant.pipeline.quantize import (
+    Sweep,
+    needs_sweep,
+    query_key_groups,
+    rotation_plan,
+    select,
+    smoothed,
+    smoothing_plan,
+    smoothing_scales,
+    swept_weights,
+)
+from autoquant.pipeline.transform import Progress
+from autoquant.quantizer.kv_cache import install_, kv_scales, observe_cache
+from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
+from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
+
+
+@torch.no_grad()
+def quantize_checkpoint_by_layers(
+    source: Path,
+    target: Path,
+    recipe: Recipe,
+    options: dict[str, Any],
+    *,
+    force: bool = False,
+    progress: Progress = lambda step, done, total: None,
+) -> None:
+    """What ``quantize_checkpoint`` does, in bounded memory; arguments, result and errors as there.
+
+    Raises AutoQuantError also for a prefix, for online rotations and for checkpoints whose tensors transformers renames
+    on loading.
+    """
+    if recipe.config.quantization.prefix:
+        raise AutoQuantError(
+            "quantization.prefix: --low-memory cannot compute a prefix, which takes a pass through the smoothed model; "
+            "set it to [] or go without --low-memory"
+        )
+    dtype = stored_dtype(source)
+    weights = open_weights(source)
+    selected = select(recipe.config, weights.inventory, recipe.preopt, recipe.seed)
+    if selected.resolved.online:
+        path = selected.resolved.online[0].path
+        raise AutoQuantError(f"{path}: --low-memory cannot put in online rotations; disable them or go without it")
+    if needs_values(plan_linears(recipe.config, recipe.strategy)):
+        raise AutoQuantError(
+            "quantization: --low-memory takes scales from maxima and rounds to the nearest value; set activations.clip "
+            "to absmax, weights.rounding to nearest and bias_correction to false, or go without it"
+        )
+    weights = weights.planned(rotation_plan(selected, weights.inventory, weights.read))
+    plan = weights.plans[0]
+    swept = Sweep()
+    if needs_sweep(recipe.config, recipe.strategy, selected):
+        batches = required_calibration(recipe)
+        names = swept_weights(recipe.config, selected)
+        model = _build(source, weights)
+        cache = has_static_cache(recipe) or bool(query_key_groups(selected))
+        swept = sweep_by_layers(model, weights, names, batches, cache, lambda *at: progress("calibrate", *at))
+    if selected.resolved.groups:
+        scales = smoothing_scales(selected, swept, weights.read)
+        weights = weights.planned(smoothing_plan(selected, weights.inventory, weights.read, scales))
+        swept = smoothed(selected, swept, scales)
+    _write(source, target, recipe, options, dtype, weights, swept, plan, force, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A checkpoint's parameters in float32 with plans carried out, computed when asked for.
+
+    ``inventory`` describes them as they are after the plans.
+    """
+
+    shards: Shards
+    stored: Mapping[str, str]
+    inventory: Inventory
+    plans: tuple[Plan, ...] = ()
+    inventories: tuple[Inventory, ...] = field(default=())
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, float32."""
+        return self._read(name, len(self.plans))
+
+    def _read(self, name: str, plans: int) -> Tensor:
+        if not plans:
+            return self.shards.read(self.stored[name]).float()
+        plan, before = self.plans[plans - 1], self.inventories[plans - 1]
+        if name in plan.created:
+            tensor = torch.zeros(before.shapes[plan.created[name]][0])
+        else:
+            name = name if name in plan.untied else before.canonical[name]
+            tensor = self._read(name, plans - 1)
+        operations = plan.operations.get(name, ())
+        if operations:
+            tensor = execute(operations, tensor)
+            check_finite(name, tensor, "overflows float32 when transformed")
+        return tensor
+
+    def planned(self, plan: Plan) -> Weights:
+        """The same with one more plan."""
+        before = self.inventory
+        gone = tuple(f"{path}." for path in plan.identities)
+        shapes = {n: s for n, s in before.shapes.items() if not (gone and n.startswith(gone))}
+        shapes |= {bias: before.shapes[weight][:1] for bias, weight in plan.created.items()}
+        canonical = {n: n if n in plan.untied or n in plan.created else before.canonical[n] for n in shapes}
+        after = Inventory(
+            shapes,
+            dict.fromkeys(shapes, torch.float32),
+            canonical,
+            before.shared_modules,
+            before.growable - set(plan.created),
+        )
+        return dataclasses.replace(
+            self, inventory=after, plans=(*self.plans, plan), inventories=(*self.inventories, before)
+        )
+
+
+def open_weights(source: Path) -> Weights:
+    """The parameters of a checkpoint folder. Raises AutoQuantError where their names are not the model's own."""
+    shards = open_shards(source)
+    inventory = take_inventory(build_skeleton(source))
+    stored = match_names(inventory, shards)
+    if stored is None:
+        raise AutoQuantError(f"{source}: transformers renames its tensors on loading; go without --low-memory")
+    return Weights(
+        shards, stored, dataclasses.replace(inventory, dtypes=dict.fromkeys(inventory.shapes, torch.float32))
+    )
+
+
+def sweep_by_layers(
+    model: nn.Module,
+    weights: Weights,
+    names: Sequence[str],
+    batches: Sequence[Tensor],
+    cache: bool,
+    progress: Callable[[int, int], None],
+) -> Sweep:
+    """What ``quantize.sweep`` does, for a model on the meta device, with one layer at a time.
+
+    ``progress`` is told of the layers done.
+    """
+    layers = {
+        path: module
+        for stack in find_stacks(model)
+        for path, module in ((f"{stack.path}.{i}", m) for i, m in enumerate(model.get_submodule(stack.path).children()))
+    }
+    inside = tuple(f"{path}." for path in layers)
+    observer = InputMaxima()
+    watched = frozenset(names)
+    shared: dict[str, nn.Parameter] = {}
+
+    def put(name: str) -> None:
+        first = weights.inventory.canonical[name]
+        if first not in shared:
+            shared[first] = nn.Parameter(weights.read(name), requires_grad=False)
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._parameters[last] = shared[first]
+        if name in watched:
+            observer.watch(name, shared[first])
+
+    for name in weights.inventory.shapes:
+        if not name.startswith(inside):
+            put(name)
+    outside, kept = dict(observer.watched), set(shared)
+    done = 0
+
+    def enter(path: str) -> None:
+        for name in weights.inventory.shapes:
+            if name.startswith(f"{path}."):
+                put(name)
+
+    def leave(path: str) -> None:
+        nonlocal done
+        for name in weights.inventory.shapes:
+            if name.startswith(f"{path}."):
+                owner, _, last = name.rpartition(".")
+                model.get_submodule(owner)._parameters[last] = nn.Parameter(
+                    torch.empty(weights.inventory.shapes[name], device="meta"), requires_grad=False
+                )
+        for first in set(shared) - kept:
+            del shared[first]
+        observer.watched.clear()
+        observer.watched.update(outside)
+        done += 1
+        progress(done, len(layers))
+
+    def forward(batch: Tensor) -> None:
+        with torch.no_grad(), observer.twin():
+            model(batch)
+
+    with ExitStack() as stack:
+        stored = stack.enter_context(observe_cache(model)) if cache else {}
+        run_in_step([partial(forward, batch) for batch in batches], layers, enter, leave)
+    return Sweep(observer.maxima, stored)
+
+
+def _build(source: Path, weights: Weights) -> Any:
+    """The checkpoint's model with its parameters on the meta device and its buffers real, its structure as planned."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    with parameters_on_meta():
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32).eval()
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    for name, buffer in model.named_buffers():
+        if name in weights.shards.entries:
+            buffer.copy_(weights.shards.read(name))
+    for plan in weights.plans:
+        for path in plan.identities:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity())
+        for name in plan.created:
+            owner, _, last = name.rpartition(".")
+            empty = torch.empty(weights.inventory.shapes[name], device="meta")
+            model.get_submodule(owner)._parameters[last] = nn.Parameter(empty, requires_grad=False)
+        if plan.untied:
+            record_untied_(model)
+    return model
+
+
+def _write(
+    source: Path,
+    target: Path,
+    recipe: Recipe,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    weights: Weights,
+    swept: Sweep,
+    plan: Plan,
+    force: bool,
+    progress: Progress,
+) -> None:
+    """Quantize parameter by parameter into the file that ``quantize_checkpoint`` would have written."""
+    model = _build(source, weights)
+    planned = plan_linears(recipe.config, recipe.strategy)
+    scales = {linear.weight: static_scale(linear, swept.inputs) for linear in planned}
+    replace_with_empty_(model, planned)
+    granularity = kv_granularity(recipe.config, recipe.strategy)
+    if granularity is not None:
+        install_(model, kv_scales(model, granularity, swept.cache))
+    model.config.dtype = dtype
+
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    shared: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        is_parameter = name in weights.inventory.shapes
+        stored_as = first.setdefault(weights.inventory.canonical[name], name) if is_parameter else name
+        if stored_as != name:
+            shared[name] = stored_as
+        else:
+            described[name] = (dtype if is_parameter and tensor.is_floating_point() else tensor.dtype, tensor.shape)
+    facts = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "shared": shared,
+        "provenance": provenance(recipe, plan, options),
+    }
+    tensors = _tensors(model, weights, planned, scales, described, lambda *at: progress("write", *at))
+    write_folder(model, target, used_config(recipe), facts, described, tensors, load_tokenizer(source), force=force)
+
+
+def _tensors(
+    model: nn.Module,
+    weights: Weights,
+    planned: Sequence[PlannedLinear],
+    scales: Mapping[str, Tensor | None],
+    described: Described,
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """Every described tensor once, one parameter at a time."""
+    state = model.state_dict()
+    assert set(int8_weights(model)) == set(scales)
+    for done, linear in enumerate(planned, 1):
+        parameter = weights.read(linear.weight)
+        check_finite(linear.weight, parameter)
+        values, scale = quantize_weight(parameter, linear.in_dim, linear.scheme, linear.weights.clip)
+        yield f"{linear.weight}.values", values
+        yield f"{linear.weight}.scale", scale
+        input_scale = scales[linear.weight]
+        if input_scale is not None:
+            yield f"{linear.weight}.input_scale", input_scale
+        progress(done, len(planned))
+    for name, (dtype, _) in described.items():
+        if name in weights.inventory.shapes:
+            tensor = weights.read(name).to(dtype)
+            check_finite(name, tensor, f"overflows {dtype}")
+            yield name, tensor
+        elif not state[name].is_meta:
+            yield name, state[name]

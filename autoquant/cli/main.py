@@ -1,0 +1,63 @@
+"""The command line: finds a command, runs it, turns an AutoQuantError into one line and exit code 1.
+
+Each command is a module of ``autoquant.cli`` and is imported when it is asked for; what takes long to import
+(torch, transformers) is imported inside the command's function. So ``autoquant --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from autoquant.config.layers import did_you_mean
+from autoquant.errors import AutoQuantError
+from autoquant.version import __version__
+
+# In the order of --help, which is that of the work. `name` is the object `command` of autoquant/cli/name.py.
+COMMANDS = ("analyze", "apply", "check", "search", "quantize", "eval", "compare", "schema", "verify", "survey")
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is asked for. A subclass because click knows no other way to do that."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"autoquant.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"no command '{args[0]}'{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AutoQuantError as error:
+            for line in error.details:
+                click.echo(line, err=True)
+            click.echo(f"error: {error.message}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("error: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(
+    cls=LazyGroup,
+    # A fixed width, so that the help is the same in every terminal and in the tests.
+    context_settings={"help_option_names": ["-h", "--help"], "terminal_width": 100},
+)
+@click.version_option(__version__, prog_name="autoquant")
+def main() -> None:
+    """Read the quantization symmetries of a causal language model off its graph, prove and apply them."""

@@ -1,0 +1,257 @@
+"""Reading and writing config files. An error names file, line, column and JSON path, and what was expected there."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator, ValidationError
+from pydantic import BaseModel
+from pydantic import ValidationError as PydanticError
+
+from autoquant.config.check import JsonPath, Problem, json_path, problems
+from autoquant.config.format import FORMAT_VERSION, SCHEMA_NAME, Blocked, Config, IndexMap, Linear, Norm, Read, Slot
+from autoquant.config.jsonschema import config_schema
+from autoquant.config.layers import did_you_mean
+from autoquant.config.text import Document, JsonSyntaxError, line_column, parse
+from autoquant.errors import AutoQuantError
+from autoquant.io.files import write_text
+
+MAX_SHOWN = 20
+MAX_WIDTH = 120
+
+# Facts leave out what has its default; everything else is a knob or a section and is written in full, so that a person
+# sees what there is to set.
+_FACTS = (Slot, IndexMap, Norm, Read, Linear, Blocked)
+
+_KINDS = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+}
+_TYPES = {
+    "object": "an object",
+    "array": "an array",
+    "string": "a string",
+    "boolean": "true or false",
+    "integer": "an integer",
+    "number": "a number",
+    "null": "null",
+}
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a config file.
+
+    Raises AutoQuantError for a file that cannot be read and for every problem in it, at most 20 of them in full.
+    """
+    return parse_config(_read(path), str(path))
+
+
+def parse_config(text: str, file: str = "<text>") -> Config:
+    """Check the text of a config; ``file`` is its name in messages. Raises AutoQuantError."""
+    try:
+        document = parse(text)
+    except JsonSyntaxError as error:
+        line, column = line_column(text, error.problem.offset)
+        raise AutoQuantError(f"{file}:{line}:{column}: {error.problem.message}") from error
+    found = [(problem.offset, problem.message) for problem in document.problems]
+    skip = {offset for offset, _ in found}
+    config, wrong = _validate(document)
+    for problem in wrong:
+        offset = document.offset(problem.path, key=problem.key)
+        if offset not in skip:
+            found.append((offset, f"{json_path(problem.path)}: {problem.message}"))
+    if found or config is None:
+        raise _error(file, document, found)
+    return config
+
+
+def config_text(config: Config) -> str:
+    """The file's content: ``$schema`` first, two spaces a level, arrays of numbers on one line; always the same."""
+    plain = {**_plain(config), "$schema": config.schema_ or SCHEMA_NAME}
+    return _render(plain, 0, inline=False) + "\n"
+
+
+def save_config(config: Config, path: Path, *, force: bool = False) -> None:
+    """Write ``config`` whole or not at all.
+
+    Raises AutoQuantError where the file exists and ``force`` is false, where its folder does not exist, and for a
+    config that :func:`load_config` would refuse.
+    """
+    wrong = problems(config)
+    if wrong:
+        lines = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in wrong[:MAX_SHOWN])
+        raise AutoQuantError(f"{path}: not written, the config does not fit together: {_count(wrong)}", lines)
+    write_text(path, config_text(config), force=force)
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        names = [entry.name for entry in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        raise AutoQuantError(f"{path}: no such file{did_you_mean(path.name, names)}") from error
+    except OSError as error:
+        raise AutoQuantError(f"{path}: cannot be read: {error.strerror}") from error
+    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise AutoQuantError(f"{path}:1:1: starts with a byte order mark; expected UTF-8 without one")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8")
+        line, column = line_column(before, len(before))
+        raise AutoQuantError(f"{path}:{line}:{column}: byte 0x{data[error.start]:02x} is not UTF-8") from error
+
+
+def _validate(document: Document) -> tuple[Config | None, list[Problem]]:
+    """The config, or what the JSON Schema, the classes or the checks in between refuse, whichever comes first."""
+    version = document.value.get("format_version") if isinstance(document.value, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        message = f"version {version} of the format; this AutoQuant reads version {FORMAT_VERSION}"
+        return None, [Problem(("format_version",), message)]
+    errors = [problem for error in _validator().iter_errors(document.value) for problem in _explain(error)]
+    if errors:
+        return None, list(dict.fromkeys(errors))
+    try:
+        # From JSON text: strict mode then takes arrays for tuples and strings for enumerations, and nothing else.
+        config = Config.model_validate_json(json.dumps(document.value))
+    except PydanticError as error:
+        return None, [Problem(tuple(item["loc"]), item["msg"]) for item in error.errors()]
+    return config, problems(config)
+
+
+@cache
+def _validator() -> Any:
+    return Draft202012Validator(config_schema())
+
+
+def _explain(error: ValidationError) -> Iterator[Problem]:
+    """One schema error in words: the path, what was expected, the nearest valid name."""
+    path: JsonPath = tuple(error.absolute_path)
+    value, limit = error.instance, error.validator_value
+    if error.validator == "anyOf":
+        yield from _explain_choice(error)
+    elif error.validator == "additionalProperties":
+        known = list(error.schema["properties"])
+        for key in value:
+            if key not in known:
+                hint = did_you_mean(key, known) or f"; expected {', '.join(known)}"
+                yield Problem((*path, key), f"unknown key{hint}", key=True)
+    elif error.validator == "required":
+        for key in limit:
+            if key not in value:
+                yield Problem(path, f"the key '{key}' is missing")
+    elif error.validator == "enum":
+        names = [str(choice) for choice in limit]
+        hint = did_you_mean(value, names) if isinstance(value, str) else ""
+        yield Problem(path, f"{json.dumps(value)[:80]} is not among {', '.join(map(json.dumps, limit))}{hint}")
+    elif error.validator == "type":
+        yield Problem(path, f"expected {_expected(error.schema)}, found {_kind(value)}")
+    elif error.validator == "pattern":
+        yield Problem(path, f"'{value[:80]}' is not of the form: {error.schema.get('description', limit)}")
+    elif error.validator in ("minimum", "maximum"):
+        word = "at least" if error.validator == "minimum" else "at most"
+        yield Problem(path, f"{json.dumps(value)} is out of range; expected {word} {limit}")
+    elif error.validator == "minItems":
+        yield Problem(path, f"expected at least {limit} {'entry' if limit == 1 else 'entries'}, found {len(value)}")
+    else:
+        yield Problem(path, error.message)
+
+
+def _explain_choice(error: ValidationError) -> Iterator[Problem]:
+    """``X or null``: what is wrong with it as X, unless it is of another type altogether."""
+    branches = error.validator_value
+    context = [item for item in error.context or () if branches[item.schema_path[0]].get("type") != "null"]
+    if any(item.validator == "type" and item.absolute_path == error.absolute_path for item in context):
+        expected = " or ".join(_expected(_resolve(branch)) for branch in branches)
+        yield Problem(tuple(error.absolute_path), f"expected {expected}, found {_kind(error.instance)}")
+        return
+    for item in context:
+        yield from _explain(item)
+
+
+def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" not in schema:
+        return schema
+    definition: dict[str, Any] = _validator().schema["$defs"][schema["$ref"].rpartition("/")[2]]
+    return definition
+
+
+def _expected(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return "one of " + ", ".join(map(json.dumps, schema["enum"]))
+    return _TYPES.get(schema["type"], str(schema["type"]))
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _KINDS[type(value)]
+
+
+def _error(file: str, document: Document, found: list[tuple[int, str]]) -> AutoQuantError:
+    lines = []
+    for offset, message in sorted(found):
+        line, column = line_column(document.text, offset)
+        lines.append(f"{file}:{line}:{column}: {message}")
+    if len(lines) == 1:
+        return AutoQuantError(lines[0])
+    return AutoQuantError(f"{file}: {_count(lines)}", tuple(lines[:MAX_SHOWN]))
+
+
+def _count(found: list[Any]) -> str:
+    shown = f", the first {MAX_SHOWN} are shown" if len(found) > MAX_SHOWN else ""
+    return f"{len(found)} {'problem' if len(found) == 1 else 'problems'}{shown}"
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries, lists and scalars in the order of the classes' fields."""
+    if isinstance(value, BaseModel):
+        result = {}
+        for name, field in type(value).model_fields.items():
+            item = getattr(value, name)
+            if not (isinstance(value, _FACTS) and item == field.default):
+                result[field.alias or name] = _plain(item)
+        return result
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _render(value: Any, level: int, *, inline: bool) -> str:
+    """JSON text. With ``inline``, a flat object that fits on the line stays there: slots, blocks, overrides."""
+    if not isinstance(value, dict | list) or not value:
+        return _scalar(value)
+    if isinstance(value, list) and all(_is_number(item) for item in value):
+        return _scalar(value)
+    if inline and isinstance(value, dict) and all(_is_flat(item) for item in value.values()):
+        line = _scalar(value)
+        if 2 * level + len(line) < MAX_WIDTH:
+            return line
+    indent = "  " * (level + 1)
+    if isinstance(value, dict):
+        rows = [f"{_scalar(key)}: {_render(item, level + 1, inline=False)}" for key, item in value.items()]
+        opening, closing = "{}"
+    else:
+        rows = [_render(item, level + 1, inline=True) for item in value]
+        opening, closing = "[]"
+    return f"{opening}\n{indent}" + f",\n{indent}".join(rows) + f"\n{indent[2:]}{closing}"
+
+
+def _scalar(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_flat(value: Any) -> bool:
+    return not isinstance(value, dict | list) or (isinstance(value, list) and all(_is_number(item) for item in value))

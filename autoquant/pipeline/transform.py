@@ -1,0 +1,135 @@
+"""A float model made ready for quantization: rotated, calibrated, smoothed, its prefix fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.algorithms.scale_search import descend
+from autoquant.algorithms.spinquant import learn_rotations_
+from autoquant.config.format import Config, RotationMethod, SmoothingMethod, Strategy
+from autoquant.executor.apply import execute_
+from autoquant.executor.plan import Plan
+from autoquant.executor.resolved import Resolved
+from autoquant.models.inventory import take_inventory
+from autoquant.pipeline.quantize import (
+    Selected,
+    Sweep,
+    linear_groups,
+    query_key_groups,
+    rotate_,
+    select,
+    smooth_,
+    smoothed,
+    smoothing_plan,
+    sweep,
+    swept_weights,
+)
+from autoquant.pipeline.select import Preopt
+from autoquant.quantizer.prefix import fix_prefix_, prefixed
+from autoquant.quantizer.strategies import plan_linears
+
+Progress = Callable[[str, int, int], None]
+"""Told of a step, how much of it is done, and of how much."""
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def depends_on_strategy(config: Config) -> bool:
+    """Whether a model that is prepared for one strategy is not prepared for all."""
+    smoothing, rotation = config.smoothing, config.rotation
+    methods = {smoothing.method, *(group.method for group in smoothing.groups)}
+    methods |= {override.method for group in smoothing.groups for override in group.overrides}
+    learned = {rotation.method, *(space.method for space in rotation.spaces)}
+    return SmoothingMethod.DESCENT in methods or RotationMethod.LEARNED in learned
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What was done to a model: the rotations' plan, and the maxima as they are now."""
+
+    plan: Plan
+    swept: Sweep
+
+
+@torch.no_grad()
+def prepare_(
+    model: nn.Module,
+    config: Config,
+    strategy: Strategy,
+    preopt: Preopt,
+    batches: Sequence[Tensor],
+    seed: int | None = None,
+    *,
+    cache: bool,
+    tell: Progress = silent,
+) -> Prepared:
+    """Carry out everything that comes before quantization, in place; the function stays the same.
+
+    ``batches``: calibration token ids [1, S], none where nothing has to be calibrated; ``cache``: keys and values are
+    observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by descent, and
+    to learned rotations.
+    """
+    tell("rotate", 0, 1)
+    selected = select(config, take_inventory(model), preopt, seed)
+    plan = rotate_(model, selected, learned_later=True)
+    swept = Sweep()
+    prefix = config.quantization.prefix
+    if batches:
+        with prefixed(model, prefix):
+            weights = swept_weights(config, selected)
+            count, cache = len(batches), cache or bool(query_key_groups(selected))
+            swept = sweep(model, weights, batches, cache=cache, progress=lambda done: tell("calibrate", done, count))
+    tell("smooth", 0, 1)
+    swept = smooth_(model, selected, swept)
+    if any(group.method is SmoothingMethod.DESCENT for group in linear_groups(selected).groups):
+        swept = _descend_(model, config, strategy, selected, swept, batches, tell)
+    if any(space.method is RotationMethod.LEARNED for space in selected.resolved.spaces):
+        plan = _learn_(model, config, strategy, selected, plan, batches, tell)
+        with prefixed(model, prefix):
+            swept = sweep(model, swept_weights(config, selected), batches, cache=cache)
+    fix_prefix_(model, prefix)
+    return Prepared(plan, swept)
+
+
+def _learn_(
+    model: nn.Module,
+    config: Config,
+    strategy: Strategy,
+    selected: Selected,
+    plan: Plan,
+    batches: Sequence[Tensor],
+    tell: Progress,
+) -> Plan:
+    """Turn the residual further, behind all smoothing that is left beside a rotation; the plan says what was done."""
+    planned = plan_linears(config, strategy)
+    with prefixed(model, config.quantization.prefix):
+        added = learn_rotations_(
+            model, selected.resolved, planned, batches, progress=lambda *at: tell("learn the rotation", *at)
+        )
+    texts = {where: f"{text}, {added[where]}" if where in added else text for where, text in plan.constructions.items()}
+    return replace(plan, constructions=texts)
+
+
+def _descend_(
+    model: nn.Module,
+    config: Config,
+    strategy: Strategy,
+    selected: Selected,
+    swept: Sweep,
+    batches: Sequence[Tensor],
+    tell: Progress,
+) -> Sweep:
+    with prefixed(model, config.quantization.prefix):
+        planned = plan_linears(config, strategy)
+        chosen = descend(model, linear_groups(selected).groups, planned, batches, lambda *at: tell("descend", *at))
+    groups = tuple(group for group in selected.resolved.groups if (group.name, group.layer) in chosen)
+    found = replace(selected, resolved=Resolved((), groups, ()))
+    scales = {key: one.scales.cpu() for key, one in chosen.items()}
+    execute_(model, smoothing_plan(found, take_inventory(model), model.get_parameter, scales))
+    return smoothed(found, swept, scales)

@@ -1,0 +1,1 @@
+"""Every model type that transformers registers."""

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoquant.calibration.layer_by_layer import run_in_step
+
+
+class Stack(nn.Module):
+    """Two layers, the first of which is called again at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.layers[0], self.layers[0], self.layers[1], self.layers[0]):
+            x = layer(x)
+        return x
+
+
+def walk(works: int, body: Callable[[Stack, Tensor], Tensor]) -> tuple[Stack, list[Tensor], list[Tensor], list[str]]:
+    torch.manual_seed(0)
+    model = Stack()
+    inputs, outputs, events = [torch.randn(2, 3) for _ in range(works)], [torch.empty(0)] * works, []
+
+    def work(i: int) -> None:
+        outputs[i] = body(model, inputs[i])
+
+    layers = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+    try:
+        run_in_step(
+            [partial(work, i) for i in range(works)],
+            layers,
+            lambda path: events.append(f"enter {path}"),
+            lambda path: events.append(f"leave {path}"),
+        )
+    finally:
+        assert not any(layer._forward_pre_hooks for layer in model.layers)
+    return model, inputs, outputs, events
+
+
+def test_each_layer_is_entered_once_for_all_works() -> None:
+    model, inputs, outputs, events = walk(3, lambda model, x: model(x))
+    assert all(torch.equal(got, model(x)) for got, x in zip(outputs, inputs, strict=True))
+    paths = ["layers.0", "layers.1", "layers.0"]
+    assert events == [f"{what} {path}" for path in paths for what in ("enter", "leave")]
+
+
+def test_works_that_call_no_layer_and_no_works_at_all() -> None:
+    assert walk(2, lambda model, x: x)[3] == []
+    assert walk(0, lambda model, x: x)[3] == []
+
+
+def test_an_error_ends_all_works_and_is_raised() -> None:
+    def fail(model: Stack, x: Tensor) -> Tensor:
+        model.layers[0](x)
+        raise IndexError("too long")
+
+    with pytest.raises(IndexError, match="too long"):
+        walk(3, fail)
+
+
+def test_an_error_while_entering_ends_all_works() -> None:
+    model = Stack()
+
+    def refuse(path: str) -> None:
+        raise KeyError(path)
+
+    with pytest.raises(KeyError, match=r"layers\.0"):
+        run_in_step([lambda: model(torch.ones(1, 3))] * 2, {"layers.0": model.layers[0]}, refuse, print)

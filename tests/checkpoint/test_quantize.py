@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from quantized import DATA, PACKAGED, STATIC_KV, config_of, gpt2, windows
+from safetensors.torch import load_file
+from torch import nn
+
+import autoquant
+from autoquant.checkpoint.formats.native import TENSORS
+from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint, stored_dtype
+from autoquant.checkpoint.quantize_by_layers import quantize_checkpoint_by_layers
+from autoquant.cli.main import main
+from autoquant.config.file import save_config
+from autoquant.config.format import Config, Strategy
+from autoquant.errors import AutoQuantError
+from autoquant.pipeline.select import parse_preopt
+from autoquant.quantizer.linear import int8_weights
+
+DYNAMIC = "w_int8_per_channel_a_int8_per_token_dynamic"
+
+
+def recipe(folder: Path, preopt: str, strategy: str = STATIC_KV, config: Config | None = None) -> Recipe:
+    return Recipe(config or config_of(folder), Strategy(strategy), parse_preopt(preopt), windows())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("preopt", ["fc_fc:0.5+rotation", "smooth:0.6+fc_fc", "none"])
+@pytest.mark.parametrize("model", ["packaged", "gpt2"])
+def test_low_memory_writes_the_same_bytes(model: str, preopt: str, tmp_path: Path) -> None:
+    source = PACKAGED if model == "packaged" else gpt2(tmp_path / "gpt2")
+    made = recipe(source, preopt)
+    quantize_checkpoint(source, tmp_path / "whole", made, {"seed": 1})
+    layers: list[tuple[str, int, int]] = []
+    quantize_checkpoint_by_layers(
+        source, tmp_path / "layered", made, {"seed": 1}, progress=lambda *at: layers.append(at)
+    )
+    assert files(tmp_path / "layered") == files(tmp_path / "whole")
+    count = 5 if model == "packaged" else 3
+    assert ("calibrate", count, count) in layers
+
+
+def test_low_memory_scales_keys_alike(tmp_path: Path) -> None:
+    config = config_of(PACKAGED)
+    groups = tuple(g.model_copy(update={"enable": g.kind == "query_key" or None}) for g in config.smoothing.groups)
+    config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
+    for strategy in (STATIC_KV, DYNAMIC):
+        made = recipe(PACKAGED, "fc_fc:0.5+rotation", strategy, config)
+        quantize_checkpoint(PACKAGED, tmp_path / "whole", made, {}, force=True)
+        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "layered", made, {}, force=True)
+        assert files(tmp_path / "layered") == files(tmp_path / "whole")
+    weights = [load_float32(PACKAGED), autoquant.load(tmp_path / "whole", torch.float32)]
+    keys = [w(windows()[0], use_cache=True).past_key_values.layers[0].keys.abs().amax((0, 2)) for w in weights]
+    spread = [(k.max() / k.mean()).item() for k in keys]
+    assert spread[1] < 0.8 * spread[0], "the cached keys are flatter"
+
+
+@torch.no_grad()
+def test_low_memory_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    made, forward = recipe(PACKAGED, "none"), nn.Linear.forward
+
+    def spy(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        held.append(sum(not parameter.is_meta for parameter in model[0].model.layers.parameters()))
+        return forward(module, x)
+
+    from autoquant.checkpoint import quantize_by_layers as quantize_lowmemory
+
+    build, model = quantize_lowmemory._build, []
+    monkeypatch.setattr(quantize_lowmemory, "_build", lambda *a: model.append(build(*a)) or model[-1])
+    monkeypatch.setattr(nn.Linear, "forward", spy)
+    quantize_checkpoint_by_layers(PACKAGED, tmp_path / "out", made, {})
+    assert set(held) == {9}, "the parameters of one layer, also while the head runs behind the last"
+
+
+@torch.no_grad()
+def test_a_loaded_model_is_near_the_float_one(tmp_path: Path) -> None:
+    quantize_checkpoint(PACKAGED, tmp_path / "out", recipe(PACKAGED, "fc_fc:0.5+rotation"), {})
+    model, reference = autoquant.load(tmp_path / "out", torch.float32), load_float32(PACKAGED)
+    assert len(int8_weights(model)) == 35 and model.lm_head.weight is not model.model.embed_tokens.weight
+    wanted = reference(windows()[0]).logits
+    error = ((model(windows()[0]).logits - wanted).square().mean() / wanted.var()).sqrt().item()
+    assert error < 0.25
+    assert stored_dtype(PACKAGED) == torch.float16 == autoquant.load(tmp_path / "out").lm_head.weight.dtype
+
+
+@torch.no_grad()
+def test_online_rotations_are_made_again_on_loading(tmp_path: Path) -> None:
+    config = config_of(PACKAGED)
+    online = tuple(o.model_copy(update={"enable": o.kind == "R4"}) for o in config.rotation.online)
+    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
+    made = recipe(PACKAGED, "fc_fc:0.5+rotation", config=config)
+    quantize_checkpoint(PACKAGED, tmp_path / "out", made, {})
+    model = autoquant.load(tmp_path / "out", torch.float32)
+    assert model.model.layers[0].mlp.down_proj.rotation.size == 352
+    wanted = load_float32(PACKAGED)(windows()[0]).logits
+    error = ((model(windows()[0]).logits - wanted).square().mean() / wanted.var()).sqrt().item()
+    assert error < 0.25
+    with pytest.raises(AutoQuantError, match=r"down_proj: --low-memory cannot put in online rotations"):
+        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "low", made, {})
+
+
+@torch.no_grad()
+def test_a_prefix_is_stored_and_lowers_the_error(tmp_path: Path) -> None:
+    config = config_of(PACKAGED)
+    section = config.quantization.model_copy(update={"prefix": (0,)})
+    with_prefix = config.model_copy(update={"quantization": section})
+    wanted, errors = load_float32(PACKAGED)(windows()[0]).logits, {}
+    for name, used in (("without", config), ("with", with_prefix)):
+        quantize_checkpoint(PACKAGED, tmp_path / name, recipe(PACKAGED, "fc_fc:0.5+rotation", config=used), {})
+        logits = autoquant.load(tmp_path / name, torch.float32)(windows()[0]).logits
+        errors[name] = ((logits - wanted).square().mean() / wanted.var()).sqrt().item()
+    assert errors["with"] < 0.6 * errors["without"], errors
+    torch.testing.assert_close(logits[:, 0], wanted[:, 0], rtol=1e-4, atol=1e-4)
+    model = autoquant.load(tmp_path / "with")
+    assert model.get_submodule("fixed_prefix").tokens == (0,)
+    assert model.generate(windows()[0][:, :1], max_new_tokens=4, do_sample=False).shape == (1, 5)
+    stored = [load_file(tmp_path / name / TENSORS) for name in ("with", "without")]
+    shrunk = [stored[0][name].item() / stored[1][name].item() for name in stored[1] if name.endswith("input_scale")]
+    assert min(shrunk) < 0.3 and max(shrunk) <= 1.001, "the prefix was left out of the calibration"
+    other = with_prefix.model_copy(update={"quantization": section.model_copy(update={"prefix": (0, 5)})})
+    save_config(other, tmp_path / "with" / "autoquant.json", force=True)
+    with pytest.raises(AutoQuantError, match=r"with: the stored prefix has 1 tokens, quantization\.prefix 2"):
+        autoquant.load(tmp_path / "with")
+    with pytest.raises(AutoQuantError, match=r"quantization\.prefix: --low-memory cannot compute a prefix"):
+        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "low", recipe(PACKAGED, "none", config=with_prefix), {})
+    assert not (tmp_path / "low").exists()
+
+
+@pytest.mark.parametrize("work", [quantize_checkpoint, quantize_checkpoint_by_layers])
+def test_without_calibration(work: object, tmp_path: Path) -> None:
+    made = Recipe(config_of(PACKAGED), Strategy(STATIC_KV), parse_preopt("rotation"))
+    with pytest.raises(AutoQuantError, match=r"static after 'rotation' needs --calibration FILE"):
+        work(PACKAGED, tmp_path / "out", made, {})  # type: ignore[operator]
+    made = Recipe(config_of(PACKAGED), Strategy(DYNAMIC), parse_preopt("rotation"))
+    work(PACKAGED, tmp_path / "out", made, {})  # type: ignore[operator]
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    save_config(config_of(PACKAGED), tmp_path / "c.json")
+    arguments = ["quantize", str(PACKAGED), str(tmp_path / "c.json"), "-o", str(tmp_path / "out"), "--smooth", "fc_fc"]
+    arguments += ["--calibration", str(DATA / "sample.calibration.txt"), "--sequences", "2", "--length", "32"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'out'}: {DYNAMIC} after smooth fc_fc + rotation, 2.38 MB -> 2.01 MB\n"
+    assert "exists already; give --force" in CliRunner().invoke(main, arguments).stderr
+    assert CliRunner().invoke(main, [*arguments, "--force", "--quiet"]).output == ""
+    wrong = CliRunner().invoke(main, [*arguments, "--force", "--strategy", DYNAMIC[:-1]])
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert f"no strategy '{DYNAMIC[:-1]}'; did you mean '{DYNAMIC}'?" in wrong.stderr
+
+
+def test_importing_autoquant_imports_no_torch() -> None:
+    import subprocess
+
+    code = "import sys, autoquant; autoquant.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,277 @@
+"""Which auto class a configuration belongs to, and inputs made from signatures and configurations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from autoquant.errors import AutoQuantError
+from autoquant.models import reduce as reduction
+from autoquant.models import sizes
+from autoquant.models import source as naming
+from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, registered_types
+from autoquant.models.build import build_meta
+from autoquant.models.inputs import make_inputs, masks_beside
+from autoquant.models.load import load_weights
+from autoquant.models.reduce import small
+from autoquant.models.repair import resolve
+from autoquant.models.sizes import fewer_positions, reductions
+from autoquant.models.source import ModelSource
+from autoquant.models.tasks import KINDS
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("llama", ("causal-lm",)),
+        ("t5", ("seq2seq-lm",)),
+        ("bart", ("seq2seq-lm", "causal-lm")),  # an encoder-decoder is taken whole
+        ("whisper", ("speech-seq2seq", "causal-lm")),
+        ("llava", ("image-text-to-text",)),
+        ("gemma3", ("causal-lm", "image-text-to-text")),  # one class for both
+        ("llama4", ("image-text-to-text", "causal-lm")),  # the causal one is for the text alone
+    ],
+)
+def test_kinds_are_read_off_the_mappings(name: str, kinds: tuple[str, ...]) -> None:
+    config = CONFIG_MAPPING[name]()
+    assert kinds_of(config) == kinds
+    assert kind_of(config) == kinds[0]
+    assert all(name in registered_types(kind) for kind in kinds_of(config))
+
+
+def test_the_class_that_made_a_checkpoint_comes_first() -> None:
+    config = CONFIG_MAPPING["bart"](architectures=["BartForCausalLM"])
+    assert kind_of(config) == "causal-lm"
+    config = CONFIG_MAPPING["llama"]()
+    config.auto_map = {"AutoModelForSeq2SeqLM": "code.Model"}
+    assert kind_of(config) == "seq2seq-lm"
+    assert auto_class(KINDS[0]).__name__ == "AutoModelForCausalLM"
+
+
+def test_a_type_of_no_kind_is_one_line() -> None:
+    with pytest.raises(AutoQuantError, match=r"^type 'vit' is no language model: it is registered for none of Auto"):
+        kind_of(CONFIG_MAPPING["vit"]())
+
+
+def test_the_kind_can_be_chosen() -> None:
+    whole, decoder = (build_meta(resolve("bart", layers=1, kind=kind)) for kind in (None, "causal-lm"))
+    assert set(whole.kwargs) == {"input_ids", "decoder_input_ids"}
+    assert set(decoder.kwargs) == {"input_ids"}
+    assert (whole.config.encoder_layers, whole.config.decoder_layers) == (1, 1)
+
+
+def test_an_image_takes_as_many_tokens_as_it_has_features() -> None:
+    model = build_meta(resolve("llava", layers=1))
+    ids, pixels = model.kwargs["input_ids"], model.kwargs["pixel_values"]
+    assert pixels.is_meta and pixels.shape == (1, 3, 56, 56)
+    assert int((ids == model.config.image_token_id).sum()) == 16, "four patches by four"
+    assert (model.known, dict(model.missing)) == (("input_ids",), {})
+    assert model.module.model.vision_tower.embeddings.position_embedding.num_embeddings == 577, "its own size"
+    short: Any = model.short
+    assert short.model.vision_tower.embeddings.position_embedding.num_embeddings == 17
+    blind = make_inputs(short, torch.device("meta"), (1, 3), torch.float32, without={"pixel_values"})
+    assert (set(blind.kwargs), blind.missing) == ({"input_ids"}, {})
+
+
+def test_attention_in_both_directions_is_told_the_types_of_tokens() -> None:
+    source = resolve("paligemma", layers=1)
+    made = build_meta(source)
+    assert made.known == ("input_ids", "token_type_ids")
+    types, ids = made.kwargs["token_type_ids"], made.kwargs["input_ids"]
+    assert torch.equal(types == 1, ids == made.config.image_token_id)
+    assert int(types.sum()) == 16
+    causal = resolve("paligemma", layers=1)
+    causal.config.text_config.use_bidirectional_attention = False
+    assert set(build_meta(causal).kwargs) == {"input_ids", "pixel_values"}
+
+
+def test_sound_is_as_long_as_the_encoder_takes() -> None:
+    model = small(resolve("whisper"))
+    assert model.config.max_source_positions == 16
+    assert model.kwargs["input_features"].shape == (1, 80, 32)
+    assert model.kwargs["input_features"].dtype is torch.float64
+    assert set(model.kwargs) == {"input_features", "decoder_input_ids"}
+
+
+def test_sound_in_a_text_takes_as_many_tokens_as_it_has_features() -> None:
+    """The outer method says nothing of what it takes; the mask of its tokens is spread over their channels."""
+    model = build_meta(resolve("voxtral", layers=1))
+    ids, sound = model.kwargs["input_ids"], model.kwargs["input_features"]
+    assert sound.is_meta and sound.shape == (1, 128, 32)
+    assert int((ids == model.config.audio_token_id).sum()) == 4
+    assert dict(model.missing) == {}
+
+
+def test_what_cannot_be_made_is_named() -> None:
+    config = CONFIG_MAPPING["llava"]()
+    config.image_token_id = None
+    model = build_meta(ModelSource("blind", config))
+    assert set(model.missing) == {"pixel_values"}
+    assert set(model.kwargs) == {"input_ids"} and model.known == ()
+
+
+def test_reduction_keeps_what_the_parts_share() -> None:
+    text = {"hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 4}
+    vision = {"embed_dim": 1280, "hidden_size": 2048, "num_heads": 16, "depth": 8}
+    config = CONFIG_MAPPING["qwen2_vl"](text_config=text, vision_config=vision)
+    changes = reductions(config)
+    assert changes["vision_config.hidden_size"] == changes["text_config.hidden_size"] < 2048
+    assert changes["vision_config.embed_dim"] % changes["vision_config.num_heads"] == 0
+    assert changes["vision_config.depth"] == 2
+    kept = reductions(config, keep_heads=True)
+    assert kept["text_config.hidden_size"] // kept["text_config.num_attention_heads"] == 128
+    assert fewer_positions(CONFIG_MAPPING["llava"]()) == {"vision_config.image_size": 56}
+
+
+def test_what_is_too_large_with_a_layer_of_every_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduction, "_LARGEST_WHOLE", 10_000)
+    with pytest.raises(
+        AutoQuantError, match=r"^llama: its small model has [\d,]+ parameters in 2 layers, more than 10,000$"
+    ):
+        small(resolve("llama"))
+
+
+def test_weights_are_loaded_by_the_class_that_made_them(tmp_path: Any) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1, "vocab_size": 32}
+    model = auto_class("seq2seq-lm").from_config(CONFIG_MAPPING["t5"](**sizes))
+    model.save_pretrained(tmp_path)
+    loaded = load_weights(tmp_path)
+    assert type(loaded.module).__name__ == type(model).__name__
+    assert set(loaded.kwargs) == {"input_ids", "decoder_input_ids"}
+
+
+def test_a_model_need_not_say_where_its_tables_are_but_must_have_a_vocabulary() -> None:
+    model = build_meta(resolve("llama", layers=1)).module
+
+    def nowhere() -> None:
+        raise NotImplementedError
+
+    model.get_input_embeddings = nowhere  # type: ignore[assignment]  # as a class of transformers may have it
+    shape = (1, 3)
+    inputs = make_inputs(model, torch.device("meta"), shape, torch.float32)
+    assert tuple(inputs.kwargs["input_ids"].shape) == shape
+    model.config.get_text_config = lambda: object()
+    with pytest.raises(AutoQuantError, match=r"takes no tokens: its configuration has no vocab_size$"):
+        make_inputs(model, torch.device("meta"), shape, torch.float32)
+
+
+def known_type(name: str) -> ModelSource:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    return resolve(name, layers=1)
+
+
+def test_patches_lie_in_rows_behind_their_places() -> None:
+    model = build_meta(known_type("pix2struct"))
+    patches = model.kwargs["flattened_patches"]
+    assert patches.shape == (1, 16, 2 + model.config.vision_config.patch_embed_hidden_size)
+    assert dict(model.missing) == {}
+
+
+def test_sound_that_is_projected_first_is_as_wide_as_that_takes() -> None:
+    model = build_meta(replace(known_type("seamless_m4t_v2"), kind="speech-seq2seq"))
+    assert model.kwargs["input_features"].shape[-1] == model.config.feature_projection_input_dim == 160
+    assert dict(model.missing) == {}
+
+
+def test_where_sound_is_added_to_the_tokens_there_is_one_for_each() -> None:
+    model = build_meta(known_type("voxtral_realtime"))
+    assert model.kwargs["input_ids"].shape == (1, 8)
+    assert dict(model.missing) == {}
+
+
+def test_every_token_sees_the_image_that_stands_beside_the_text() -> None:
+    model = build_meta(known_type("idefics"))
+    mask, ids = model.kwargs["image_attention_mask"], model.kwargs["input_ids"]
+    assert mask.shape == (1, ids.shape[1], 1) and bool((mask == 1).all())
+    assert dict(model.missing) == {}
+
+
+def test_an_image_may_be_asked_about_in_words_of_its_own() -> None:
+    model = small(known_type("instructblip"))
+    words = model.kwargs["qformer_input_ids"]
+    assert words.shape == (1, 3) and int(words.max()) < model.config.qformer_config.vocab_size == 128
+    assert int((model.kwargs["input_ids"] == model.config.image_token_index).sum()) == model.config.num_query_tokens
+    assert dict(model.missing) == {}
+
+
+def test_a_film_has_tokens_where_there_are_none_for_images() -> None:
+    source = known_type("instructblipvideo")
+    assert source.repairs == {"video_token_index": source.config.text_config.vocab_size - 1}
+    model = build_meta(source)
+    assert model.kwargs["pixel_values"].shape == (1, 1, 3, 56, 56)
+    assert int((model.kwargs["input_ids"] == source.config.video_token_index).sum()) == source.config.num_query_tokens
+    both = CONFIG_MAPPING["llava_onevision"]()  # images are made for it: what stands for a film is left as it is
+    both.video_token_id = None
+    assert naming._fit_(both) == {} and both.video_token_id is None
+
+
+def test_a_mask_may_say_where_the_image_goes() -> None:
+    model = build_meta(known_type("kosmos-2"))
+    mask = model.kwargs["image_embeds_position_mask"]
+    assert mask.shape == model.kwargs["input_ids"].shape == (1, 3 + 64)
+    assert int(mask.sum()) == model.config.latent_query_num == 64
+    assert model.known == ("input_ids", "image_embeds_position_mask")
+
+
+def test_tokens_of_a_page_have_their_places_on_it() -> None:
+    model = small(known_type("udop"))
+    places, ids = model.kwargs["bbox"], model.kwargs["input_ids"]
+    assert places.shape == (*ids.shape, 4) and places.is_floating_point()
+    assert 0 < float(places.min()) < float(places.max()) < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "ids", "shape"),
+    [
+        ("dia", "speech-seq2seq", "decoder_input_ids", (1, 3, 9)),
+        ("kyutai_speech_to_text", "speech-seq2seq", "input_ids", (1, 3, 33)),
+    ],
+)
+def test_a_token_is_as_many_ids_as_there_are_codebooks(name: str, kind: Any, ids: str, shape: Any) -> None:
+    model = build_meta(replace(known_type(name), kind=kind))
+    assert model.kwargs[ids].shape == shape
+
+
+def test_what_a_part_reads_is_as_wide_as_the_part_that_makes_it() -> None:
+    changes = reductions(CONFIG_MAPPING["blip-2"]())
+    assert changes["qformer_config.encoder_hidden_size"] == changes["vision_config.hidden_size"] == 64
+    assert changes["qformer_config.hidden_size"] != 64
+    other = CONFIG_MAPPING["blip-2"]()
+    other.qformer_config.encoder_hidden_size = 1000  # no other part's width: a size of its own
+    assert not sizes._INWARD.search("image_size")  # pixels, whatever width a part may have
+    assert reductions(other)["qformer_config.encoder_hidden_size"] not in (64, 1000)
+
+
+class Reader(nn.Module):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+    ) -> None: ...
+
+
+def test_masks_beside_token_ids_let_every_token_count() -> None:
+    ids = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 2, 3]])}
+    found = masks_beside(Reader(), ids)
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        "attention_mask": [[1, 1, 1, 1]],
+        "decoder_attention_mask": [[1, 1, 1]],
+    }
+    assert list(masks_beside(Reader(), ids | {"attention_mask": ids["input_ids"]})) == ["decoder_attention_mask"]
+    assert masks_beside(nn.Linear(2, 2), ids) == {}
+
+
+def test_an_image_is_found_where_the_experts_have_no_shapes_in_float32() -> None:
+    """Of a grouped product the stand-in without memory knows half precision alone; traced, it is another operator."""
+    model = build_meta(replace(known_type("qwen3_vl_moe"), kind="image-text-to-text"))
+    assert dict(model.missing) == {}
+    assert int((model.kwargs["input_ids"] == model.config.image_token_id).sum()) == 4
+    assert not torch.compiler.is_compiling()

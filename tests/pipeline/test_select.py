@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from autoquant.config.format import SmoothingKind
+from autoquant.errors import AutoQuantError
+from autoquant.pipeline.select import parse_preopt
+
+NORM, FC = SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR
+
+
+@pytest.mark.parametrize(
+    ("text", "rotation", "alphas"),
+    [
+        ("none", "none", {}),
+        ("smooth:0.85", "none", {NORM: 0.85}),
+        ("smooth:0.5+fc_fc", "none", {NORM: 0.5, FC: 0.5}),
+        ("smooth:0.5+fc_fc:0.7", "none", {NORM: 0.5, FC: 0.7}),
+        ("fc_fc:0.5+rotation", "all", {FC: 0.5}),
+        ("rotation:R1", "R1", {}),
+        ("smooth+fc_fc", "none", {NORM: None, FC: None}),
+    ],
+)
+def test_expressions(text: str, rotation: str, alphas: dict[SmoothingKind, float | None]) -> None:
+    preopt = parse_preopt(text)
+    assert (preopt.name, preopt.rotation, preopt.alphas) == (text, rotation, alphas)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("smoth:0.5", "no 'smoth'; did you mean 'smooth'"),
+        ("none+rotation", "'none' stands alone"),
+        ("rotation:R4", "expected 'rotation' or 'rotation:R1', got 'rotation:R4'"),
+        ("smooth:1.5", "alpha: expected a number from 0 to 1, got '1.5'"),
+        ("smooth:x", "got 'x'"),
+        ("smooth:0.5+smooth", "'smooth' is there twice"),
+        ("", "no ''"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(AutoQuantError, match=message):
+        parse_preopt(text)
