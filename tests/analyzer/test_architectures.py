@@ -273,7 +273,7 @@ def test_every_layer_traced_gives_what_representatives_give(name: str) -> None:
 
 def test_findings_do_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import hashlib\nfrom autoquant.analyzer.analyze import analyze\nfrom autoquant.models import resolve\n"
+        "import hashlib\nfrom autoquant.analyzer.analyze import analyze\nfrom autoquant.models.repair import resolve\n"
         "config = analyze(resolve('qwen2_moe', layers=1), how='export').config\n"
         "print(hashlib.sha256(config.model_dump_json().encode()).hexdigest())"
     )

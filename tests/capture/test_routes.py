@@ -261,7 +261,7 @@ def test_a_data_dependent_branch_gives_the_pieces_of_the_way_taken() -> None:
 def test_failure_names_the_line_of_the_model() -> None:
     with pytest.raises(
         AutoQuantError,
-        match=r"^cannot capture Branching: its code takes [^\n]*: export: [^\n]*test_capture\.py:\d+ in forward",
+        match=r"^cannot capture Branching: its code takes [^\n]*: export: [^\n]*test_routes\.py:\d+ in forward",
     ):
         capture(Branching(), (torch.ones(1, 4),), {}, "export")
     with pytest.raises(AutoQuantError, match="expected one of auto, dynamo, export, got 'jit'"):

@@ -110,7 +110,7 @@ def test_it_blocks_what_reaches_it_and_nothing_else() -> None:
     for what in ("smoothing", "rotation"):
         blocked = reasons["layers.0.experts", what]
         assert blocked.reason.startswith(NOT_TRACED)
-        assert "test_opaque.py" in blocked.reason  # the line that cannot be traced
+        assert "test_untraceable.py" in blocked.reason  # the line that cannot be traced
     assert reasons["table", "rotation"].operator == "autoquant.opaque"
     assert ("layers.0.router", "smoothing") in reasons
     assert UNTRACED in {reason.text for reason in analysed.scales.analysis.variables.reasons.values()}
