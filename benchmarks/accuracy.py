@@ -32,6 +32,7 @@ from autoquant.config.format import (
     StaticClip,
     Strategy,
     WeightQuantization,
+    edited,
 )
 from autoquant.evaluation.compare import shares_scale
 from autoquant.evaluation.perplexity import (
@@ -62,39 +63,37 @@ OUTPUT = ActivationQuantization(clip=StaticClip.OUTPUT)
 
 
 def quantization(**update: Any) -> Change:
-    return lambda config: config.model_copy(update={"quantization": config.quantization.model_copy(update=update)})
+    return lambda config: edited(config, quantization=edited(config.quantization, **update))
 
 
 def smoothing(**update: Any) -> Change:
-    return lambda config: config.model_copy(update={"smoothing": config.smoothing.model_copy(update=update)})
+    return lambda config: edited(config, smoothing=edited(config.smoothing, **update))
 
 
 def rotation(**update: Any) -> Change:
-    return lambda config: config.model_copy(update={"rotation": config.rotation.model_copy(update=update)})
+    return lambda config: edited(config, rotation=edited(config.rotation, **update))
 
 
 def online(kind: str) -> Change:
     def change(config: Config) -> Config:
-        entries = tuple(e.model_copy(update={"enable": e.kind == kind or e.enable}) for e in config.rotation.online)
+        entries = tuple(edited(e, enable=e.kind == kind or e.enable) for e in config.rotation.online)
         return rotation(online=entries)(config)
 
     return change
 
 
 def query_key(config: Config) -> Config:
-    groups = tuple(
-        g.model_copy(update={"enable": True}) if g.kind == "query_key" else g for g in config.smoothing.groups
-    )
+    groups = tuple(edited(g, enable=True) if g.kind == "query_key" else g for g in config.smoothing.groups)
     return smoothing(groups=groups)(config)
 
 
 def without_r2(config: Config) -> Config:
-    spaces = tuple(s.model_copy(update={"enable": False}) if s.kind == "R2" else s for s in config.rotation.spaces)
+    spaces = tuple(edited(s, enable=False) if s.kind == "R2" else s for s in config.rotation.spaces)
     return rotation(spaces=spaces)(config)
 
 
 def learned(config: Config) -> Config:
-    spaces = tuple(s.model_copy(update={"method": "learned"}) if s.kind == "R1" else s for s in config.rotation.spaces)
+    spaces = tuple(edited(s, method="learned") if s.kind == "R1" else s for s in config.rotation.spaces)
     return rotation(spaces=spaces)(config)
 
 

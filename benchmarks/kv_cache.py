@@ -19,7 +19,7 @@ from torch import Tensor
 from autoquant.calibration.texts import read_text
 from autoquant.checkpoint.quantize import calibration_windows, load_float32, load_tokenizer
 from autoquant.config.file import load_config
-from autoquant.config.format import Config, SmoothingKind, Strategy
+from autoquant.config.format import Config, SmoothingKind, Strategy, edited
 from autoquant.evaluation.perplexity import cut_windows, logits_of, nll_per_window, rebatched, tokenize
 from autoquant.pipeline.quantize import quantize_model_
 from autoquant.pipeline.transform import prepare_
@@ -32,10 +32,7 @@ CLIP = 0.8
 
 
 def without_query_key(config: Config) -> Config:
-    groups = tuple(
-        g.model_copy(update={"enable": False}) if g.kind is SmoothingKind.QUERY_KEY else g
-        for g in config.smoothing.groups
-    )
+    groups = tuple(edited(g, enable=False) if g.kind is SmoothingKind.QUERY_KEY else g for g in config.smoothing.groups)
     return smoothing(groups=groups)(config)
 
 

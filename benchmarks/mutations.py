@@ -18,7 +18,7 @@ from torch import nn
 
 from autoquant.certificate import certify
 from autoquant.certificate.certify import changed, keep, logits, small_config
-from autoquant.config.format import Config, IndexMap, Norm, Slot
+from autoquant.config.format import Config, IndexMap, Norm, Slot, edited
 from autoquant.executor.apply import apply_
 from autoquant.models.reduce import float64_throughout, small
 from autoquant.models.repair import resolve
@@ -38,40 +38,36 @@ def leave_model(model: Any) -> None:
 
 
 def forget_bias_writers(space: Claim) -> Claim:
-    return space.model_copy(update={"writers": tuple(w for w in space.writers if not w.path.endswith("bias"))})
+    return edited(space, writers=tuple(w for w in space.writers if not w.path.endswith("bias")))
 
 
 def forget_norm_biases(space: Claim) -> Claim:
     def without(norm: Norm | None) -> Norm | None:
-        return None if norm is None else norm.model_copy(update={"bias": None})
+        return None if norm is None else edited(norm, bias=None)
 
-    return space.model_copy(
-        update={"reads": tuple(r.model_copy(update={"norm": without(r.norm)}) for r in space.reads)}
-    )
+    return edited(space, reads=tuple(edited(r, norm=without(r.norm)) for r in space.reads))
 
 
 def forget_bias_sources(group: Claim) -> Claim:
-    return group.model_copy(update={"sources": tuple(s for s in group.sources if not s.path.endswith("bias"))})
+    return edited(group, sources=tuple(s for s in group.sources if not s.path.endswith("bias")))
 
 
 def forget_router(group: Claim) -> Claim:
-    return group.model_copy(
-        update={"targets": tuple(t for t in group.targets if not t.path.endswith("mlp.gate.weight"))}
-    )
+    return edited(group, targets=tuple(t for t in group.targets if not t.path.endswith("mlp.gate.weight")))
 
 
 def take_the_post_norm(group: Claim) -> Claim:
     (source,) = group.sources
     path = source.path.replace("pre_feedforward_layernorm", "post_attention_layernorm")
-    return group.model_copy(update={"sources": (source.model_copy(update={"path": path}),)})
+    return edited(group, sources=(edited(source, path=path),))
 
 
 def shift_by_one_row(group: Claim) -> Claim:
     def shifted(slot: Slot) -> Slot:
-        blocks = tuple(block.model_copy(update={"start": block.start - 1}) for block in slot.index or ())
-        return slot.model_copy(update={"index": blocks})
+        blocks = tuple(edited(block, start=block.start - 1) for block in slot.index or ())
+        return edited(slot, index=blocks)
 
-    return group.model_copy(update={"sources": tuple(map(shifted, group.sources))})
+    return edited(group, sources=tuple(map(shifted, group.sources)))
 
 
 def forget_query_groups(group: Claim) -> Claim:
@@ -79,12 +75,12 @@ def forget_query_groups(group: Claim) -> Claim:
 
     def first(block: IndexMap) -> IndexMap:
         extents = zip(block.shape, block.channel_stride, strict=True)
-        return block.model_copy(update={"shape": tuple(n if stride else 1 for n, stride in extents)})
+        return edited(block, shape=tuple(n if stride else 1 for n, stride in extents))
 
     def ungrouped(slot: Slot) -> Slot:
-        return slot.model_copy(update={"index": tuple(map(first, slot.index or ()))})
+        return edited(slot, index=tuple(map(first, slot.index or ())))
 
-    return group.model_copy(update={"targets": tuple(map(ungrouped, group.targets))})
+    return edited(group, targets=tuple(map(ungrouped, group.targets)))
 
 
 def subtract_embedding_mean(model: Any) -> None:
@@ -158,9 +154,9 @@ def case(model: str, tied: bool) -> tuple[LoadedModel, LoadedModel, Config]:
 
 def mutate(config: Config, change: Callable[[Claim], Claim]) -> Config:
     """Change every smoothing group and space of a config."""
-    smoothing = config.smoothing.model_copy(update={"groups": tuple(map(change, config.smoothing.groups))})
-    rotation = config.rotation.model_copy(update={"spaces": tuple(map(change, config.rotation.spaces))})
-    return config.model_copy(update={"smoothing": smoothing, "rotation": rotation})
+    smoothing = edited(config.smoothing, groups=tuple(map(change, config.smoothing.groups)))
+    rotation = edited(config.rotation, spaces=tuple(map(change, config.rotation.spaces)))
+    return edited(config, smoothing=smoothing, rotation=rotation)
 
 
 def measure(loaded: LoadedModel, config: Config) -> float:

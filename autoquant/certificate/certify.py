@@ -26,7 +26,7 @@ from autoquant.analyzer.analyze import Analyzed, build_config, captured_from, st
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.analyzer.templates import fold, name_across_layers
 from autoquant.capture.routes import check_against_eager
-from autoquant.config.format import Blocked, Certificate, CertificateRow, Config, RotationMethod, Slot
+from autoquant.config.format import Blocked, Certificate, CertificateRow, Config, RotationMethod, Slot, edited
 from autoquant.config.layers import LAYER
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_, check_finite
@@ -168,11 +168,8 @@ def keep(config: Config, chosen: Collection[tuple[str, str]]) -> Config:
     groups = tuple(group for group in smoothing.groups if (group.name, group.kind.value) in chosen)
     spaces = tuple(space for space in rotation.spaces if (space.name, space.kind) in chosen)
     online = tuple(online for online in rotation.online if (online.path, online.kind) in chosen)
-    return config.model_copy(
-        update={
-            "smoothing": smoothing.model_copy(update={"groups": groups}),
-            "rotation": rotation.model_copy(update={"spaces": spaces, "online": online}),
-        }
+    return edited(
+        config, smoothing=edited(smoothing, groups=groups), rotation=edited(rotation, spaces=spaces, online=online)
     )
 
 
@@ -198,14 +195,12 @@ def _drawn(config: Config) -> Config:
     """The config with random rotations where they are to be learned: any proves the space."""
     rotation = config.rotation
     spaces = tuple(
-        space.model_copy(update={"method": RotationMethod.HADAMARD})
-        if space.method is RotationMethod.LEARNED
-        else space
+        edited(space, method=RotationMethod.HADAMARD) if space.method is RotationMethod.LEARNED else space
         for space in rotation.spaces
     )
     method = RotationMethod.HADAMARD if rotation.method is RotationMethod.LEARNED else rotation.method
     changes = {"spaces": spaces, "method": method}
-    return config.model_copy(update={"rotation": rotation.model_copy(update=changes)})
+    return edited(config, rotation=edited(rotation, **changes))
 
 
 def _copy_sharing(module: nn.Module, inventory: Inventory, plan: Plan) -> nn.Module:
@@ -266,12 +261,11 @@ def _with_certificate(
         for o in config.rotation.online
         if o.path in refused
     )
-    return config.model_copy(
-        update={
-            "certificate": certificate,
-            "rotation": config.rotation.model_copy(update={"online": kept}),
-            "blocked": (*config.blocked, *blocked),
-        }
+    return edited(
+        config,
+        certificate=certificate,
+        rotation=edited(config.rotation, online=kept),
+        blocked=(*config.blocked, *blocked),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoquant.calibration.texts import read_text
 from autoquant.checkpoint.formats.native import save_quantized
 from autoquant.config.file import load_config
-from autoquant.config.format import Config, Strategy
+from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import calibration_batches, cut_windows, tokenize
 from autoquant.executor.apply import check_finite
@@ -128,8 +128,8 @@ def has_static_cache(recipe: Recipe) -> bool:
 
 def used_config(recipe: Recipe) -> Config:
     """The config with the strategy that was used."""
-    section = recipe.config.quantization.model_copy(update={"strategy": recipe.strategy})
-    return recipe.config.model_copy(update={"quantization": section})
+    section = edited(recipe.config.quantization, strategy=recipe.strategy)
+    return edited(recipe.config, quantization=section)
 
 
 def provenance(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from autoquant.config.format import edited
 from autoquant.models.tasks import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def prove(analyzed: Analyzed, source: ModelSource, progress: Callable[[str], Non
 def _unproved(config: Config) -> Config:
     from autoquant.config.format import Certificate
 
-    return config.model_copy(update={"certificate": Certificate(proved=False)})
+    return edited(config, certificate=Certificate(proved=False))
 
 
 def _explain(analyzed: Analyzed, path: str) -> str:

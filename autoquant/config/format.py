@@ -10,7 +10,7 @@ object that carries the path names the layers it stands for (``"layers": "0-31"`
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,19 @@ class Strict(BaseModel):
     """Frozen, strict, closed: a key that is not described here is an error."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def edited(section: Section, **updates: object) -> Section:
+    """A copy of ``section`` with other values for the fields named, validated as a file is.
+
+    pydantic's own ``model_copy`` takes any value, which then gets into a file that ``load_config`` refuses. Raises
+    pydantic.ValidationError for a value, and for a field, that the format does not have.
+    """
+    kept = {name: getattr(section, name) for name in section.model_fields_set}
+    return type(section).model_validate({**kept, **updates})
 
 
 LayerSet = Annotated[

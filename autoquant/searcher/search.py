@@ -36,6 +36,7 @@ from autoquant.config.format import (
     SmoothingOverride,
     StaticClip,
     Strategy,
+    edited,
 )
 from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
@@ -198,8 +199,8 @@ def search(
         standard_error=round(100 * ratio.standard_error, 3) if math.isfinite(ratio.standard_error) else 0.0,
         decisions=tuple(decisions),
     )
-    section = best.config.quantization.model_copy(update={"strategy": task.strategy})
-    return best.config.model_copy(update={"search": record, "quantization": section})
+    section = edited(best.config.quantization, strategy=task.strategy)
+    return edited(best.config, search=record, quantization=section)
 
 
 def _shown(judged: Judged) -> str:
@@ -252,7 +253,7 @@ def _clip(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     if not scheme_of(searcher.task.strategy).activation.is_static:
         return
     for clip in (StaticClip.OUTPUT, StaticClip.MSE, StaticClip.PERCENTILE):
-        choice = best.config.quantization.activations.model_copy(update={"clip": clip})
+        choice = edited(best.config.quantization.activations, clip=clip)
         yield Candidate("quantization.activations.clip", clip.value, _quantization(best.config, activations=choice))
 
 
@@ -262,9 +263,7 @@ def _rotation(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     if not rotation.spaces:
         return
     yield Candidate("rotation.enable", "false", _rotated(best.config, enable=False))
-    without = tuple(
-        space.model_copy(update={"enable": False}) if space.kind == "R2" else space for space in rotation.spaces
-    )
+    without = tuple(edited(space, enable=False) if space.kind == "R2" else space for space in rotation.spaces)
     if without != rotation.spaces:
         yield Candidate("rotation.spaces[R2].enable", "false", _rotated(best.config, spaces=without))
     for seed in range(1, 4):
@@ -278,7 +277,7 @@ def _online(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 
 def _online_candidates(config: Config, kind: str, cost: str) -> Iterator[Candidate]:
     old = config.rotation.online
-    new = tuple(entry.model_copy(update={"enable": True}) if entry.kind == kind else entry for entry in old)
+    new = tuple(edited(entry, enable=True) if entry.kind == kind else entry for entry in old)
     if new != old:
         yield Candidate(f"rotation.online[{kind}].enable", "true", _rotated(config, online=new), cost, online=True)
 
@@ -290,17 +289,17 @@ def _alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
         return
     for alpha in (0.3, 0.4, 0.6, 0.7, 0.8, 0.9):
         if alpha != smoothing.alpha:
-            changed = smoothing.model_copy(update={"alpha": alpha})
-            yield Candidate("smoothing.alpha", str(alpha), best.config.model_copy(update={"smoothing": changed}))
+            changed = edited(smoothing, alpha=alpha)
+            yield Candidate("smoothing.alpha", str(alpha), edited(best.config, smoothing=changed))
     found = _alphas(searcher.task, best.config)
     if found:
         groups = tuple(_with_alphas(group, found) for group in smoothing.groups)
-        changed = smoothing.model_copy(update={"groups": groups})
+        changed = edited(smoothing, groups=groups)
         yield Candidate(
             "smoothing.groups[*].overrides",
             f"{len(found)} alphas, one for each group and layer, between {min(found.values())} and "
             f"{max(found.values())}",
-            best.config.model_copy(update={"smoothing": changed}),
+            edited(best.config, smoothing=changed),
         )
 
 
@@ -320,20 +319,20 @@ def _with_alphas(group: SmoothingGroup, found: Mapping[tuple[str, int | None], f
     if not mine:
         return group
     if None in mine:
-        return group.model_copy(update={"alpha": mine[None]})
+        return edited(group, alpha=mine[None])
     new = tuple(
         SmoothingOverride(layers=str(layer), enable=None, alpha=alpha, method=None)
         for layer, alpha in sorted((layer, alpha) for layer, alpha in mine.items() if layer is not None)
     )
-    return group.model_copy(update={"overrides": (*group.overrides, *new)})
+    return edited(group, overrides=(*group.overrides, *new))
 
 
 def _descent(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """All scales of the groups that are in use, by coordinate descent."""
     smoothing = best.config.smoothing
     if smoothing.groups and smoothing.method is not SmoothingMethod.DESCENT:
-        changed = smoothing.model_copy(update={"method": SmoothingMethod.DESCENT})
-        yield Candidate("smoothing.method", "descent", best.config.model_copy(update={"smoothing": changed}))
+        changed = edited(smoothing, method=SmoothingMethod.DESCENT)
+        yield Candidate("smoothing.method", "descent", edited(best.config, smoothing=changed))
 
 
 def _weights(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
@@ -346,7 +345,7 @@ def _weights(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
         (Rounding.QRONOS, "mse"),
     )
     for rounding, clip in choices:
-        changed = now.model_copy(update={"rounding": rounding, "clip": clip})
+        changed = edited(now, rounding=rounding, clip=clip)
         if changed != now:
             yield Candidate(
                 "quantization.weights",
@@ -359,7 +358,7 @@ def _bias(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """The mean output error out of the biases."""
     now = best.config.quantization.weights
     if not now.bias_correction:
-        changed = now.model_copy(update={"bias_correction": True})
+        changed = edited(now, bias_correction=True)
         cost = "a bias for linears that have none"
         yield Candidate(
             "quantization.weights.bias_correction", "true", _quantization(best.config, weights=changed), cost
@@ -391,11 +390,10 @@ def _cache(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
         return
     smoothing = best.config.smoothing
     groups = tuple(
-        group.model_copy(update={"enable": True}) if group.kind is SmoothingKind.QUERY_KEY else group
-        for group in smoothing.groups
+        edited(group, enable=True) if group.kind is SmoothingKind.QUERY_KEY else group for group in smoothing.groups
     )
     if groups != smoothing.groups:
-        changed = best.config.model_copy(update={"smoothing": smoothing.model_copy(update={"groups": groups})})
+        changed = edited(best.config, smoothing=edited(smoothing, groups=groups))
         yield Candidate("smoothing.groups[query_key].enable", "true", changed)
     yield from _online_candidates(best.config, "R3", "a Hadamard transform of queries and keys")
 
@@ -403,7 +401,7 @@ def _cache(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 def _learned(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """The residual's rotation, learned (SpinQuant, Liu et al. 2024)."""
     spaces = tuple(
-        space.model_copy(update={"method": RotationMethod.LEARNED}) if space.kind == "R1" else space
+        edited(space, method=RotationMethod.LEARNED) if space.kind == "R1" else space
         for space in best.config.rotation.spaces
     )
     layer_norms = any(
@@ -431,8 +429,8 @@ MEANS: Mapping[str, Mean] = {
 
 
 def _quantization(config: Config, **update: Any) -> Config:
-    return config.model_copy(update={"quantization": config.quantization.model_copy(update=update)})
+    return edited(config, quantization=edited(config.quantization, **update))
 
 
 def _rotated(config: Config, **update: Any) -> Config:
-    return config.model_copy(update={"rotation": config.rotation.model_copy(update=update)})
+    return edited(config, rotation=edited(config.rotation, **update))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from autoquant.config.file import load_config, save_config
-from autoquant.config.format import SCHEMA_NAME, Config
+from autoquant.config.format import SCHEMA_NAME, Config, edited
 from autoquant.errors import AutoQuantError
 from autoquant.io.files import write_text
 from autoquant.models.tasks import KINDS, full_name, split_name
@@ -36,7 +36,7 @@ def generate(name: str) -> Config:
 
 def with_schema(config: Config, name: str) -> Config:
     """The config as it is committed, with the path of the committed schema."""
-    return config.model_copy(update={"schema_": "../" * name.count("/") + SCHEMA})
+    return edited(config, schema_="../" * name.count("/") + SCHEMA)
 
 
 def offers(config: Config) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from autoquant.algorithms.scale_search import choose_alphas, descend
 from autoquant.checkpoint.quantize import load_float32
-from autoquant.config.format import SmoothingMethod, Strategy
+from autoquant.config.format import SmoothingMethod, Strategy, edited
 from autoquant.models.inventory import take_inventory
 from autoquant.pipeline.quantize import rotate_, select
 from autoquant.pipeline.transform import depends_on_strategy, prepare_
@@ -47,7 +47,7 @@ def test_descent_is_for_the_groups_that_ask_for_it() -> None:
 @pytest.mark.parametrize("method", list(SmoothingMethod))
 def test_the_function_stays_the_same(method: SmoothingMethod) -> None:
     config = config_of(PACKAGED)
-    config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"method": method})})
+    config = edited(config, smoothing=edited(config.smoothing, method=method))
     assert depends_on_strategy(config) == (method is SmoothingMethod.DESCENT)
     model, ids = load_float32(PACKAGED), torch.cat(windows(2, 24))
 

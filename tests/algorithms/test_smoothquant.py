@@ -8,7 +8,7 @@ from handmade import LLAMA, build, llama_like
 from torch import Tensor
 
 from autoquant.algorithms.smoothquant import group_scales, random_scales, smoothing_scales, weight_maxima
-from autoquant.config.format import SmoothingKind
+from autoquant.config.format import SmoothingKind, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.operations import Axis
 from autoquant.executor.resolve import resolve
@@ -92,8 +92,8 @@ def test_missing_maxima_and_query_key_groups_are_refused() -> None:
     resolved = resolve(config, take_inventory(model), only=["v_o"])
     with pytest.raises(AutoQuantError, match=r"v_o \(layer 0\): the calibration has no activation maxima"):
         group_scales(resolved, {}, model.get_parameter)
-    groups = tuple(g.model_copy(update={"kind": SmoothingKind.QUERY_KEY}) for g in config.smoothing.groups)
-    config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
+    groups = tuple(edited(g, kind=SmoothingKind.QUERY_KEY) for g in config.smoothing.groups)
+    config = edited(config, smoothing=edited(config.smoothing, groups=groups))
     resolved = resolve(config, take_inventory(model), only=["v_o"])
     with pytest.raises(AutoQuantError, match="query_key groups are scaled by cached keys"):
         group_scales(resolved, {}, model.get_parameter)

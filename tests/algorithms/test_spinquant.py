@@ -24,7 +24,7 @@ from autoquant.certificate.certify import keep, prove
 from autoquant.checkpoint.apply import apply_checkpoint
 from autoquant.checkpoint.quantize import Recipe, load_float32
 from autoquant.checkpoint.quantize_by_layers import quantize_checkpoint_by_layers
-from autoquant.config.format import Config, RotationMethod, Strategy
+from autoquant.config.format import Config, RotationMethod, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.resolved import ResolvedSpace
@@ -44,10 +44,10 @@ QUICK = Settings(steps=6, windows=3, length=24, rate=1e-2)
 def learned(config: Config, kind: str = "R1") -> Config:
     """The config with learned rotations of one kind of space."""
     spaces = tuple(
-        space.model_copy(update={"method": RotationMethod.LEARNED}) if space.kind == kind else space
+        edited(space, method=RotationMethod.LEARNED) if space.kind == kind else space
         for space in config.rotation.spaces
     )
-    return config.model_copy(update={"rotation": config.rotation.model_copy(update={"spaces": spaces})})
+    return edited(config, rotation=edited(config.rotation, spaces=spaces))
 
 
 def ready(preopt: str = "rotation") -> tuple[nn.Module, Selected, ResolvedSpace]:
@@ -77,8 +77,8 @@ def test_a_further_rotation_leaves_the_function_in_float64(online: bool) -> None
     config = learned(llama_like(model))
     before = logits(model)
     if online:  # R4 puts a wrapper around a writer of the space
-        places = tuple(place.model_copy(update={"enable": place.kind == "R4"}) for place in config.rotation.online)
-        config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": places})})
+        places = tuple(edited(place, enable=place.kind == "R4") for place in config.rotation.online)
+        config = edited(config, rotation=edited(config.rotation, online=places))
     selected = select(config, take_inventory(model), parse_preopt("rotation"))
     rotate_(model, selected, learned_later=True)
     space = next(space for space in selected.resolved.spaces if space.kind == "R1")
@@ -164,8 +164,8 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
 
 def test_rotation_method_learned_is_for_the_residual_only() -> None:
     config = config_of(PACKAGED)
-    rotation = config.rotation.model_copy(update={"method": RotationMethod.LEARNED})
-    config = config.model_copy(update={"rotation": rotation})
+    rotation = edited(config.rotation, method=RotationMethod.LEARNED)
+    config = edited(config, rotation=rotation)
     selected = select(config, take_inventory(load_float32(PACKAGED)), parse_preopt("rotation"))
     methods = {space.kind: space.method for space in selected.resolved.spaces}
     assert methods == {"R1": RotationMethod.LEARNED, "R2": RotationMethod.HADAMARD}
@@ -191,8 +191,8 @@ def test_whatever_sees_no_text_or_no_whole_model_refuses(tmp_path: Path) -> None
 def test_the_pipeline_learns_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spinquant, "DEFAULT", QUICK)
     config = learned(config_of(PACKAGED))
-    quantization = config.quantization.model_copy(update={"prefix": (0,)})
-    config = config.model_copy(update={"quantization": quantization})
+    quantization = edited(config.quantization, prefix=(0,))
+    config = edited(config, quantization=quantization)
     model, plain = load_float32(PACKAGED), load_float32(PACKAGED)
     ids = windows()[0]
     prepared = prepare_(model, config, TENSOR, parse_preopt("fc_fc:0.5+rotation"), windows(8), cache=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoquant.config.format import Config
+from autoquant.config.format import Config, edited
 from autoquant.errors import AutoQuantError
 
 LAYERS, HIDDEN, INNER = 4, 24, 40
@@ -104,6 +104,6 @@ def test_the_same_seed_gives_the_same_channels_in_every_layer(outliers: Any) -> 
 
 def test_a_config_with_narrow_groups_only_is_an_error(outliers: Any) -> None:
     narrow = config(("down",))
-    narrow = narrow.model_copy(update={"model": narrow.model.model_copy(update={"hidden_size": INNER})})
+    narrow = edited(narrow, model=edited(narrow.model, hidden_size=INNER))
     with pytest.raises(AutoQuantError, match="no norm -> linear or up -> down group"):
         outliers.add_outliers_(model(), narrow, batches())

@@ -27,7 +27,7 @@ from autoquant.certificate.certify import (
     small_config,
 )
 from autoquant.cli.main import main
-from autoquant.config.format import Config, Slot, Smoothing
+from autoquant.config.format import Config, Slot, Smoothing, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.reduce import float64_throughout, small
 from autoquant.models.repair import resolve
@@ -64,8 +64,8 @@ def proved(model: str) -> tuple[LoadedModel, Config]:
 def with_groups(config: Config, **changes: Any) -> Config:
     """The config with fields of its first smoothing group replaced."""
     first, *rest = config.smoothing.groups
-    groups = (first.model_copy(update=changes), *rest)
-    return config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
+    groups = (edited(first, **changes), *rest)
+    return edited(config, smoothing=edited(config.smoothing, groups=groups))
 
 
 def forgetful(config: Config) -> Config:
@@ -81,7 +81,7 @@ def test_a_right_config_gets_its_certificate() -> None:
     assert [row.kind for row in config.certificate.rows] == KINDS
     assert [row.count for row in config.certificate.rows] == [3, 1, 2, 1, 1, 1, 1, 1]
     assert all(0 < row.worst < 1e-13 for row in config.certificate.rows)
-    assert config.model_copy(update={"certificate": None}) == found.config
+    assert edited(config, certificate=None) == found.config
     assert certify(found, source) == config
 
 
@@ -183,7 +183,7 @@ def test_a_claim_that_only_the_small_model_makes_is_refused() -> None:
 
 def two_claims(one: Config, other: Config) -> Smoothing:
     groups = (*one.smoothing.groups, *other.smoothing.groups)
-    return one.smoothing.model_copy(update={"groups": groups})
+    return edited(one.smoothing, groups=groups)
 
 
 def test_the_number_of_a_last_layer_does_not_count() -> None:
@@ -198,7 +198,7 @@ def test_the_number_of_a_last_layer_does_not_count() -> None:
 
     _check_same_claims(last(11), last(1))
     _check_same_claims(last(11, 12, 13), last(1, 2))
-    heads = last(1).model_copy(update={"smoothing": two_claims(last(1), last(2))})
+    heads = edited(last(1), smoothing=two_claims(last(1), last(2)))
     _check_same_claims(heads, heads)
     with pytest.raises(AutoQuantError, match=r"'norms\.{layer} -> proj' is found in the full-size model but not in"):
         _check_same_claims(heads, last(1))  # a number that both have is no other layer's
@@ -216,9 +216,9 @@ def test_a_further_part_of_a_layer_is_like_those_that_the_small_model_has() -> N
         for number in numbers:
             source = Slot(path=f"layers.{{layer}}.adapters.{number}.a.weight", dim=0, size=8)
             name = f"layers.{{layer}}.adapters.{number}.a -> b"
-            made.append(first.model_copy(update={"name": name, "layers": None, "sources": (source,), **changes}))
-        smoothing = found.config.smoothing.model_copy(update={"groups": tuple(made)})
-        return keep(found.config, []).model_copy(update={"smoothing": smoothing})
+            made.append(edited(first, **{"name": name, "layers": None, "sources": (source,), **changes}))
+        smoothing = edited(found.config.smoothing, groups=tuple(made))
+        return edited(keep(found.config, []), smoothing=smoothing)
 
     _check_same_claims(
         adapters(0, 1, 2, 3), adapters(0, 1), [f"layers.{i}.adapters.{j}.a.weight" for i in (0, 1) for j in (0, 1)]
@@ -230,7 +230,7 @@ def test_a_further_part_of_a_layer_is_like_those_that_the_small_model_has() -> N
         _check_same_claims(adapters(0, 1, 2), adapters(0, 1))
     with pytest.raises(AutoQuantError, match=missing):  # one that is not like those
         other = adapters(2, targets=(Slot(path="layers.{layer}.adapters.2.c.weight", dim=1, size=8),))
-        both = other.model_copy(update={"smoothing": two_claims(adapters(0, 1), other)})
+        both = edited(other, smoothing=two_claims(adapters(0, 1), other))
         _check_same_claims(both, adapters(0, 1), ["layers.0.adapters.0.a.weight", "layers.0.adapters.1.a.weight"])
 
 

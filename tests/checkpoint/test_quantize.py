@@ -16,7 +16,7 @@ from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpo
 from autoquant.checkpoint.quantize_by_layers import quantize_checkpoint_by_layers
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
-from autoquant.config.format import Config, Strategy
+from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.pipeline.select import parse_preopt
 from autoquant.quantizer.linear import int8_weights
@@ -49,8 +49,8 @@ def test_low_memory_writes_the_same_bytes(model: str, preopt: str, tmp_path: Pat
 
 def test_low_memory_scales_keys_alike(tmp_path: Path) -> None:
     config = config_of(PACKAGED)
-    groups = tuple(g.model_copy(update={"enable": g.kind == "query_key" or None}) for g in config.smoothing.groups)
-    config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
+    groups = tuple(edited(g, enable=g.kind == "query_key" or None) for g in config.smoothing.groups)
+    config = edited(config, smoothing=edited(config.smoothing, groups=groups))
     for strategy in (STATIC_KV, DYNAMIC):
         made = recipe(PACKAGED, "fc_fc:0.5+rotation", strategy, config)
         quantize_checkpoint(PACKAGED, tmp_path / "whole", made, {}, force=True)
@@ -94,8 +94,8 @@ def test_a_loaded_model_is_near_the_float_one(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_online_rotations_are_made_again_on_loading(tmp_path: Path) -> None:
     config = config_of(PACKAGED)
-    online = tuple(o.model_copy(update={"enable": o.kind == "R4"}) for o in config.rotation.online)
-    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
+    online = tuple(edited(o, enable=o.kind == "R4") for o in config.rotation.online)
+    config = edited(config, rotation=edited(config.rotation, online=online))
     made = recipe(PACKAGED, "fc_fc:0.5+rotation", config=config)
     quantize_checkpoint(PACKAGED, tmp_path / "out", made, {})
     model = autoquant.load(tmp_path / "out", torch.float32)
@@ -110,8 +110,8 @@ def test_online_rotations_are_made_again_on_loading(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_prefix_is_stored_and_lowers_the_error(tmp_path: Path) -> None:
     config = config_of(PACKAGED)
-    section = config.quantization.model_copy(update={"prefix": (0,)})
-    with_prefix = config.model_copy(update={"quantization": section})
+    section = edited(config.quantization, prefix=(0,))
+    with_prefix = edited(config, quantization=section)
     wanted, errors = load_float32(PACKAGED)(windows()[0]).logits, {}
     for name, used in (("without", config), ("with", with_prefix)):
         quantize_checkpoint(PACKAGED, tmp_path / name, recipe(PACKAGED, "fc_fc:0.5+rotation", config=used), {})
@@ -125,7 +125,7 @@ def test_a_prefix_is_stored_and_lowers_the_error(tmp_path: Path) -> None:
     stored = [load_file(tmp_path / name / TENSORS) for name in ("with", "without")]
     shrunk = [stored[0][name].item() / stored[1][name].item() for name in stored[1] if name.endswith("input_scale")]
     assert min(shrunk) < 0.3 and max(shrunk) <= 1.001, "the prefix was left out of the calibration"
-    other = with_prefix.model_copy(update={"quantization": section.model_copy(update={"prefix": (0, 5)})})
+    other = edited(with_prefix, quantization=edited(section, prefix=(0, 5)))
     save_config(other, tmp_path / "with" / "autoquant.json", force=True)
     with pytest.raises(AutoQuantError, match=r"with: the stored prefix has 1 tokens, quantization\.prefix 2"):
         autoquant.load(tmp_path / "with")

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
-from autoquant.config.format import Config
+from autoquant.config.format import Config, edited
 
 SIZES = {
     "vocab_size": 64,
@@ -58,8 +58,8 @@ def verify(model: str | Path, config: Config, tmp_path: Path, *options: str) -> 
 
 def with_group(config: Config, number: int, **changes: Any) -> Config:
     groups = list(config.smoothing.groups)
-    groups[number] = groups[number].model_copy(update=changes)
-    return config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": tuple(groups)})})
+    groups[number] = edited(groups[number], **changes)
+    return edited(config, smoothing=edited(config.smoothing, groups=tuple(groups)))
 
 
 def forgetful(config: Config) -> Config:

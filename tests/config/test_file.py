@@ -13,6 +13,7 @@ import pytest
 
 from autoquant.config import file as configfile
 from autoquant.config.file import config_text, load_config, parse_config, save_config
+from autoquant.config.format import edited
 from autoquant.errors import AutoQuantError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def test_round_trip(example_config: Config, tmp_path: Path) -> None:
     save_config(example_config, tmp_path / "c.json")
     loaded = load_config(tmp_path / "c.json")
     assert loaded.schema_ == "autoquant-config.schema.json"
-    assert loaded.model_copy(update={"schema_": None}) == example_config
+    assert edited(loaded, schema_=None) == example_config
     assert config_text(loaded) == (tmp_path / "c.json").read_text(encoding="utf-8")
 
 
@@ -69,7 +70,7 @@ def test_same_bytes_with_any_hash_seed(tmp_path: Path, example_config: Config) -
     assert outputs == {(tmp_path / "c.json").read_bytes()}
 
 
-def edited(config: Config, old: str, new: str) -> str:
+def misspelt(config: Config, old: str, new: str) -> str:
     text = config_text(config)
     assert text.count(old) >= 1, old
     return text.replace(old, new, 1)
@@ -125,7 +126,7 @@ def edited(config: Config, old: str, new: str) -> str:
     ],
 )
 def test_one_mistake(example_config: Config, old: str, new: str, message: str) -> None:
-    text = edited(example_config, old, new)
+    text = misspelt(example_config, old, new)
     found = lines(text)
     line = text[: text.index(new)].count("\n") + 1
     match = [item for item in found if re.match(rf"c\.json:{line}:\d+: {re.escape(message)}", item)]
@@ -133,17 +134,17 @@ def test_one_mistake(example_config: Config, old: str, new: str, message: str) -
 
 
 def test_column_is_that_of_the_key_or_the_value(example_config: Config) -> None:
-    assert lines(edited(example_config, '    "alpha": 0.5', '    "alhpa": 0.5'))[0].startswith("c.json:48:5: ")
-    assert lines(edited(example_config, '    "alpha": 0.5', '    "alpha": 7'))[0].startswith("c.json:48:14: ")
+    assert lines(misspelt(example_config, '    "alpha": 0.5', '    "alhpa": 0.5'))[0].startswith("c.json:48:5: ")
+    assert lines(misspelt(example_config, '    "alpha": 0.5', '    "alpha": 7'))[0].startswith("c.json:48:14: ")
 
 
 def test_a_key_that_is_there_twice(example_config: Config) -> None:
-    text = edited(example_config, '"alpha": 0.5', '"enable": true')
+    text = misspelt(example_config, '"alpha": 0.5', '"enable": true')
     assert lines(text) == ["c.json:48:5: key 'enable' is there twice, first in line 47"]
 
 
 def test_all_mistakes_at_once_in_the_order_of_the_file(example_config: Config) -> None:
-    text = edited(example_config, '"method": "hadamard"', '"method": "hadmard"')
+    text = misspelt(example_config, '"method": "hadamard"', '"method": "hadmard"')
     text = text.replace('"alpha": 0.5', '"alhpa": Infinity').replace('"proved"', '"x"')
     found = lines(text)
     assert [re.sub(r":\d+:\d+:", ":", item)[:34] for item in found] == [
@@ -204,9 +205,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 
 def test_save_refuses_what_load_refuses(example_config: Config, tmp_path: Path) -> None:
-    wrong = example_config.model_copy(
-        update={"quantization": example_config.quantization.model_copy(update={"exclude": ("haed",)})}
-    )
+    wrong = edited(example_config, quantization=edited(example_config.quantization, exclude=("haed",)))
     with pytest.raises(AutoQuantError, match="does not fit together: 1 problem") as error:
         save_config(wrong, tmp_path / "c.json")
     assert error.value.details == (

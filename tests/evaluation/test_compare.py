@@ -9,6 +9,7 @@ from quantized import DATA, PACKAGED, config_of
 
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
+from autoquant.config.format import edited
 from autoquant.evaluation.compare import Cell
 
 TOKEN, STATIC = "w_int8_per_channel_a_int8_per_token_dynamic", "w_int8_per_channel_a_int8_per_tensor_static"
@@ -16,8 +17,8 @@ TOKEN, STATIC = "w_int8_per_channel_a_int8_per_token_dynamic", "w_int8_per_chann
 
 def run(folder: Path, *options: str, prefix: tuple[int, ...] = ()) -> Result:
     config = config_of(PACKAGED)
-    section = config.quantization.model_copy(update={"prefix": prefix})
-    save_config(config.model_copy(update={"quantization": section}), folder / "c.json", force=True)
+    section = edited(config.quantization, prefix=prefix)
+    save_config(edited(config, quantization=section), folder / "c.json", force=True)
     arguments = ["compare", str(PACKAGED), "--config", str(folder / "c.json"), "-o", str(folder / "out")]
     arguments += ["--data", str(DATA / "sample.evaluation.txt"), "--calibration", str(DATA / "sample.calibration.txt")]
     arguments += ["--tokens", "128", "--window", "32", "--sequences", "2", "--strategies", f"{TOKEN},{STATIC}"]

@@ -25,7 +25,7 @@ from handmade_more import (
 from torch import nn
 
 from autoquant.algorithms.smoothquant import random_scales
-from autoquant.config.format import Config, Norm, RotationMethod
+from autoquant.config.format import Config, Norm, RotationMethod, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, apply_
 from autoquant.executor.plan import Scales
@@ -68,7 +68,7 @@ def test_each_alone_and_all_together_keep_the_function(name: str, method: Rotati
     case = CASES[name]
     model = build(case.model_type, **case.sizes)
     config = case.config(model)
-    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"method": method})})
+    config = edited(config, rotation=edited(config.rotation, method=method))
     before = logits(model)
     present = {g.name for g in config.smoothing.groups} | {s.name for s in config.rotation.spaces}
     for only in [[n] for n in EVERY if n in present] + [[n for n in EVERY if n in present], None]:
@@ -213,13 +213,10 @@ def test_a_module_used_twice_is_refused() -> None:
 
 
 def mutated(config: Config, name: str, **changes: Any) -> Config:
-    spaces = tuple(s.model_copy(update=changes) if s.name == name else s for s in config.rotation.spaces)
-    groups = tuple(g.model_copy(update=changes) if g.name == name else g for g in config.smoothing.groups)
-    return config.model_copy(
-        update={
-            "rotation": config.rotation.model_copy(update={"spaces": spaces}),
-            "smoothing": config.smoothing.model_copy(update={"groups": groups}),
-        }
+    spaces = tuple(edited(s, **changes) if s.name == name else s for s in config.rotation.spaces)
+    groups = tuple(edited(g, **changes) if g.name == name else g for g in config.smoothing.groups)
+    return edited(
+        config, rotation=edited(config.rotation, spaces=spaces), smoothing=edited(config.smoothing, groups=groups)
     )
 
 
@@ -247,21 +244,19 @@ def drop_norm_bias(config: Config) -> Config:
 
 def shift_v_rows(config: Config) -> Config:
     def shifted(slot: Any) -> Any:
-        return slot.model_copy(update={"index": tuple(i.model_copy(update={"start": i.start - 1}) for i in slot.index)})
+        return edited(slot, index=tuple(edited(i, start=i.start - 1) for i in slot.index))
 
     return mutated(config, "v_o", sources=tuple(shifted(s) for s in find(config, "v_o").sources))
 
 
 def forget_gqa(config: Config) -> Config:
     (target,) = find(config, "v_o").targets
-    index = target.index[0].model_copy(update={"shape": (2, 1, 8)})
-    return mutated(config, "v_o", targets=(target.model_copy(update={"index": (index,)}),))
+    index = edited(target.index[0], shape=(2, 1, 8))
+    return mutated(config, "v_o", targets=(edited(target, index=(index,)),))
 
 
 def forget_norm_in_rotation(config: Config) -> Config:
-    reads = tuple(
-        r.model_copy(update={"norm": Norm(kind="rms", weight=None, bias=None)}) for r in find(config, "residual").reads
-    )
+    reads = tuple(edited(r, norm=Norm(kind="rms", weight=None, bias=None)) for r in find(config, "residual").reads)
     return mutated(config, "residual", reads=reads)
 
 

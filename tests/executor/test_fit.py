@@ -7,6 +7,7 @@ import pytest
 
 from autoquant.config.check import json_path
 from autoquant.config.file import save_config
+from autoquant.config.format import edited
 from autoquant.models.structure import fingerprint
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ def messages(config: Config, model: Structure) -> list[str]:
 @pytest.fixture
 def config(example_config: Config) -> Config:
     """The example with the facts of the model above."""
-    provenance = example_config.provenance.model_copy(update={"fingerprint": fingerprint(SHAPES, TIED)})
-    facts = example_config.model.model_copy(update={"parameters": PARAMETERS})
-    return example_config.model_copy(update={"provenance": provenance, "model": facts})
+    provenance = edited(example_config.provenance, fingerprint=fingerprint(SHAPES, TIED))
+    facts = edited(example_config.model, parameters=PARAMETERS)
+    return edited(example_config, provenance=provenance, model=facts)
 
 
 def test_what_fits_has_no_problems(config: Config) -> None:
@@ -93,7 +94,7 @@ def test_ties(config: Config) -> None:
     assert "$.model.tied[0]: the model does not tie table.weight and head.weight" in messages(
         config, structure(tied=())
     )
-    untied = config.model_copy(update={"model": config.model.model_copy(update={"tied": ()})})
+    untied = edited(config, model=edited(config.model, tied=()))
     assert messages(untied, structure()) == [
         "$.model.tied: the model ties head.weight and table.weight, which is not listed"
     ]
@@ -102,7 +103,7 @@ def test_ties(config: Config) -> None:
 def test_stacked_matrices(config: Config) -> None:
     from autoquant.executor.fit import _axis
 
-    slot = config.smoothing.groups[0].targets[0].model_copy(update={"dim": 2, "stack": 4, "size": 32})
+    slot = edited(config.smoothing.groups[0].targets[0], dim=2, stack=4, size=32)
     assert _axis(slot, (4, 6, 8)) is None
     assert _axis(slot, (5, 6, 8)) == "the config says 4 stacked matrices (stack)"
     assert _axis(slot, (4, 6, 9)) == "the config says 32 positions (size) along dimension 2, 4 matrices together"

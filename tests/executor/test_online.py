@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autoquant.algorithms.smoothquant import random_scales
+from autoquant.config.format import edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.hadamard import hadamard_matrix
@@ -94,8 +95,8 @@ def test_an_attention_without_the_interface_is_refused() -> None:
     model = build("llama", **LLAMA)
     config = llama_like(model)
     path = "model.layers.{layer}.mlp"
-    online = tuple(o.model_copy(update={"path": path}) if o.kind == "R3" else o for o in config.rotation.online)
-    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
+    online = tuple(edited(o, path=path) if o.kind == "R3" else o for o in config.rotation.online)
+    config = edited(config, rotation=edited(config.rotation, online=online))
     with pytest.raises(AutoQuantError, match="LlamaMLP does not call transformers' attention interface"):
         apply_(model, config, only=[path])
 
@@ -134,8 +135,8 @@ def test_everything_together_with_smoothing() -> None:
 def test_a_linear_rotated_twice_is_refused() -> None:
     model = build("llama", **LLAMA)
     config = llama_like(model)
-    online = tuple(o.model_copy(update={"path": R4, "size": 40}) for o in config.rotation.online if o.kind != "R3")
-    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"online": online})})
+    online = tuple(edited(o, path=R4, size=40) for o in config.rotation.online if o.kind != "R3")
+    config = edited(config, rotation=edited(config.rotation, online=online))
     with pytest.raises(AutoQuantError, match="is rotated online twice; disable one"):
         apply_(model, config, only=[R4])
 

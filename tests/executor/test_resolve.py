@@ -22,6 +22,7 @@ from autoquant.config.format import (
     SmoothingOverride,
     Space,
     Writer,
+    edited,
 )
 from autoquant.errors import AutoQuantError
 from autoquant.executor.checker import channel_of_position
@@ -161,7 +162,7 @@ def space(**changes: Any) -> Space:
         writers=(Writer(path="first.weight", size=6), Writer(path="first.bias", size=6)),
         reads=(Read(readers=(Reader(path="second.weight", dim=1, size=6),)),),
     )
-    return made.model_copy(update=changes)
+    return edited(made, **changes)
 
 
 def test_a_position_in_two_spaces_is_refused() -> None:
@@ -224,8 +225,8 @@ def test_a_norm_in_two_reads_is_refused() -> None:
     residual = config.rotation.spaces[0]
     first = residual.reads[0]
     split = tuple(Read(norm=first.norm, readers=(r,)) for r in first.readers)
-    changed = residual.model_copy(update={"reads": split + residual.reads[1:]})
-    config = config.model_copy(update={"rotation": config.rotation.model_copy(update={"spaces": (changed,)})})
+    changed = edited(residual, reads=split + residual.reads[1:])
+    config = edited(config, rotation=edited(config.rotation, spaces=(changed,)))
     found = problems(model, config, smooth="none")
     assert "input_layernorm.weight: stands in two reads (residual); all its readers belong in one" in found[0]
 
@@ -252,8 +253,8 @@ def resolved_llama(update: dict[str, Any] | None = None, **options: Any) -> Reso
     model = build("llama", **LLAMA)
     config = llama_like(model)
     if update:
-        groups = tuple(g.model_copy(update=update) if g.name == "v_o" else g for g in config.smoothing.groups)
-        config = config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"groups": groups})})
+        groups = tuple(edited(g, **update) if g.name == "v_o" else g for g in config.smoothing.groups)
+        config = edited(config, smoothing=edited(config.smoothing, groups=groups))
     return resolve(config, take_inventory(model), **options)
 
 

@@ -9,7 +9,7 @@ from quantized import PACKAGED, STATIC_KV, config_of, gpt2, windows
 from torch import nn
 
 from autoquant.checkpoint.quantize import load_float32
-from autoquant.config.format import Config, Strategy
+from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.inventory import take_inventory
 from autoquant.pipeline.quantize import (
@@ -134,10 +134,9 @@ def test_query_key_scales_and_an_online_rotation_of_the_keys_exclude_each_other(
 def enabled(config: Config, online: str = "") -> Config:
     """The config with its query-key groups, and one kind of online rotations."""
     groups = tuple(
-        group.model_copy(update={"enable": True}) if group.kind == "query_key" else group
-        for group in config.smoothing.groups
+        edited(group, enable=True) if group.kind == "query_key" else group for group in config.smoothing.groups
     )
-    turned = tuple(o.model_copy(update={"enable": o.kind == online}) for o in config.rotation.online)
-    smoothing = config.smoothing.model_copy(update={"groups": groups})
-    rotation = config.rotation.model_copy(update={"online": turned})
-    return config.model_copy(update={"smoothing": smoothing, "rotation": rotation})
+    turned = tuple(edited(o, enable=o.kind == online) for o in config.rotation.online)
+    smoothing = edited(config.smoothing, groups=groups)
+    rotation = edited(config.rotation, online=turned)
+    return edited(config, smoothing=smoothing, rotation=rotation)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autoquant.config.format import edited
 from autoquant.report.summary import because, reached, summarise
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def test_totals_count_every_layer(example_config: Config) -> None:
 
 
 def test_a_group_for_some_layers_reaches_those_only(example_config: Config) -> None:
-    first = example_config.smoothing.groups[0].model_copy(update={"layers": "0-2"})
-    smoothing = example_config.smoothing.model_copy(update={"groups": (first,)})
-    config = example_config.model_copy(update={"smoothing": smoothing})
+    first = edited(example_config.smoothing.groups[0], layers="0-2")
+    smoothing = edited(example_config.smoothing, groups=(first,))
+    config = edited(example_config, smoothing=smoothing)
     assert reached(config, config.model.linears[0]) == {0: True, 1: True, 2: True, 3: False}
     qkv, out = summarise(config).sections[0].rows
     assert qkv.smoothing == ("norm norm (layers 0-2)", "no in layers 3")
@@ -38,19 +39,17 @@ def test_a_group_for_some_layers_reaches_those_only(example_config: Config) -> N
 
 def test_columns_that_no_group_reaches_make_it_partial(example_config: Config) -> None:
     group = example_config.smoothing.groups[1]
-    half = group.targets[0].model_copy(
-        update={"index": (group.targets[0].index[0].model_copy(update={"shape": (1, 4)}),)}
-    )  # type: ignore[index]  # it has an index
-    smoothing = example_config.smoothing.model_copy(update={"groups": (group.model_copy(update={"targets": (half,)}),)})
-    config = example_config.model_copy(update={"smoothing": smoothing})
+    half = edited(group.targets[0], index=(edited(group.targets[0].index[0], shape=(1, 4)),))  # type: ignore[index]  # it has an index
+    smoothing = edited(example_config.smoothing, groups=(edited(group, targets=(half,)),))
+    config = edited(example_config, smoothing=smoothing)
     assert not any(reached(config, config.model.linears[1]).values())
     assert summarise(config).sections[0].rows[1].smoothing == ("from 4 rows of qkv", "part of it, see [1]")
 
 
 def test_a_blocked_residual_is_named_in_the_totals(example_config: Config) -> None:
     reason = {"path": "table", "layers": None, "what": "rotation", "reason": "no rotation passes it"}
-    blocked = example_config.blocked[0].model_copy(update={**reason, "operator": "aten.add", "at": "net.0"})
-    rotation = example_config.rotation.model_copy(update={"spaces": ()})
-    config = example_config.model_copy(update={"rotation": rotation, "blocked": (blocked,)})
+    blocked = edited(example_config.blocked[0], **{**reason, "operator": "aten.add", "at": "net.0"})
+    rotation = edited(example_config.rotation, spaces=())
+    config = edited(example_config, rotation=rotation, blocked=(blocked,))
     assert "residual blocked by aten.add at net.0 (" in summarise(config).totals
     assert because(blocked) == "no rotation passes it (aten.add at net.0)"

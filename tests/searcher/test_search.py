@@ -13,7 +13,7 @@ from quantized import DATA, PACKAGED, config_of, windows
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.cli.main import main
 from autoquant.config.file import load_config, save_config
-from autoquant.config.format import Config, Strategy
+from autoquant.config.format import Config, Strategy, edited
 from autoquant.searcher.search import MEANS, Judged, Searcher, Task, search
 from autoquant.searcher.search import PREOPT as EVERYTHING
 
@@ -47,8 +47,8 @@ def test_a_choice_is_taken_if_it_is_better_by_more_than_chance() -> None:
 def test_float_is_at_no_distance_from_itself() -> None:
     """Every linear in floating point: what is left is rounding, rotation and smoothing in float32."""
     config = config_of(PACKAGED)
-    section = config.quantization.model_copy(update={"exclude": tuple(linear.path for linear in config.model.linears)})
-    judged = Searcher(task(), lambda line: None).judge(config.model_copy(update={"quantization": section}))
+    section = edited(config.quantization, exclude=tuple(linear.path for linear in config.model.linears))
+    judged = Searcher(task(), lambda line: None).judge(edited(config, quantization=section))
     assert abs(judged.divergence) < 1e-6
     assert judged.perplexity_ratio.mean == pytest.approx(1, abs=1e-4)
 

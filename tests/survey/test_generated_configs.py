@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from autoquant.config.file import config_text, load_config
-from autoquant.config.format import Config
+from autoquant.config.format import Config, edited
 from autoquant.models.tasks import full_name, split_name
 from autoquant.report.coverage import Row, offers
 from autoquant.survey.generate import index_text, names_in
@@ -24,7 +24,7 @@ NAMES = names_in(FOLDER)
 
 def drift(committed: Config, fresh: Config) -> str:
     """Lines that differ, but for what was measured: rounding depends on the processor."""
-    plain = [config_text(config.model_copy(update={"certificate": None})) for config in (committed, fresh)]
+    plain = [config_text(edited(config, certificate=None)) for config in (committed, fresh)]
     return "\n".join(
         difflib.unified_diff(*(text.splitlines() for text in plain), "committed", "fresh", lineterm="", n=1)
     )
@@ -97,7 +97,7 @@ def test_drift_of_all(tmp_path: Path) -> None:
 
 
 def test_that_drift_would_be_seen(example_config: Config) -> None:
-    smoothing = example_config.smoothing.model_copy(update={"alpha": 0.6})
-    changed = drift(example_config, example_config.model_copy(update={"smoothing": smoothing}))
+    smoothing = edited(example_config.smoothing, alpha=0.6)
+    changed = drift(example_config, edited(example_config, smoothing=smoothing))
     assert '-    "alpha": 0.5,\n+    "alpha": 0.6,' in changed
     assert drift(example_config, example_config) == ""
