@@ -12,12 +12,13 @@ from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.interpreter import shared_names
 from autoquant.analyzer.linears import linears
 from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations
+from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.scale_state import Use
 from autoquant.analyzer.smoothing_groups import Scales, analyse_scales, module_of
 from autoquant.analyzer.variables import Bools, Ints, Reason
 from autoquant.aten import CASTS, MOVEMENT, NO_RULE, operator_name
 from autoquant.capture.routes import Captured, module_path
-from autoquant.config.format import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space
+from autoquant.config.format import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space, edited
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
 NO_MODULE = "no rotation in the weights reaches its input, and it is no module that an online one could precede"
@@ -74,9 +75,9 @@ def _with_ties(item: Model, shared: Mapping[str, tuple[str, ...]]) -> Model:
     """``item`` with every name of a shared parameter: what is done to one of them is done to all."""
     if isinstance(item, SmoothingGroup):
         sources, targets = _named(item.sources, shared), _named(item.targets, shared)
-        return item.model_copy(update={"sources": sources, "targets": targets})
-    reads = tuple(read.model_copy(update={"readers": _named(read.readers, shared)}) for read in item.reads)
-    return item.model_copy(update={"writers": _named(item.writers, shared), "reads": reads})
+        return edited(item, sources=sources, targets=targets)
+    reads = tuple(edited(read, readers=_named(read.readers, shared)) for read in item.reads)
+    return edited(item, writers=_named(item.writers, shared), reads=reads)
 
 
 def _named(slots: Iterable[Axis], shared: Mapping[str, tuple[str, ...]]) -> tuple[Axis, ...]:
@@ -86,7 +87,7 @@ def _named(slots: Iterable[Axis], shared: Mapping[str, tuple[str, ...]]) -> tupl
             update = {"path": name}
             if isinstance(slot, Reader) and slot.bias is not None and name != slot.path:
                 update["bias"] = f"{name.rpartition('.')[0]}.{slot.bias.rpartition('.')[2]}"
-            found.append(slot.model_copy(update=update))
+            found.append(edited(slot, **update))
     return tuple(found)
 
 
@@ -94,11 +95,6 @@ def _unknown_operators(scales: Scales, rotations: Rotations) -> tuple[str, ...]:
     """Operators that stopped a scale for want of a rule."""
     reasons = scales.analysis.variables.reasons.values()
     return tuple(sorted({qualified(reason.operator) for reason in reasons if reason.text == NO_RULE}))
-
-
-def qualified(operator: str) -> str:
-    """``aten.silu``, ``transformers.grouped_mm_fallback``."""
-    return operator.replace("::", ".") if "::" in operator else f"aten.{operator}"
 
 
 def _covered(slots: Iterable[Slot], path: str, dim: int, size: int) -> Bools:

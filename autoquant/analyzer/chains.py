@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,20 +12,14 @@ import numpy as np
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.effects import (
-    FORMAT,
-    blocking,
-    is_movement,
-    qualified,
-    rotation_effect,
-    scale_effect,
-)
 from autoquant.analyzer.interpreter import Walk
 from autoquant.analyzer.rotation_spaces import Rotations
 from autoquant.analyzer.rotation_state import Gain, Mean, Square, Vector
+from autoquant.analyzer.rules import ROTATIONS, SCALES, Rules
+from autoquant.analyzer.rules.sentences import FORMAT, MOVES, MOVES_VECTORS, is_movement, qualified
 from autoquant.analyzer.smoothing_groups import Scales
 from autoquant.analyzer.variables import Ints, Reason
-from autoquant.aten import PRODUCTS, operator_name
+from autoquant.aten import CASTS, PRODUCTS, operator_name
 from autoquant.capture.graph import module_path
 
 
@@ -39,7 +33,6 @@ class Step:
 
 
 Steps = tuple[Step, ...]
-Effect = Callable[[fx.Node, Collection[fx.Node], Collection[Param]], str]
 
 
 def scale_chains(scales: Scales, component: int) -> Chains:
@@ -51,7 +44,7 @@ def scale_chains(scales: Scales, component: int) -> Chains:
 
     reasons = scales.analysis.variables.reasons
     undoes = "this linear: its columns undo the scale"
-    return Chains(scales.walk, components, component, labels, scale_effect, reasons, undoes)
+    return Chains(scales.walk, components, component, labels, SCALES, reasons, undoes)
 
 
 def rotation_chains(rotations: Rotations, component: int) -> Chains:
@@ -65,7 +58,7 @@ def rotation_chains(rotations: Rotations, component: int) -> Chains:
     reasons = rotations.analysis.variables.reasons
     splits = frozenset(split.reason.order for split in rotations.analysis.splits if len(np.unique(split.keys)) > 1)
     undoes = "this linear: its columns undo the rotation"
-    return Chains(rotations.walk, components, component, labels, rotation_effect, reasons, undoes, splits)
+    return Chains(rotations.walk, components, component, labels, ROTATIONS, reasons, undoes, splits)
 
 
 @dataclass(eq=False)
@@ -76,7 +69,7 @@ class Chains:
     components: Ints
     component: int
     labels: Callable[[Any], Ints | None]
-    effect: Effect
+    rules: Rules
     reasons: dict[int, Reason]
     undoes: str
     """What the reader at the end of a way does."""
@@ -201,13 +194,25 @@ class Chains:
             return False
         name = operator_name(node)
         if name in PRODUCTS or name in ("embedding", "layer_norm", "rms_norm"):
-            return self.effect is scale_effect or name not in ("layer_norm", "rms_norm")
+            return self.rules is SCALES or name not in ("layer_norm", "rms_norm")
         carriers = [
             argument
             for argument in node.all_input_nodes
             if self._is_activation(argument) and (any_component or self.carries(argument))
         ]
         return not carriers
+
+    def _effect(self, node: fx.Node) -> str:
+        """What a node does to what is followed, in words: its rule says so, if it is no data movement."""
+        name = operator_name(node)
+        if name in CASTS:
+            return FORMAT
+        if is_movement(node):
+            return MOVES if self.rules is SCALES else MOVES_VECTORS
+        rule = self.rules.table.get(name)
+        if rule is None or not rule.takes(node):
+            return "ends here: there is no rule for it"
+        return rule.sentence(node, [a for a in node.all_input_nodes if self.carries(a)], self.params(node))
 
     def params(self, node: fx.Node) -> list[Param]:
         """The parameters among a node's arguments."""
@@ -235,7 +240,7 @@ class Chains:
             if name == "getitem":
                 continue
             moves = is_movement(node)
-            effect = self.effect(node, [a for a in node.all_input_nodes if self.carries(a)], self.params(node))
+            effect = self._effect(node)
             params = sorted(self.params(node), key=lambda param: -len(param.full_shape))  # a weight before its bias
             if position == 0 and not moves and params:
                 at = params[0].name
@@ -244,7 +249,7 @@ class Chains:
             if stopped and not moves:
                 effect = ""  # nothing that it could pass is left
             if blocker is not None and node is blocker[0]:
-                effect, moves, stopped = blocking(blocker[1]), False, True
+                effect, moves, stopped = f"BLOCKS: {blocker[1].text}", False, True
             if node is reader:
                 at, effect, moves = (
                     params[0].name if params else at,

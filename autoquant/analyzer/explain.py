@@ -14,9 +14,9 @@ from torch import fx
 
 from autoquant.analyzer.analysis import NO_SOURCE, Analysis
 from autoquant.analyzer.chains import Chains, Steps, rotation_chains, scale_chains
-from autoquant.analyzer.effects import qualified
 from autoquant.analyzer.rotation_spaces import Rotations
 from autoquant.analyzer.rotation_state import Vector
+from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.scale_state import Use
 from autoquant.analyzer.smoothing_groups import module_of
 from autoquant.analyzer.templates import StackMap

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -86,7 +85,17 @@ class Site:
 
 Value = Any
 """A Known, an Unknown, a Param, what the analysis puts on an activation, or a plain Python argument."""
-Rule = Callable[..., Value]
+
+
+class Rule(Protocol):
+    """What the interpreter asks of an operator's rule (``rules.registry.Rule``)."""
+
+    @property
+    def apply(self) -> Callable[..., Value]:
+        """``apply(state, site, *args, **kwargs)`` gives the value of the result."""
+
+    def takes(self, node: fx.Node) -> bool:
+        """True if the rule was written for the overload that ``node`` calls."""
 
 
 @dataclass(slots=True)
@@ -95,7 +104,9 @@ class Walk:
 
     captured: Captured
     rules: Mapping[str, Rule]
-    movement: Rule
+    state: Any
+    """Of the analysis: the first argument of every rule."""
+    movement: Callable[..., Value]
     """Applied to data movement of an activation: ``movement(site, function, args, kwargs)``."""
     crossing: Callable[[Site], Value]
     """Makes the value of a tensor that comes out of a graph break."""
@@ -180,21 +191,12 @@ class Walk:
             return self.give_up(site, tensors, "it is rounded")  # before anything else is done with it
         is_movement = site.operator in MOVEMENT
         rule = self.rules.get(site.operator)
-        if rule is not None and _accepts(rule, site, args, kwargs):
-            return rule(site, *args, **kwargs)
+        if rule is not None and rule.takes(site.node):
+            return rule.apply(self.state, site, *args, **kwargs)
         if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Unknown) for v in _flat(args[1:]))):
             with contextlib.suppress(RuntimeError, TypeError):
                 return self.movement(site, _function(site), args, kwargs)
         return self.no_rule(site, tensors)  # also where the data decide how far elements move
-
-
-def _accepts(rule: Rule, site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> bool:
-    """Was the rule written for this overload? One with other arguments has no rule."""
-    try:
-        signature(rule).bind(site, *args, **kwargs)
-    except TypeError:
-        return False
-    return True
 
 
 def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:

@@ -11,12 +11,12 @@ import torch
 
 from autoquant.analyzer.axes import Family
 from autoquant.analyzer.interpreter import Site, Walk, shared_names
-from autoquant.analyzer.rotation_rules import rules
 from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
+from autoquant.analyzer.rules import ROTATIONS
 from autoquant.analyzer.smoothing_groups import group_name, module_of, slot_of
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
 from autoquant.capture.routes import Captured
-from autoquant.config.format import Norm, Reader, Space, Writer
+from autoquant.config.format import Norm, Reader, Space, Writer, edited
 from autoquant.config.format import Read as ConfigRead
 
 
@@ -37,7 +37,8 @@ def analyse_rotations(captured: Captured) -> Rotations:
     analysis = RotationAnalysis()
     walk = Walk(
         captured,
-        rules(analysis),
+        ROTATIONS.table,
+        analysis,
         movement=analysis.move,
         crossing=analysis.crossing,
         no_rule=analysis.no_rule,
@@ -278,7 +279,7 @@ def told_apart(spaces: Sequence[Space]) -> tuple[Space, ...]:
             name = f"residual of {space.writers[0].path.removesuffix('.weight')}"
             same = sum(other.name.partition(" #")[0] == name for other in told)
             name += f" #{same + 1}" if same else ""
-        told.append(space.model_copy(update={"name": name}))
+        told.append(edited(space, name=name))
     return tuple(told)
 
 

@@ -11,7 +11,7 @@ import torch
 from autoquant.analyzer.axes import Family
 from autoquant.analyzer.index_maps import index_maps
 from autoquant.analyzer.interpreter import Walk
-from autoquant.analyzer.scale_rules import rules
+from autoquant.analyzer.rules import SCALES
 from autoquant.analyzer.scale_state import ScaleAnalysis
 from autoquant.analyzer.variables import Bools, Floats, Ints, Solution
 from autoquant.capture.routes import Captured
@@ -33,7 +33,8 @@ def analyse_scales(captured: Captured) -> Scales:
     analysis = ScaleAnalysis()
     walk = Walk(
         captured,
-        rules(analysis),
+        SCALES.table,
+        analysis,
         movement=analysis.move,
         crossing=analysis.crossing,
         no_rule=analysis.no_rule,

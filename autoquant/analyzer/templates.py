@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.smoothing_groups import tail
-from autoquant.config.format import Blocked, Read, Reader, Slot, SmoothingGroup, Space, Writer
+from autoquant.config.format import Blocked, Read, Reader, Slot, SmoothingGroup, Space, Writer, edited
 from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -97,7 +97,7 @@ def name_across_layers(findings: Findings, stacks: Sequence[StackMap]) -> Findin
             _, _, rest = target.partition(".")
             same = stack is not None and layers.is_layer_of(written_out, stack, target)
             short.append(tail(f"{stack}.{LAYER}.{rest}", named) if same else pattern.sub(rf"\1.{LAYER}", target))
-        return item.model_copy(update={"name": named + arrow + ", ".join(dict.fromkeys(short))})
+        return edited(item, name=named + arrow + ", ".join(dict.fromkeys(short)))
 
     def across(items: tuple[Named, ...]) -> tuple[Named, ...]:
         named = [item if item.layers is not None else renamed(item) for item in items]
@@ -124,11 +124,9 @@ def unfold(findings: Findings) -> Findings:
 
 def canonical(findings: Findings) -> Findings:
     """The same findings with all sets sorted, and readers without a norm each in a ``Read`` of its own."""
-    groups = (
-        g.model_copy(update={"sources": _sorted(g.sources), "targets": _sorted(g.targets)}) for g in findings.groups
-    )
+    groups = (edited(g, sources=_sorted(g.sources), targets=_sorted(g.targets)) for g in findings.groups)
     spaces = (
-        space.model_copy(update={"writers": _sorted(space.writers), "reads": _sorted(_split_reads(space.reads))})
+        edited(space, writers=_sorted(space.writers), reads=_sorted(_split_reads(space.reads)))
         for space in findings.spaces
     )
     return Findings(
@@ -242,7 +240,7 @@ class _Layers:
         text = self.write(item, ref)
         if not isinstance(item, Blocked):
             return text
-        return text.model_copy(update={"at": self.numbered(item.at), "reason": self.numbered(item.reason)})
+        return edited(text, at=self.numbered(item.at), reason=self.numbered(item.reason))
 
     def uneven(self, refs: set[Ref]) -> str | None:
         """Which representative of a kind is missing from ``refs`` though another is there."""
@@ -308,7 +306,7 @@ class _Layers:
             update = {}
         if isinstance(item, SmoothingGroup | Space):
             update["name"] = self._name(item)
-        return self.write(item).model_copy(update=update)
+        return edited(self.write(item), **update)
 
     def _name(self, item: SmoothingGroup | Space) -> str:
         """With original numbers: a target in another layer of the source's stack goes by '7.linear'."""
@@ -331,7 +329,7 @@ class _Layers:
                 layers.setdefault(self.write(member, ref), []).extend(self.originals(ref))
             elif isinstance(member, Read):
                 readers = self._write_out(member.readers)
-                layers.setdefault(self.write(member).model_copy(update={"readers": readers}), [])
+                layers.setdefault(edited(self.write(member), readers=readers), [])
             else:
                 layers.setdefault(self.write(member), [])
         return tuple(_with_layers(text, numbers) for text, numbers in layers.items())
@@ -345,7 +343,7 @@ class _Layers:
             parts: dict[Ref | None, list[Reader]] = {}
             for reader in read.readers:
                 parts.setdefault(self.sole(reader), []).append(reader)
-            yield from (read.model_copy(update={"readers": tuple(part)}) for part in parts.values())
+            yield from (edited(read, readers=tuple(part)) for part in parts.values())
 
     def _write_out(self, slots: Sequence[Axis]) -> tuple[Axis, ...]:
         """Concrete slots for every layer that the traced ones stand for."""
@@ -377,7 +375,7 @@ def _map(item: Model, change: Callable[[str], str]) -> Model:
             new = tuple(_map(member, change) for member in value)
         if new != value:
             update[field] = new
-    return item.model_copy(update=update) if update else item
+    return edited(item, **update) if update else item
 
 
 def _paths(item: BaseModel) -> Iterator[str]:
@@ -401,13 +399,13 @@ def _binds(read: Read) -> bool:
 def _split_reads(reads: Iterable[Read]) -> Iterator[Read]:
     for read in reads:
         if _binds(read):
-            yield read.model_copy(update={"readers": _sorted(read.readers)})
+            yield edited(read, readers=_sorted(read.readers))
         else:
-            yield from (read.model_copy(update={"readers": (reader,)}) for reader in read.readers)
+            yield from (edited(read, readers=(reader,)) for reader in read.readers)
 
 
 def _with_layers(text: Model, numbers: Sequence[int]) -> Model:
-    return text.model_copy(update={"layers": _layer_set(tuple(sorted(numbers)))}) if numbers else text
+    return edited(text, layers=_layer_set(tuple(sorted(numbers)))) if numbers else text
 
 
 @functools.cache
@@ -424,7 +422,7 @@ def _unique_names(items: tuple[Named, ...]) -> tuple[Named, ...]:
 
 
 def _named_by_layers(item: Named, layers: str) -> Named:
-    return item.model_copy(update={"name": f"{item.name} @{layers}"})
+    return edited(item, name=f"{item.name} @{layers}")
 
 
 def _unfold_all(items: Iterable[Model]) -> tuple[Model, ...]:
@@ -439,14 +437,14 @@ def _unfold(item: Model) -> Iterator[Model]:
     update: dict[str, object] = {"layers": None}
     if isinstance(item, SmoothingGroup | Space):
         update["name"] = item.name.removesuffix(f" @{layers}")
-    bare = item.model_copy(update=update)
+    bare = edited(item, **update)
     for layer in layer_numbers(layers):
         yield _map(bare, functools.partial(fill, layer=layer))
 
 
 def _unfold_members(space: Space) -> Space:
     update = {"writers": _unfold_all(space.writers), "reads": _unfold_all(space.reads)}
-    return space.model_copy(update=update)
+    return edited(space, **update)
 
 
 def _sorted(items: Iterable[Model]) -> tuple[Model, ...]:

@@ -14,11 +14,9 @@ from readable import text
 from recorder import captured
 
 from autoquant import aten as operators
-from autoquant.analyzer import rotation_rules, scale_rules
 from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.rotation_state import RotationAnalysis
-from autoquant.analyzer.scale_state import ScaleAnalysis
+from autoquant.analyzer.rules import ROTATIONS, SCALES
 from autoquant.aten import operator_name
 from autoquant.capture.graph import Captured
 from autoquant.config.format import Slot
@@ -34,7 +32,7 @@ NOT_COVERED = {
 
 def table() -> frozenset[str]:
     """All operators that some part of the analyzer knows by name."""
-    names = {*scale_rules.rules(ScaleAnalysis()), *rotation_rules.rules(RotationAnalysis())}
+    names = {*SCALES.table, *ROTATIONS.table}
     for name, value in vars(operators).items():
         if name.isupper() and isinstance(value, (frozenset, dict)):
             names.update(value)

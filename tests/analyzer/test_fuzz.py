@@ -20,10 +20,8 @@ from program_expressions import FAMILIES
 from programs import Built, InvalidError, Program, Step, build, draw
 from recorder import MutationError, captured, record
 
-from autoquant.analyzer import rotation_spaces as rotations
-from autoquant.analyzer import smoothing_groups as scales
 from autoquant.analyzer.analysis import analyse
-from autoquant.analyzer.interpreter import Rule
+from autoquant.analyzer.rules import ROTATIONS, SCALES, Rule, Rules
 from autoquant.capture.routes import capture
 
 PROGRAMS = int(os.environ.get("AUTOQUANT_FUZZ", "2000"))
@@ -136,59 +134,60 @@ def test_steps_that_do_not_fit_are_refused() -> None:
 
 # --- the fuzzer itself can fail ---------------------------------------------------------------------------------------
 
-Change = Callable[[Any, dict[str, Rule]], None]
+Change = Callable[[Rules], dict[str, Rule]]
+"""Wrong rules in place of some; without the entry where there is to be none."""
+
+
+def _wrong(**made: Callable[..., Any]) -> dict[str, Rule]:
+    return {name: Rule(rule, says="") for name, rule in made.items()}
 
 
 def _passes(name: str) -> Change:
-    def change(a: Any, rules: dict[str, Rule]) -> None:
-        rules[name] = lambda site, x, *args, **kwargs: x
-
-    return change
+    return lambda rules: _wrong(**{name: lambda a, site, x, *args, **kwargs: x})
 
 
-def _sum_without_equation(a: Any, rules: dict[str, Rule]) -> None:
-    right = rules["add"]
-    rules["add"] = lambda site, x, y, *args, **kwargs: (
-        x if isinstance(x, torch.Tensor) and tuple(x.shape) == site.shape else right(site, x, y, *args, **kwargs)
+def _sum_without_equation(rules: Rules) -> dict[str, Rule]:
+    right = rules.table["add"].apply
+    return _wrong(
+        add=lambda a, site, x, y, *args, **kwargs: (
+            x if isinstance(x, torch.Tensor) and tuple(x.shape) == site.shape else right(a, site, x, y, *args, **kwargs)
+        )
     )
 
 
-def _bias_forgotten(a: Any, rules: dict[str, Rule]) -> None:
-    right = rules["linear"]
-    rules["linear"] = lambda site, x, w, bias=None: right(site, x, w)
+def _bias_forgotten(rules: Rules) -> dict[str, Rule]:
+    right = rules.table["linear"].apply
+    return _wrong(linear=lambda a, site, x, w, bias=None: right(a, site, x, w))
 
 
-def _any_number_may_be_filled_in(a: Any, rules: dict[str, Rule]) -> None:
-    rules["masked_fill"] = lambda site, x, mask, value: a.labels(site, x)
+def _any_number_may_be_filled_in(rules: Rules) -> dict[str, Rule]:
+    return _wrong(masked_fill=lambda a, site, x, mask, value: a.labels(site, x))
 
 
-def _a_reduction_that_asks_for_nothing(a: Any, rules: dict[str, Rule]) -> None:
-    rules["sum"] = lambda site, x, dim, keepdim=False: a.labels(site, x).amax(dim, keepdim)
+def _a_reduction_that_asks_for_nothing(rules: Rules) -> dict[str, Rule]:
+    return _wrong(sum=lambda a, site, x, dim, keepdim=False: a.labels(site, x).amax(dim, keepdim))
 
 
-def _a_product_has_the_scale_of_one_side(a: Any, rules: dict[str, Rule]) -> None:
-    rules["mul"] = lambda site, x, y: a.labels(site, x).expand(site.shape)
+def _a_product_has_the_scale_of_one_side(rules: Rules) -> dict[str, Rule]:
+    return _wrong(mul=lambda a, site, x, y: a.labels(site, x).expand(site.shape))
 
 
 def _no_rule(name: str) -> Change:
-    def change(a: Any, rules: dict[str, Rule]) -> None:
-        del rules[name]
-
-    return change
+    return lambda rules: {name: Rule(lambda *_: None, "", frozenset({"default", "Tensor", "Scalar"}))}
 
 
-WRONG: dict[str, tuple[Any, Change, str, str]] = {
-    "silu lets a scale through": (scales, _passes("silu"), "silu", "wrong"),
-    "softmax lets a scale through": (scales, _passes("softmax"), "softmax", "wrong"),
-    "a sum joins nothing": (scales, _sum_without_equation, "+", "wrong"),
-    "a bias is forgotten": (scales, _bias_forgotten, "linear", "wrong"),
-    "masked_fill lets any number in": (scales, _any_number_may_be_filled_in, "({mask}, 0.5)", "wrong"),
-    "a sum over channels joins nothing": (scales, _a_reduction_that_asks_for_nothing, "sum", "wrong"),
-    "a product has the scale of one side": (scales, _a_product_has_the_scale_of_one_side, "*", "wrong"),
-    "relu lets a rotation through": (rotations, _passes("relu"), "relu", "wrong"),
-    "a bias is not rotated": (rotations, _bias_forgotten, "linear", "wrong"),
-    "relu has no rule": (scales, _no_rule("relu"), "planted chain", "missed"),
-    "attention has no rule": (rotations, _no_rule("scaled_dot_product_attention"), "planted attention", "missed"),
+WRONG: dict[str, tuple[Rules, Change, str, str]] = {
+    "silu lets a scale through": (SCALES, _passes("silu"), "silu", "wrong"),
+    "softmax lets a scale through": (SCALES, _passes("softmax"), "softmax", "wrong"),
+    "a sum joins nothing": (SCALES, _sum_without_equation, "+", "wrong"),
+    "a bias is forgotten": (SCALES, _bias_forgotten, "linear", "wrong"),
+    "masked_fill lets any number in": (SCALES, _any_number_may_be_filled_in, "({mask}, 0.5)", "wrong"),
+    "a sum over channels joins nothing": (SCALES, _a_reduction_that_asks_for_nothing, "sum", "wrong"),
+    "a product has the scale of one side": (SCALES, _a_product_has_the_scale_of_one_side, "*", "wrong"),
+    "relu lets a rotation through": (ROTATIONS, _passes("relu"), "relu", "wrong"),
+    "a bias is not rotated": (ROTATIONS, _bias_forgotten, "linear", "wrong"),
+    "relu has no rule": (SCALES, _no_rule("relu"), "planted chain", "missed"),
+    "attention has no rule": (ROTATIONS, _no_rule("scaled_dot_product_attention"), "planted attention", "missed"),
 }
 """Where the rules are, what is done to them, a part of the names of steps that are drawn more often, the failure."""
 SEEDS = 100
@@ -199,14 +198,8 @@ MAX_STEPS = 3
 def test_a_wrong_rule_is_caught_and_cut_down(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, change, word, kind = WRONG[name]
     often = {step: weight * (50 if word in step else 1) for step, weight in WEIGHTS.items()}
-    right = where.rules
-
-    def rules(a: Any) -> dict[str, Rule]:
-        made: dict[str, Rule] = right(a)
-        change(a, made)
-        return made
-
-    monkeypatch.setattr(where, "rules", rules)
+    for operator, rule in change(where).items():
+        monkeypatch.setitem(where.table, operator, rule)
     small = next(filter(None, (_caught(draw(CATALOGUE, often, seed), kind) for seed in range(SEEDS))), None)
     assert small is not None, f"{SEEDS} programs and none of them fails"
     assert 1 <= len(small.program.steps) <= MAX_STEPS

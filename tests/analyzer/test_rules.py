@@ -5,21 +5,23 @@ What is not homogeneous blocks. A wrong rule is put in, one operator after the o
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import operator_programs
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  # registers the grouped product
 from complex_programs import turned
 from operator_programs import BLOCKS, HOMOGENEOUS, WITH_MORE, More, X, between, in_a_space, on_the_stream, with_more
 from oracle import proved
 from small_graphs import Graph
 
 from autoquant import aten as operators
-from autoquant.analyzer import rotation_rules, scale_rules
-from autoquant.analyzer import rotation_spaces as rotations
-from autoquant.analyzer import smoothing_groups as scales
-from autoquant.analyzer.rotation_state import RotationAnalysis
-from autoquant.analyzer.scale_state import ScaleAnalysis
+from autoquant.analyzer.rules import ROTATIONS, SCALES, Rule, Rules
+from autoquant.analyzer.rules.registry import check_signature
 from autoquant.capture.routes import capture
 
 TOKENS = torch.tensor([[1, 4, 2]])
@@ -115,7 +117,7 @@ def test_a_weight_that_is_normalised_blocks_in_words() -> None:
 
 def table() -> set[str]:
     """Every operator that has a rule, or stands in a set of operators."""
-    names = set(scale_rules.rules(ScaleAnalysis())) | set(rotation_rules.rules(RotationAnalysis()))
+    names = {*SCALES.table, *ROTATIONS.table}
     sets = [value for name, value in vars(operators).items() if name.isupper() and isinstance(value, frozenset | dict)]
     assert len(sets) > 10
     return {operators.ALIASES.get(name, name) for found in sets for name in found} | names
@@ -128,17 +130,91 @@ def used() -> Iterator[str]:
             yield from (operators.operator_name(n) for n in piece.graph.graph.nodes if n.op == "call_function")
 
 
+def _line(name: str) -> str:
+    source = Path(operator_programs.__file__)
+    number = next(i for i, text in enumerate(source.read_text().splitlines(), 1) if text.startswith(f"{name}:"))
+    return f"tests/analyzer/{source.name}:{number}"
+
+
+TO_EXTEND = (
+    f"add one to HOMOGENEOUS ({_line('HOMOGENEOUS')}), BLOCKS ({_line('BLOCKS')}) or WITH_MORE ({_line('WITH_MORE')})"
+)
+
+
+def test_the_message_names_the_lines_to_edit() -> None:
+    assert re.fullmatch(r"add one to .*operator_programs\.py:\d+\).*operator_programs\.py:\d+\)", TO_EXTEND)
+
+
 def test_every_operator_with_a_rule_is_tested() -> None:
     # The first has no kernel for float64; export refuses the size that the second makes.
-    assert table() - set(used()) == {"_grouped_mm", "bincount"}
-    for rules in (scale_rules.rules(ScaleAnalysis()), rotation_rules.rules(RotationAnalysis())):
-        assert rules["_grouped_mm"] is rules["transformers::grouped_mm_fallback"]
+    missing = table() - set(used()) - {"_grouped_mm", "bincount"}
+    assert not missing, f"no program for {sorted(missing)}: {TO_EXTEND}"
+    for rules in (SCALES.table, ROTATIONS.table):
+        assert rules["_grouped_mm"].apply is rules["transformers::grouped_mm_fallback"].apply
 
 
 def test_second_names_are_second_names() -> None:
     for name, first in operators.ALIASES.items():
         assert getattr(torch.ops.aten, name).overloads(), name
         assert getattr(torch.ops.aten, first).overloads(), first
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_that_does_not_fit_its_schema_is_an_error_on_import() -> None:
+    rules = Rules("scale")
+    with pytest.raises(TypeError, match=r"too_short \(tests?.*\) does not fit aten::gelu\(.*change its parameters"):
+
+        @rules.rule("gelu", says="")
+        def too_short(a: object, site: object) -> None: ...
+
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'approximate'"):
+
+        @rules.rule("gelu", says="")
+        def no_keyword(a: object, site: object, x: object) -> None: ...
+
+    with pytest.raises(TypeError, match=r"missing a required argument: 'z'"):
+
+        @rules.rule("relu", says="")
+        def too_long(a: object, site: object, x: object, z: object) -> None: ...
+
+    assert rules.table == {}
+
+
+def test_a_rule_for_no_operator_or_for_one_that_has_a_rule_is_an_error_on_import() -> None:
+    def passes(a: object, site: object, x: object, *args: object, **kwargs: object) -> None: ...
+
+    rules = Rules("rotation")
+    rules.rule("relu", says="")(passes)
+    with pytest.raises(TypeError, match="relu has a rotation rule already"):
+        rules.rule("abs relu", says="")(passes)
+    with pytest.raises(TypeError, match="torch has no operator rleu"):
+        rules.rule("rleu", says="")(passes)
+
+
+def test_an_overload_left_out_has_no_rule() -> None:
+    where = SCALES.table["where"]
+    assert where.without == {"default"}
+    with pytest.raises(TypeError, match=r"name the overload '' in without="):
+        check_signature(where.apply, "where")
+
+
+def test_rules_of_other_libraries_fit_their_operators() -> None:
+    """They are registered after the rules, by transformers."""
+    name = "transformers::grouped_mm_fallback"
+    assert torch.ops.transformers.grouped_mm_fallback.overloads()
+    for rules in (SCALES, ROTATIONS):
+        check_signature(rules.table[name].apply, name)
+
+
+def test_every_rule_is_a_top_level_function_beside_its_sentence() -> None:
+    for rules in (SCALES, ROTATIONS):
+        for name, rule in rules.table.items():
+            module = sys.modules[rule.apply.__module__]
+            assert module.__name__.startswith("autoquant.analyzer.rules."), name
+            assert rule.says, name
+            assert "<locals>" not in rule.apply.__qualname__ or rule.apply in vars(module).values(), name
 
 
 # --- a wrong rule is noticed -----------------------------------------------------------------------------------------
@@ -151,15 +227,13 @@ def assert_noticed(graph: Graph, argument: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", sorted(operators.NONLINEAR & set(BLOCKS)))
 def test_proof_notices_a_scale_let_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = scale_rules.rules
-    monkeypatch.setattr(scales, "rules", lambda a: right(a) | {name: lambda site, x, *_, **__: a.labels(site, x)})
+    monkeypatch.setitem(SCALES.table, name, Rule(lambda a, site, x, *_, **__: a.labels(site, x), says=""))
     assert_noticed(between(BLOCKS[name]), X)
 
 
 @pytest.mark.parametrize("name", ["relu", "abs", "silu", "tanh", "square", "maximum"])
 def test_proof_notices_a_rotation_let_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = rotation_rules.rules
-    monkeypatch.setattr(rotations, "rules", lambda a: right(a) | {name: lambda site, x, *_: x})
+    monkeypatch.setitem(ROTATIONS.table, name, Rule(lambda a, site, x, *_: x, says=""))
     assert_noticed(on_the_stream(lambda s, x, y: x + ALL[name](s, x, y)), TOKENS)
 
 

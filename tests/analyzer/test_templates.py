@@ -20,6 +20,7 @@ from autoquant.config.format import (
     SmoothingKind,
     Space,
     Writer,
+    edited,
 )
 
 STACK = "model.layers"
@@ -263,7 +264,7 @@ def test_a_space_between_neighbouring_layers_is_a_disagreement() -> None:
 
 
 def test_a_path_pair_across_layers_is_a_disagreement() -> None:
-    shared = linear(f"{STACK}.1.up").model_copy(update={"weight": f"{STACK}.0.up.weight"})
+    shared = edited(linear(f"{STACK}.1.up"), weight=f"{STACK}.0.up.weight")
     assert disagreement(findings(linears=(shared,)), [PAIR]) == "model.layers.1.up: spans several layers"
 
 

@@ -1,0 +1,286 @@
+"""Sums, products and powers, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from autoquant.analyzer.axes import Param
+from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.rotation_state import (
+    Gain,
+    Mean,
+    RotationAnalysis,
+    Square,
+    Vector,
+    anew,
+    broadcast,
+    coordinates_of,
+    mixed,
+)
+from autoquant.analyzer.rotation_state import shape_of as vector_shape
+from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
+from autoquant.analyzer.rules.sentences import (
+    LENGTH,
+    origin,
+    params_text,
+)
+from autoquant.analyzer.scale_state import ScaleAnalysis, scalar
+from autoquant.aten import (
+    NO_ROTATION,
+    base_name,
+    operator_name,
+)
+from autoquant.config.format import Norm, edited
+
+
+def sum_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
+    """What ``scale_add`` does at a node."""
+    if operator_name(node) == "add" and params and not carriers:
+        return f"1 + {params_text(params)}, a norm's gain: each element of it can take a scale"
+    return "adds a parameter: it takes the same scale" if params else "sum: both sides carry the same scale"
+
+
+def product_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
+    """What ``scale_multiply`` and ``scale_divide`` do at a node."""
+    word = "product" if operator_name(node) == "mul" else "quotient"
+    if params and not carriers:
+        return f"multiplies by {params_text(params)}: each element of it can take a scale"
+    others = [argument for argument in node.all_input_nodes if argument not in carriers]
+    if others:
+        return f"{word}: the scale of one side passes, the other ({origin(others[0])}) has scale 1"
+    if len(carriers) > 1:
+        return f"{word}: the scales of both sides combine"
+    return f"{word} with a constant: passes a scale"
+
+
+def factor_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
+    """What ``rotate_multiply`` does at a node."""
+    if params:
+        return f"multiplies by {params_text(params)}, which is folded into every reader"
+    return "scales the vector by one number, which a rotation does not mind"
+
+
+@scale_rule("add sub rsub", says=sum_sentence)
+def scale_add(a: ScaleAnalysis, site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
+    if kwargs.get("alpha", args[0] if args else 1) == 0:
+        return a.labels(site, x)
+    for one, other in ((x, y), (y, x)):
+        number = scalar(other)
+        if number == 0.0:
+            return a.labels(site, one).expand(site.shape)
+        if number == 1.0 and isinstance(one, Param) and site.operator == "add":
+            return a.labels(site, one, offset=1).expand(site.shape)
+        if number is not None and isinstance(one, (Tensor, Param)):
+            normalises = any(base_name(user) in ("rsqrt", "sqrt", "pow", "reciprocal") for user in site.node.users)
+            return a.block(site, [one], "it is normalised" if normalises else "a constant is added")
+    left, right = a.labels(site, x), a.labels(site, y)
+    a.meet(site, left, right)
+    return a.variables.merge(left, right, site.order)
+
+
+@rotation_rule("add sub", says="sum: both sides are rotated alike")
+def rotate_add(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
+    if kwargs.get("alpha", args[0] if args else 1) != 1:
+        return a.end(site, [x, y], "it is added with a factor")
+    for one, other in ((x, y), (y, x)):
+        number = scalar(other)
+        nothing = number == 0.0 or (isinstance(other, Known) and not bool(other.value.any()))
+        if nothing and isinstance(one, (Vector, Square)) and site.shape == tuple(coordinates_of(one).shape):
+            return one
+        if number == 1.0 and isinstance(one, Param) and site.operator == "add":
+            return Gain(one, 1)
+    if site.operator == "sub" and isinstance(x, Vector) and isinstance(y, Mean) and x.coordinates is y.of.coordinates:
+        return anew(replace(x, table=None, centred=True))
+    if isinstance(x, Param) or isinstance(y, Param):
+        vector, param = (x, y) if isinstance(y, Param) else (y, x)
+        return rotate_added_parameter(a, site, vector, param)
+    if not isinstance(x, Vector) or not isinstance(y, Vector):
+        return a.end(site, [x, y], "a tensor that is not rotated is added")
+    if x.gain is not None or y.gain is not None:
+        gain = x.gain or y.gain
+        name = gain.weight if gain else None
+        return a.end(site, [x, y], f"{name} is applied to it before it is added: it cannot be folded into a linear")
+    coordinates = a.variables.merge(x.coordinates, y.coordinates, site.order)
+    a.arrange(site, x.coordinates.expand(site.shape), y.coordinates.expand(site.shape))
+    one, other = torch.broadcast_tensors(x.instances, y.instances)
+    pairs = (one * (int(other.max()) + 1) + other).reshape(-1)  # whatever tokens meet, meet in one instance
+    instances = torch.unique(pairs, return_inverse=True)[1].view(site.shape)
+    if x.factors is None and y.factors is None:
+        return Vector(coordinates, instances)
+    none = torch.zeros(1, dtype=torch.int64)
+    factors = mixed(*(none if side.factors is None else side.factors for side in (x, y)))
+    return Vector(coordinates, instances, factors=factors.expand(site.shape))
+
+
+def rotate_added_parameter(a: RotationAnalysis, site: Site, vector: Value, param: Param) -> Value:
+    """A bias or a table of positions: it writes into the space too."""
+    if not isinstance(vector, Vector) or not param.shape:
+        return a.end(site, [vector, param], "a parameter is added")
+    if vector.gain is not None:
+        if (
+            vector.gain.bias is None
+            and not param.views
+            and param.shape == tuple(vector.coordinates.shape[-1:])
+            and vector.gain_index is not None
+        ):
+            rotate_bias_of(a, vector.gain.weight, param, site)
+            return replace(vector, gain=edited(vector.gain, bias=param.name))
+        return a.end(site, [vector, param], "a parameter is added")
+    labels = a.written_by(site, param)
+    if labels is None:
+        return a.end(site, [vector, param], "a parameter is added")
+    vector = broadcast(vector, site.shape)
+    a.arrange(site, vector.coordinates, labels.expand(site.shape))
+    merged = a.variables.merge(vector.coordinates, labels, site.order)
+    return anew(replace(vector, coordinates=merged, table=None, centred=False))
+
+
+def rotate_bias_of(a: RotationAnalysis, norm: str | None, bias: Param, site: Site) -> None:
+    """One bias of two norms could be folded into the readers of neither: it is gone after the first."""
+    a.families.other_use(bias, site.because("it is a norm's bias"), f"the bias of {norm or 'a norm'}")
+
+
+@scale_rule("mul", says=product_sentence)
+def scale_multiply(a: ScaleAnalysis, site: Site, x: Value, y: Value, **kwargs: Value) -> Value:
+    left, right = a.labels(site, x), a.labels(site, y)
+    a.meet(site, left, right)
+    return a.variables.product(left, right, site.order)
+
+
+@scale_rule("div", says=product_sentence)
+def scale_divide(a: ScaleAnalysis, site: Site, x: Value, y: Value, **kwargs: Value) -> Value:
+    if kwargs.get("rounding_mode") is not None:
+        return a.block(site, [x, y], "it is rounded")
+    left, right = a.labels(site, x), a.labels(site, y)
+    a.meet(site, left, right)
+    return a.variables.product(left, a.variables.power(right, -1.0, site.order), site.order)
+
+
+@rotation_rule("mul div", says=factor_sentence)
+def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwargs: Value) -> Value:
+    if kwargs.get("rounding_mode") is not None:
+        return a.end(site, [x, y], "it is rounded")
+    if isinstance(x, Vector) and isinstance(y, Vector):
+        if x.coordinates is y.coordinates or (
+            x.gain is None
+            and y.gain is None
+            and torch.equal(x.coordinates, y.coordinates)
+            and torch.equal(x.instances, y.instances)
+        ):
+            return rotate_squared(a, site, x)
+        return a.end(site, [x, y], "it is multiplied by another activation")
+    vector, factor = (y, x) if isinstance(y, (Vector, Square, Mean)) else (x, y)
+    if isinstance(vector, (Square, Mean)):
+        return vector if scalar(factor) is not None else a.end(site, [vector, factor], "it is multiplied")
+    if not isinstance(vector, Vector):
+        return a.end(site, [x, y], NO_ROTATION)
+    if site.operator == "div" and vector is not x:
+        return a.end(site, [x, y], "it is divided by")
+    if isinstance(factor, Param) and int(np.prod(factor.full_shape)) == 1 and len(factor.shape) <= len(site.shape):
+        return rotate_number(a, site, vector, factor)
+    if isinstance(factor, (Param, Gain)):
+        return rotate_gained(a, site, vector, factor if isinstance(factor, Gain) else Gain(factor, 0))
+    return rotate_scaled(a, site, vector, factor)
+
+
+def rotate_scaled(a: RotationAnalysis, site: Site, vector: Vector, factor: Value) -> Value:
+    if scalar(factor) is not None or (isinstance(factor, Unknown) and len(factor.shape) == 0):
+        if vector.gain is not None and vector.gain.bias is not None:
+            return a.end(site, [vector], "a norm's bias is scaled")
+        return anew(replace(vector, table=None))  # a norm's epsilon is not scaled with the table
+    shape = vector_shape(factor)
+    if vector.gain is not None and vector.gain.bias is not None:
+        return a.end(site, [vector], "a norm's bias is scaled")
+    if tuple(vector.coordinates.shape) != site.shape:  # several copies, each with factors of its own
+        if vector.coordinates.shape[-1:] != site.shape[-1:]:
+            return a.end(site, [vector], "it is broadcast")
+        vector = broadcast(vector, site.shape)
+    keys = torch.arange(int(np.prod(shape))).view(shape).expand(site.shape)
+    a.split(vector, keys, site.because("its channels are multiplied by different factors"))
+    return anew(replace(vector, table=None, factors=vector.times(keys + (site.order << 32))))
+
+
+def rotate_number(a: RotationAnalysis, site: Site, vector: Vector, param: Param) -> Value:
+    """One number that is a parameter: what is multiplied by it is rotated all the same."""
+    a.families.other_use(param, site.because("it is a number"), "a number")
+    return rotate_scaled(a, site, vector, Unknown((), site.outputs[0].dtype))
+
+
+def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -> Value:
+    """A norm weight: it waits for the linears that it can be folded into."""
+    shape = gain.param.full_shape
+    size = max(shape, default=1)
+    if (
+        vector.gain is not None
+        or int(np.prod(shape)) != size
+        or vector.coordinates.shape[-1] != size
+        or site.operator != "mul"
+    ):
+        return a.end(site, [vector, gain], "it is multiplied by a parameter")
+    a.families.other_use(gain.param, site.because("it is a gain"), f"gain{gain.offset}")
+    index = gain.param.replay(torch.arange(size).view(shape))
+    if index.shape[-1] != size:
+        return a.end(site, [vector, gain], "it is multiplied by a parameter")
+    index = index.expand(vector.coordinates.shape)
+    norm = Norm(
+        kind="layer" if vector.centred else "rms",
+        weight=gain.param.name,
+        bias=None,
+        offset=1 if gain.offset else 0,
+        eps=None,
+    )
+    return replace(vector, gain=norm, gain_index=index, table=None)
+
+
+@scale_rule("addcmul addcdiv", says="sum with a product: what is added carries the scale of the product")
+def scale_add_product(a: ScaleAnalysis, site: Site, x: Value, y: Value, z: Value, *, value: Value = 1) -> Value:
+    """``x + value * y * z``, or ``y / z``."""
+    start, left, right = a.labels(site, x), a.labels(site, y), a.labels(site, z)
+    a.meet(site, start, left, right)
+    if site.operator == "addcdiv":
+        right = a.variables.power(right, -1.0, site.order)
+    return a.variables.merge(start, a.variables.product(left, right, site.order), site.order).expand(site.shape)
+
+
+@scale_rule("lerp", says="blends two tensors: both carry the same scale, their share has scale 1")
+def scale_lerp(a: ScaleAnalysis, site: Site, x: Value, y: Value, weight: Value) -> Value:
+    """``x + weight * (y - x)``."""
+    left, right, share = a.labels(site, x), a.labels(site, y), a.labels(site, weight)
+    a.meet(site, left, right, share)
+    a.variables.fix(share, site.because("it is the share of two tensors that are blended"))
+    return a.variables.merge(left, right, site.order).expand(site.shape)
+
+
+@scale_rule("pow float_power", says="a power: the scale is raised to it")
+def scale_pow_(a: ScaleAnalysis, site: Site, x: Value, exponent: Value) -> Value:
+    number = scalar(exponent)
+    if number is None or number == 0:
+        return a.block(site, [x, exponent], "it is raised to a power that is not a constant")
+    return a.variables.power(a.labels(site, x), number, site.order)
+
+
+def _to_the(exponent: float) -> Callable[[ScaleAnalysis, Site, Value], Value]:
+    def scale_power(a: ScaleAnalysis, site: Site, x: Value) -> Value:
+        return a.variables.power(a.labels(site, x), exponent, site.order)
+
+    return scale_power
+
+
+scale_square = scale_rule("square", says="squares the scale")(_to_the(2.0))
+scale_sqrt = scale_rule("sqrt", says="takes the square root of the scale")(_to_the(0.5))
+scale_rsqrt = scale_rule("rsqrt", says="puts one over the square root of the scale")(_to_the(-0.5))
+scale_reciprocal = scale_rule("reciprocal", says="puts one over the scale")(_to_the(-1.0))
+
+
+@rotation_rule("pow square", says=LENGTH)
+def rotate_squared(a: RotationAnalysis, site: Site, x: Value, *args: Value) -> Value:
+    if site.operator == "pow" and scalar(args[0]) != 2.0:
+        return a.end(site, [x, *args], "it is raised to a power")  # the exponent may be a vector too
+    if not isinstance(x, Vector) or x.gain is not None:
+        return a.end(site, [x], "it is squared")
+    return Square(x)

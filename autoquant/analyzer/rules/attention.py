@@ -1,0 +1,111 @@
+"""Attention: queries meet keys, and values are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from autoquant.analyzer.axes import Param
+from autoquant.analyzer.interpreter import Site, Value
+from autoquant.analyzer.rotation_state import (
+    RotationAnalysis,
+    Vector,
+    apply,
+    fresh_instances,
+    seen_along,
+    varies,
+)
+from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
+from autoquant.analyzer.scale_state import ScaleAnalysis, Scores
+from autoquant.aten import (
+    NO_ROTATION,
+    PRODUCTS,
+    operator_name,
+)
+
+
+def attention_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
+    """What ``scale_attention`` does at a node."""
+    if carriers and node.args[2] in carriers:
+        return "attention: every head passes the scale of its values through"
+    return "attention: queries meet keys, whose scales must cancel"
+
+
+@scale_rule("scaled_dot_product_attention", says=attention_sentence)
+def scale_attention(
+    a: ScaleAnalysis, site: Site, q: Value, k: Value, value: Value, mask: Value = None, *args: Value, **kwargs: Value
+) -> Value:
+    """softmax(q k^T) v: q and k cancel, v's labels come out, repeated over the query heads."""
+    queries, keys, values = (a.labels(site, x) for x in (q, k, value))
+    for labels in (queries, keys, values):
+        a.mixed(labels)
+    if kwargs.get("enable_gqa", len(args) > 3 and args[3]):
+        keys = keys.repeat_interleave(queries.shape[-3] // keys.shape[-3], -3)
+        values = values.repeat_interleave(queries.shape[-3] // values.shape[-3], -3)
+    if isinstance(mask, (Tensor, Param)):
+        a.variables.fix(a.labels(site, mask), site.because("it is added to attention scores"))
+    scale_cancel(a, site, queries, keys)
+    return a.variables.merge_along(values, [values.ndim - 2], site.order, keepdim=True).expand(site.shape)
+
+
+@rotation_rule(
+    "scaled_dot_product_attention", says="attention: adds up the vectors of each head, a rotation per head passes"
+)
+def rotate_attention(
+    a: RotationAnalysis, site: Site, q: Value, k: Value, value: Value, mask: Value = None, *args: Value, **kwargs: Value
+) -> Value:
+    a.end(site, [q, k, mask], "it enters attention scores")
+    if not isinstance(value, Vector):
+        return a.end(site, [value], NO_ROTATION)
+    if kwargs.get("enable_gqa", len(args) > 3 and args[3]):
+        repeats = site.shape[-3] // value.coordinates.shape[-3]
+        value = apply(value, lambda labels: labels.repeat_interleave(repeats, -3))
+    return rotate_summed_over_tokens(a, site, value)
+
+
+def scale_cancel(a: ScaleAnalysis, site: Site, queries: Tensor, keys: Tensor) -> None:
+    """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when k's scale is one over q's, channel by channel."""
+    if _is_attention(site.node):
+        heads = queries.shape[-3] if queries.ndim > 2 else 1
+        kv_heads = len(torch.unique(keys.transpose(0, -3).flatten(1), dim=0)) if keys.ndim > 2 else 1
+        a.scores.append(Scores(site, heads, kv_heads, queries.shape[-1]))
+    q = a.variables.merge_along(queries, [queries.ndim - 2], site.order)
+    k = a.variables.merge_along(keys, [keys.ndim - 2], site.order)
+    a.variables.equal(q, k, site.order, ratio=-1.0)
+    a.cancelled.append(torch.unique(q))
+
+
+def rotate_summed_over_tokens(a: RotationAnalysis, site: Site, values: Vector) -> Value:
+    """Sums of vectors with coefficients per position of the result: every axis but the last has its own."""
+    dim = values.coordinates.ndim - 2
+    if values.gain is not None or varies(values.coordinates, dim):
+        return a.end(site, [values], "its channels are summed")
+    labels = a.variables.merge_along(values.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
+    # The heads of a token are read together, also where they all look at the same values.
+    instances = fresh_instances(labels.narrow(-3, 0, 1) if labels.ndim > 3 else labels).expand(labels.shape)
+    out = Vector(labels, instances, factors=seen_along(values, [dim], True, tuple(site.shape)))
+    keys = torch.arange(int(np.prod(site.shape[:-1]))).view(*site.shape[:-1], 1).expand(site.shape)
+    a.split(out, keys, site.because("heads have attention weights of their own"))
+    a.values.append((site, labels))
+    return replace(out, factors=out.times(keys + (site.order << 32)))
+
+
+def _is_attention(node: torch.fx.Node) -> bool:
+    """True if the scores go through a softmax before anything else is multiplied by them."""
+    queue, seen = [node], {node}
+    while queue:
+        found = queue.pop()
+        if operator_name(found) in ("scaled_dot_product_attention", "softmax", "_softmax"):
+            return True
+        users = [user for user in found.users if user not in seen and operator_name(user) not in PRODUCTS]
+        seen.update(users)
+        queue.extend(users[: MAX_STEPS - len(seen)])
+    return False
+
+
+MAX_STEPS = 64
+"""How far a softmax is looked for."""

@@ -1,0 +1,21 @@
+"""Complex numbers as pairs of real ones."""
+
+from __future__ import annotations
+
+from autoquant.analyzer.interpreter import Site, Value
+from autoquant.analyzer.rules.registry import scale_rule
+from autoquant.analyzer.scale_state import ScaleAnalysis
+
+
+@scale_rule("view_as_complex", says="two numbers become one: both carry the same scale")
+def scale_as_complex(a: ScaleAnalysis, site: Site, x: Value) -> Value:
+    """Two numbers become one: they have one scale."""
+    labels = a.labels(site, x)
+    if labels.ndim == 1:
+        a.mixed(labels)
+    return a.variables.merge_along(labels, [labels.ndim - 1], site.order)
+
+
+@scale_rule("view_as_real", says="one number becomes two of the same scale")
+def scale_as_real(a: ScaleAnalysis, site: Site, x: Value) -> Value:
+    return a.labels(site, x).unsqueeze(-1).expand(site.shape)

@@ -1,0 +1,227 @@
+"""Products that add over channels: linears, and products of two activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from autoquant.analyzer.axes import Factors, Param
+from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.rotation_state import (
+    Read,
+    RotationAnalysis,
+    Vector,
+    apply,
+    fresh_instances,
+    mixed,
+    varies,
+)
+from autoquant.analyzer.rules.attention import rotate_summed_over_tokens, scale_cancel
+from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
+from autoquant.analyzer.rules.sentences import (
+    product_with_weight,
+    written_by_weight,
+)
+from autoquant.analyzer.scale_state import ScaleAnalysis, Use
+from autoquant.analyzer.variables import ZERO
+from autoquant.aten import (
+    NO_ROTATION,
+)
+from autoquant.config.format import Norm
+
+
+@scale_rule("linear", says=product_with_weight)
+def scale_linear(a: ScaleAnalysis, site: Site, x: Value, w: Value, bias: Value = None) -> Value:
+    return (
+        scale_product(a, site, x, w, 1, bias)
+        if isinstance(w, Param)
+        else scale_activations(a, site, x, swapped(a, site, w), bias)
+    )
+
+
+@rotation_rule("linear", says=written_by_weight)
+def rotate_linear(a: RotationAnalysis, site: Site, x: Value, w: Value, bias: Value = None) -> Value:
+    return rotate_product(a, site, x, w, 1, bias)
+
+
+@scale_rule("matmul mm bmm", says=product_with_weight, without="dtype")
+def scale_matmul(a: ScaleAnalysis, site: Site, x: Value, y: Value) -> Value:
+    if isinstance(y, Param) and len(y.shape) >= 2:
+        return scale_product(a, site, x, y, len(y.shape) - 2)
+    if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Tensor) and y.ndim >= 2:
+        swapped = scale_product_from_left(a, site, x, y)
+        return swapped
+    return scale_activations(a, site, x, y)
+
+
+@rotation_rule("matmul mm bmm", says=written_by_weight, without="dtype")
+def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
+    if isinstance(y, Param):
+        return rotate_product(a, site, x, y, len(y.shape) - 2)
+    if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Vector):
+        return rotate_product_from_left(a, site, x, y)
+    if isinstance(y, Vector) and isinstance(x, (Unknown, Known)):
+        return rotate_summed_over_tokens(a, site, y)
+    return a.end(site, [x, y], "it is a product of two activations")
+
+
+@scale_rule("addmm", says=product_with_weight, without="dtype")
+def scale_addmm(a: ScaleAnalysis, site: Site, bias: Value, x: Value, w: Value, **kwargs: Value) -> Value:
+    if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
+        return a.block(site, [bias, x, w], "the product is blended with a bias")
+    return scale_product(a, site, x, w, 0, bias) if isinstance(w, Param) else scale_activations(a, site, x, w, bias)
+
+
+@rotation_rule("addmm", says=written_by_weight, without="dtype")
+def rotate_addmm(a: RotationAnalysis, site: Site, bias: Value, x: Value, w: Value, **kwargs: Value) -> Value:
+    return rotate_product(a, site, x, w, 0, bias)
+
+
+@scale_rule("baddbmm", says=product_with_weight, without="dtype")
+def scale_baddbmm(a: ScaleAnalysis, site: Site, bias: Value, x: Value, y: Value, **kwargs: Value) -> Value:
+    """``beta * bias + alpha * x @ y``: numbers change no scale."""
+    if isinstance(bias, (Tensor, Param)):
+        return a.block(site, [bias, x, y], "a product is blended with an activation")
+    return a.variables.merge(scale_matmul(a, site, x, y), a.labels(site, bias), site.order)
+
+
+def scale_product(a: ScaleAnalysis, site: Site, x: Value, w: Value, contracted: int, bias: Value = None) -> Value:
+    """``x @ w`` with a parameter ``w``; ``contracted`` is the dimension of ``w`` that is summed over."""
+    if not isinstance(x, (Tensor, Known, Unknown)) or not isinstance(w, Param):
+        return a.block(site, [x, w, bias], "both factors are parameters")
+    output = len(w.shape) - 1 if contracted == len(w.shape) - 2 else len(w.shape) - 2
+    found = a.families.factors(w, contracted, output, site.because("it is a weight"))
+    if found is None:
+        return a.block(site, [x, w, bias], "rows and columns of the weight are mixed by a reshape")
+    columns, rows = found.columns, found.rows
+    labels = a.labels(site, x)
+    keyed = w.key and len(w.shape) == 3
+    if not keyed:
+        a.mixed(labels)
+    batch = columns.ndim - 1
+    if batch and labels.ndim != len(w.shape):
+        return a.block(site, [x, w, bias], "a stack of weights is broadcast")
+    summed = [labels.ndim - 2] if batch else range(labels.ndim - 1)
+    labels = a.variables.merge_along(labels, summed, site.order)
+    a.variables.equal(columns, labels, site.order, ratio=-1.0)
+    a.uses.append(use(site, w, bias, found, labels))
+    rows = rows.unsqueeze(-2).expand(site.shape) if batch else rows.expand(site.shape)
+    if bias is not None:
+        return a.variables.merge(rows, a.labels(site, bias), site.order)
+    return rows
+
+
+def scale_product_from_left(a: ScaleAnalysis, site: Site, w: Param, x: Tensor) -> Value:
+    """``w @ x``: the columns of ``w`` are summed with the rows of ``x``."""
+    found = a.families.factors(w, 1, 0, site.because("it is a weight"))
+    if found is None:
+        return a.block(site, [w, x], "rows and columns of the weight are mixed by a reshape")
+    a.mixed(x)
+    labels = a.variables.merge_along(x, [d for d in range(x.ndim) if d != x.ndim - 2], site.order)
+    a.variables.equal(found.columns, labels, site.order, ratio=-1.0)
+    a.uses.append(use(site, w, None, found, labels))
+    return found.rows.unsqueeze(-1).expand(site.shape)
+
+
+def scale_activations(a: ScaleAnalysis, site: Site, x: Value, y: Value, bias: Value = None) -> Value:
+    """A product of two activations: scales along the sum must cancel, unless one side has none."""
+    left, right = a.labels(site, x), a.labels(site, y)
+    a.mixed(left)
+    a.mixed(right)
+    reason = site.because("it is a product of two activations")
+    if left.ndim < 2 or right.ndim < 2:
+        return a.block(site, [x, y, bias], "it is a product with a vector")
+    if a.variables.all_fixed(left):
+        out = a.variables.merge_along(right, [right.ndim - 2], site.order, keepdim=True).expand(site.shape)
+    elif a.variables.all_fixed(right):
+        out = a.variables.merge_along(left, [left.ndim - 1], site.order, keepdim=True).expand(site.shape)
+    else:
+        scale_cancel(a, site, left, right.transpose(-1, -2))
+        out = a.fixed(site.shape, reason)
+    return out if bias is None else a.variables.merge(out, a.labels(site, bias), site.order)
+
+
+def rotate_product(
+    a: RotationAnalysis, site: Site, x: Value, w: Value, contracted: int, bias: Value = None, key: int = 0
+) -> Value:
+    if not isinstance(w, Param) or len(w.shape) < 2:
+        return a.end(site, [x, w, bias], "it is a product of two activations")
+    ndim = len(w.shape)
+    output = ndim - 1 if contracted == ndim - 2 else ndim - 2
+    weight = replace(w, key=key or w.key)
+    found = a.families.factors(weight, contracted, output, site.because("it is a weight"))
+    if found is None:
+        return a.end(site, [x, w, bias], "rows and columns of the weight are mixed by a reshape")
+    columns, rows = (found.columns[0], found.rows[0]) if key else (found.columns, found.rows)
+    if isinstance(x, Vector):
+        rotate_read(a, site, x, columns, found, w.name, bias)
+    else:
+        a.variables.fix(columns, site.because("it also reads what is not rotated"))
+        a.end(site, [x], NO_ROTATION)
+    rows = rows.unsqueeze(-2).expand(site.shape) if rows.ndim > 1 else rows.expand(site.shape)
+    if isinstance(bias, Param) and not bias.views and len(bias.full_shape) == 1:
+        labels = a.families.leaf(bias, 0, site.because("it is a bias"))
+        rows = a.variables.merge(rows, labels, site.order) if labels is not None else rows
+    elif bias is not None:
+        rows_vector = Vector(rows, fresh_instances(rows))
+        return a.end(site, [rows_vector, bias], "a tensor that is not rotated is added")
+    out = Vector(rows, fresh_instances(rows))
+    if not key and found.rows.ndim > 1:  # a matrix for each part of the input: its rows read that part alone
+        lead = found.rows.shape[:-1]
+        keys = torch.arange(lead.numel()).view(*lead, 1, 1).expand(site.shape)
+        a.split(out, keys, site.because("its channels are made of different vectors"))
+    return out
+
+
+def rotate_read(
+    a: RotationAnalysis, site: Site, x: Vector, columns: Tensor, found: Factors, weight: str, bias: Value
+) -> None:
+    real = x.coordinates != ZERO
+    one = torch.where(real, x.instances, x.instances.amax(-1, keepdim=True))
+    if bool((one != one[..., :1]).any()):
+        text = "channels of different tokens are read together"
+        a.end(site, [x], text)
+        a.variables.fix(columns, site.because(text))  # other readings of the weight would rotate them
+        return
+    summed = [x.coordinates.ndim - 2] if columns.ndim > 1 else range(x.coordinates.ndim - 1)
+    labels = a.variables.merge_along(x.coordinates, list(summed), site.order)
+    a.variables.equal(columns, labels, site.order)
+    if x.gain_index is not None and not bool((x.gain_index == torch.arange(x.gain_index.shape[-1])).all()):
+        a.end(site, [x], "the norm's weight is rearranged before it is read")
+    order = columns.argsort(-1)  # as they lie in the weight
+    a.arrange(site, labels.expand_as(columns).gather(-1, order))
+    if x.factors is not None and varies(x.factors, x.factors.ndim - 1):
+        a.split(x, x.factors, site.because("channels of different vectors are read together"))
+    if x.factors is not None:
+        seen = mixed(x.instances, x.factors).flatten(0, -2).sum(0)
+        reason = site.because("copies of its channels that saw different factors are read")
+        for copies, lie in zip(labels, order, strict=True) if labels.ndim > 1 else [(labels, order)]:
+            a.split_copies(copies[lie], seen[lie], reason)
+    name = bias.name if isinstance(bias, Param) else None
+    bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
+    a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))
+
+
+def rotate_product_from_left(a: RotationAnalysis, site: Site, w: Param, x: Vector) -> Value:
+    """``w @ x``: the columns of ``w`` are summed with the rows of ``x``."""
+    found = a.families.factors(w, 1, 0, site.because("it is a weight"))
+    if found is None:
+        return a.end(site, [w, x], "rows and columns of the weight are mixed by a reshape")
+    rotate_read(a, site, apply(x, lambda labels: labels.transpose(-1, -2)), found.columns, found, w.name, None)
+    rows = found.rows.unsqueeze(-1).expand(site.shape)
+    return Vector(rows, fresh_instances(rows))
+
+
+def swapped(a: ScaleAnalysis, site: Site, value: Value) -> Tensor:
+    """Labels of a matrix, the other way round."""
+    return a.labels(site, value).transpose(-1, -2)
+
+
+def use(site: Site, w: Param, bias: Value, found: Factors, labels: Tensor) -> Use:
+    """What is kept of a product: who reads which labels."""
+    name = bias.name if isinstance(bias, Param) else None
+    stack = int(torch.Size(w.full_shape[:-2]).numel()) if len(w.full_shape) > 2 else None
+    sizes = w.full_shape[found.column_dim], w.full_shape[found.row_dim]
+    return Use(site, w.name, name, found.column_dim, stack, *sizes, labels)

@@ -1,0 +1,188 @@
+"""Operators that write into a tensor: what was there and what is written must agree where they may meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from autoquant.analyzer.axes import Param
+from autoquant.analyzer.interpreter import Known, Site, Value
+from autoquant.analyzer.rotation_state import (
+    RotationAnalysis,
+    Vector,
+    fresh_instances,
+    mixed,
+    seen_along,
+    varies,
+    whole_rows,
+)
+from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
+from autoquant.analyzer.rules.sentences import (
+    WRITES,
+)
+from autoquant.analyzer.scale_state import ScaleAnalysis, shape_of
+from autoquant.aten import (
+    NO_RULE,
+)
+
+
+@scale_rule(
+    "copy",
+    says="replaces a tensor: the scale of what is copied passes",
+    without="t Dict_str Dict_int Dict_bool Dict_float Dict_complex Dict_Tensor",
+)
+def scale_copy(a: ScaleAnalysis, site: Site, x: Value, source: Value, *args: Value) -> Value:
+    return a.labels(site, source).expand(site.shape)
+
+
+@scale_rule("slice_scatter select_scatter", says=WRITES)
+def scale_write_slice(a: ScaleAnalysis, site: Site, x: Value, source: Value, *args: Value, **kwargs: Value) -> Value:
+    labels, written = a.labels(site, x), a.labels(site, source)
+    a.mixed(labels)
+    a.mixed(written)
+    return run(site, labels, written.expand(shape_of(source)), *args, **kwargs)
+
+
+@scale_rule("index_add index_copy index_fill", says=WRITES)
+def scale_write_rows(
+    a: ScaleAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, **kwargs: Value
+) -> Value:
+    """index_add, index_copy, index_fill."""
+    labels, written = a.labels(site, x), a.labels(site, source)
+    if written.ndim == 0 < labels.ndim:  # one number everywhere
+        written = written.expand((1,) * labels.ndim)
+    return written_along(a, site, labels, written, dim % max(labels.ndim, 1))
+
+
+@rotation_rule("index_add", says="adds whole vectors to rows: both are rotated alike")
+def rotate_index_add(
+    a: RotationAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, **kwargs: Value
+) -> Value:
+    """Whole vectors are added to any of the rows."""
+    empty = isinstance(x, Known) and not bool(x.value.any())
+    into = x if isinstance(x, Vector) else None
+    if (
+        not (empty or into)
+        or not isinstance(source, Vector)
+        or source.gain is not None
+        or (into is not None and (into.gain is not None or varies(into.coordinates, dim)))
+        or varies(source.coordinates, dim)
+        or kwargs.get("alpha", 1) != 1
+    ):
+        return a.end(site, [x, source], "it is added to something else")
+    dim %= source.coordinates.ndim
+    labels = a.variables.merge_along(source.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
+    if into is not None:
+        labels = a.variables.merge(into.coordinates, labels, site.order)
+    factors = seen_along(source, [dim], True, site.shape)
+    if into is not None and into.factors is not None:
+        factors = into.factors if factors is None else mixed(into.factors, factors)
+    return Vector(labels, fresh_instances(labels), factors=factors)
+
+
+@scale_rule("scatter scatter_add scatter_reduce", says=WRITES)
+def scale_scatter(
+    a: ScaleAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, *args: Value, **kwargs: Value
+) -> Value:
+    """Position by position along ``dim``: the other coordinates of what is written stay."""
+    labels, written = a.labels(site, x), a.labels(site, source)
+    dim %= max(labels.ndim, 1)
+    if isinstance(index, (Tensor, Param)) or "prod" in args or kwargs.get("reduce") in ("prod", "multiply"):
+        return a.block(site, [x, index, source], NO_RULE)
+    if isinstance(index, Known) and site.operator == "scatter" and not kwargs:
+        a.mixed(labels)
+        a.mixed(written)
+        return run(site, labels, dim, index.value, written if written.ndim else int(written))
+    sizes = shape_of(index)
+    if any(size != labels.shape[d] for d, size in enumerate(sizes) if d != dim):
+        return a.block(site, [x, source], "it is written to part of a tensor")
+    for d, size in enumerate(sizes if written.ndim else ()):
+        written = written.narrow(d, 0, size)
+    return written_along(a, site, labels, written if written.ndim else written.expand((1,) * labels.ndim), dim)
+
+
+@scale_rule("index_put", says=WRITES)
+def scale_index_put(
+    a: ScaleAnalysis, site: Site, x: Value, indices: Sequence[Value], values: Value, accumulate: bool = False
+) -> Value:
+    """``x[indices] = values``, or ``+=``."""
+    labels, written = a.labels(site, x), a.labels(site, values)
+    a.mixed(labels)
+    a.mixed(written)
+    if any(isinstance(index, (Tensor, Param)) for index in indices):
+        return a.block(site, [x, *indices, values], "it is used as an index")
+    if not accumulate and all(index is None or isinstance(index, Known) for index in indices):
+        return run(site, labels, [None if index is None else index.value for index in indices], written)
+    if written.numel() == 1:
+        return a.variables.merge(labels, written.reshape(()), site.order).expand(site.shape)
+    dims = [d for d, index in enumerate(indices) if index is not None]
+    if dims != list(range(dims[0], dims[-1] + 1)) or any(_is_mask(indices[d]) for d in dims):
+        return a.block(site, [x, values], "it is written to places that the data choose")
+    chosen = torch.broadcast_shapes(*(shape_of(indices[d]) for d in dims))
+    first, last = labels.shape[: dims[0]], labels.shape[dims[-1] + 1 :]
+    places = written.expand(*first, *chosen, *last)
+    row = a.variables.merge_along(places, list(range(dims[0], dims[0] + len(chosen))), site.order)
+    base = a.variables.merge_along(labels, dims, site.order)
+    return a.variables.merge(base, row, site.order).reshape(*first, *(1,) * len(dims), *last).expand(site.shape)
+
+
+@scale_rule("masked_scatter", says=WRITES)
+def scale_masked_scatter(a: ScaleAnalysis, site: Site, x: Value, mask: Value, source: Value) -> Value:
+    """The elements of ``source`` in order, where the mask is true."""
+    labels, written = a.labels(site, x), a.labels(site, source)
+    a.mixed(labels)
+    a.mixed(written)
+    if isinstance(mask, Known):
+        return run(site, labels, mask.value, written)
+    if isinstance(mask, (Tensor, Param)):
+        return a.block(site, [x, mask, source], "it is used as a condition")
+    rows = whole_rows(site.node.args[1], mask) and labels.shape[-1:] == written.shape[-1:]
+    row = a.variables.merge_along(written, range(written.ndim - rows), site.order)
+    base = a.variables.merge_along(labels, range(labels.ndim - rows), site.order)
+    return a.variables.merge(base, row, site.order).expand(site.shape)
+
+
+@rotation_rule("masked_scatter", says="replaces whole vectors: both are rotated alike")
+def rotate_masked_scatter(a: RotationAnalysis, site: Site, x: Value, mask: Value, source: Value) -> Value:
+    """Some whole vectors of ``x`` are replaced, in order, by those of ``source`` (pictures among words)."""
+    if (
+        not isinstance(x, Vector)
+        or not isinstance(source, Vector)
+        or not whole_rows(site.node.args[1], mask)
+        or x.gain is not None
+        or source.gain is not None
+        or source.coordinates.shape[-1] != x.coordinates.shape[-1]
+    ):
+        return a.end(site, [x, mask, source], "it is masked")
+    a.arrange(site, x.coordinates, source.coordinates)
+    row = a.variables.merge_along(source.coordinates, range(source.coordinates.ndim - 1), site.order)
+    labels = a.variables.merge(x.coordinates, row, site.order)
+    factors = seen_along(source, range(source.coordinates.ndim - 1), False, tuple(row.shape))
+    if factors is not None or x.factors is not None:
+        none = torch.zeros(1, dtype=torch.int64)
+        parts = [none if part is None else part for part in (x.factors, factors)]
+        factors = mixed(parts[0], parts[1]).expand(site.shape)
+    return Vector(labels, fresh_instances(labels), factors=factors)
+
+
+def run(site: Site, *args: Value, **kwargs: Value) -> Tensor:
+    """The operator itself, on labels."""
+    target: Callable[..., Tensor] = site.node.target  # type: ignore[assignment]  # a call_function node
+    return target(*args, **kwargs)
+
+
+def written_along(a: ScaleAnalysis, site: Site, labels: Tensor, written: Tensor, dim: int) -> Value:
+    """Rows of ``written`` go anywhere along ``dim``: all that is there takes their scale."""
+    a.mixed(labels)
+    a.mixed(written)
+    row = a.variables.merge_along(written, [dim], site.order, keepdim=True)
+    return a.variables.merge(a.variables.merge_along(labels, [dim], site.order, keepdim=True), row, site.order).expand(
+        site.shape
+    )
+
+
+def _is_mask(index: Value) -> bool:
+    dtype = index.value.dtype if isinstance(index, Known) else index.dtype
+    return bool(dtype in (torch.bool, torch.uint8))
