@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoquant.calibration.texts import read_text
-from autoquant.checkpoint.quantize import calibration_windows, load_float32, load_tokenizer
+from autoquant.calibration.windows import (
+    CalibrationOptions,
+    Windows,
+    calibration_windows,
+    cut_windows,
+    rebatched,
+    tokenize,
+)
+from autoquant.checkpoint.quantize import load_float32, load_tokenizer
 from autoquant.config.file import config_text, load_config
 from autoquant.config.format import (
     ActivationQuantization,
@@ -35,27 +43,16 @@ from autoquant.config.format import (
     edited,
 )
 from autoquant.evaluation.compare import shares_scale
-from autoquant.evaluation.perplexity import (
-    Estimate,
-    Windows,
-    cut_windows,
-    exp_estimate,
-    logits_of,
-    nll_per_window,
-    ratio_estimate,
-    rebatched,
-    tokenize,
-)
+from autoquant.evaluation.perplexity import Estimate, exp_estimate, logits_of, nll_per_window, ratio_estimate
 from autoquant.io.files import write_text
 from autoquant.pipeline.quantize import quantize_model_
-from autoquant.pipeline.select import Preopt, parse_preopt
+from autoquant.pipeline.select import EVERYTHING, Transforms
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer import int8
 from autoquant.quantizer.linear import Int8Linear
 from autoquant.quantizer.prefix import fix_prefix_
 from autoquant.quantizer.strategies import plan_linears, scheme_of
 from autoquant.quantizer.weight import input_scale
-from autoquant.searcher.search import PREOPT
 
 BATCH = 16
 Change = Callable[[Config], Config]
@@ -120,8 +117,8 @@ def both(*changes: Change) -> Change:
 GPTQ = quantization(weights=WeightQuantization(rounding=Rounding.GPTQ))
 QRONOS = quantization(weights=WeightQuantization(rounding=Rounding.QRONOS))
 CLIPPED = quantization(activations=OUTPUT)
-SEED = parse_preopt("fc_fc:0.5+rotation")
-NONE = parse_preopt("none")
+SEED = Transforms.parse("fc_fc:0.5+rotation")
+NONE = Transforms.parse("none")
 
 # Rows whose knob does nothing elsewhere.
 STATIC_ONLY = ("alone: static scales", "alone: spikes")
@@ -159,45 +156,45 @@ def halve_(model: nn.Module, before: nn.Module, side: str) -> None:
         setattr(model.get_submodule(parent), child, new)
 
 
-def rows_of(bos: int) -> Mapping[str, tuple[Preopt, Change]]:
+def rows_of(bos: int) -> Mapping[str, tuple[Transforms, Change]]:
     """Row -> what is enabled, and the knobs. "alone": on top of the seed's recipe, fc_fc + R1 + R2 at alpha 0.5."""
     sink = quantization(prefix=(bos,))
     return {
         "none": (NONE, both()),
         "seed's recipe: fc_fc 0.5 + R1 + R2": (SEED, both()),
-        "alone: alpha 0.7": (PREOPT, smoothing(alpha=0.7)),
-        "alone: alpha 0.85, no rotation": (PREOPT, both(smoothing(alpha=0.85), rotation(enable=False))),
-        "alone: scales by descent": (PREOPT, smoothing(method=SmoothingMethod.DESCENT)),
-        "alone: R1 without R2": (PREOPT, without_r2),
-        "alone: other signs of R1 (seed 1)": (PREOPT, rotation(seed=1)),
-        "alone: learned R1": (PREOPT, learned),
-        "alone: online R4": (PREOPT, online("R4")),
+        "alone: alpha 0.7": (EVERYTHING, smoothing(alpha=0.7)),
+        "alone: alpha 0.85, no rotation": (EVERYTHING, both(smoothing(alpha=0.85), rotation(enable=False))),
+        "alone: scales by descent": (EVERYTHING, smoothing(method=SmoothingMethod.DESCENT)),
+        "alone: R1 without R2": (EVERYTHING, without_r2),
+        "alone: other signs of R1 (seed 1)": (EVERYTHING, rotation(seed=1)),
+        "alone: learned R1": (EVERYTHING, learned),
+        "alone: online R4": (EVERYTHING, online("R4")),
         "alone: static scales, least input error": (
-            PREOPT,
+            EVERYTHING,
             quantization(activations=ActivationQuantization(clip=StaticClip.MSE)),
         ),
         "alone: static scales, 99.99 percentile": (
-            PREOPT,
+            EVERYTHING,
             quantization(activations=ActivationQuantization(clip=StaticClip.PERCENTILE)),
         ),
-        "alone: static scales, least output error": (PREOPT, CLIPPED),
-        "alone: spikes (down_proj of layers 0 and 4 per token)": (PREOPT, down_per_token),
-        "alone: prefix": (PREOPT, sink),
-        "alone: weights, least error": (PREOPT, quantization(weights=WeightQuantization(clip="mse"))),
-        "alone: weights by GPTQ": (PREOPT, GPTQ),
-        "alone: weights by Qronos": (PREOPT, QRONOS),
-        "alone: bias correction": (PREOPT, quantization(weights=WeightQuantization(bias_correction=True))),
-        "alone: query-key scales": (PREOPT, query_key),
-        "alone: online R3": (PREOPT, online("R3")),
-        "prefix + output error": (PREOPT, both(sink, CLIPPED)),
-        "prefix + output error + alpha 0.7": (PREOPT, both(sink, CLIPPED, smoothing(alpha=0.7))),
+        "alone: static scales, least output error": (EVERYTHING, CLIPPED),
+        "alone: spikes (down_proj of layers 0 and 4 per token)": (EVERYTHING, down_per_token),
+        "alone: prefix": (EVERYTHING, sink),
+        "alone: weights, least error": (EVERYTHING, quantization(weights=WeightQuantization(clip="mse"))),
+        "alone: weights by GPTQ": (EVERYTHING, GPTQ),
+        "alone: weights by Qronos": (EVERYTHING, QRONOS),
+        "alone: bias correction": (EVERYTHING, quantization(weights=WeightQuantization(bias_correction=True))),
+        "alone: query-key scales": (EVERYTHING, query_key),
+        "alone: online R3": (EVERYTHING, online("R3")),
+        "prefix + output error": (EVERYTHING, both(sink, CLIPPED)),
+        "prefix + output error + alpha 0.7": (EVERYTHING, both(sink, CLIPPED, smoothing(alpha=0.7))),
         "prefix + output error + alpha 0.7 + descent": (
-            PREOPT,
+            EVERYTHING,
             both(sink, CLIPPED, smoothing(alpha=0.7, method=SmoothingMethod.DESCENT)),
         ),
-        "prefix + output error + alpha 0.7 + Qronos": (PREOPT, both(sink, CLIPPED, smoothing(alpha=0.7), QRONOS)),
+        "prefix + output error + alpha 0.7 + Qronos": (EVERYTHING, both(sink, CLIPPED, smoothing(alpha=0.7), QRONOS)),
         "prefix + output error + alpha 0.7 + descent + Qronos": (
-            PREOPT,
+            EVERYTHING,
             both(sink, CLIPPED, smoothing(alpha=0.7, method=SmoothingMethod.DESCENT), QRONOS),
         ),
     }
@@ -272,13 +269,13 @@ def main(
     base = load_config(config)
     tokenizer = load_tokenizer(model)
     windows = cut_windows(tokenize(tokenizer, read_text(data)), length, tokenizer.bos_token_id, tokens)
-    fit = calibration_windows(tokenizer, calibration, sequences, length, 0)
+    fit = calibration_windows(tokenizer, CalibrationOptions(calibration, sequences, length, 0))
     loaded = load_float32(model).to(device)
 
     def fresh() -> nn.Module:
         return copy.deepcopy(loaded)
 
-    def quantized(changed: Config, preopt: Preopt, strategy: Strategy, side: str | None = None) -> nn.Module:
+    def quantized(changed: Config, preopt: Transforms, strategy: Strategy, side: str | None = None) -> nn.Module:
         made = fresh()
         prepared = prepare_(made, changed, strategy, preopt, fit, cache=scheme_of(strategy).kv_cache is not None)
         before = copy.deepcopy(made) if side else made
@@ -297,16 +294,16 @@ def main(
     if first == 0:
         measure(output, "float", "float", base, fresh, windows)
         measure(output, "float + prefix", "float", base, with_prefix, windows)
-    wanted: list[tuple[str, Preopt, Config, Strategy, str | None]] = []
+    wanted: list[tuple[str, Transforms, Config, Strategy, str | None]] = []
     for row, (preopt, change) in rows_of(tokenizer.bos_token_id).items():
         wanted += [(row, preopt, change(base), strategy, None) for strategy in Strategy if applies(row, strategy)]
     for entry in searched:
         name, _, path = entry.partition("=")
         found = load_config(Path(path))
         matching = [s for s in Strategy if short(s.value) in name.split("|")]
-        wanted += [("searched", PREOPT, found, strategy, None) for strategy in matching]
+        wanted += [("searched", EVERYTHING, found, strategy, None) for strategy in matching]
         wanted += [
-            (f"searched, {row}", PREOPT, found, strategy, side)
+            (f"searched, {row}", EVERYTHING, found, strategy, side)
             for row, side in LIMITS.items()
             for strategy in matching
             if scheme_of(strategy).kv_cache is None

@@ -17,15 +17,16 @@ from accuracy import BATCH, Change, both, online, percent, quantization, smoothi
 from torch import Tensor
 
 from autoquant.calibration.texts import read_text
-from autoquant.checkpoint.quantize import calibration_windows, load_float32, load_tokenizer
+from autoquant.calibration.windows import CalibrationOptions, calibration_windows, cut_windows, rebatched, tokenize
+from autoquant.checkpoint.quantize import load_float32, load_tokenizer
 from autoquant.config.file import load_config
 from autoquant.config.format import Config, SmoothingKind, Strategy, edited
-from autoquant.evaluation.perplexity import cut_windows, logits_of, nll_per_window, rebatched, tokenize
+from autoquant.evaluation.perplexity import logits_of, nll_per_window
 from autoquant.pipeline.quantize import quantize_model_
+from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer import kv_cache
 from autoquant.quantizer.strategies import scheme_of
-from autoquant.searcher.search import PREOPT
 
 INT8 = Strategy.PER_CHANNEL_STATIC_KV
 CLIP = 0.8
@@ -54,7 +55,7 @@ def main(model: Path, config: Path, data: Path, calibration: Path, tokens: int) 
     """Print the table."""
     tokenizer, base, loaded = load_tokenizer(model), load_config(config), load_float32(model)
     windows = rebatched(cut_windows(tokenize(tokenizer, read_text(data)), 512, tokenizer.bos_token_id, tokens), BATCH)
-    fit = calibration_windows(tokenizer, calibration, 64, 512, 0)
+    fit = calibration_windows(tokenizer, CalibrationOptions(calibration, 64, 512, 0))
     reference = {"nll": nll_per_window(logits_of(loaded), windows)}
     same = both()
     r3 = both(without_query_key, online("R3"))
@@ -74,7 +75,7 @@ def main(model: Path, config: Path, data: Path, calibration: Path, tokens: int) 
     for name, (change, strategy, only, clip) in rows.items():
         made, changed = copy.deepcopy(loaded), change(base)
         cached = scheme_of(strategy).kv_cache is not None
-        swept = prepare_(made, changed, strategy, PREOPT, fit, cache=cached).swept
+        swept = prepare_(made, changed, strategy, EVERYTHING, fit, cache=cached).swept
         quantize_model_(made, changed, strategy, swept, fit)
         if clip != 1:
             made.get_submodule(kv_cache.MODULE).key.mul_(clip)

@@ -118,9 +118,9 @@ def main(model: str, config: Path, calibration: Path, output: Path, windows: int
     """Write MODEL, float32, with synthetic outliers."""
     from transformers import AutoTokenizer
 
+    from autoquant.calibration.windows import calibration_batches, cut_windows, tokenize
     from autoquant.checkpoint.formats.native import load_model
     from autoquant.config.file import load_config
-    from autoquant.evaluation.perplexity import calibration_batches, cut_windows, tokenize
 
     if output.exists():
         raise click.ClickException(f"{output} exists already")

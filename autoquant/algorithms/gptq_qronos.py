@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from autoquant.config.format import ActivationQuantization, Rounding, StaticClip
 from autoquant.errors import AutoQuantError
 from autoquant.models.locate import Location, locate
 from autoquant.quantizer import int8
+from autoquant.quantizer.linear import Rounded
 from autoquant.quantizer.strategies import PlannedLinear
 from autoquant.quantizer.weight import Int8Weight, linear
 
@@ -36,19 +37,6 @@ Run = Callable[[Tensor], Tensor]
 Visit = Callable[[PlannedLinear, Tensor, Tensor, Tensor, Tensor | None], Run]
 """Told of a linear when it is first called: the plan, exact and noisy inputs [T, I], weight [O, I], bias [O]. Returns
 what the noisy half goes on with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    """What was decided for one linear. ``bias`` [O] replaces its own; ``error`` is the squared output error over the
-    calibration tokens, with upstream noise, as a share of the squared output.
-    """
-
-    values: Tensor
-    scale: Tensor
-    input_scale: Tensor | None
-    bias: Tensor | None
-    error: float
 
 
 class _Done(BaseException):

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoquant.algorithms.smoothquant import merge_channels
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import ResolvedGroup
+from autoquant.executor.scales import merge_channels
 
 
 def key_scales(group: ResolvedGroup, maximum_HD: Tensor) -> Tensor:

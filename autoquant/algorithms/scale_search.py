@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.algorithms.clipping import sampled
-from autoquant.algorithms.gptq_qronos import Rounded, Run, int8_run, static_input_scale, walk, weight_scale
+from autoquant.algorithms.gptq_qronos import Run, int8_run, static_input_scale, walk, weight_scale
 from autoquant.algorithms.scale_descent import best_alpha, optimise_scales
-from autoquant.algorithms.smoothquant import merge_channels, smoothing_scales, weight_maxima
+from autoquant.algorithms.smoothquant import smoothing_scales, weight_maxima
 from autoquant.config.format import SmoothingMethod
 from autoquant.executor.resolved import ResolvedGroup, SmoothedSlot
+from autoquant.executor.scales import merge_channels
 from autoquant.quantizer import int8
+from autoquant.quantizer.linear import Rounded
 from autoquant.quantizer.strategies import PlannedLinear, Scheme
 
 TOKENS = 1024

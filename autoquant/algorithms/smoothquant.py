@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
-from autoquant.executor.resolved import Resolved, ResolvedGroup, SmoothedSlot
+from autoquant.executor.resolved import Resolved, ResolvedGroup
+from autoquant.executor.scales import merge_channels
 
-Maxima = Mapping[tuple[str, int | None], Tensor]
+GroupMaxima = Mapping[tuple[str, int | None], Tensor]
 """(group name, layer or None) -> largest absolute activation per channel at the group's targets, ``[channels]``."""
 
 
@@ -36,7 +37,7 @@ def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float, p
 
 
 def group_scales(
-    resolved: Resolved, maxima: Maxima, read: Callable[[str], Tensor], alpha: float | None = None
+    resolved: Resolved, maxima: GroupMaxima, read: Callable[[str], Tensor], alpha: float | None = None
 ) -> dict[tuple[str, int | None], Tensor]:
     """Scales of every selected group. ``read(name)`` gives the parameter as it is before smoothing.
 
@@ -74,19 +75,3 @@ def weight_maxima(group: ResolvedGroup, read: Callable[[str], Tensor]) -> Tensor
         positions = view.abs().amax(others) if others else view.abs()
         result = merge_channels(result, slot, positions.flatten().double().cpu())
     return result
-
-
-def merge_channels(result: Tensor, slot: SmoothedSlot, positions: Tensor) -> Tensor:
-    """The maximum of ``result [channels]`` and of the values at a slot's positions, float64 ``[positions]``."""
-    channels = slot.axis.channels
-    carried = channels >= 0
-    return result.scatter_reduce(0, channels[carried], positions[carried], "amax")
-
-
-def random_scales(resolved: Resolved, seed: int) -> dict[tuple[str, int | None], Tensor]:
-    """Random scales between 1/2 and 2 (log-uniform) for every selected group: what a certificate multiplies by."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        (group.name, group.layer): 2 ** (torch.rand(group.channels, dtype=torch.float64, generator=generator) * 2 - 1)
-        for group in resolved.groups
-    }

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from autoquant.algorithms.smoothquant import merge_channels
-from autoquant.calibration.input_maxima import InputMaxima, Maxima
+from autoquant.calibration.observers import InputMaxima
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
+from autoquant.executor.scales import merge_channels
+from autoquant.quantizer.linear import Maxima
 
 
 def collect_activation_maxima(

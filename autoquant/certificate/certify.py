@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.algorithms.smoothquant import random_scales
 from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.analyze import Analyzed, build_config, captured_from, stacks_length
 from autoquant.analyzer.layers import find_stacks, whole
@@ -33,6 +32,7 @@ from autoquant.executor.apply import apply_, check_finite
 from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
+from autoquant.executor.scales import random_scales
 from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.models.reduce import float64_throughout, grouped_experts, runs_in_float64, small, widened
 from autoquant.models.source import LoadedModel, ModelSource

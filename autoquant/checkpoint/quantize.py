@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.texts import read_text
+from autoquant.calibration.windows import calibration_batches, cut_windows, tokenize
 from autoquant.checkpoint.formats.native import save_quantized
 from autoquant.config.file import load_config
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
-from autoquant.evaluation.perplexity import calibration_batches, cut_windows, tokenize
 from autoquant.executor.apply import check_finite
 from autoquant.executor.plan import Plan
 from autoquant.io.safetensors_stream import open_shards
 from autoquant.models.inventory import FLOATING, take_inventory
 from autoquant.pipeline.quantize import Quantized, needs_sweep, quantize_model_, select
-from autoquant.pipeline.select import Preopt
+from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import Progress, prepare_
 from autoquant.quantizer.strategies import kv_granularity
 from autoquant.version import __version__
@@ -34,7 +34,7 @@ class Recipe:
 
     config: Config
     strategy: Strategy
-    preopt: Preopt
+    transforms: Transforms
     calibration: tuple[Tensor, ...] = ()
     seed: int | None = None
 
@@ -57,13 +57,13 @@ def quantize_checkpoint(
     dtype = stored_dtype(source)
     progress("load", 0, 1)
     model = load_float32(source)
-    selected = select(recipe.config, take_inventory(model), recipe.preopt, recipe.seed)
+    selected = select(recipe.config, take_inventory(model), recipe.transforms, recipe.seed)
     batches = required_calibration(recipe) if needs_sweep(recipe.config, recipe.strategy, selected) else ()
     prepared = prepare_(
         model,
         recipe.config,
         recipe.strategy,
-        recipe.preopt,
+        recipe.transforms,
         batches,
         recipe.seed,
         cache=has_static_cache(recipe),
@@ -114,7 +114,7 @@ def required_calibration(recipe: Recipe) -> tuple[Tensor, ...]:
     """The recipe's calibration windows. Raises AutoQuantError where there are none."""
     if not recipe.calibration:
         raise AutoQuantError(
-            f"{recipe.strategy.value} after '{recipe.preopt.name}' needs --calibration FILE; "
+            f"{recipe.strategy.value} after '{recipe.transforms}' needs --calibration FILE; "
             "only dynamic strategies with --smooth none go without"
         )
     return recipe.calibration

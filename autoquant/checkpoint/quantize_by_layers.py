@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from autoquant.algorithms.gptq_qronos import needs_values
 from autoquant.analyzer.layers import find_stacks
-from autoquant.calibration.input_maxima import InputMaxima
 from autoquant.calibration.layer_by_layer import run_in_step
+from autoquant.calibration.observers import InputMaxima, observe_cache
 from autoquant.checkpoint.apply import build_skeleton, match_names
 from autoquant.checkpoint.formats.native import parameters_on_meta, write_folder
 from autoquant.checkpoint.quantize import (
@@ -55,7 +55,7 @@ from autoquant.pipeline.quantize import (
     swept_weights,
 )
 from autoquant.pipeline.transform import Progress
-from autoquant.quantizer.kv_cache import install_, kv_scales, observe_cache
+from autoquant.quantizer.kv_cache import install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 
@@ -82,7 +82,7 @@ def quantize_checkpoint_by_layers(
         )
     dtype = stored_dtype(source)
     weights = open_weights(source)
-    selected = select(recipe.config, weights.inventory, recipe.preopt, recipe.seed)
+    selected = select(recipe.config, weights.inventory, recipe.transforms, recipe.seed)
     if selected.resolved.online:
         path = selected.resolved.online[0].path
         raise AutoQuantError(f"{path}: --low-memory cannot put in online rotations; disable them or go without it")

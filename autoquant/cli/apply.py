@@ -188,7 +188,7 @@ def _token_ids(source: Path, calibration: Path) -> tuple[list[int], int | None]:
     from transformers import AutoTokenizer
 
     from autoquant.calibration.texts import read_text
-    from autoquant.evaluation.perplexity import tokenize
+    from autoquant.calibration.windows import tokenize
 
     text = read_text(calibration)
     try:
@@ -208,7 +208,7 @@ def _calibrate(
     advance: Callable[[int, int], None],
 ) -> dict[Key, Tensor]:
     from autoquant.calibration.group_maxima import collect_activation_maxima
-    from autoquant.evaluation.perplexity import calibration_batches, cut_windows
+    from autoquant.calibration.windows import calibration_batches, cut_windows
 
     tokens, bos = ids
     windows = cut_windows(tokens, length - (bos is not None), bos)

@@ -62,10 +62,10 @@ def command(
     MODEL is a folder. The report's folder takes report.md, report.json and a file for each finished cell: after an
     interruption the same command goes on where it stopped.
     """
-    from autoquant.pipeline.select import parse_preopt
+    from autoquant.pipeline.select import Transforms
 
     chosen = parse_strategies(strategies)
-    preopts = tuple(parse_preopt(text) for text in preopt.split(","))
+    transforms = tuple(Transforms.parse(text) for text in preopt.split(","))
     if not (model / "config.json").is_file():
         raise AutoQuantError(f"{model}: no config.json; expected a checkpoint folder of transformers")
 
@@ -76,21 +76,21 @@ def command(
     from transformers.utils.logging import disable_progress_bar
 
     from autoquant.calibration.texts import read_text
-    from autoquant.checkpoint.quantize import calibration_windows, config_for, load_tokenizer
+    from autoquant.calibration.windows import CalibrationOptions, calibration_windows, cut_windows, tokenize
+    from autoquant.checkpoint.quantize import config_for, load_tokenizer
     from autoquant.cli.progress import steps
     from autoquant.evaluation.compare import Task, compare, describe_inputs, markdown, report
-    from autoquant.evaluation.perplexity import cut_windows, tokenize
     from autoquant.io.files import write_text
 
     disable_progress_bar()
     tokenizer = load_tokenizer(model)
     windows = cut_windows(tokenize(tokenizer, read_text(data)), window, tokenizer.bos_token_id, tokens)
-    batches = calibration_windows(tokenizer, calibration, sequences, window, seed)
+    batches = calibration_windows(tokenizer, CalibrationOptions(calibration, sequences, window, seed))
     with steps(quiet) as tell:
         config = config_for(str(model), config_path, tell)
     settings = {"tokens": tokens, "window": window, "sequences": sequences, "seed": seed, "device": device}
     inputs = describe_inputs(model, data, calibration, **settings)
-    task = Task(config, preopts, chosen, windows, batches, seed, inputs, batch)
+    task = Task(config, transforms, chosen, windows, batches, seed, inputs, batch)
 
     def load() -> torch.nn.Module:
         loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

@@ -52,7 +52,8 @@ def command(
     from transformers.utils.logging import disable_progress_bar
 
     from autoquant import load
-    from autoquant.evaluation.perplexity import cut_windows, evaluate, logits_of, tokenize
+    from autoquant.calibration.windows import cut_windows, tokenize
+    from autoquant.evaluation.perplexity import evaluate, logits_of
 
     def tokens_of(name: str) -> tuple[list[int], int | None]:
         try:

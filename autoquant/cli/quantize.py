@@ -55,31 +55,19 @@ def command(
     MODEL is a folder with safetensors. Without CONFIG the model is analyzed first.
     """
     from autoquant.cli.compare import parse_strategies
-    from autoquant.config.format import SmoothingKind
-    from autoquant.pipeline.select import Preopt
+    from autoquant.pipeline.select import Transforms
 
     chosen = None if strategy is None else parse_strategies(strategy)
     if chosen is not None and len(chosen) != 1:
         raise AutoQuantError("--strategy: expected one strategy")
-    kinds = {
-        "none": (),
-        "fc_fc": (SmoothingKind.LINEAR_LINEAR,),
-        "all": (SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR),
-    }[smooth]
-    parts = [*([f"smooth {smooth}"] if kinds else []), *(["rotation"] if rotate else [])]
-    preopt = Preopt(" + ".join(parts) or "none", "all" if rotate else "none", dict.fromkeys(kinds, alpha))
+    transforms = Transforms.of(rotate=rotate, smooth=smooth, alpha=alpha)
 
     with _steps(quiet) as tell:
         tell("importing torch and transformers", 0, 1)
         from transformers.utils.logging import disable_progress_bar
 
-        from autoquant.checkpoint.quantize import (
-            Recipe,
-            calibration_windows,
-            config_for,
-            load_tokenizer,
-            quantize_checkpoint,
-        )
+        from autoquant.calibration.windows import CalibrationOptions, calibration_windows
+        from autoquant.checkpoint.quantize import Recipe, config_for, load_tokenizer, quantize_checkpoint
         from autoquant.checkpoint.quantize_by_layers import quantize_checkpoint_by_layers
         from autoquant.io.folders import check_target
 
@@ -89,10 +77,10 @@ def command(
         windows = (
             ()
             if calibration is None
-            else calibration_windows(load_tokenizer(model), calibration, sequences, length, seed)
+            else calibration_windows(load_tokenizer(model), CalibrationOptions(calibration, sequences, length, seed))
         )
         used = loaded.quantization.strategy if chosen is None else chosen[0]
-        recipe = Recipe(loaded, used, preopt, windows, seed)
+        recipe = Recipe(loaded, used, transforms, windows, seed)
         options = {
             "strategy": used.value,
             "rotate": rotate,
@@ -107,7 +95,7 @@ def command(
         work(model, output, recipe, options, force=force, progress=tell)
     if not quiet:
         before, after = (_bytes(folder) for folder in (model, output))
-        click.echo(f"{output}: {used.value} after {preopt.name}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB")
+        click.echo(f"{output}: {used.value} after {transforms}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB")
 
 
 def _bytes(folder: Path) -> int:

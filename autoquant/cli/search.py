@@ -76,9 +76,9 @@ def command(
 
     from transformers.utils.logging import disable_progress_bar
 
-    from autoquant.checkpoint.quantize import calibration_windows, load_float32, load_tokenizer
+    from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, rebatched
+    from autoquant.checkpoint.quantize import load_float32, load_tokenizer
     from autoquant.evaluation.compare import shares_scale
-    from autoquant.evaluation.perplexity import Windows, rebatched
     from autoquant.searcher.search import MEANS as KNOWN
     from autoquant.searcher.search import Task, search
 
@@ -88,7 +88,7 @@ def command(
             raise AutoQuantError(f"--means: no '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
     disable_progress_bar()
     tokenizer = load_tokenizer(model)
-    windows = calibration_windows(tokenizer, calibration, sequences + held_out, length, seed)
+    windows = calibration_windows(tokenizer, CalibrationOptions(calibration, sequences + held_out, length, seed))
     fit = windows[:sequences]
     judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
     if not shares_scale(chosen[0]):

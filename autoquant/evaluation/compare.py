@@ -20,20 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.calibration.windows import Windows, rebatched
 from autoquant.config.file import config_text
 from autoquant.config.format import Config, Strategy
-from autoquant.evaluation.perplexity import (
-    Estimate,
-    Windows,
-    exp_estimate,
-    logits_of,
-    nll_per_window,
-    ratio_estimate,
-    rebatched,
-)
+from autoquant.evaluation.perplexity import Estimate, exp_estimate, logits_of, nll_per_window, ratio_estimate
 from autoquant.io.files import write_text
 from autoquant.pipeline.quantize import Sweep, quantize_model_
-from autoquant.pipeline.select import Preopt
+from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import depends_on_strategy, prepare_
 from autoquant.quantizer.prefix import fix_prefix_
 from autoquant.quantizer.strategies import Granularity, scheme_of
@@ -47,7 +40,7 @@ FLOAT_PREFIX = "float+prefix"
 class Cell:
     """One measured model. ``nll``: per window, in nats; ``bytes``: all of its tensors, shared ones once."""
 
-    preopt: str
+    transforms: str
     strategy: str
     nll: tuple[float, ...]
     counts: tuple[int, ...]
@@ -56,7 +49,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.preopt}.{self.strategy}" if self.preopt else self.strategy
+        return f"{self.transforms}.{self.strategy}" if self.transforms else self.strategy
 
     @property
     def perplexity(self) -> Estimate:
@@ -74,7 +67,7 @@ class Task:
     """What :func:`compare` measures. ``calibration``: token ids [1, S] each; ``inputs`` identifies all of it."""
 
     config: Config
-    preopts: tuple[Preopt, ...]
+    transforms: tuple[Transforms, ...]
     strategies: tuple[Strategy, ...]
     windows: Windows
     calibration: tuple[Tensor, ...]
@@ -95,14 +88,14 @@ def compare(
     """
     folder.mkdir(parents=True, exist_ok=True)
     prefixes = [("", FLOAT_PREFIX)] if task.config.quantization.prefix else []
-    wanted = [("", FLOAT), *prefixes, *((p.name, s.value) for p in task.preopts for s in task.strategies)]
+    wanted = [("", FLOAT), *prefixes, *((str(t), s.value) for t in task.transforms for s in task.strategies)]
     digest = _digest(task)
     cells = {key: found for key in wanted if (found := _read_cell(folder, key, digest)) is not None}
     if cells:
         tell(f"{len(cells)} of {len(wanted)} cells are there already")
     start, before = time.monotonic(), len(cells)
     for cell in _missing(task, load, [key for key in wanted if key not in cells]):
-        cells[cell.preopt, cell.strategy] = cell
+        cells[cell.transforms, cell.strategy] = cell
         _write_cell(folder, cell, digest, task.inputs)
         left = (time.monotonic() - start) / (len(cells) - before) * (len(wanted) - len(cells))
         perplexity = cell.perplexity
@@ -120,31 +113,33 @@ def _missing(task: Task, load: Callable[[], nn.Module], missing: Sequence[tuple[
         model = load()
         fix_prefix_(model, task.config.quantization.prefix)
         yield _measure(task, model, "", FLOAT_PREFIX)
-    for preopt in task.preopts:
-        strategies = [s for s in task.strategies if (preopt.name, s.value) in missing]
+    for transforms in task.transforms:
+        strategies = [s for s in task.strategies if (str(transforms), s.value) in missing]
         if not strategies:
             continue
         prepared: tuple[nn.Module, Sweep] | None = None
         for strategy in strategies:
             if prepared is None or depends_on_strategy(task.config):
-                prepared = _prepare(task, load, preopt, strategy)
+                prepared = _prepare(task, load, transforms, strategy)
             model = copy.deepcopy(prepared[0])
             quantize_model_(model, task.config, strategy, prepared[1], task.calibration)
-            yield _measure(task, model, preopt.name, strategy.value)
+            yield _measure(task, model, str(transforms), strategy.value)
 
 
-def _prepare(task: Task, load: Callable[[], nn.Module], preopt: Preopt, strategy: Strategy) -> tuple[nn.Module, Sweep]:
+def _prepare(
+    task: Task, load: Callable[[], nn.Module], transforms: Transforms, strategy: Strategy
+) -> tuple[nn.Module, Sweep]:
     """The rotated and smoothed model, behind its prefix, with its maxima."""
     model = load()
-    prepared = prepare_(model, task.config, strategy, preopt, task.calibration, task.seed, cache=True)
+    prepared = prepare_(model, task.config, strategy, transforms, task.calibration, task.seed, cache=True)
     return model, prepared.swept
 
 
-def _measure(task: Task, model: nn.Module, preopt: str, strategy: str) -> Cell:
+def _measure(task: Task, model: nn.Module, transforms: str, strategy: str) -> Cell:
     start = time.monotonic()
     windows = task.windows if shares_scale(strategy) else rebatched(task.windows, task.batch)
     nll = nll_per_window(logits_of(model), windows)
-    return Cell(preopt, strategy, nll, task.windows.counts, model_bytes(model), time.monotonic() - start)
+    return Cell(transforms, strategy, nll, task.windows.counts, model_bytes(model), time.monotonic() - start)
 
 
 def shares_scale(strategy: str) -> bool:
@@ -169,7 +164,7 @@ def report(task: Task, cells: Sequence[Cell]) -> dict[str, Any]:
         ratio = cell.ratio(reference)
         rows.append(
             {
-                "preopt": cell.preopt or None,
+                "preopt": cell.transforms or None,
                 "strategy": cell.strategy,
                 "perplexity": _plain(cell.perplexity),
                 "ratio_to_float": _plain(ratio),
@@ -188,7 +183,7 @@ def report(task: Task, cells: Sequence[Cell]) -> dict[str, Any]:
 def markdown(task: Task, cells: Sequence[Cell]) -> str:
     """The table as markdown: perplexities, then what each costs against float."""
     reference = cells[0]
-    by_key = {(cell.preopt, cell.strategy): cell for cell in cells[1:]}
+    by_key = {(cell.transforms, cell.strategy): cell for cell in cells[1:]}
     inputs = task.inputs
     float_cell = reference.perplexity
     lines = [
@@ -228,7 +223,7 @@ def _control(task: Task, reference: Cell, cells: Mapping[tuple[str, str], Cell])
 def _table(
     task: Task, show: Callable[[Cell], str], cells: Mapping[tuple[str, str], Cell], *, size: bool
 ) -> Iterator[str]:
-    names = [preopt.name for preopt in task.preopts]
+    names = [str(transforms) for transforms in task.transforms]
     header = ["strategy", *(["size"] if size else []), *names]
     yield f"| {' | '.join(header)} |"
     yield "|" + " --- |" * len(header)
@@ -314,7 +309,7 @@ def _read_cell(folder: Path, key: tuple[str, str], digest: str) -> Cell | None:
 def _write_cell(folder: Path, cell: Cell, digest: str, inputs: Mapping[str, Any]) -> None:
     content = {
         "digest": digest,
-        "preopt": cell.preopt,
+        "preopt": cell.transforms,
         "strategy": cell.strategy,
         "bytes": cell.bytes,
         "seconds": cell.seconds,
@@ -322,4 +317,4 @@ def _write_cell(folder: Path, cell: Cell, digest: str, inputs: Mapping[str, Any]
         "counts": cell.counts,
         "inputs": dict(inputs),
     }
-    write_text(_path(folder, (cell.preopt, cell.strategy)), json.dumps(content) + "\n", force=True)
+    write_text(_path(folder, (cell.transforms, cell.strategy)), json.dumps(content) + "\n", force=True)

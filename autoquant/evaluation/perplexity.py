@@ -14,35 +14,17 @@ Windows go through the model one by one, because per-tensor dynamic scales span 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoquant.calibration.windows import Windows
 from autoquant.errors import AutoQuantError
 
 LogitsOf = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Token ids [N, S] of equally long windows, in order, the shorter last one apart; whether each starts with BOS."""
-
-    batches: tuple[Tensor, ...]
-    has_bos: bool
-
-    @property
-    def predicted(self) -> int:
-        """Number of predicted tokens."""
-        return sum(self.counts)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Number of predicted tokens of each window."""
-        return tuple(batch.shape[1] - 1 for batch in self.batches for _ in range(len(batch)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,44 +57,6 @@ class Evaluation:
         perplexities.
         """
         return None if self.log_ratio is None else exp_estimate(self.log_ratio)
-
-
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the whole text, without special tokens."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def cut_windows(
-    ids: Sequence[int], window: int = 512, bos: int | None = None, tokens: int | None = None, batch: int = 1
-) -> Windows:
-    """Cut the first ``tokens`` ids (all: null) into windows of ``window`` tokens, each behind ``bos`` (null: none).
-
-    Without a BOS token the first token of each window is context only and is not predicted. ``batch`` windows of equal
-    length share a forward pass. Raises AutoQuantError where there is nothing to predict.
-    """
-    if window < 1 or batch < 1 or (tokens is not None and tokens < 1):
-        raise AutoQuantError("window, batch and tokens must be at least 1")
-    taken = torch.tensor(ids[:tokens], dtype=torch.long)
-    start = [] if bos is None else [bos]
-    full, rest = taken.numel() // window, taken.numel() % window
-    pieces = [taken[: full * window].view(full, window)] if full else []
-    pieces += [taken[full * window :].view(1, rest)] if rest else []
-    rows = [torch.cat([piece.new_tensor(start).expand(len(piece), -1), piece], 1) for piece in pieces]
-    batches = tuple(chunk for row in rows if row.shape[1] > 1 for chunk in torch.split(row, batch))
-    if not batches:
-        raise AutoQuantError(f"{len(taken)} tokens in windows of {window}: nothing to predict")
-    return Windows(batches, bos is not None)
-
-
-def rebatched(windows: Windows, batch: int) -> Windows:
-    """The same windows in the same order, up to ``batch`` of equal length in a forward pass."""
-    groups: list[list[Tensor]] = []
-    for row in (row for part in windows.batches for row in torch.split(part, 1)):
-        if groups and len(groups[-1]) < batch and groups[-1][0].shape == row.shape:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return Windows(tuple(torch.cat(rows) for rows in groups), windows.has_bos)
 
 
 @torch.no_grad()
@@ -183,17 +127,6 @@ def logits_of(module: nn.Module) -> LogitsOf:
 def perplexity_of(module: nn.Module, windows: Windows) -> float:
     """The perplexity alone."""
     return evaluate(logits_of(module), windows).perplexity.mean
-
-
-def calibration_batches(windows: Windows, count: int, seed: int | None = None) -> Iterator[Tensor]:
-    """The first ``count`` windows one by one, or ``count`` random ones in random order when a seed is given."""
-    rows = [row for batch in windows.batches for row in torch.split(batch, 1)]
-    if len(rows) < count:
-        raise AutoQuantError(f"the calibration text has {len(rows)} windows; {count} were asked for")
-    order = (
-        torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)) if seed is not None else range(count)
-    )
-    yield from (rows[int(i)] for i in list(order)[:count])
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.algorithms.gptq_qronos import Rounded, needs_values, round_in_sequence
+from autoquant.algorithms.gptq_qronos import needs_values, round_in_sequence
 from autoquant.algorithms.query_key import key_scales, scaled_keys
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import group_maxima
-from autoquant.calibration.input_maxima import Maxima
-from autoquant.calibration.observers import observe_linears
+from autoquant.calibration.observers import observe_cache, observe_linears
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import execute_
@@ -32,9 +31,9 @@ from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
 from autoquant.models.inventory import Inventory, take_inventory
-from autoquant.pipeline.select import Preopt
-from autoquant.quantizer.kv_cache import CacheMaxima, observe_cache, quantize_cache_
-from autoquant.quantizer.linear import quantize_
+from autoquant.pipeline.select import Transforms
+from autoquant.quantizer.kv_cache import CacheMaxima, quantize_cache_
+from autoquant.quantizer.linear import Maxima, Rounded, quantize_
 from autoquant.quantizer.strategies import kv_granularity, needs_calibration, plan_linears
 
 Scales = Mapping[tuple[str, int | None], Tensor]
@@ -56,35 +55,35 @@ class Sweep:
     cache: CacheMaxima = field(default_factory=dict)
 
 
-def select(config: Config, inventory: Inventory, preopt: Preopt, seed: int | None = None) -> Selected:
-    """The spaces, groups and online rotations that ``preopt`` asks for, among those that the config enables.
+def select(config: Config, inventory: Inventory, transforms: Transforms, seed: int | None = None) -> Selected:
+    """The spaces, groups and online rotations that ``transforms`` asks for, among those that the config enables.
 
     Left out are groups that serve no quantized linear and groups of linears that are rotated online, whose inputs
     need no smoothing. Raises AutoQuantError where the config does not fit the model.
     """
-    if preopt.rotation == "none" and not preopt.alphas:
+    if transforms.rotation == "none" and not transforms.alphas:
         return Selected(Resolved((), (), ()))
-    resolved = resolve(config, inventory, rotate=preopt.rotation != "none", seed=seed)
-    only_r1 = preopt.rotation == "R1"
+    resolved = resolve(config, inventory, rotate=transforms.rotation != "none", seed=seed)
+    only_r1 = transforms.rotation == "R1"
     spaces = tuple(space for space in resolved.spaces if space.kind == "R1" or not only_r1)
     online = () if only_r1 else resolved.online
     quantized = {linear.weight for linear in plan_linears(config)}
     wrapped = tuple(f"{rotation.path}." for rotation in online if rotation.kind != "R3")
 
     def wanted(group: ResolvedGroup) -> bool:
-        chosen = group.kind in preopt.alphas or group.kind is SmoothingKind.QUERY_KEY
+        chosen = group.kind in transforms.alphas or group.kind is SmoothingKind.QUERY_KEY
         members = [slot.name for slot in (*group.sources, *group.targets)]
         serves = group.kind is SmoothingKind.QUERY_KEY or any(slot.name in quantized for slot in group.targets)
         return chosen and serves and not any(name.startswith(wrapped) for name in members if wrapped)
 
-    groups = tuple(_with_alpha(group, preopt) for group in resolved.groups if wanted(group))
+    groups = tuple(_with_alpha(group, transforms) for group in resolved.groups if wanted(group))
     heads = [space.name for space in config.rotation.spaces if space.kind == "R2"]
     value_heads = resolve(config, inventory, only=heads).spaces if heads else ()
     return Selected(Resolved(spaces, groups, online), value_heads)
 
 
-def _with_alpha(group: ResolvedGroup, preopt: Preopt) -> ResolvedGroup:
-    alpha = preopt.alphas.get(group.kind)
+def _with_alpha(group: ResolvedGroup, transforms: Transforms) -> ResolvedGroup:
+    alpha = transforms.alphas.get(group.kind)
     return group if alpha is None else dataclasses.replace(group, alpha=alpha)
 
 

@@ -20,42 +20,78 @@ from autoquant.config.format import SmoothingKind
 from autoquant.config.layers import did_you_mean
 from autoquant.errors import AutoQuantError
 
+Rotation = Literal["none", "R1", "all"]
+Smooth = Literal["all", "fc_fc", "none"]
+
 PARTS = ("none", "smooth", "fc_fc", "rotation")
 KINDS = {"smooth": SmoothingKind.NORM_LINEAR, "fc_fc": SmoothingKind.LINEAR_LINEAR}
+CHOICES: Mapping[Smooth, tuple[SmoothingKind, ...]] = {
+    "none": (),
+    "fc_fc": (SmoothingKind.LINEAR_LINEAR,),
+    "all": (SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Preopt:
-    """``alphas``: the kinds of groups that are smoothed, each with its alpha (null: the config's)."""
+class Transforms:
+    """Which rotations and which kinds of smoothing groups are used, each kind with its alpha (None: the config's)."""
 
-    name: str
-    rotation: Literal["none", "R1", "all"] = "none"
+    rotation: Rotation = "none"
     alphas: Mapping[SmoothingKind, float | None] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, *, rotate: bool = True, smooth: Smooth = "all", alpha: float | None = None) -> Transforms:
+        """What the options ``--rotate``, ``--smooth`` and ``--alpha`` of a command ask for."""
+        return cls("all" if rotate else "none", dict.fromkeys(CHOICES[smooth], alpha))
 
-def parse_preopt(text: str) -> Preopt:
-    """The meaning of an expression. Raises AutoQuantError for anything else, with the nearest part that exists."""
-    rotation: Literal["none", "R1", "all"] = "none"
-    alphas: dict[SmoothingKind, float | None] = {}
-    alpha: float | None = None
-    parts = text.split("+")
-    for part in parts:
-        name, colon, value = part.partition(":")
-        if name not in PARTS:
-            raise AutoQuantError(f"--preopt {text}: no '{name}'{did_you_mean(name, PARTS)}; parts: {', '.join(PARTS)}")
-        if name == "none":
-            if len(parts) > 1 or colon:
-                raise AutoQuantError(f"--preopt {text}: 'none' stands alone")
-        elif name == "rotation":
-            if colon and value != "R1":
-                raise AutoQuantError(f"--preopt {text}: expected 'rotation' or 'rotation:R1', got '{part}'")
-            rotation = "R1" if colon else "all"
-        else:
-            alpha = _alpha(text, value) if colon else alpha
-            if KINDS[name] in alphas:
-                raise AutoQuantError(f"--preopt {text}: '{name}' is there twice")
-            alphas[KINDS[name]] = alpha
-    return Preopt(text, rotation, alphas)
+    @classmethod
+    def parse(cls, text: str) -> Transforms:
+        """The meaning of an expression. Raises AutoQuantError for anything else, with the nearest part that exists."""
+        rotation: Rotation = "none"
+        alphas: dict[SmoothingKind, float | None] = {}
+        alpha: float | None = None
+        parts = text.split("+")
+        for part in parts:
+            name, colon, value = part.partition(":")
+            if name not in PARTS:
+                near = did_you_mean(name, PARTS)
+                raise AutoQuantError(f"transforms '{text}': no '{name}'{near}; parts: {', '.join(PARTS)}")
+            if name == "none":
+                if len(parts) > 1 or colon:
+                    raise AutoQuantError(f"transforms '{text}': 'none' stands alone")
+            elif name == "rotation":
+                if colon and value != "R1":
+                    raise AutoQuantError(f"transforms '{text}': expected 'rotation' or 'rotation:R1', got '{part}'")
+                rotation = "R1" if colon else "all"
+            else:
+                alpha = _alpha(text, value) if colon else alpha
+                if KINDS[name] in alphas:
+                    raise AutoQuantError(f"transforms '{text}': '{name}' is there twice")
+                alphas[KINDS[name]] = alpha
+        return cls(rotation, alphas)
+
+    @property
+    def rotates(self) -> bool:
+        """True if anything is rotated."""
+        return self.rotation != "none"
+
+    def __str__(self) -> str:
+        """The expression that :meth:`parse` reads as this."""
+        parts = []
+        before: float | None = None
+        # An alpha that is left out is that of the part before, so those that are the config's come first.
+        for name, kind in sorted(KINDS.items(), key=lambda part: self.alphas.get(part[1]) is not None):
+            if kind in self.alphas:
+                alpha = self.alphas[kind]
+                parts.append(name if alpha == before else f"{name}:{str(alpha).removesuffix('.0')}")
+                before = alpha
+        if self.rotates:
+            parts.append("rotation" if self.rotation == "all" else "rotation:R1")
+        return "+".join(parts) or "none"
+
+
+EVERYTHING = Transforms.of()
+"""All that the config enables."""
 
 
 def _alpha(text: str, value: str) -> float:
@@ -64,5 +100,5 @@ def _alpha(text: str, value: str) -> float:
     except ValueError:
         alpha = -1.0
     if not 0 <= alpha <= 1:
-        raise AutoQuantError(f"--preopt {text}: alpha: expected a number from 0 to 1, got '{value}'")
+        raise AutoQuantError(f"transforms '{text}': alpha: expected a number from 0 to 1, got '{value}'")
     return alpha

@@ -28,7 +28,7 @@ from autoquant.pipeline.quantize import (
     sweep,
     swept_weights,
 )
-from autoquant.pipeline.select import Preopt
+from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.prefix import fix_prefix_, prefixed
 from autoquant.quantizer.strategies import plan_linears
 
@@ -62,7 +62,7 @@ def prepare_(
     model: nn.Module,
     config: Config,
     strategy: Strategy,
-    preopt: Preopt,
+    transforms: Transforms,
     batches: Sequence[Tensor],
     seed: int | None = None,
     *,
@@ -76,7 +76,7 @@ def prepare_(
     to learned rotations.
     """
     tell("rotate", 0, 1)
-    selected = select(config, take_inventory(model), preopt, seed)
+    selected = select(config, take_inventory(model), transforms, seed)
     plan = rotate_(model, selected, learned_later=True)
     swept = Sweep()
     prefix = config.quantization.prefix

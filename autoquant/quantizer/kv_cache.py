@@ -16,17 +16,15 @@ Shapes: B sequences, H key/value heads, S tokens, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from autoquant.errors import AutoQuantError
 from autoquant.executor.online import key_rotations
+from autoquant.models.caches import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from autoquant.quantizer import int8
 from autoquant.quantizer.prefix_cache import PatientLayer, PrefixedCache
 from autoquant.quantizer.strategies import Granularity
@@ -107,7 +105,7 @@ class Int8Layer(PatientLayer):
         keys, values = _update(self, DynamicLayer, key_states, value_states)
         if self.prefix is None:
             return keys, values
-        front = _rotated(self.prefix[0].to(keys), self.rotation), self.prefix[1].to(values)
+        front = rotated(self.prefix[0].to(keys), self.rotation), self.prefix[1].to(values)
         batch = len(keys)
         return (
             torch.cat([front[0].expand(batch, -1, -1, -1), keys], 2),
@@ -143,7 +141,7 @@ def _update(
 ) -> tuple[Tensor, Tensor]:
     """Let transformers' own layer append and trim the rows; return what it kept, in floating point."""
     granularity = layer.granularity
-    keys = _rotated(keys, layer.rotation)
+    keys = rotated(keys, layer.rotation)
     rows = plain.update(layer, pack(keys, granularity, layer.key_scale), pack(values, granularity, layer.value_scale))
     return (
         unpack(rows[0], keys.shape[1], keys.dtype, granularity, layer.key_scale),
@@ -151,7 +149,8 @@ def _update(
     )
 
 
-def _rotated(keys: Tensor, rotation: nn.Module | None) -> Tensor:
+def rotated(keys: Tensor, rotation: nn.Module | None) -> Tensor:
+    """Keys behind the online rotation of their layer, if it has one."""
     result: Tensor = keys if rotation is None else rotation(keys)
     return result
 
@@ -281,41 +280,6 @@ def _withhold_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def replace_fields(output: Any, **fields: Any) -> Any:
     """A transformers output with other values; its own assignment keeps what is replaced by null under its key."""
     return type(output)(**{**dict(output.items()), **fields})
-
-
-@contextmanager
-def observe_cache(model: nn.Module) -> Iterator[dict[str, dict[int, Tensor]]]:
-    """Collect, while the context is open, the maxima of the keys and values that attention layers store.
-
-    Yields ``key`` and ``value``, each a dictionary layer -> float32 [H, D], empty while nothing was stored. By
-    channel, because the values' channels may be smoothed afterwards.
-    """
-    maxima: dict[str, dict[int, Tensor]] = {}
-
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = DynamicCache(config=module.config)  # type: ignore[arg-type]  # a PreTrainedConfig
-        update = cache.update
-
-        def recording(keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
-            for name, states in (("key", _rotated(keys, rotations.get(layer))), ("value", values)):
-                seen = maxima.setdefault(name, {})
-                maximum = int8.absmax(states.detach(), (0, 2))[0, :, 0]
-                seen[layer] = torch.maximum(seen[layer], maximum) if layer in seen else maximum
-            return update(keys, values, layer, *rest, **named)
-
-        cache.update = recording  # type: ignore[method-assign]  # on this one cache object, for this one pass
-        return args, {**kwargs, "past_key_values": cache}
-
-    rotations = key_rotations(model)
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield maxima
-    finally:
-        handle.remove()
 
 
 def cache_bytes(cache: Cache) -> int:

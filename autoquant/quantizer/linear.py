@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from autoquant.algorithms.gptq_qronos import Rounded
-from autoquant.calibration.input_maxima import Maxima
 from autoquant.errors import AutoQuantError
 from autoquant.models.locate import Location, locate
 from autoquant.quantizer import int8
 from autoquant.quantizer.strategies import PlannedLinear, Scheme
 from autoquant.quantizer.weight import Int8Weight, Mode, linear
+
+Maxima = Mapping[str, Tensor]
+"""Largest input magnitude per channel by weight name: float32 [I], or [E, I] for a stack of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """What was decided for one linear. ``bias`` [O] replaces its own; ``error`` is the squared output error over the
+    calibration tokens, with upstream noise, as a share of the squared output.
+    """
+
+    values: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+    bias: Tensor | None
+    error: float
 
 
 class Int8Linear(nn.Module):

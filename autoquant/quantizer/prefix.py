@@ -29,10 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from autoquant.errors import AutoQuantError
+from autoquant.models.caches import DynamicCache, DynamicLayer
 from autoquant.quantizer.kv_cache import MODULE as INT8_CACHE
 from autoquant.quantizer.kv_cache import new_cache, replace_fields, wants_cache
 from autoquant.quantizer.prefix_cache import Call, PrefixedCache, PrefixLayer

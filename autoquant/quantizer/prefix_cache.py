@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+
+from autoquant.models.caches import Cache, DynamicLayer
 
 
 @dataclass(slots=True)

@@ -42,15 +42,12 @@ from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
 from autoquant.models.inventory import take_inventory
 from autoquant.pipeline.quantize import linear_groups, quantize_model_, rotate_, select
-from autoquant.pipeline.select import Preopt
+from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.prefix import prefixed
 from autoquant.quantizer.strategies import plan_linears, scheme_of
 
 UNIT = "KL divergence from float on held-out windows, nats per token"
-PREOPT = Preopt("the config's", "all", {SmoothingKind.NORM_LINEAR: None, SmoothingKind.LINEAR_LINEAR: None})
-"""Everything that the config enables."""
-
 Load = Callable[[], nn.Module]
 
 
@@ -132,7 +129,7 @@ class Searcher:
         task = self.task
         model = task.load()
         cache = scheme_of(task.strategy).kv_cache is not None
-        prepared = prepare_(model, config, task.strategy, PREOPT, task.fit, cache=cache)
+        prepared = prepare_(model, config, task.strategy, EVERYTHING, task.fit, cache=cache)
         quantized = quantize_model_(model, config, task.strategy, prepared.swept, task.fit)
         kl: list[float] = []
         excess: list[float] = []
@@ -307,7 +304,7 @@ def _alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 def _alphas(task: Task, config: Config) -> dict[tuple[str, int | None], float]:
     """Alpha by (group, layer) on the rotated model, with upstream noise."""
     model = task.load()
-    selected = select(config, take_inventory(model), PREOPT)
+    selected = select(config, take_inventory(model), EVERYTHING)
     rotate_(model, selected)
     with prefixed(model, config.quantization.prefix):
         chosen = choose_alphas(model, linear_groups(selected).groups, plan_linears(config, task.strategy), task.fit)

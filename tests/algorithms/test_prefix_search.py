@@ -6,7 +6,8 @@ from quantized import PACKAGED, config_of
 from torch import Tensor
 
 from autoquant.algorithms.prefix_search import find_prefix, most_frequent, outliers
-from autoquant.checkpoint.quantize import calibration_windows, load_float32, load_tokenizer
+from autoquant.calibration.windows import CalibrationOptions, calibration_windows
+from autoquant.checkpoint.quantize import load_float32, load_tokenizer
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer.strategies import PlannedLinear, plan_linears
@@ -15,7 +16,7 @@ TEXT = PACKAGED.parent / "sample.calibration.txt"
 
 
 def text() -> tuple[Tensor, ...]:
-    return calibration_windows(load_tokenizer(PACKAGED), TEXT, 4, 64, None)
+    return calibration_windows(load_tokenizer(PACKAGED), CalibrationOptions(TEXT, 4, 64, None))
 
 
 def planned(config: Config) -> tuple[PlannedLinear, ...]:

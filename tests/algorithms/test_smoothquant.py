@@ -7,12 +7,13 @@ import torch
 from handmade import LLAMA, build, llama_like
 from torch import Tensor
 
-from autoquant.algorithms.smoothquant import group_scales, random_scales, smoothing_scales, weight_maxima
+from autoquant.algorithms.smoothquant import group_scales, smoothing_scales, weight_maxima
 from autoquant.config.format import SmoothingKind, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.operations import Axis
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, SmoothedSlot
+from autoquant.executor.scales import random_scales
 from autoquant.models.inventory import take_inventory
 
 INF, NAN = float("inf"), float("nan")

@@ -30,13 +30,13 @@ from handmade_more import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from autoquant.algorithms.smoothquant import random_scales
 from autoquant.checkpoint import apply as checkpoint
 from autoquant.checkpoint.apply import apply_checkpoint
 from autoquant.config.file import config_text
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
+from autoquant.executor.scales import random_scales
 from autoquant.models.inventory import take_inventory
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Config]]] = {

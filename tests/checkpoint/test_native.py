@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from autoquant.calibration.observers import observe_linears
+from autoquant.calibration.observers import observe_cache, observe_linears
 from autoquant.checkpoint.formats.native import (
     CONFIG,
     FACTS,
@@ -23,7 +23,7 @@ from autoquant.checkpoint.formats.native import (
 )
 from autoquant.config.format import Config, Strategy
 from autoquant.errors import AutoQuantError
-from autoquant.quantizer.kv_cache import observe_cache, quantize_cache_
+from autoquant.quantizer.kv_cache import quantize_cache_
 from autoquant.quantizer.linear import quantize_
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 

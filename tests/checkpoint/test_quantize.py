@@ -18,14 +18,14 @@ from autoquant.cli.main import main
 from autoquant.config.file import save_config
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
-from autoquant.pipeline.select import parse_preopt
+from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.linear import int8_weights
 
 DYNAMIC = "w_int8_per_channel_a_int8_per_token_dynamic"
 
 
 def recipe(folder: Path, preopt: str, strategy: str = STATIC_KV, config: Config | None = None) -> Recipe:
-    return Recipe(config or config_of(folder), Strategy(strategy), parse_preopt(preopt), windows())
+    return Recipe(config or config_of(folder), Strategy(strategy), Transforms.parse(preopt), windows())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -136,10 +136,10 @@ def test_a_prefix_is_stored_and_lowers_the_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("work", [quantize_checkpoint, quantize_checkpoint_by_layers])
 def test_without_calibration(work: object, tmp_path: Path) -> None:
-    made = Recipe(config_of(PACKAGED), Strategy(STATIC_KV), parse_preopt("rotation"))
+    made = Recipe(config_of(PACKAGED), Strategy(STATIC_KV), Transforms.parse("rotation"))
     with pytest.raises(AutoQuantError, match=r"static after 'rotation' needs --calibration FILE"):
         work(PACKAGED, tmp_path / "out", made, {})  # type: ignore[operator]
-    made = Recipe(config_of(PACKAGED), Strategy(DYNAMIC), parse_preopt("rotation"))
+    made = Recipe(config_of(PACKAGED), Strategy(DYNAMIC), Transforms.parse("rotation"))
     work(PACKAGED, tmp_path / "out", made, {})  # type: ignore[operator]
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -150,7 +150,7 @@ def test_the_command(tmp_path: Path) -> None:
     arguments += ["--calibration", str(DATA / "sample.calibration.txt"), "--sequences", "2", "--length", "32"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path / 'out'}: {DYNAMIC} after smooth fc_fc + rotation, 2.38 MB -> 2.01 MB\n"
+    assert result.stdout == f"{tmp_path / 'out'}: {DYNAMIC} after fc_fc+rotation, 2.38 MB -> 2.01 MB\n"
     assert "exists already; give --force" in CliRunner().invoke(main, arguments).stderr
     assert CliRunner().invoke(main, [*arguments, "--force", "--quiet"]).output == ""
     wrong = CliRunner().invoke(main, [*arguments, "--force", "--strategy", DYNAMIC[:-1]])

@@ -10,15 +10,9 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from autoquant.calibration.windows import calibration_batches, cut_windows, tokenize
 from autoquant.errors import AutoQuantError
-from autoquant.evaluation.perplexity import (
-    calibration_batches,
-    cut_windows,
-    evaluate,
-    logits_of,
-    perplexity_of,
-    tokenize,
-)
+from autoquant.evaluation.perplexity import evaluate, logits_of, perplexity_of
 
 PACKAGED = Path(__file__).parents[2] / "autoquant" / "data" / "wikinano1m"
 DATA = Path(__file__).parents[3] / "shared" / "data"

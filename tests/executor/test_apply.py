@@ -24,12 +24,12 @@ from handmade_more import (
 )
 from torch import nn
 
-from autoquant.algorithms.smoothquant import random_scales
 from autoquant.config.format import Config, Norm, RotationMethod, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, apply_
 from autoquant.executor.plan import Scales
 from autoquant.executor.resolve import resolve
+from autoquant.executor.scales import random_scales
 from autoquant.models.inventory import take_inventory
 
 

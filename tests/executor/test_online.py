@@ -10,13 +10,13 @@ from handmade import LLAMA, build, change, llama_like, logits
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from autoquant.algorithms.smoothquant import random_scales
 from autoquant.config.format import edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.hadamard import hadamard_matrix
 from autoquant.executor.online import HadamardRotation, RotatedLinear, _beside
 from autoquant.executor.resolve import resolve
+from autoquant.executor.scales import random_scales
 from autoquant.models.inventory import take_inventory
 from autoquant.models.reduce import float64_throughout
 

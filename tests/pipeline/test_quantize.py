@@ -25,7 +25,7 @@ from autoquant.pipeline.quantize import (
     sweep,
     swept_weights,
 )
-from autoquant.pipeline.select import parse_preopt
+from autoquant.pipeline.select import Transforms
 
 PREOPTS = ["smooth:0.5+fc_fc:0.7", "fc_fc:0.5+rotation", "smooth:0.85"]
 
@@ -33,7 +33,7 @@ PREOPTS = ["smooth:0.5+fc_fc:0.7", "fc_fc:0.5+rotation", "smooth:0.85"]
 def prepared(preopt: str) -> tuple[nn.Module, Selected, Sweep]:
     """The rotated model and its sweep."""
     model, config = load_float32(PACKAGED), config_of(PACKAGED)
-    selected = select(config, take_inventory(model), parse_preopt(preopt))
+    selected = select(config, take_inventory(model), Transforms.parse(preopt))
     rotate_(model, selected)
     return model, selected, sweep(model, swept_weights(config, selected), windows(), cache=True)
 
@@ -71,7 +71,7 @@ def test_what_is_selected() -> None:
     config, inventory = config_of(PACKAGED), take_inventory(load_float32(PACKAGED))
 
     def kinds(preopt: str) -> tuple[set[str], set[str], set[float]]:
-        resolved = select(config, inventory, parse_preopt(preopt)).resolved
+        resolved = select(config, inventory, Transforms.parse(preopt)).resolved
         names = {group.name.rpartition(" -> ")[2] for group in resolved.groups}
         return {space.kind for space in resolved.spaces}, names, {group.alpha for group in resolved.groups}
 
@@ -97,7 +97,7 @@ def test_every_strategy_runs_and_stays_near_the_float_model() -> None:
 
 def test_what_needs_a_sweep() -> None:
     config, inventory = config_of(PACKAGED), take_inventory(load_float32(PACKAGED))
-    plain, fc_fc = (select(config, inventory, parse_preopt(text)) for text in ("rotation", "fc_fc"))
+    plain, fc_fc = (select(config, inventory, Transforms.parse(text)) for text in ("rotation", "fc_fc"))
     assert not needs_sweep(config, Strategy.PER_CHANNEL_PER_TOKEN_KV, plain)
     assert needs_sweep(config, Strategy.PER_CHANNEL_PER_TOKEN_KV, fc_fc)
     assert needs_sweep(config, Strategy(STATIC_KV), plain)
@@ -108,7 +108,7 @@ def test_what_needs_a_sweep() -> None:
 def test_query_key_scales_flatten_the_cached_keys(kind: str, tmp_path: Path) -> None:
     source = PACKAGED if kind == "packaged" else gpt2(tmp_path)
     config, model = enabled(config_of(source)), load_float32(source)
-    selected = select(config, take_inventory(model), parse_preopt("fc_fc"))
+    selected = select(config, take_inventory(model), Transforms.parse("fc_fc"))
     logits = model(windows()[0]).logits
     before = sweep(model, swept_weights(config, selected), windows(), cache=True)
     after = smooth_(model, selected, before)
@@ -124,7 +124,7 @@ def test_query_key_scales_flatten_the_cached_keys(kind: str, tmp_path: Path) -> 
 
 def test_query_key_scales_and_an_online_rotation_of_the_keys_exclude_each_other() -> None:
     config, model = enabled(config_of(PACKAGED), "R3"), load_float32(PACKAGED)
-    selected = select(config, take_inventory(model), parse_preopt("fc_fc+rotation"))
+    selected = select(config, take_inventory(model), Transforms.parse("fc_fc+rotation"))
     rotate_(model, selected)
     swept = sweep(model, swept_weights(config, selected), windows(), cache=True)
     with pytest.raises(AutoQuantError, match="R3 rotates what the group scales"):

@@ -4,7 +4,7 @@ import pytest
 
 from autoquant.config.format import SmoothingKind
 from autoquant.errors import AutoQuantError
-from autoquant.pipeline.select import parse_preopt
+from autoquant.pipeline.select import Transforms
 
 NORM, FC = SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR
 
@@ -22,8 +22,24 @@ NORM, FC = SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR
     ],
 )
 def test_expressions(text: str, rotation: str, alphas: dict[SmoothingKind, float | None]) -> None:
-    preopt = parse_preopt(text)
-    assert (preopt.name, preopt.rotation, preopt.alphas) == (text, rotation, alphas)
+    transforms = Transforms.parse(text)
+    assert (transforms.rotation, transforms.alphas) == (rotation, alphas)
+    assert str(transforms) == text
+
+
+@pytest.mark.parametrize("first", [None, 0.5, 0.7])
+@pytest.mark.parametrize("second", [None, 0.5])
+def test_every_choice_has_a_text_that_means_it(first: float | None, second: float | None) -> None:
+    for alphas in ({}, {NORM: first}, {FC: second}, {NORM: first, FC: second}, {FC: second, NORM: first}):
+        for rotation in ("none", "R1", "all"):
+            chosen = Transforms(rotation, alphas)  # type: ignore[arg-type]  # one of the literals
+            assert Transforms.parse(str(chosen)) == chosen
+
+
+def test_the_options_of_a_command() -> None:
+    assert Transforms.of() == Transforms.parse("smooth+fc_fc+rotation")
+    assert Transforms.of(rotate=False, smooth="fc_fc", alpha=0.3) == Transforms.parse("fc_fc:0.3")
+    assert Transforms.of(rotate=False, smooth="none", alpha=0.3) == Transforms.parse("none")
 
 
 @pytest.mark.parametrize(
@@ -40,4 +56,4 @@ def test_expressions(text: str, rotation: str, alphas: dict[SmoothingKind, float
 )
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(AutoQuantError, match=message):
-        parse_preopt(text)
+        Transforms.parse(text)

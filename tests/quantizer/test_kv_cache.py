@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoquant.calibration.observers import observe_cache
 from autoquant.errors import AutoQuantError
 from autoquant.executor.online import install_ as install_rotations_
 from autoquant.executor.resolved import ResolvedOnline
@@ -18,7 +19,6 @@ from autoquant.quantizer.kv_cache import (
     install_,
     kv_scales,
     new_cache,
-    observe_cache,
     pack,
     quantize_cache_,
     unpack,

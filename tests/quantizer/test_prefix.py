@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoquant.calibration.observers import observe_linears
+from autoquant.calibration.observers import observe_cache, observe_linears
 from autoquant.errors import AutoQuantError
-from autoquant.quantizer.kv_cache import Int8Cache, observe_cache, quantize_cache_
+from autoquant.quantizer.kv_cache import Int8Cache, quantize_cache_
 from autoquant.quantizer.prefix import (
     MODULE,
     compute_prefix,

@@ -14,8 +14,8 @@ from autoquant.checkpoint.quantize import load_float32
 from autoquant.cli.main import main
 from autoquant.config.file import load_config, save_config
 from autoquant.config.format import Config, Strategy, edited
+from autoquant.pipeline.select import EVERYTHING
 from autoquant.searcher.search import MEANS, Judged, Searcher, Task, search
-from autoquant.searcher.search import PREOPT as EVERYTHING
 
 STATIC = Strategy.PER_CHANNEL_STATIC
 

@@ -1,0 +1,112 @@
+"""Texts as windows of token ids: what calibration and evaluation run through a model.
+
+The text is tokenized once, as a whole and without special tokens; its tokens are cut into windows that do not overlap.
+Each window starts with the BOS token where the tokenizer has one, which its length does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoquant.calibration.texts import read_text
+from autoquant.errors import AutoQuantError
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """Which part of which text calibrates.
+
+    ``text``: a file or a dataset's folder, None where there is none; ``sequences`` windows of ``length`` of its tokens,
+    BOS apart; ``seed``: they are drawn at random, None: the first.
+    """
+
+    text: Path | None = None
+    sequences: int = 16
+    length: int = 512
+    seed: int | None = None
+    field: str = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Token ids [N, S] of equally long windows, in order, the shorter last one apart; whether each starts with BOS."""
+
+    batches: tuple[Tensor, ...]
+    has_bos: bool
+
+    @property
+    def predicted(self) -> int:
+        """Number of predicted tokens."""
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of predicted tokens of each window."""
+        return tuple(batch.shape[1] - 1 for batch in self.batches for _ in range(len(batch)))
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of the whole text, without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def cut_windows(
+    ids: Sequence[int], window: int = 512, bos: int | None = None, tokens: int | None = None, batch: int = 1
+) -> Windows:
+    """Cut the first ``tokens`` ids (all: null) into windows of ``window`` tokens, each behind ``bos`` (null: none).
+
+    Without a BOS token the first token of each window is context only and is not predicted. ``batch`` windows of equal
+    length share a forward pass. Raises AutoQuantError where there is nothing to predict.
+    """
+    if window < 1 or batch < 1 or (tokens is not None and tokens < 1):
+        raise AutoQuantError("window, batch and tokens must be at least 1")
+    taken = torch.tensor(ids[:tokens], dtype=torch.long)
+    start = [] if bos is None else [bos]
+    full, rest = taken.numel() // window, taken.numel() % window
+    pieces = [taken[: full * window].view(full, window)] if full else []
+    pieces += [taken[full * window :].view(1, rest)] if rest else []
+    rows = [torch.cat([piece.new_tensor(start).expand(len(piece), -1), piece], 1) for piece in pieces]
+    batches = tuple(chunk for row in rows if row.shape[1] > 1 for chunk in torch.split(row, batch))
+    if not batches:
+        raise AutoQuantError(f"{len(taken)} tokens in windows of {window}: nothing to predict")
+    return Windows(batches, bos is not None)
+
+
+def rebatched(windows: Windows, batch: int) -> Windows:
+    """The same windows in the same order, up to ``batch`` of equal length in a forward pass."""
+    groups: list[list[Tensor]] = []
+    for row in (row for part in windows.batches for row in torch.split(part, 1)):
+        if groups and len(groups[-1]) < batch and groups[-1][0].shape == row.shape:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return Windows(tuple(torch.cat(rows) for rows in groups), windows.has_bos)
+
+
+def calibration_batches(windows: Windows, count: int, seed: int | None = None) -> tuple[Tensor, ...]:
+    """The first ``count`` windows [1, S] one by one, or ``count`` random ones in random order when a seed is given.
+
+    Raises AutoQuantError where there are fewer.
+    """
+    rows = [row for batch in windows.batches for row in torch.split(batch, 1)]
+    if len(rows) < count:
+        raise AutoQuantError(f"the calibration text has {len(rows)} windows; {count} were asked for")
+    if seed is None:
+        return tuple(rows[:count])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return tuple(rows[int(i)] for i in order[:count])
+
+
+def calibration_windows(tokenizer: Any, options: CalibrationOptions) -> tuple[Tensor, ...]:
+    """The windows [1, S] that the options ask for; () where they name no text. Errors as of reading and cutting."""
+    if options.text is None:
+        return ()
+    ids = tokenize(tokenizer, read_text(options.text, options.field))
+    windows = cut_windows(ids, options.length, tokenizer.bos_token_id)
+    return calibration_batches(windows, options.sequences, options.seed)
