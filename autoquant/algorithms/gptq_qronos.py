@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from autoquant.algorithms.clipping import clipped_maximum
 from autoquant.algorithms.rounding import corrected, cross_moment, gptq
+from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.config.format import ActivationQuantization, Rounding, StaticClip, WeightQuantization
 from autoquant.errors import AutoQuantError
 from autoquant.models.locate import Location, locate
@@ -59,7 +60,8 @@ def walk(
     planned: Sequence[PlannedLinear],
     batches: Sequence[Tensor],
     visit: Visit,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
+    runner: Runner = whole,
 ) -> tuple[str, ...]:
     """Run ``batches`` (token ids [1, S] of equal length) once, and ``visit`` each planned linear at its first call.
 
@@ -100,7 +102,7 @@ def walk(
             handle = found.owner.register_forward_hook(hook_of(entry, found))
             stack.callback(handle.remove)
         with suppress(_Done):
-            model(torch.cat([windows, windows]).to(next(model.parameters()).device))
+            runner(model, [torch.cat([windows, windows])])
     return tuple(entry.weight for entry in planned if runs.get(entry.weight) is None)
 
 
@@ -121,7 +123,8 @@ def round_in_sequence(
     model: nn.Module,
     planned: Sequence[PlannedLinear],
     batches: Sequence[Tensor],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
+    runner: Runner = whole,
 ) -> tuple[dict[str, Rounded], tuple[str, ...]]:
     """Decide int8 values, scales and biases of the planned linears by weight name, in one pass over ``batches``.
 
@@ -139,7 +142,7 @@ def round_in_sequence(
         decided[entry.weight] = replace(rounded, error=error / max(size, 1e-30))
         return run
 
-    missed = walk(model, planned, batches, visit, progress)
+    missed = walk(model, planned, batches, visit, progress, runner)
     return decided, missed
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from autoquant.calibration.runner import Runner, whole
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer.prefix import prefixed
 from autoquant.quantizer.strategies import PlannedLinear
@@ -26,7 +27,11 @@ LONGEST = 4
 
 @torch.no_grad()
 def find_prefix(
-    model: nn.Module, linears: Sequence[PlannedLinear], bos: int | None, batches: Sequence[Tensor]
+    model: nn.Module,
+    linears: Sequence[PlannedLinear],
+    bos: int | None,
+    batches: Sequence[Tensor],
+    runner: Runner = whole,
 ) -> tuple[int, ...]:
     """Token ids for ``quantization.prefix``, at most ``LONGEST``; () where no token stands out.
 
@@ -35,12 +40,12 @@ def find_prefix(
     Raises AutoQuantError where none of the linears is a module of its own.
     """
     rows = sum(len(batch) for batch in batches)
-    starts, tokens = _outliers(model, linears, batches)
+    starts, tokens = _outliers(model, linears, batches, runner)
     prefix: tuple[int, ...] = ()
     if bos is not None and 2 * starts > rows:
         prefix = (bos,)
         with prefixed(model, prefix):
-            _, tokens = _outliers(model, linears, batches)
+            _, tokens = _outliers(model, linears, batches, runner)
     return prefix + most_frequent(tokens, rows, LONGEST - len(prefix))
 
 
@@ -57,13 +62,13 @@ def outliers(maxima: Tensor, multiple: float = MULTIPLE) -> Tensor:
     return (maxima > multiple * median).any(0)
 
 
-def _outliers(model: nn.Module, linears: Sequence[PlannedLinear], batches: Sequence[Tensor]) -> tuple[int, list[int]]:
+def _outliers(
+    model: nn.Module, linears: Sequence[PlannedLinear], batches: Sequence[Tensor], runner: Runner
+) -> tuple[int, list[int]]:
     """How many rows begin with an outlier, and all outlier tokens. What a prefix covers is not looked at."""
-    device = next(model.parameters()).device
     seen: dict[str, list[Tensor]] = {}
     with _token_maxima(model, linears, seen):
-        for batch in batches:
-            model(batch.to(device))
+        runner(model, batches)
     if not seen:
         raise AutoQuantError("no prefix can be found: none of the widest quantized linears is a module of its own")
     widths = [maximum.shape[1] for maximum in next(iter(seen.values()))]

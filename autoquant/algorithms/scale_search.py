@@ -18,6 +18,7 @@ from autoquant.algorithms.clipping import sampled
 from autoquant.algorithms.gptq_qronos import Run, int8_run, static_input_scale, walk, weight_scale
 from autoquant.algorithms.scale_descent import best_alpha, optimise_scales
 from autoquant.algorithms.smoothquant import smoothing_scales, weight_maxima
+from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.config.format import SmoothingMethod
 from autoquant.executor.resolved import ResolvedGroup, SmoothedSlot
 from autoquant.executor.scales import merge_channels
@@ -60,7 +61,8 @@ def choose_alphas(
     groups: Iterable[ResolvedGroup],
     planned: Sequence[PlannedLinear],
     batches: Sequence[Tensor],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
+    runner: Runner = whole,
 ) -> dict[tuple[str, int | None], Chosen]:
     """SmoothQuant's alpha of each group of a model that is rotated and not smoothed, by (name, layer).
 
@@ -86,7 +88,7 @@ def choose_alphas(
         )
         return Chosen(best.scales, best.before, best.after, alpha)
 
-    return _choose(model, groups, planned, batches, choose, progress)
+    return _choose(model, groups, planned, batches, choose, progress, runner)
 
 
 def descend(
@@ -94,7 +96,8 @@ def descend(
     groups: Iterable[ResolvedGroup],
     planned: Sequence[PlannedLinear],
     batches: Sequence[Tensor],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
+    runner: Runner = whole,
 ) -> dict[tuple[str, int | None], Chosen]:
     """Scales, on top of those it has, of each group of a smoothed model whose method is descent, by (name, layer)."""
 
@@ -110,7 +113,7 @@ def descend(
         return Chosen(best.scales, best.before, best.after)
 
     wanted = [group for group in groups if group.method is SmoothingMethod.DESCENT]
-    return _choose(model, wanted, planned, batches, choose, progress)
+    return _choose(model, wanted, planned, batches, choose, progress, runner)
 
 
 def _choose(
@@ -119,7 +122,8 @@ def _choose(
     planned: Sequence[PlannedLinear],
     batches: Sequence[Tensor],
     choose: Choose,
-    progress: Callable[[int, int], None],
+    progress: Progress,
+    runner: Runner,
 ) -> dict[tuple[str, int | None], Chosen]:
     """Scales of the groups in the order in which the model reaches them; roots are taken where a power is not 1."""
     by_weight = {entry.weight: entry for entry in planned}
@@ -141,7 +145,7 @@ def _choose(
         run = _nearest(entry, noisy * factors, weight / factors, bias)
         return lambda x: run(x * factors)
 
-    walk(model, planned, batches, visit, progress)
+    walk(model, planned, batches, visit, progress, runner)
     return {
         (group.name, group.layer): _rooted(group, chosen[group.name, group.layer])
         for group in dict.fromkeys(group for group, _ in owner.values())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from autoquant.calibration.observers import InputMaxima
+from autoquant.calibration.observers import sweep
+from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
 from autoquant.executor.scales import merge_channels
@@ -17,24 +18,18 @@ from autoquant.quantizer.linear import Maxima
 def collect_activation_maxima(
     model: nn.Module,
     resolved: Resolved,
-    batches: Iterable[Tensor],
-    progress: Callable[[int], None] | None = None,
+    batches: Sequence[Tensor],
+    *,
+    runner: Runner = whole,
+    progress: Progress = silent,
 ) -> dict[tuple[str, int | None], Tensor]:
     """Largest absolute activation per channel at the targets of every selected group.
 
-    ``batches``: token ids ``[sequences, length]``. ``progress(done)`` is called after each batch. Returns float64
-    ``[channels]`` per (group name, layer); tied channels are merged by the maximum. Raises AutoQuantError where a
-    target was never reached, naming it.
+    ``batches``: token ids ``[sequences, length]``. Returns float64 ``[channels]`` per (group name, layer); tied
+    channels are merged by the maximum. Raises AutoQuantError where a target was never reached, naming it.
     """
-    names = {slot.name for group in resolved.groups for slot in group.targets}
-    observer = InputMaxima({name: model.get_parameter(name) for name in names})
-    device = next(model.parameters()).device
-    with torch.no_grad(), observer:
-        for done, batch in enumerate(batches, 1):
-            model(batch.to(device))
-            if progress is not None:
-                progress(done)
-    return group_maxima(resolved, observer.maxima)
+    names = dict.fromkeys(slot.name for group in resolved.groups for slot in group.targets)
+    return group_maxima(resolved, sweep(model, names, batches, cache=False, runner=runner, progress=progress).inputs)
 
 
 def group_maxima(resolved: Resolved, maxima: Maxima) -> dict[tuple[str, int | None], Tensor]:

@@ -10,8 +10,9 @@ nothing can be left on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.executor.online import key_rotations
 from autoquant.models.caches import DynamicCache
 from autoquant.models.locate import locate
 from autoquant.quantizer import int8
-from autoquant.quantizer.kv_cache import rotated
+from autoquant.quantizer.kv_cache import CacheMaxima, rotated
+from autoquant.quantizer.linear import Maxima
 
 # Operator -> positions of its two factors. `offsets` marks products of row ranges of x with one matrix each.
 PRODUCTS = {
@@ -38,29 +41,85 @@ PRODUCTS = {
 }
 
 
-class InputMaxima(TorchDispatchMode):
-    """Collects, while the context is open, into ``maxima``: weight name -> float32 [I], or [E, I] for 3-D weights.
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What one calibration sweep found: the linears' inputs by weight name, and the cached keys and values."""
 
-    A product tells itself which dimension of the weight is summed over. Experts without tokens stay at 0; a weight that
-    multiplied nothing is absent.
+    inputs: Maxima = field(default_factory=dict)
+    cache: CacheMaxima = field(default_factory=dict)
+
+
+def sweep(
+    model: nn.Module,
+    weights: Iterable[str],
+    batches: Sequence[Tensor],
+    *,
+    cache: bool,
+    runner: Runner = whole,
+    progress: Progress = silent,
+) -> Sweep:
+    """Run ``batches`` of token ids [B, S] through the model once; ``cache``: keys and values are observed as well."""
+    inputs, stored = LinearInputs(weights), CachedStates()
+    runner(model, batches, (inputs, stored) if cache else (inputs,), progress)
+    return Sweep(inputs.maxima, stored.maxima)
+
+
+class LinearInputs:
+    """Observer of the per-channel maxima of all inputs of the weights in ``names``.
+
+    ``maxima`` fills up: weight name -> float32 [I], or [E, I] for 3-D weights. Experts without tokens stay at 0; a
+    weight that multiplied nothing is absent. A linear in a wrapper goes by the wrapper's name and is observed inside
+    it. Raises AutoQuantError for a name that the model lacks.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
         self.watched: dict[int, list[tuple[str, Tensor]]] = {}  # by storage, which several parameters may share
         self.maxima: dict[str, Tensor] = {}
-        for name, weight in (weights or {}).items():
-            self.watch(name, weight)
 
-    def watch(self, name: str, weight: Tensor) -> None:
-        """Look for products with ``weight`` from now on."""
-        self.watched.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight.detach()))
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        self.refresh(model)
+        try:
+            yield
+        finally:
+            self.watched.clear()
 
-    def twin(self) -> InputMaxima:
-        """Another context for another thread, which watches the same and collects into the same."""
-        other = InputMaxima()
-        other.watched, other.maxima = self.watched, self.maxima
-        return other
+    def passing(self) -> _Products:
+        return _Products(self)
+
+    def refresh(self, model: nn.Module) -> None:
+        self.watched.clear()
+        for name in self.names:
+            weight = locate(model, name).parameter.detach()
+            if not weight.is_meta:
+                self.watched.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
+
+
+class CachedStates:
+    """Observer of the keys and values that attention layers store; ``maxima`` fills up as of :func:`observe_cache`."""
+
+    def __init__(self) -> None:
+        self.maxima: dict[str, dict[int, Tensor]] = {}
+
+    def attached(self, model: nn.Module) -> AbstractContextManager[object]:
+        return observe_cache(model, self.maxima)
+
+    def passing(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def refresh(self, model: nn.Module) -> None:
+        """Nothing: no parameter is looked at."""
+
+
+class _Products(TorchDispatchMode):
+    """Hands the products of one pass to the inputs' observer. A product tells itself which dimension of the weight is
+    summed over. A context of one thread.
+    """
+
+    def __init__(self, inputs: LinearInputs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.inputs = inputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -76,7 +135,7 @@ class InputMaxima(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _observe(self, weight: Tensor, x: Tensor, weight_dim: int, x_dim: int, offsets: Tensor | None) -> None:
-        for name, parameter in self.watched.get(weight.untyped_storage().data_ptr(), ()):
+        for name, parameter in self.inputs.watched.get(weight.untyped_storage().data_ptr(), ()):
             offset = int(weight.storage_offset()) - int(parameter.storage_offset())
             strides = parameter.stride()[-2:]
             if 0 <= offset < parameter.numel() and weight.stride(weight_dim) in strides:
@@ -94,10 +153,10 @@ class InputMaxima(TorchDispatchMode):
         offsets: Tensor | None,
     ) -> None:
         stack = parameter.shape[0] if parameter.dim() == 3 else 1
-        if name not in self.maxima:
+        if name not in self.inputs.maxima:
             shape = (stack, parameter.shape[dim]) if parameter.dim() == 3 else (parameter.shape[dim],)
-            self.maxima[name] = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
-        maxima = self.maxima[name].view(stack, -1)
+            self.inputs.maxima[name] = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
+        maxima = self.inputs.maxima[name].view(stack, -1)
         matrix = offset // parameter.stride(0) if stack > 1 else 0
         start = offset // parameter.stride(dim) % parameter.shape[dim]
         length = inputs.shape[-1]
@@ -121,23 +180,23 @@ class InputMaxima(TorchDispatchMode):
 def observe_linears(model: nn.Module, weights: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collect, while the context is open, the per-channel maxima of all inputs of the named weights.
 
-    Yields a dictionary weight name -> float32 [I] ([E, I] for 3-D weights) that fills up; experts without tokens stay
-    at 0. A linear in a wrapper goes by the wrapper's name and is observed inside it. Raises AutoQuantError for a name
-    that the model lacks.
+    Yields the ``maxima`` of a :class:`LinearInputs`.
     """
-    observer = InputMaxima({name: locate(model, name).parameter for name in weights})
-    with observer:
+    observer = LinearInputs(weights)
+    with observer.attached(model), observer.passing():
         yield observer.maxima
 
 
 @contextmanager
-def observe_cache(model: nn.Module) -> Iterator[dict[str, dict[int, Tensor]]]:
+def observe_cache(
+    model: nn.Module, maxima: dict[str, dict[int, Tensor]] | None = None
+) -> Iterator[dict[str, dict[int, Tensor]]]:
     """Collect, while the context is open, the maxima of the keys and values that attention layers store.
 
-    Yields ``key`` and ``value``, each a dictionary layer -> float32 [H, D], empty while nothing was stored. By
-    channel, because the values' channels may be smoothed afterwards.
+    Yields ``maxima``: ``key`` and ``value``, each a dictionary layer -> float32 [H, D], empty while nothing was stored.
+    By channel, because the values' channels may be smoothed afterwards.
     """
-    maxima: dict[str, dict[int, Tensor]] = {}
+    maxima = {} if maxima is None else maxima
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.algorithms.gptq_qronos import needs_values
-from autoquant.analyzer.layers import find_stacks
-from autoquant.calibration.layer_by_layer import run_in_step
-from autoquant.calibration.observers import InputMaxima, observe_cache
+from autoquant.calibration.observers import Sweep, sweep
+from autoquant.calibration.runner import LayerByLayer
 from autoquant.checkpoint.apply import build_skeleton, match_names
 from autoquant.checkpoint.formats.native import parameters_on_meta, write_folder
 from autoquant.checkpoint.quantize import (
@@ -44,7 +41,6 @@ from autoquant.io.safetensors_stream import Shards, open_shards
 from autoquant.io.safetensors_writer import Described
 from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.pipeline.quantize import (
-    Sweep,
     needs_sweep,
     query_key_groups,
     rotation_plan,
@@ -99,7 +95,10 @@ def quantize_checkpoint_by_layers(
         names = swept_weights(recipe.config, selected)
         model = _build(source, weights)
         cache = has_static_cache(recipe) or bool(query_key_groups(selected))
-        swept = sweep_by_layers(model, weights, names, batches, cache, lambda *at: progress("calibrate", *at))
+        runner = LayerByLayer(weights.inventory, weights.read)
+        swept = sweep(
+            model, names, batches, cache=cache, runner=runner, progress=lambda *at: progress("calibrate", *at)
+        )
     if selected.resolved.groups:
         scales = smoothing_scales(selected, swept, weights.read)
         weights = weights.planned(smoothing_plan(selected, weights.inventory, weights.read, scales))
@@ -168,73 +167,6 @@ def open_weights(source: Path) -> Weights:
     return Weights(
         shards, stored, dataclasses.replace(inventory, dtypes=dict.fromkeys(inventory.shapes, torch.float32))
     )
-
-
-def sweep_by_layers(
-    model: nn.Module,
-    weights: Weights,
-    names: Sequence[str],
-    batches: Sequence[Tensor],
-    cache: bool,
-    progress: Callable[[int, int], None],
-) -> Sweep:
-    """What ``quantize.sweep`` does, for a model on the meta device, with one layer at a time.
-
-    ``progress`` is told of the layers done.
-    """
-    layers = {
-        path: module
-        for stack in find_stacks(model)
-        for path, module in ((f"{stack.path}.{i}", m) for i, m in enumerate(model.get_submodule(stack.path).children()))
-    }
-    inside = tuple(f"{path}." for path in layers)
-    observer = InputMaxima()
-    watched = frozenset(names)
-    shared: dict[str, nn.Parameter] = {}
-
-    def put(name: str) -> None:
-        first = weights.inventory.canonical[name]
-        if first not in shared:
-            shared[first] = nn.Parameter(weights.read(name), requires_grad=False)
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner)._parameters[last] = shared[first]
-        if name in watched:
-            observer.watch(name, shared[first])
-
-    for name in weights.inventory.shapes:
-        if not name.startswith(inside):
-            put(name)
-    outside, kept = dict(observer.watched), set(shared)
-    done = 0
-
-    def enter(path: str) -> None:
-        for name in weights.inventory.shapes:
-            if name.startswith(f"{path}."):
-                put(name)
-
-    def leave(path: str) -> None:
-        nonlocal done
-        for name in weights.inventory.shapes:
-            if name.startswith(f"{path}."):
-                owner, _, last = name.rpartition(".")
-                model.get_submodule(owner)._parameters[last] = nn.Parameter(
-                    torch.empty(weights.inventory.shapes[name], device="meta"), requires_grad=False
-                )
-        for first in set(shared) - kept:
-            del shared[first]
-        observer.watched.clear()
-        observer.watched.update(outside)
-        done += 1
-        progress(done, len(layers))
-
-    def forward(batch: Tensor) -> None:
-        with torch.no_grad(), observer.twin():
-            model(batch)
-
-    with ExitStack() as stack:
-        stored = stack.enter_context(observe_cache(model)) if cache else {}
-        run_in_step([partial(forward, batch) for batch in batches], layers, enter, leave)
-    return Sweep(observer.maxima, stored)
 
 
 def _build(source: Path, weights: Weights) -> Any:

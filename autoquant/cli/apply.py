@@ -213,7 +213,7 @@ def _calibrate(
     tokens, bos = ids
     windows = cut_windows(tokens, length - (bos is not None), bos)
     batches = calibration_batches(windows, sequences, seed)
-    return collect_activation_maxima(model, resolved, batches, lambda done: advance(done, sequences))
+    return collect_activation_maxima(model, resolved, batches, progress=advance)
 
 
 def _write_maxima(path: Path, maxima: dict[Key, Tensor]) -> None:

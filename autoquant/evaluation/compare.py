@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.calibration.observers import Sweep
 from autoquant.calibration.windows import Windows, rebatched
 from autoquant.config.file import config_text
 from autoquant.config.format import Config, Strategy
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, logits_of, nll_per_window, ratio_estimate
 from autoquant.io.files import write_text
-from autoquant.pipeline.quantize import Sweep, quantize_model_
+from autoquant.pipeline.quantize import quantize_model_
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import depends_on_strategy, prepare_
 from autoquant.quantizer.prefix import fix_prefix_

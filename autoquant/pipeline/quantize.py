@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from autoquant.algorithms.gptq_qronos import needs_values, round_in_sequence
 from autoquant.algorithms.query_key import key_scales, scaled_keys
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import group_maxima
-from autoquant.calibration.observers import observe_cache, observe_linears
+from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import execute_
@@ -32,8 +31,8 @@ from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
 from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.pipeline.select import Transforms
-from autoquant.quantizer.kv_cache import CacheMaxima, quantize_cache_
-from autoquant.quantizer.linear import Maxima, Rounded, quantize_
+from autoquant.quantizer.kv_cache import quantize_cache_
+from autoquant.quantizer.linear import Rounded, quantize_
 from autoquant.quantizer.strategies import kv_granularity, needs_calibration, plan_linears
 
 Scales = Mapping[tuple[str, int | None], Tensor]
@@ -45,14 +44,6 @@ class Selected:
 
     resolved: Resolved
     value_heads: tuple[ResolvedSpace, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """What one calibration sweep found: the linears' inputs by weight name, and the cached keys and values."""
-
-    inputs: Maxima = field(default_factory=dict)
-    cache: CacheMaxima = field(default_factory=dict)
 
 
 def select(config: Config, inventory: Inventory, transforms: Transforms, seed: int | None = None) -> Selected:
@@ -113,26 +104,6 @@ def rotate_(model: nn.Module, selected: Selected, *, learned_later: bool = False
     plan = rotation_plan(selected, take_inventory(model), model.get_parameter, learned_later=learned_later)
     execute_(model, plan)
     return plan
-
-
-@torch.no_grad()
-def sweep(
-    model: nn.Module,
-    weights: Iterable[str],
-    batches: Sequence[Tensor],
-    *,
-    cache: bool,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Sweep:
-    """Run ``batches`` of token ids [B, S] through the model once; ``cache``: keys and values are observed as well."""
-    device = next(model.parameters()).device
-    with ExitStack() as stack:
-        inputs = stack.enter_context(observe_linears(model, weights))
-        stored = stack.enter_context(observe_cache(model)) if cache else {}
-        for done, batch in enumerate(batches, 1):
-            model(batch.to(device))
-            progress(done)
-    return Sweep(inputs, stored)
 
 
 def swept_weights(config: Config, selected: Selected) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autoquant.algorithms.scale_search import descend
 from autoquant.algorithms.spinquant import learn_rotations_
+from autoquant.calibration.observers import Sweep, sweep
 from autoquant.config.format import Config, RotationMethod, SmoothingMethod, Strategy
 from autoquant.executor.apply import execute_
 from autoquant.executor.plan import Plan
@@ -17,7 +18,6 @@ from autoquant.executor.resolved import Resolved
 from autoquant.models.inventory import take_inventory
 from autoquant.pipeline.quantize import (
     Selected,
-    Sweep,
     linear_groups,
     query_key_groups,
     rotate_,
@@ -25,7 +25,6 @@ from autoquant.pipeline.quantize import (
     smooth_,
     smoothed,
     smoothing_plan,
-    sweep,
     swept_weights,
 )
 from autoquant.pipeline.select import Transforms
@@ -83,8 +82,8 @@ def prepare_(
     if batches:
         with prefixed(model, prefix):
             weights = swept_weights(config, selected)
-            count, cache = len(batches), cache or bool(query_key_groups(selected))
-            swept = sweep(model, weights, batches, cache=cache, progress=lambda done: tell("calibrate", done, count))
+            cache = cache or bool(query_key_groups(selected))
+            swept = sweep(model, weights, batches, cache=cache, progress=lambda *at: tell("calibrate", *at))
     tell("smooth", 0, 1)
     swept = smooth_(model, selected, swept)
     if any(group.method is SmoothingMethod.DESCENT for group in linear_groups(selected).groups):

@@ -20,6 +20,7 @@ from autoquant.algorithms.spinquant import (
     straight_through,
     turn_,
 )
+from autoquant.calibration.observers import sweep
 from autoquant.certificate.certify import keep, prove
 from autoquant.checkpoint.apply import apply_checkpoint
 from autoquant.checkpoint.quantize import Recipe, load_float32
@@ -30,7 +31,7 @@ from autoquant.executor.apply import apply_
 from autoquant.executor.resolved import ResolvedSpace
 from autoquant.models.inventory import take_inventory
 from autoquant.models.source import LoadedModel
-from autoquant.pipeline.quantize import Selected, needs_sweep, rotate_, select, sweep
+from autoquant.pipeline.quantize import Selected, needs_sweep, rotate_, select
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer import int8

@@ -89,6 +89,6 @@ def test_nothing_stays_on_the_model_after_an_error() -> None:
 def test_progress_counts_batches() -> None:
     model = build("llama", dtype=torch.float32, **LLAMA)
     resolved = resolve(llama_like(model), take_inventory(model), rotate=False)
-    seen: list[int] = []
-    collect_activation_maxima(model, resolved, [IDS, IDS], seen.append)
-    assert seen == [1, 2]
+    seen: list[tuple[int, int]] = []
+    collect_activation_maxima(model, resolved, [IDS, IDS], progress=lambda *at: seen.append(at))
+    assert seen == [(1, 2), (2, 2)]

@@ -8,13 +8,13 @@ import torch
 from quantized import PACKAGED, STATIC_KV, config_of, gpt2, windows
 from torch import nn
 
+from autoquant.calibration.observers import Sweep, sweep
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.inventory import take_inventory
 from autoquant.pipeline.quantize import (
     Selected,
-    Sweep,
     needs_sweep,
     quantize_model_,
     rotate_,
@@ -22,7 +22,6 @@ from autoquant.pipeline.quantize import (
     smooth_,
     smoothed,
     smoothing_scales,
-    sweep,
     swept_weights,
 )
 from autoquant.pipeline.select import Transforms
