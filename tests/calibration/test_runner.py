@@ -16,7 +16,7 @@ from autoquant.algorithms.prefix_search import find_prefix
 from autoquant.calibration.observers import sweep
 from autoquant.calibration.runner import LayerByLayer, Observer, Progress, Runner, silent, whole
 from autoquant.checkpoint.quantize import load_float32
-from autoquant.config.format import Rounding, Strategy
+from autoquant.config.format import Rounding, Strategy, edited
 from autoquant.models.inventory import take_inventory
 from autoquant.quantizer.strategies import plan_linears
 
@@ -67,9 +67,8 @@ def test_every_runner_finds_the_same() -> None:
 
 def test_rounding_and_the_search_for_a_prefix_go_through_the_runner() -> None:
     config = config_of(PACKAGED)
-    weights = config.quantization.weights.model_copy(update={"rounding": Rounding.GPTQ})
-    section = config.quantization.model_copy(update={"weights": weights})
-    planned = plan_linears(config.model_copy(update={"quantization": section}), Strategy(STATIC_KV))
+    section = edited(config.quantization, weights=edited(config.quantization.weights, rounding=Rounding.GPTQ))
+    planned = plan_linears(edited(config, quantization=section), Strategy(STATIC_KV))
     runner, model = Backwards(), load_float32(PACKAGED)
     expected, _ = round_in_sequence(model, planned, windows(2))
     rounded, _ = round_in_sequence(model, planned, windows(2), runner=runner)
