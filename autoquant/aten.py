@@ -10,14 +10,15 @@ import math
 from collections.abc import Sequence
 from string import ascii_letters
 
-import torch
 from torch import fx
+
+from autoquant.library_patches import OpOverload
 
 
 def operator_name(node: fx.Node) -> str:
     """``'silu'`` for aten.silu.default; other libraries keep their name space: ``'transformers::grouped_mm'``."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         space, name = target._schema.name.split("::")
         return ALIASES.get(name, name) if space == "aten" else f"{space}::{name}"
     return getattr(target, "__name__", str(target))

@@ -55,18 +55,18 @@ def analyse(captured: Captured) -> Analysis:
         groups=tuple(_with_ties(group, shared) for group in scales.groups),
         spaces=tuple(_with_ties(space, shared) for space in rotations.spaces),
         online=online,
-        blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations), *nowhere, *_blocked_opaque(captured)),
+        blocked=(*_blocked_smoothing(scales), *_blocked_rotation(rotations), *nowhere, *_blocked_untraceable(captured)),
         unknown_operators=_unknown_operators(scales, rotations),
     )
     return Analysis(findings, scales, rotations)
 
 
-def _blocked_opaque(captured: Captured) -> tuple[Blocked, ...]:
+def _blocked_untraceable(captured: Captured) -> tuple[Blocked, ...]:
     """The modules that could not be traced: what they hold is neither smoothed nor rotated."""
     whats: tuple[Literal["smoothing", "rotation"], ...] = ("smoothing", "rotation")
     return tuple(
         Blocked(path=path, what=what, reason=f"{NOT_TRACED}: {reason}", operator="forward", at=path)
-        for path, reason in {call.path: call.reason for call in captured.opaque}.items()
+        for path, reason in {call.path: call.reason for call in captured.untraceable}.items()
         for what in whats
     )
 
@@ -150,9 +150,9 @@ def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
     analysis, solution = rotations.analysis, rotations.solution
     blocked: dict[Blocked, None] = {}
     rotated = {slot.path for space in rotations.spaces for slot in space.writers}
-    for family in analysis.families.all():
+    for family in analysis.axes.all():
         if family.role == "table" and family.param not in rotated:
-            ids = analysis.families.labels(family)
+            ids = analysis.axes.labels(family)
             reason = _rotation_reason(rotations, ids)
             if reason is not None:
                 blocked[_blocked(module_of(family.param), "rotation", reason)] = None
@@ -213,7 +213,7 @@ def _online(
 def _busy_modules(scales: Scales) -> set[str]:
     """Modules that do more than one product: their input is not that of a linear alone."""
     work: dict[str, int] = {}
-    for node in scales.walk.values:
+    for node in scales.interpreter.values:
         if node.op == "call_function" and operator_name(node) not in MOVEMENT | CASTS:
             work[module_path(node)] = work.get(module_path(node), 0) + 1
     calls: dict[str, int] = {}

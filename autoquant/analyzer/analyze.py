@@ -9,14 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoquant.analyzer.analysis import Analysis, analyse
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.layers import ends_apart, find_stacks, represent, whole
 from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
 from autoquant.analyzer.untraced import untraced
-from autoquant.capture.fake_tensors import known_values, short_chunks, stand_ins_, undisturbed
+from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import Captured, capture
 from autoquant.config.check import json_path
 from autoquant.config.format import (
@@ -31,6 +30,7 @@ from autoquant.config.format import (
 )
 from autoquant.errors import AutoQuantError
 from autoquant.executor.fit import model_problems, structure_of
+from autoquant.library_patches import FakeTensorMode
 from autoquant.models.build import build_meta
 from autoquant.models.inputs import masks_beside
 from autoquant.models.source import LoadedModel, ModelSource
@@ -103,7 +103,7 @@ def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
         with undisturbed(module), short_chunks(module), FakeTensorMode(allow_non_fake_inputs=True):
             return module(*loaded.args, **loaded.kwargs)
     with undisturbed(module), short_chunks(module):
-        (args, kwargs), mode = stand_ins_(module, (loaded.args, loaded.kwargs))
+        (args, kwargs), mode = fakeify_(module, (loaded.args, loaded.kwargs))
         with mode, known_values():
             return module(*args, **kwargs)
 
@@ -140,7 +140,7 @@ def build_config(
     """Put findings into the file format, with every knob at its default."""
     scores = analysis.scales.analysis.scores
     residual = next((space.size for space in findings.spaces if space.kind == "R1"), None)
-    tables = [f for f in analysis.scales.analysis.families.all() if f.role == "table"]
+    tables = [f for f in analysis.scales.analysis.axes.all() if f.role == "table"]
     facts = ModelFacts(
         layers=layers,
         hidden_size=residual or (tables[0].count if tables else None),

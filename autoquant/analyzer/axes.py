@@ -1,4 +1,4 @@
-"""The axes of parameters, as families of variables.
+"""The axes of parameters, as axes of variables.
 
 A weight ``W[o, i]`` may be replaced by ``r[o] * W[o, i] * c[i]``: it has one family of variables for its rows and one
 for its columns, whatever transposes, slices and reshapes it goes through before it is used. A norm weight, a bias or
@@ -53,7 +53,7 @@ class Param:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Axis:
     """Consecutive variables for one axis of one parameter.
 
     Position ``p`` is ``stack_index * size_of_dim + index``, and ``stack`` is None for the plain axis. A ``keyed``
@@ -84,16 +84,16 @@ class Factors:
 
 
 @dataclass(slots=True)
-class Families:
-    """All families of an analysis, and which way each parameter is used."""
+class Axes:
+    """All axes of an analysis, and which way each parameter is used."""
 
     variables: Variables
-    _by_key: dict[tuple[object, ...], Family] = field(default_factory=dict)
+    _by_key: dict[tuple[object, ...], Axis] = field(default_factory=dict)
     _uses: dict[str, dict[str, Reason]] = field(default_factory=dict)
     _seen: dict[str, Tensor] = field(default_factory=dict)
     """Which elements of the parameters that are used as tensors some view shows."""
 
-    def all(self) -> list[Family]:
+    def all(self) -> list[Axis]:
         """In order of their variables."""
         return sorted(self._by_key.values(), key=lambda family: family.start)
 
@@ -183,7 +183,7 @@ class Families:
         copied = seen.untyped_storage().size() // seen.element_size() > MAX_ELEMENTS
         return None if copied else seen
 
-    def conflicts(self) -> list[tuple[list[Family], Reason]]:
+    def conflicts(self) -> list[tuple[list[Axis], Reason]]:
         """Parameters that are used in two ways (as ``w`` and as ``1 + w``, as a weight and as a tensor) or in part."""
         return [
             ([family for family in self._by_key.values() if family.param == name], reason)
@@ -211,7 +211,7 @@ class Families:
     def _at_last_use(self, name: str, text: str) -> Reason:
         return replace(max(self._uses[name].values(), key=lambda reason: reason.order), text=text)
 
-    def labels(self, family: Family) -> Ints:
+    def labels(self, family: Axis) -> Ints:
         return np.arange(family.start, family.start + family.count)
 
     def _get(
@@ -222,7 +222,7 @@ class Families:
         key = (param.name, dim, stack, offset, bool(keyed))
         if key not in self._by_key:
             start = int(self.variables.fresh(count, keyed)[0]) if count else self.variables.count
-            self._by_key[key] = Family(
+            self._by_key[key] = Axis(
                 param.name, role, dim, stack, offset, keyed, start, count, param.full_shape, here.order
             )
         family = self._by_key[key]

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Walk
+from autoquant.analyzer.interpreter import Interpreter
 from autoquant.analyzer.rotation_spaces import Rotations
 from autoquant.analyzer.rotation_state import Gain, Mean, Square, Vector
 from autoquant.analyzer.rules import ROTATIONS, SCALES, Rules
@@ -44,7 +44,7 @@ def scale_chains(scales: Scales, component: int) -> Chains:
 
     reasons = scales.analysis.variables.reasons
     undoes = "this linear: its columns undo the scale"
-    return Chains(scales.walk, components, component, labels, SCALES, reasons, undoes)
+    return Chains(scales.interpreter, components, component, labels, SCALES, reasons, undoes)
 
 
 def rotation_chains(rotations: Rotations, component: int) -> Chains:
@@ -58,14 +58,14 @@ def rotation_chains(rotations: Rotations, component: int) -> Chains:
     reasons = rotations.analysis.variables.reasons
     splits = frozenset(split.reason.order for split in rotations.analysis.splits if len(np.unique(split.keys)) > 1)
     undoes = "this linear: its columns undo the rotation"
-    return Chains(rotations.walk, components, component, labels, ROTATIONS, reasons, undoes, splits)
+    return Chains(rotations.interpreter, components, component, labels, ROTATIONS, reasons, undoes, splits)
 
 
 @dataclass(eq=False)
 class Chains:
     """The nodes that carry one component, and the ways between them."""
 
-    walk: Walk
+    interpreter: Interpreter
     components: Ints
     component: int
     labels: Callable[[Any], Ints | None]
@@ -78,7 +78,7 @@ class Chains:
 
     @cached_property
     def _order(self) -> dict[fx.Node, int]:
-        nodes = (node for piece in self.walk.captured.pieces for node in piece.graph.graph.nodes)
+        nodes = (node for subgraph in self.interpreter.captured.subgraphs for node in subgraph.graph.graph.nodes)
         return {node: order for order, node in enumerate(nodes, start=1)}
 
     @cached_property
@@ -96,7 +96,7 @@ class Chains:
 
     def carries(self, node: fx.Node, exact: int | None = None) -> bool:
         """Does what ``node`` makes hold the component (or the very label ``exact``)?"""
-        value = self.walk.values.get(node)
+        value = self.interpreter.values.get(node)
         for part in value if isinstance(value, tuple | list) else (value,):
             found = self.labels(part)
             if found is None or not found.size:
@@ -128,7 +128,10 @@ class Chains:
     def into(self, blocker: fx.Node) -> list[fx.Node]:
         """What feeds ``blocker``, from the nearest product or embedding on."""
         for argument in blocker.all_input_nodes:
-            if argument.op == "call_function" and self.labels(_first(self.walk.values.get(argument))) is not None:
+            if (
+                argument.op == "call_function"
+                and self.labels(_first(self.interpreter.values.get(argument))) is not None
+            ):
                 return self._search(
                     argument,
                     lambda node: self._is_source(node, any_component=True),
@@ -165,7 +168,7 @@ class Chains:
         return found
 
     def _is_activation(self, node: fx.Node) -> bool:
-        return self.labels(_first(self.walk.values.get(node))) is not None
+        return self.labels(_first(self.interpreter.values.get(node))) is not None
 
     def _search(
         self, start: fx.Node, found: Callable[[fx.Node], bool], follow: Callable[[fx.Node], bool]
@@ -216,7 +219,7 @@ class Chains:
 
     def params(self, node: fx.Node) -> list[Param]:
         """The parameters among a node's arguments."""
-        values = (self.walk.values.get(argument) for argument in node.all_input_nodes)
+        values = (self.interpreter.values.get(argument) for argument in node.all_input_nodes)
         plain = (value.param if isinstance(value, Gain) else value for value in values)
         return [value for value in plain if isinstance(value, Param)]
 

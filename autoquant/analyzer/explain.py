@@ -218,7 +218,7 @@ def _rotation(analysis: Analysis, linear: Linear, use: Use) -> Answer:
         f"an online rotation fits ({o.kind}): a Hadamard matrix of size {o.size}, computed while the model runs"
         for o in fits
     ]
-    value = rotations.walk.values.get(start) if start is not None else None
+    value = rotations.interpreter.values.get(start) if start is not None else None
     for space in rotations.spaces:
         if any(
             reader.path == linear.weight and reader.dim == linear.in_dim

@@ -28,22 +28,23 @@ from autoquant.aten import (
     operator_name,
     rescales,
 )
-from autoquant.capture.routes import Captured, GraphInput, Piece, module_path
+from autoquant.capture.routes import Captured, GraphInput, Subgraph, module_path
 from autoquant.capture.untraceable import OPERATOR, UNTRACED
+from autoquant.library_patches import FakeTensor
 
 MAX_CONSTANT = 1 << 24
 """Largest constant that is computed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Constant:
     """A constant whose value is known, whatever the weights and the data."""
 
     value: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class Dynamic:
     """A tensor that no scale and no rotation reaches, of unknown value: token ids, routing decisions, cosines."""
 
     shape: tuple[int, ...]
@@ -51,7 +52,7 @@ class Unknown:
 
 
 @dataclass(frozen=True, slots=True)
-class Opaque:
+class Untracked:
     """A tensor that cannot be followed: its size depends on the data, or it is too large. Nothing passes it."""
 
 
@@ -84,7 +85,7 @@ class Site:
 
 
 Value = Any
-"""A Known, an Unknown, a Param, what the analysis puts on an activation, or a plain Python argument."""
+"""A Constant, a Dynamic, a Param, what the analysis puts on an activation, or a plain Python argument."""
 
 
 class Rule(Protocol):
@@ -99,8 +100,8 @@ class Rule(Protocol):
 
 
 @dataclass(slots=True)
-class Walk:
-    """One pass over the pieces of a capture."""
+class Interpreter:
+    """One pass over the subgraphs of a capture."""
 
     captured: Captured
     rules: Mapping[str, Rule]
@@ -108,13 +109,13 @@ class Walk:
     """Of the analysis: the first argument of every rule."""
     movement: Callable[..., Value]
     """Applied to data movement of an activation: ``movement(site, function, args, kwargs)``."""
-    crossing: Callable[[Site], Value]
+    graph_break: Callable[[Site], Value]
     """Makes the value of a tensor that comes out of a graph break."""
     no_rule: Callable[[Site, Sequence[Value]], Value]
     give_up: Callable[[Site, Sequence[Value], str], Value]
     """Blocks all values that meet at a site, for the reason given."""
     finish: Callable[[Site, Sequence[Value]], None]
-    """Called with everything that a piece returns."""
+    """Called with everything that a subgraph returns."""
     rescales: bool = False
     """Whether a weight times a number is the weight itself, where products alone read it."""
     values: dict[fx.Node, Value] = field(default_factory=dict)
@@ -122,18 +123,18 @@ class Walk:
 
     def run(self) -> None:
         names = parameter_names(self.captured)
-        for piece in self.captured.pieces:
-            for node in piece.graph.graph.nodes:
+        for subgraph in self.captured.subgraphs:
+            for node in subgraph.graph.graph.nodes:
                 self.order += 1
                 site = self._site(node)
                 if node.op == "placeholder":
-                    self.values[node] = self._input(site, piece, piece.inputs.get(node.name))
+                    self.values[node] = self._input(site, subgraph, subgraph.inputs.get(node.name))
                 elif node.op == "get_attr":
-                    held = getattr(piece.graph, str(node.target), None)
+                    held = getattr(subgraph.graph, str(node.target), None)
                     self.values[node] = _constant(held) if isinstance(held, Tensor) else held
                 elif node.op == "output":
                     values = [v for v in _flat(self._value(node.args)) if not _plain(v)]
-                    self.finish(site, [v for v in values if not isinstance(v, Opaque)])
+                    self.finish(site, [v for v in values if not isinstance(v, Untracked)])
                 else:
                     self.values[node] = self._call(site, names)
 
@@ -141,17 +142,17 @@ class Walk:
         outputs = tuple(v for v in _flat(node.meta.get("val")) if isinstance(v, Tensor))
         return Site(node, self.order, operator_name(node), module_path(node), outputs)
 
-    def _input(self, site: Site, piece: Piece, what: GraphInput | None) -> Value:
+    def _input(self, site: Site, subgraph: Subgraph, what: GraphInput | None) -> Value:
         if what is None or not site.outputs:
             return None
         fake = site.outputs[0]
         if what.kind == "parameter":
             return Param(what.name, tuple(fake.shape), (), tuple(fake.shape))
-        if what.kind == "crossing" and fake.is_floating_point():
-            return self.crossing(site)
-        if what.kind in ("buffer", "constant") and site.node.name in piece.constants:
-            return _constant(piece.constants[site.node.name])
-        return Unknown(tuple(fake.shape), fake.dtype)
+        if what.kind == "graph break" and fake.is_floating_point():
+            return self.graph_break(site)
+        if what.kind in ("buffer", "constant") and site.node.name in subgraph.constants:
+            return _constant(subgraph.constants[site.node.name])
+        return Dynamic(tuple(fake.shape), fake.dtype)
 
     def _value(self, argument: Any) -> Value:
         return fx.map_arg(argument, lambda node: self.values[node])
@@ -173,18 +174,18 @@ class Walk:
             if self.rescales and rescales(site.node):
                 return args[0]
         if site.operator == OPERATOR:
-            return self.give_up(site, [v for v in tensors if not isinstance(v, Opaque)], UNTRACED)
-        if any(isinstance(v, Opaque) for v in tensors) or any(unwieldy(fake) for fake in site.outputs):
-            rest = [v for v in tensors if not isinstance(v, Opaque)]
+            return self.give_up(site, [v for v in tensors if not isinstance(v, Untracked)], UNTRACED)
+        if any(isinstance(v, Untracked) for v in tensors) or any(unwieldy(fake) for fake in site.outputs):
+            rest = [v for v in tensors if not isinstance(v, Untracked)]
             return self.give_up(site, rest, "it meets a tensor that is too large to follow, or sized by the data")
         if site.operator in FILLS and site.outputs and site.outputs[0].numel() <= MAX_CONSTANT:
             fill = FILLS[site.operator]
-            return Known(torch.full(site.shape, args[-1] if fill is None else fill, dtype=site.outputs[0].dtype))
-        if all(isinstance(v, Known) for v in tensors):
+            return Constant(torch.full(site.shape, args[-1] if fill is None else fill, dtype=site.outputs[0].dtype))
+        if all(isinstance(v, Constant) for v in tensors):
             known = _evaluate(site, args, kwargs)
             if known is not None:
                 return known
-        if all(isinstance(v, (Known, Unknown)) for v in tensors) or site.operator in RANDOM_LIKE:
+        if all(isinstance(v, (Constant, Dynamic)) for v in tensors) or site.operator in RANDOM_LIKE:
             return _unknowns(site)
         dtype = kwargs.get("dtype")
         if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
@@ -193,7 +194,7 @@ class Walk:
         rule = self.rules.get(site.operator)
         if rule is not None and rule.takes(site.node):
             return rule.apply(self.state, site, *args, **kwargs)
-        if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Unknown) for v in _flat(args[1:]))):
+        if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Dynamic) for v in _flat(args[1:]))):
             with contextlib.suppress(RuntimeError, TypeError):
                 return self.movement(site, _function(site), args, kwargs)
         return self.no_rule(site, tensors)  # also where the data decide how far elements move
@@ -226,8 +227,8 @@ def shared_names(captured: Captured) -> dict[str, tuple[str, ...]]:
 def _users(captured: Captured, group: tuple[str, ...]) -> tuple[list[tuple[str, str]], ...]:
     """(module, name) of each of a parameter's names: those that look it up as a table apart, if they can be."""
     table_users = set()
-    for piece in captured.pieces:
-        for node in piece.graph.graph.nodes:
+    for subgraph in captured.subgraphs:
+        for node in subgraph.graph.graph.nodes:
             if node.op == "call_function" and operator_name(node) == "embedding":
                 table_users.add(module_path(node))
     named = [(name.rpartition(".")[0], name) for name in group]
@@ -273,11 +274,11 @@ def _function(site: Site) -> Callable[..., Any]:
     return target
 
 
-def _constant(value: Tensor) -> Known | Unknown:
-    fake = isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta"
+def _constant(value: Tensor) -> Constant | Dynamic:
+    fake = isinstance(value, FakeTensor) or value.device.type == "meta"
     if fake or value.numel() > MAX_CONSTANT:
-        return Unknown(tuple(value.shape), value.dtype)
-    return Known(value.detach().cpu())
+        return Dynamic(tuple(value.shape), value.dtype)
+    return Constant(value.detach().cpu())
 
 
 def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value | None:
@@ -288,19 +289,20 @@ def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> 
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     real = _map(
-        args, lambda v: v.value if isinstance(v, Known) else torch.device("cpu") if isinstance(v, torch.device) else v
+        args,
+        lambda v: v.value if isinstance(v, Constant) else torch.device("cpu") if isinstance(v, torch.device) else v,
     )
-    real_kwargs = _map(kwargs, lambda v: v.value if isinstance(v, Known) else v)
+    real_kwargs = _map(kwargs, lambda v: v.value if isinstance(v, Constant) else v)
     try:
         result = site.node.target(*real, **real_kwargs)  # type: ignore[operator]  # a call_function node
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # no kernel for these dtypes: unknown, which is always safe
-    return _map(result, lambda v: Known(v) if isinstance(v, Tensor) else v)
+    return _map(result, lambda v: Constant(v) if isinstance(v, Tensor) else v)
 
 
 def _unknowns(site: Site) -> Value:
     val = site.node.meta.get("val")
-    made = tuple(Opaque() if unwieldy(f) else Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+    made = tuple(Untracked() if unwieldy(f) else Dynamic(tuple(f.shape), f.dtype) for f in site.outputs)
     return made if isinstance(val, (tuple, list)) else made[0] if made else None
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autoquant.analyzer.axes import Family
-from autoquant.analyzer.interpreter import Site, Walk, shared_names
+from autoquant.analyzer.axes import Axis
+from autoquant.analyzer.interpreter import Interpreter, Site, shared_names
 from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rules import ROTATIONS
 from autoquant.analyzer.smoothing_groups import group_name, module_of, slot_of
@@ -25,7 +25,7 @@ class Rotations:
     """The solved analysis of one capture."""
 
     analysis: RotationAnalysis
-    walk: Walk
+    interpreter: Interpreter
     solution: Solution
     blocks: Ints
     """Per component, a number of its block; -1 where it cannot be rotated."""
@@ -35,30 +35,30 @@ class Rotations:
 def analyse_rotations(captured: Captured) -> Rotations:
     """Find every vector space of the graph that an orthogonal matrix can be put on."""
     analysis = RotationAnalysis()
-    walk = Walk(
+    interpreter = Interpreter(
         captured,
         ROTATIONS.table,
         analysis,
         movement=analysis.move,
-        crossing=analysis.crossing,
+        graph_break=analysis.graph_break,
         no_rule=analysis.no_rule,
         give_up=analysis.end,
         finish=analysis.finish,
     )
-    walk.run()
-    for families, reason in [*analysis.families.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
-        for family in families:
-            analysis.variables.fix(torch.from_numpy(analysis.families.labels(family)), reason)
+    interpreter.run()
+    for axes, reason in [*analysis.axes.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
+        for family in axes:
+            analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)
     keep = np.zeros(analysis.variables.count, dtype=np.bool_)
     solution = analysis.variables.solve(keep)
     if _fix_what_spaces_share(analysis, solution, shared_names(captured)):
         solution = analysis.variables.solve(keep)
-    families = analysis.families.all()
-    blocks = _blocks(analysis, families, solution)
-    if _fix_copies_paired_otherwise(analysis, families, solution, blocks):
+    axes = analysis.axes.all()
+    blocks = _blocks(analysis, axes, solution)
+    if _fix_copies_paired_otherwise(analysis, axes, solution, blocks):
         solution = analysis.variables.solve(keep)
-        blocks = _blocks(analysis, families, solution)
-    return Rotations(analysis, walk, solution, blocks, _spaces(analysis, families, solution, blocks))
+        blocks = _blocks(analysis, axes, solution)
+    return Rotations(analysis, interpreter, solution, blocks, _spaces(analysis, axes, solution, blocks))
 
 
 def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied: Collection[str]) -> bool:
@@ -70,8 +70,8 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
     means = _touched(solution, [s.labels for s in analysis.splits if s.centre])
     spaces: dict[str, set[tuple[int, ...]]] = {}
     reads = []
-    for family in analysis.families.all():
-        labels = analysis.families.labels(family)
+    for family in analysis.axes.all():
+        labels = analysis.axes.labels(family)
         labels = labels[~solution.fixed[labels]]
         components = tuple(np.unique(solution.component[labels]).tolist())
         for read in _reads(analysis, family):
@@ -105,7 +105,7 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
 
 
 def _fix_copies_paired_otherwise(
-    analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints
+    analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution, blocks: Ints
 ) -> bool:
     """End the blocks whose copies are not always the same; were there any?
 
@@ -114,10 +114,7 @@ def _fix_copies_paired_otherwise(
     channel lies in any order, its company must be the same.
     """
     rows = [
-        (None, labels)
-        for f in families
-        if f.role != "column"
-        for labels in analysis.families.labels(f).reshape(_stack(f), -1)
+        (None, labels) for f in axes if f.role != "column" for labels in analysis.axes.labels(f).reshape(_stack(f), -1)
     ]
     orders = [*rows, *((site, labels) for site, found in analysis.arranged for labels in found.numpy())]
     company = np.zeros(len(solution.component), dtype=np.uint64)
@@ -149,7 +146,7 @@ def _fix_copies_paired_otherwise(
     return found
 
 
-def _stack(family: Family) -> int:
+def _stack(family: Axis) -> int:
     """Number of matrices that a family's positions go through, one after the other."""
     return family.count // family.full_shape[family.dim] if family.stack and not family.keyed else 1
 
@@ -163,11 +160,11 @@ def _occurrence(values: Ints) -> Ints:
     return nth
 
 
-def _contested_gains(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:
+def _contested_gains(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
     """A norm weight that is used elsewhere too must stay what it is: it cannot be folded into its readers."""
-    contested = analysis.families.contested()
+    contested = analysis.axes.contested()
     found = []
-    for family in analysis.families.all():
+    for family in analysis.axes.all():
         norm = analysis.folded.get(family.param)
         if norm is not None and family.role == "table":
             found += [([family], contested[name]) for name in (norm.weight, norm.bias) if name in contested]
@@ -180,10 +177,10 @@ def _contested_gains(analysis: RotationAnalysis) -> list[tuple[list[Family], Rea
     return found
 
 
-def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]:
+def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
     """A weight that is read behind two different norms can hold the gain of neither."""
     found = []
-    for family in analysis.families.all():
+    for family in analysis.axes.all():
         gains = {(r.gain.weight, r.gain.bias, r.gain.offset) if r.gain else None for r in _reads(analysis, family)}
         if len(gains) > 1:
             last = _reads(analysis, family)[-1].site
@@ -191,22 +188,20 @@ def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Family], Reason]]
     return found
 
 
-def _reads(analysis: RotationAnalysis, family: Family) -> list[Read]:
+def _reads(analysis: RotationAnalysis, family: Axis) -> list[Read]:
     return [read for read in analysis.reads if (read.weight, read.dim) == (family.param, family.dim)]
 
 
-def _blocks(analysis: RotationAnalysis, families: Sequence[Family], solution: Solution) -> Ints:
+def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution) -> Ints:
     """Components that see the same parameters and the same splits may be mixed: number those sets."""
     count = int(solution.component.max()) + 1
     code = np.zeros(count, dtype=np.uint64)
-    salts = np.random.default_rng(0).integers(1, 2**63, size=len(families) + len(analysis.splits), dtype=np.uint64)
+    salts = np.random.default_rng(0).integers(1, 2**63, size=len(axes) + len(analysis.splits), dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for family, salt in zip(families, salts, strict=False):
-            members = np.bincount(solution.component[analysis.families.labels(family)], minlength=count).astype(
-                np.uint64
-            )
+        for family, salt in zip(axes, salts, strict=False):
+            members = np.bincount(solution.component[analysis.axes.labels(family)], minlength=count).astype(np.uint64)
             code += (members * salt) ^ (members * members * (salt >> np.uint64(7)))
-        for split, salt in zip(analysis.splits, salts[len(families) :], strict=True):
+        for split, salt in zip(analysis.splits, salts[len(axes) :], strict=True):
             keys = np.zeros(count, dtype=np.uint64)
             np.add.at(keys, solution.component[split.labels], split.keys.view(np.uint64))
             code += (keys ^ (keys >> np.uint64(29))) * salt
@@ -225,11 +220,9 @@ def _blocks(analysis: RotationAnalysis, families: Sequence[Family], solution: So
     return blocks
 
 
-def _spaces(
-    analysis: RotationAnalysis, families: Sequence[Family], solution: Solution, blocks: Ints
-) -> tuple[Space, ...]:
-    ids = np.concatenate([np.zeros(0, np.int64), *(analysis.families.labels(f) for f in families)])
-    which = np.repeat(np.arange(len(families)), [f.count for f in families])
+def _spaces(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution, blocks: Ints) -> tuple[Space, ...]:
+    ids = np.concatenate([np.zeros(0, np.int64), *(analysis.axes.labels(f) for f in axes)])
+    which = np.repeat(np.arange(len(axes)), [f.count for f in axes])
     component = solution.component[ids]
     block = blocks[component]
     held = np.unique(block * (len(blocks) + 1) + component) // (len(blocks) + 1)
@@ -251,7 +244,7 @@ def _spaces(
         positions = ids[chosen], which[chosen], component[chosen], block[chosen]
         space = _space(
             analysis,
-            families,
+            axes,
             size,
             members,
             positions,
@@ -260,7 +253,7 @@ def _spaces(
         )
         if space is not None:
             spaces.append(space)
-    return told_apart(spaces)
+    return named_by_start(spaces)
 
 
 def _touched(solution: Solution, labels: Sequence[Ints]) -> Ints:
@@ -268,7 +261,7 @@ def _touched(solution: Solution, labels: Sequence[Ints]) -> Ints:
     return np.unique(solution.component[np.concatenate([np.zeros(0, np.int64), *labels])])
 
 
-def told_apart(spaces: Sequence[Space]) -> tuple[Space, ...]:
+def named_by_start(spaces: Sequence[Space]) -> tuple[Space, ...]:
     """The residual stream goes by that name; where there are several (towers, tables apart), each by what starts it."""
     if sum(space.kind == "R1" for space in spaces) < 2:
         return tuple(spaces)
@@ -294,7 +287,7 @@ def _name(kind: str, writers: Sequence[Writer], reads: Collection[tuple[Norm | N
 
 def _space(
     analysis: RotationAnalysis,
-    families: Sequence[Family],
+    axes: Sequence[Axis],
     size: int,
     members: tuple[int, ...],
     positions: tuple[Ints, Ints, Ints, Ints],
@@ -317,7 +310,7 @@ def _space(
     writers: list[Writer] = []
     reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]] = {}
     for index in members:
-        family = families[index]
+        family = axes[index]
         here = which == index
         slot = slot_of(family, ids[here] - family.start, channel[here], size * len(rank_of_block), False, 1)
         if slot is None:
@@ -333,7 +326,7 @@ def _space(
         reads.setdefault(key, (gain, []))[1].append(Reader(**slot.model_dump(), bias=readers[0].bias))
     if not writers or not reads:
         return None
-    kind = "R1" if any(families[i].role == "table" for i in members) else "R2" if is_value else "other"
+    kind = "R1" if any(axes[i].role == "table" for i in members) else "R2" if is_value else "other"
     return Space(
         name=_name(kind, writers, reads.values()),
         kind=kind,  # type: ignore[arg-type]  # one of the three literals

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autoquant.analyzer.axes import Families, Param
-from autoquant.analyzer.interpreter import Known, Opaque, Site, Unknown, Value, unwieldy
+from autoquant.analyzer.axes import Axes, Param
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Untracked, Value, unwieldy
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Variables
 from autoquant.aten import NO_ROTATION, operator_name
 from autoquant.config.format import Norm
@@ -101,7 +101,7 @@ class RotationAnalysis:
     """Coordinates, the splits between them, and who reads them."""
 
     variables: Variables = field(default_factory=Variables)
-    families: Families = field(init=False)
+    axes: Axes = field(init=False)
     splits: list[Split] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     lookups: Counter[str] = field(default_factory=Counter)
@@ -113,7 +113,7 @@ class RotationAnalysis:
     """Coordinates as they lie along the last axis where vectors are added or read, ``[rows, channels]``."""
 
     def __post_init__(self) -> None:
-        self.families = Families(self.variables)
+        self.axes = Axes(self.variables)
 
     def end(self, site: Site, values: Sequence[Value], text: str) -> Value:
         """No rotation gets past this operator."""
@@ -124,21 +124,21 @@ class RotationAnalysis:
                 self.variables.fix(vector.coordinates, reason)
                 for name in (vector.gain.weight, vector.gain.bias) if vector.gain else ():
                     if name is not None:
-                        self.families.other_use(Param(name, ()), reason)
+                        self.axes.other_use(Param(name, ()), reason)
             param = value.param if isinstance(value, Gain) else value
             if isinstance(param, Param):
-                self.families.other_use(param, reason)
+                self.axes.other_use(param, reason)
         return self.unknown(site)
 
     def unknown(self, site: Site) -> Value:
-        made = tuple(Opaque() if unwieldy(f) else Unknown(tuple(f.shape), f.dtype) for f in site.outputs)
+        made = tuple(Untracked() if unwieldy(f) else Dynamic(tuple(f.shape), f.dtype) for f in site.outputs)
         return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0] if made else None
 
     def no_rule(self, site: Site, values: Sequence[Value]) -> Value:
         return self.end(site, values, NO_ROTATION)
 
-    def crossing(self, site: Site) -> Value:
-        return Unknown(site.shape, site.outputs[0].dtype)
+    def graph_break(self, site: Site) -> Value:
+        return Dynamic(site.shape, site.outputs[0].dtype)
 
     def finish(self, site: Site, values: Sequence[Value]) -> None:
         self.end(site, values, "it is an output of the model")
@@ -186,17 +186,17 @@ class RotationAnalysis:
             return self._join(site, function, args, kwargs)
         if isinstance(first, Param) and site.operator == "index" and first.is_table and _is_lookup(list(args[1])):
             # A bias or an embedding per expert, or positions: whichever row is chosen, its columns write to the space.
-            labels = self.families.axis(first, 1, "row", site.because("it is a table"), stacked=False)
+            labels = self.axes.axis(first, 1, "row", site.because("it is a table"), stacked=False)
             labels = labels.expand(site.shape)
             return Vector(labels, fresh_instances(labels))
         if not isinstance(first, Vector):
             return self.end(site, [first, *args[1:]], NO_ROTATION)
-        if site.operator == "index" and any(isinstance(i, Unknown) for i in args[1]):
+        if site.operator == "index" and any(isinstance(i, Dynamic) for i in args[1]):
             return self._pick(site, first, list(args[1]))
-        if site.operator == "index_select" and isinstance(args[2], Unknown):
+        if site.operator == "index_select" and isinstance(args[2], Dynamic):
             return self._pick(site, first, [None] * (int(args[1]) % first.coordinates.ndim) + [args[2]])
         rest = [_plain(arg) for arg in args[1:]]
-        if any(isinstance(arg, (Unknown, Vector, Square, Mean, Param)) for arg in rest):
+        if any(isinstance(arg, (Dynamic, Vector, Square, Mean, Param)) for arg in rest):
             return self.end(site, [first], "it is rearranged by the data")
         if site.operator in ("constant_pad_nd", "pad"):
             if len(rest) > 1 and rest[-1] not in (0, 0.0, None, "constant"):
@@ -235,15 +235,15 @@ class RotationAnalysis:
         Where a run of a matrix's rows is taken (positions, as far as these tokens go) all of its rows carry the same.
         """
         if not _is_run_of_rows(param):
-            return self.families.leaf(param, 0, site.because("it is a parameter"))
-        labels = self.families.axis(param, 1, "row", site.because("it is a table"), stacked=False)
+            return self.axes.leaf(param, 0, site.because("it is a parameter"))
+        labels = self.axes.axis(param, 1, "row", site.because("it is a table"), stacked=False)
         return labels.expand(param.shape)
 
     def _as_vector(self, site: Site, part: Value) -> Value:
         """A parameter of one dimension, such as a class token, is a vector that it writes itself."""
         if not isinstance(part, Param) or len([size for size in part.full_shape if size > 1]) != 1:
             return part
-        labels = self.families.leaf(part, 0, site.because("it is a parameter"))
+        labels = self.axes.leaf(part, 0, site.because("it is a parameter"))
         return part if labels is None else Vector(labels, fresh_instances(labels))
 
     def _pick(self, site: Site, vector: Vector, indices: list[Value]) -> Value:
@@ -281,7 +281,7 @@ def seen_along(vector: Vector, dims: Sequence[int], keepdim: bool, shape: Sequen
 
 def whole_rows(node: object, mask: Value) -> bool:
     """Does the mask choose whole vectors of the last axis? Of one that depends on the data the graph says so."""
-    if isinstance(mask, Known):
+    if isinstance(mask, Constant):
         return bool((mask.value == mask.value[..., :1]).all())
     while isinstance(node, torch.fx.Node) and node.op == "call_function":
         if node.meta["val"].shape[-1:] == (1,):
@@ -300,7 +300,7 @@ def varies(labels: Tensor, dim: int) -> bool:
 def _index_any(labels: Tensor, indices: Sequence[Value]) -> Tensor:
     """Index where the labels do not depend on the index."""
     chosen = [
-        None if i is None else i.value if isinstance(i, Known) else torch.zeros(i.shape, dtype=torch.int64)
+        None if i is None else i.value if isinstance(i, Constant) else torch.zeros(i.shape, dtype=torch.int64)
         for i in indices
     ]
     indexed: Tensor = torch.ops.aten.index.Tensor(labels, chosen)
@@ -310,7 +310,7 @@ def _index_any(labels: Tensor, indices: Sequence[Value]) -> Tensor:
 def _plain(value: Value) -> Value:
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
-    return value.value if isinstance(value, Known) else value
+    return value.value if isinstance(value, Constant) else value
 
 
 def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
@@ -366,7 +366,7 @@ def shape_of(value: Value) -> tuple[int, ...]:
     """Shape of any argument that has one, else ``()``."""
     if isinstance(value, (Vector, Square, Mean)):
         return tuple(coordinates_of(value).shape)
-    return tuple(value.value.shape) if isinstance(value, Known) else tuple(getattr(value, "shape", ()))
+    return tuple(value.value.shape) if isinstance(value, Constant) else tuple(getattr(value, "shape", ()))
 
 
 def _is_run_of_rows(param: Param) -> bool:
@@ -384,6 +384,6 @@ def _is_run_of_rows(param: Param) -> bool:
 def _is_lookup(indices: Sequence[Value]) -> bool:
     """Whole rows, by their numbers: of the data's choice, or known ones."""
     index = indices[0]
-    return isinstance(index, Unknown) or (
-        isinstance(index, Known) and len(indices) == 1 and index.value.dtype == torch.int64
+    return isinstance(index, Dynamic) or (
+        isinstance(index, Constant) and len(indices) == 1 and index.value.dtype == torch.int64
     )

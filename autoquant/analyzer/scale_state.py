@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from autoquant.analyzer.axes import Families, Param
-from autoquant.analyzer.interpreter import Known, Opaque, Site, Unknown, Value, unwieldy
+from autoquant.analyzer.axes import Axes, Param
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Untracked, Value, unwieldy
 from autoquant.analyzer.variables import ONE, ZERO, Reason, Variables
 from autoquant.aten import GROUPING, NO_RULE, base_name
 
@@ -45,7 +45,7 @@ class ScaleAnalysis:
     """The state of the scale analysis: variables, parameter axes, and the linears met so far."""
 
     variables: Variables = field(default_factory=Variables)
-    families: Families = field(init=False)
+    axes: Axes = field(init=False)
     uses: list[Use] = field(default_factory=list)
     grouped_by: dict[int, int] = field(default_factory=dict)
     scores: list[Scores] = field(default_factory=list)
@@ -53,7 +53,7 @@ class ScaleAnalysis:
     """Labels of queries whose scales the keys cancel, and the like."""
 
     def __post_init__(self) -> None:
-        self.families = Families(self.variables)
+        self.axes = Axes(self.variables)
 
     # --- what arguments become ---------------------------------------------------------------------------------
 
@@ -62,17 +62,17 @@ class ScaleAnalysis:
         if isinstance(value, Tensor):
             return value
         if isinstance(value, Param):
-            found = self.families.leaf(value, offset, site.because("it is a parameter"))
+            found = self.axes.leaf(value, offset, site.because("it is a parameter"))
             if found is not None:
                 return found
             return self.fixed(value.shape, site.because("a large parameter is used as a tensor"))
-        if isinstance(value, Known):
+        if isinstance(value, Constant):
             # 0 and the infinities of a mask stay what they are under any scale.
             anything = (
                 (value.value == 0) | value.value.isinf() if value.value.dtype.is_floating_point else value.value == 0
             )
             return torch.where(anything, torch.tensor(ZERO), torch.tensor(ONE))
-        if isinstance(value, Unknown):
+        if isinstance(value, Dynamic):
             return torch.full(value.shape, ONE)
         return torch.tensor(ZERO if value == 0 or (isinstance(value, float) and math.isinf(value)) else ONE)
 
@@ -88,7 +88,7 @@ class ScaleAnalysis:
             if isinstance(value, Param):
                 # No labels, of which the matrices of a module of many experts would have a thousand million: a
                 # parameter with a second kind of use is fixed as a whole.
-                self.families.other_use(value, reason, "a tensor that keeps its scale")
+                self.axes.other_use(value, reason, "a tensor that keeps its scale")
             elif isinstance(value, Tensor):
                 self.mixed(self.labels(site, value))
                 self.variables.fix(self.labels(site, value), reason)
@@ -96,11 +96,11 @@ class ScaleAnalysis:
 
     def outputs(self, site: Site, reason: Reason) -> Value:
         made = tuple(
-            Opaque()
+            Untracked()
             if unwieldy(f)
             else self.fixed(f.shape, reason)
             if f.is_floating_point()
-            else Unknown(tuple(f.shape), f.dtype)
+            else Dynamic(tuple(f.shape), f.dtype)
             for f in site.outputs
         )
         return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0] if made else None
@@ -120,7 +120,7 @@ class ScaleAnalysis:
     def no_rule(self, site: Site, values: Sequence[Value]) -> Value:
         return self.block(site, values, NO_RULE)
 
-    def crossing(self, site: Site) -> Value:
+    def graph_break(self, site: Site) -> Value:
         return self.fixed(site.shape, site.because("it crosses a graph break"))
 
     def finish(self, site: Site, values: Sequence[Value]) -> None:
@@ -137,7 +137,7 @@ class ScaleAnalysis:
         """Run the operator on the labels; indices that depend on the data could pick any row."""
         if site.operator in ("index", "index_select", "gather", "take_along_dim"):
             indices = args[1] if site.operator == "index" else [args[1 if site.operator == "take_along_dim" else 2]]
-            if not all(index is None or isinstance(index, Known) for index in indices):
+            if not all(index is None or isinstance(index, Constant) for index in indices):
                 return self._pick(site, args, function)
         if site.operator == "pad" and any(isinstance(arg, str) and arg != "constant" for arg in args):
             return self.block(site, [args[0]], "it is padded with its own elements")
@@ -178,7 +178,7 @@ class ScaleAnalysis:
             isinstance(source, Param)
             and dims == [0]
             and len(source.shape) > 1
-            and isinstance(indices[0], Unknown)
+            and isinstance(indices[0], Dynamic)
             and not source.views
         ):
             key = self.grouping(site.node.args[1][0])  # type: ignore[index]  # the same indices, as nodes
@@ -199,7 +199,7 @@ class ScaleAnalysis:
             None
             if i is None
             else i.value
-            if isinstance(i, Known) and d not in dims
+            if isinstance(i, Constant) and d not in dims
             else torch.zeros(shape_of(i), dtype=torch.int64)
             for d, i in enumerate(indices)
         ]
@@ -221,9 +221,9 @@ def _rows(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
 
 def shape_of(value: Value) -> tuple[int, ...]:
     """Shape of any argument that is a tensor."""
-    if isinstance(value, (Param, Unknown)):
+    if isinstance(value, (Param, Dynamic)):
         return value.shape
-    return tuple(value.value.shape) if isinstance(value, Known) else tuple(value.shape)
+    return tuple(value.value.shape) if isinstance(value, Constant) else tuple(value.shape)
 
 
 def _to_labels(analysis: ScaleAnalysis, site: Site, args: tuple[Value, ...]) -> list[Value]:
@@ -246,13 +246,13 @@ def _to_labels(analysis: ScaleAnalysis, site: Site, args: tuple[Value, ...]) -> 
 def _index(value: Value) -> Value:
     if isinstance(value, (tuple, list)):
         return [_index(v) for v in value]
-    return value.value if isinstance(value, Known) else value
+    return value.value if isinstance(value, Constant) else value
 
 
 def scalar(value: Value) -> float | None:
     """The number that ``value`` is, if it is one."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, Known) and value.value.numel() == 1 and not value.value.is_complex():
+    if isinstance(value, Constant) and value.value.numel() == 1 and not value.value.is_complex():
         return float(value.value)
     return None

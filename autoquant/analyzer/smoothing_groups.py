@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from autoquant.analyzer.axes import Family
+from autoquant.analyzer.axes import Axis
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.analyzer.interpreter import Walk
+from autoquant.analyzer.interpreter import Interpreter
 from autoquant.analyzer.rules import SCALES
 from autoquant.analyzer.scale_state import ScaleAnalysis
 from autoquant.analyzer.variables import Bools, Floats, Ints, Solution
@@ -23,7 +23,7 @@ class Scales:
     """The solved analysis of one capture."""
 
     analysis: ScaleAnalysis
-    walk: Walk
+    interpreter: Interpreter
     solution: Solution
     groups: tuple[SmoothingGroup, ...]
 
@@ -31,26 +31,26 @@ class Scales:
 def analyse_scales(captured: Captured) -> Scales:
     """Find every scale that the graph leaves free."""
     analysis = ScaleAnalysis()
-    walk = Walk(
+    interpreter = Interpreter(
         captured,
         SCALES.table,
         analysis,
         movement=analysis.move,
-        crossing=analysis.crossing,
+        graph_break=analysis.graph_break,
         no_rule=analysis.no_rule,
         give_up=analysis.block,
         finish=analysis.finish,
         rescales=True,
     )
-    walk.run()
-    for families, reason in analysis.families.conflicts():
-        for family in families:
-            analysis.variables.fix(torch.from_numpy(analysis.families.labels(family)), reason)
+    interpreter.run()
+    for axes, reason in analysis.axes.conflicts():
+        for family in axes:
+            analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)
     keep = np.zeros(analysis.variables.count, dtype=np.bool_)
-    for family in analysis.families.all():
+    for family in analysis.axes.all():
         keep[family.start : family.start + family.count] = family.role != "leaf"
     solution = analysis.variables.solve(keep)
-    return Scales(analysis, walk, solution, _groups(analysis, solution))
+    return Scales(analysis, interpreter, solution, _groups(analysis, solution))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +66,21 @@ class _Members:
 
 
 def _groups(analysis: ScaleAnalysis, solution: Solution) -> tuple[SmoothingGroup, ...]:
-    families = analysis.families.all()
-    members = _members(analysis, families, solution)
+    axes = analysis.axes.all()
+    members = _members(analysis, axes, solution)
     crossed = np.concatenate([np.zeros(0, np.int64), *(solution.component[q.numpy()] for q in analysis.cancelled)])
     groups = []
     for signature in _in_order_of_appearance(members.family, _signatures(members)):
-        group = _group(analysis, families, _select(members, signature), crossed)
+        group = _group(analysis, axes, _select(members, signature), crossed)
         if group is not None:
             groups.append(group)
     return tuple(groups)
 
 
-def _members(analysis: ScaleAnalysis, families: Sequence[Family], solution: Solution) -> _Members:
-    counts = np.array([f.count for f in families], dtype=np.int64)
-    ids = np.concatenate([np.zeros(0, np.int64), *(analysis.families.labels(f) for f in families)])
-    which = np.repeat(np.arange(len(families)), counts)
+def _members(analysis: ScaleAnalysis, axes: Sequence[Axis], solution: Solution) -> _Members:
+    counts = np.array([f.count for f in axes], dtype=np.int64)
+    ids = np.concatenate([np.zeros(0, np.int64), *(analysis.axes.labels(f) for f in axes)])
+    which = np.repeat(np.arange(len(axes)), counts)
     free = np.flatnonzero(~solution.fixed[ids])
     component = solution.component[ids]
     free = free[np.lexsort((ids[free], component[free]))]
@@ -90,12 +90,12 @@ def _members(analysis: ScaleAnalysis, families: Sequence[Family], solution: Solu
     weight = solution.weight[ids] / solution.weight[ids][start][inverse]
     least = np.full(len(start), 1.0)
     np.minimum.at(least, inverse, np.abs(weight))
-    keys = np.array([f.keyed for f in families], dtype=np.int64)[which]
+    keys = np.array([f.keyed for f in axes], dtype=np.int64)[which]
     one_key = (
         np.minimum.reduceat(keys, start) == np.maximum.reduceat(keys, start) if len(start) else np.zeros(0, np.bool_)
     )
     mixed = np.isin(component, solution.component[analysis.variables.mixed()])
-    starts = np.array([f.start for f in families], dtype=np.int64)[which]
+    starts = np.array([f.start for f in axes], dtype=np.int64)[which]
     return _Members(component, which, ids - starts, weight / least[inverse], (keys != 0) & one_key[inverse] & ~mixed)
 
 
@@ -125,9 +125,7 @@ def _select(members: _Members, chosen: Ints) -> _Members:
     )
 
 
-def _group(
-    analysis: ScaleAnalysis, families: Sequence[Family], members: _Members, crossed: Ints
-) -> SmoothingGroup | None:
+def _group(analysis: ScaleAnalysis, axes: Sequence[Axis], members: _Members, crossed: Ints) -> SmoothingGroup | None:
     """One group from the components of one signature; None where they hold no source with a target, or none that a
     slot can describe.
     """
@@ -143,7 +141,7 @@ def _group(
         for power in sorted(set(members.weight[members.family == index].tolist()), reverse=True):
             here = (members.family == index) & (members.weight == power)
             slot = slot_of(
-                families[index],
+                axes[index],
                 members.position[here],
                 channel[here],
                 len(component),
@@ -155,7 +153,7 @@ def _group(
             (sources if power > 0 else targets).append(slot)
     if not sources or not targets:
         return None
-    roles = {families[i].role for i in np.unique(members.family[members.weight > 0])}
+    roles = {axes[i].role for i in np.unique(members.family[members.weight > 0])}
     readers = {(use.weight, use.contracted_dim) for use in analysis.uses}
     # A depthwise convolution or a gain is not quantized: a scale that it alone takes is legal and of no use.
     useful = any((slot.path, slot.dim) in readers for slot in targets)
@@ -163,7 +161,7 @@ def _group(
         kind = SmoothingKind.QUERY_KEY
     else:
         kind = SmoothingKind.NORM_LINEAR if roles == {"leaf"} else SmoothingKind.LINEAR_LINEAR
-    stack = matrices(families[int(members.family.min())]) if members.keyed[0] else 1
+    stack = matrices(axes[int(members.family.min())]) if members.keyed[0] else 1
     return SmoothingGroup(
         name=group_name(sources, targets),
         kind=kind,
@@ -174,14 +172,14 @@ def _group(
     )
 
 
-def matrices(family: Family) -> int:
+def matrices(family: Axis) -> int:
     """How many matrices are stacked in the family's parameter."""
     return (
         int(np.prod(family.full_shape[: family.dim])) if family.role == "leaf" else int(np.prod(family.full_shape[:-2]))
     )
 
 
-def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed: bool, power: int) -> Slot | None:
+def slot_of(family: Axis, position: Ints, channel: Ints, channels: int, keyed: bool, power: int) -> Slot | None:
     """The config's form of some positions of a family and their channels, None where it has none."""
     dim, stack, size = family.dim, None if family.keyed else family.stack, family.count
     if keyed:
@@ -208,7 +206,7 @@ def slot_of(family: Family, position: Ints, channel: Ints, channels: int, keyed:
     )
 
 
-def _along_one(family: Family, position: Ints, channel: Ints) -> tuple[int, int | None, Ints, Ints] | None:
+def _along_one(family: Axis, position: Ints, channel: Ints) -> tuple[int, int | None, Ints, Ints] | None:
     """Elements of a tensor of two dimensions or more as positions along one of them, for each entry of the first.
 
     None where what an element carries changes along a third dimension too: a slot has one axis and a stack, or no stack

@@ -17,10 +17,10 @@ def untraced(module: nn.Module, captured: Captured, missing: Mapping[str, str]) 
     """
     used = {
         name
-        for piece in captured.pieces
-        for node in piece.graph.graph.nodes
-        if node.op == "placeholder" and node.users and piece.inputs[node.name].kind in ("parameter", "crossing")
-        for name in _names(piece.inputs[node.name].name, captured)
+        for subgraph in captured.subgraphs
+        for node in subgraph.graph.graph.nodes
+        if node.op == "placeholder" and node.users and subgraph.inputs[node.name].kind in ("parameter", "graph break")
+        for name in _names(subgraph.inputs[node.name].name, captured)
     }
     reason = "it is not traced: nothing that it computes reaches the logits"
     if missing:

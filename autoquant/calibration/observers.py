@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.executor.online import key_rotations
+from autoquant.library_patches import TorchDispatchMode
 from autoquant.models.caches import DynamicCache
 from autoquant.models.locate import locate
 from autoquant.quantizer import int8

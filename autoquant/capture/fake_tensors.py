@@ -8,7 +8,6 @@ followed where they lead, and what it computes from them alone is a constant of 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import io
 import logging
@@ -20,20 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import _trace_wrapped_higher_order_op as higher_order
-from torch._functorch import vmap
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+
+from autoquant.library_patches import FakeTensorMode, pytree, reset_dynamo, without_modes, without_vmap
 
 _MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 
 _FROM_VALUES = (torch.arange, torch.tensor, torch.as_tensor, torch.asarray, torch.linspace)
 _FILLS = (torch.zeros, torch.ones, torch.full, torch.empty)
-
-_MAPPING = ((vmap, "_add_batch_dim"), (vmap, "_remove_batch_dim"), (higher_order, "mod_index"))
-"""What torch.vmap does with a tensor before and after it maps over it, and an index that is mapped over."""
 
 _CHUNK = "chunk_size"
 _SHORT_CHUNK = 2
@@ -64,7 +57,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             module.eval()
             yield
     finally:
-        torch._dynamo.reset()
+        reset_dynamo()
         torch.set_default_dtype(dtype)
         logging.disable(threshold)
         for now, before in attributes + tables:
@@ -77,7 +70,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def stand_ins_(module: nn.Module, inputs: Any) -> tuple[Any, FakeTensorMode]:
+def fakeify_(module: nn.Module, inputs: Any) -> tuple[Any, FakeTensorMode]:
     """Replace meta tensors of a module, and of its inputs, by fake ones on the CPU; neither has memory.
 
     A list used as an index becomes a tensor on the device of what it indexes: on meta, its values would be lost. The
@@ -109,24 +102,8 @@ def known_values() -> Iterator[None]:
 
     What is made of a fill (zeros, ones) in floating point is left to the trace, which knows its scale.
     """
-    before = [(file, name, getattr(file, name)) for file, name in _MAPPING if hasattr(file, name)]
-    try:
-        for file, name, function in before:
-            setattr(file, name, functools.partial(_mapped, function))
-        with _KnownValues():
-            yield
-    finally:
-        for file, name, function in before:
-            setattr(file, name, function)
-
-
-def _mapped(function: Any, *args: Any) -> Any:
-    """A step of torch.vmap; with known values it is no part of a trace."""
-    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-    if not all(map(_is_known, tensors)):
-        return function(*args)
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        return function(*args)
+    with without_vmap(_is_known), _KnownValues():
+        yield
 
 
 class _KnownValues(TorchFunctionMode):
@@ -134,10 +111,10 @@ class _KnownValues(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if all(map(_is_known, tensors)) if tensors else _makes_known(func, kwargs):
-            with _disable_current_modes():
+            with without_modes():
                 return func(*args, **kwargs)
         if func is torch.Tensor.expand_as and _is_known(args[0]):  # of the other tensor, its shape alone is used
-            with _disable_current_modes():
+            with without_modes():
                 return args[0].expand(args[1].shape)
         if func is torch.Tensor.__getitem__ and not _is_known(args[0]):
             return func(args[0], _without_masks(args[1]))
@@ -162,7 +139,7 @@ def _without_masks(index: Any) -> Any:
     made: list[Any] = []
     for entry in entries:
         if isinstance(entry, torch.Tensor) and entry.dtype is torch.bool and _is_known(entry):
-            with _disable_current_modes():
+            with without_modes():
                 made.extend(entry.nonzero(as_tuple=True))
         else:
             made.append(entry)

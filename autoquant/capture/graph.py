@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from autoquant.aten import rescales
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import OpOverload
 
 How = Literal["dynamo", "export", "dynamo-pieces"]
 
@@ -22,17 +23,17 @@ How = Literal["dynamo", "export", "dynamo-pieces"]
 class GraphInput:
     """What a placeholder stands for.
 
-    ``crossing`` is a tensor that comes from outside of the piece and that nothing is known about: another piece made
-    it, or it is a parameter that code between the pieces uses too.
+    ``graph break`` is a tensor that comes from outside of the subgraph and that nothing is known about: another
+    subgraph made it, or it is a parameter that code between the subgraphs uses too.
     """
 
-    kind: Literal["parameter", "buffer", "constant", "input", "crossing"]
+    kind: Literal["parameter", "buffer", "constant", "input", "graph break"]
     name: str
     """Fully qualified name of a parameter or buffer; otherwise a name for messages."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Subgraph:
     """One ATen graph. ``node.meta['val']`` of every placeholder and call holds its fake value (shape, dtype)."""
 
     graph: torch.fx.GraphModule
@@ -53,18 +54,18 @@ class Captured:
     """
 
     how: How
-    pieces: tuple[Piece, ...]
+    subgraphs: tuple[Subgraph, ...]
     aliases: tuple[tuple[str, ...], ...]
     known: tuple[str, ...] = ()
     """Inputs that became constants."""
     first: bool = False
     """Whether the first floating-point output is the only one."""
-    opaque: tuple[Any, ...] = ()
-    """Calls of modules that could not be traced (``opaque.OpaqueCall``): one operator of the graph each."""
+    untraceable: tuple[Any, ...] = ()
+    """Calls of modules that could not be traced (``untraceable.UntraceableCall``): one operator of the graph each."""
     inseparable: bool = False
     """Whether the model would compute something else once parameters are untied (:func:`asks_for_ties`)."""
     hidden: tuple[str, ...] = ()
-    """Parameters, by all of their names, that code outside of the pieces uses."""
+    """Parameters, by all of their names, that code outside of the subgraphs uses."""
     spare: Mapping[str, Any] = field(default_factory=dict)
     """Inputs that were added, without which it could not be traced."""
 
@@ -138,8 +139,10 @@ def _names_in(function: Any) -> tuple[str, ...]:
     return getattr(getattr(function, "__code__", None), "co_names", ())
 
 
-def lower(program: torch.export.ExportedProgram, names: Names, described: Sequence[GraphInput] | None = None) -> Piece:
-    """An exported program as a piece: functional, without dead nodes, autocast and no-grad regions inlined."""
+def lower(
+    program: torch.export.ExportedProgram, names: Names, described: Sequence[GraphInput] | None = None
+) -> Subgraph:
+    """An exported program as a subgraph: functional, without dead nodes, autocast and no-grad regions inlined."""
     if any(_mutates(node) for part in program.graph_module.modules() for node in _nodes(part)):
         program = program.run_decompositions({})  # no decomposition, but every in-place operator made functional
     graph = program.graph_module
@@ -167,7 +170,7 @@ def lower(program: torch.export.ExportedProgram, names: Names, described: Sequen
     held_by = {str(spec.target): spec.arg.name for spec in signature.input_specs if spec.target is not None}
     written = [str(spec.target) for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     mutated = _forget_rescaling(graph, [held_by.get(target, target) for target in written])
-    return Piece(graph, inputs, constants, mutated)
+    return Subgraph(graph, inputs, constants, mutated)
 
 
 def _forget_rescaling(graph: torch.fx.GraphModule, written: Sequence[str]) -> int:
@@ -194,15 +197,17 @@ def _rescales(node: torch.fx.Node, name: str) -> bool:
     return isinstance(old, torch.fx.Node) and old.name == name and set(old.users) == {node}
 
 
-def first_output(piece: Piece) -> Piece:
+def first_output(subgraph: Subgraph) -> Subgraph:
     """The same graph with its first floating-point result alone: the logits, not what a model returns beside them."""
-    graph: Any = piece.graph
+    graph: Any = subgraph.graph
     output = graph.graph.output_node()
     results = output.args[0]
-    floating = [r for r in results[piece.mutated :] if isinstance(r, torch.fx.Node) and _is_floating(r.meta.get("val"))]
-    output.args = ((*results[: piece.mutated], *floating[:1]),)
+    floating = [
+        r for r in results[subgraph.mutated :] if isinstance(r, torch.fx.Node) and _is_floating(r.meta.get("val"))
+    ]
+    output.args = ((*results[: subgraph.mutated], *floating[:1]),)
     _remove_dead(graph)
-    return piece
+    return subgraph
 
 
 def _is_floating(value: object) -> bool:
@@ -214,7 +219,7 @@ def _nodes(part: nn.Module) -> Iterable[torch.fx.Node]:
 
 
 def _mutates(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _remove_dead(graph: torch.fx.GraphModule) -> None:

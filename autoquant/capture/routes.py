@@ -9,9 +9,8 @@ Capturing leaves the module and torch's global state as they were.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -21,13 +20,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autoquant.capture.fake_tensors import known_values, short_chunks, stand_ins_, undisturbed
+from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.graph import (
     Captured,
     GraphInput,
     How,
     Names,
-    Piece,
+    Subgraph,
     asks_for_ties,
     first_output,
     lower,
@@ -35,17 +34,18 @@ from autoquant.capture.graph import (
     names_of,
     shape,
 )
-from autoquant.capture.subgraphs import Traced, capture_pieces, compiled
-from autoquant.capture.untraceable import OpaqueCall, culprit, opaque_
+from autoquant.capture.subgraphs import Traced, capture_subgraphs, compiled
+from autoquant.capture.untraceable import UntraceableCall, culprit, untraceable_
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import FakeTensor, without_shape_guards
 
-Run = Callable[..., tuple[Piece, ...]]
+Run = Callable[..., tuple[Subgraph, ...]]
 
 __all__ = [
     "Captured",
     "GraphInput",
     "How",
-    "Piece",
+    "Subgraph",
     "capture",
     "check_against_eager",
     "module_path",
@@ -78,29 +78,29 @@ def capture(
 ) -> Captured:
     """Capture ``module(*args, **kwargs)`` in evaluation mode, on any device, ``meta`` included.
 
-    ``dynamo`` takes the whole graph where Dynamo can, else the pieces between its graph breaks; ``export`` is
-    ``torch.export`` without Dynamo, where need be with single modules left untraced (``opaque``); ``auto`` tries
-    whole-graph Dynamo, export, and Dynamo's pieces, in this order.
+    ``dynamo`` takes the whole graph where Dynamo can, else the subgraphs between its graph breaks; ``export`` is
+    ``torch.export`` without Dynamo, where need be with single modules left untraced (``untraceable``); ``auto`` tries
+    whole-graph Dynamo, export, and Dynamo's subgraphs, in this order.
 
     ``known``: optional inputs whose values are part of what is captured, such as the token ids that say where an image
     goes. Export takes them as constants, and comes first then; to Dynamo they are inputs as any other. ``first``: of
-    what the model returns, only the first floating-point tensor matters; pieces keep everything. ``spare``: inputs with
-    which export is tried again where it fails without, since the model then computes what they say by values or not at
-    all (masks).
+    what the model returns, only the first floating-point tensor matters; subgraphs keep everything. ``spare``: inputs
+    with which export is tried again where it fails without, since the model then computes what they say by values or
+    not at all (masks).
 
     Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
     """
     non_strict = partial(_non_strict, known=known) if known else _non_strict
-    calls: list[OpaqueCall] = []
+    calls: list[UntraceableCall] = []
     hidden: list[str] = []
     dynamo, export = Route("dynamo", _strict), Route("export", non_strict)
-    opaque = Route("export", partial(_around_opaque, run=non_strict, calls=calls))
-    pieces = Route("dynamo-pieces", partial(capture_pieces, hidden=hidden))
-    more = [replace(route, added=spare) for route in (export, opaque) if spare]
+    untraceable = Route("export", partial(_around_untraceable, run=non_strict, calls=calls))
+    subgraphs = Route("dynamo-pieces", partial(capture_subgraphs, hidden=hidden))
+    more = [replace(route, added=spare) for route in (export, untraceable) if spare]
     routes: dict[str, list[Route]] = {
-        "auto": [*((export, dynamo) if known else (dynamo, export)), *more[:1], opaque, *more[1:], pieces],
-        "dynamo": [dynamo, pieces],
-        "export": [export, *more[:1], opaque, *more[1:]],
+        "auto": [*((export, dynamo) if known else (dynamo, export)), *more[:1], untraceable, *more[1:], subgraphs],
+        "dynamo": [dynamo, subgraphs],
+        "export": [export, *more[:1], untraceable, *more[1:]],
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
@@ -111,7 +111,7 @@ def capture(
             with undisturbed(module), short_chunks(module):
                 inputs = tuple(args), {**kwargs, **route.added}
                 if route.name != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
-                    inputs, _ = stand_ins_(module, inputs)
+                    inputs, _ = fakeify_(module, inputs)
                 made = route.run(module, *inputs, names)
                 only = first and route.name != "dynamo-pieces"
                 return Captured(
@@ -120,7 +120,7 @@ def capture(
                     aliases,
                     tuple(known) if route.name == "export" else (),
                     only,
-                    tuple(calls) if route.run is opaque.run else (),
+                    tuple(calls) if route.run is untraceable.run else (),
                     asks_for_ties(module),
                     tuple(hidden),
                     route.added,
@@ -143,10 +143,10 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
         if captured.first:
             expected = [tensor for tensor in expected if tensor.is_floating_point()][:1]
         if captured.how == "dynamo-pieces":
-            actual = _run_pieces(module, args, kwargs, captured.pieces)
+            actual = _run_pieces(module, args, kwargs, captured.subgraphs)
         else:
             given = {name: value for name, value in kwargs.items() if name not in captured.known}
-            actual = _tensors(_run_whole(module, args, given, captured.pieces[0]))
+            actual = _tensors(_run_whole(module, args, given, captured.subgraphs[0]))
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         raise AutoQuantError(
             f"captured graph of {type(module).__name__}: expected outputs {[tuple(t.shape) for t in expected]}, "
@@ -155,35 +155,15 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
     return max((_difference(a, b) for a, b in zip(actual, expected, strict=True)), default=0.0)
 
 
-def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Piece, ...]:
-    with _no_guards():
+def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Subgraph, ...]:
+    with without_shape_guards():
         program = torch.export.export(module, args, kwargs, strict=True)
     return (lower(program, names),)
 
 
-@contextlib.contextmanager
-def _no_guards() -> Iterator[None]:
-    """Without the check of dynamic shapes, where torch has it in a function of its own.
-
-    It writes one guard for every size of every parameter, a third of the time of an export. No shape is dynamic here.
-    """
-    from torch._dynamo import functional_export
-
-    name = "_suggest_or_raise_constraint_violation"
-    check = getattr(functional_export, name, None)
-    if check is None:
-        yield
-        return
-    setattr(functional_export, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        setattr(functional_export, name, check)
-
-
 def _non_strict(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
-) -> tuple[Piece, ...]:
+) -> tuple[Subgraph, ...]:
     if not known:
         return (lower(torch.export.export(module, args, kwargs, strict=False), names),)
     constants = {name: kwargs[name] for name in known}
@@ -194,21 +174,27 @@ def _non_strict(
     return (lower(program, names),)
 
 
-def _around_opaque(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, *, run: Run, calls: list[OpaqueCall]
-) -> tuple[Piece, ...]:
+def _around_untraceable(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Names,
+    *,
+    run: Run,
+    calls: list[UntraceableCall],
+) -> tuple[Subgraph, ...]:
     """Capture with as few classes of submodules left untraced as possible, those in whose forward tracing fails.
 
     ``calls`` is filled with the calls of these modules. Raises what tracing said where it fails elsewhere.
     """
     reasons: dict[type, str] = {}
     tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
-    has_values = not any(isinstance(t, torch._subclasses.FakeTensor) or getattr(t, "is_meta", False) for t in tensors)
+    has_values = not any(isinstance(t, FakeTensor) or getattr(t, "is_meta", False) for t in tensors)
     eager = partial(module, *args, **kwargs) if has_values else None
     while True:
         calls.clear()
         try:
-            with undisturbed(module), opaque_(module, reasons, calls, names, eager):
+            with undisturbed(module), untraceable_(module, reasons, calls, names, eager):
                 return run(module, args, kwargs, names)
         except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
             failing = culprit(error, names, reasons)
@@ -217,32 +203,32 @@ def _around_opaque(
             reasons[type(failing)] = _first_line(error)
 
 
-def _run_whole(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], piece: Piece) -> list[Any]:
+def _run_whole(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], subgraph: Subgraph) -> list[Any]:
     given = iter(pytree.tree_leaves((tuple(args), dict(kwargs))))
     values: list[Any] = []
-    for placeholder, source in piece.inputs.items():
+    for placeholder, source in subgraph.inputs.items():
         match source.kind:
             case "parameter":
                 values.append(module.get_parameter(source.name))
             case "buffer":
                 values.append(module.get_buffer(source.name))
             case "constant":
-                values.append(piece.constants[placeholder])
+                values.append(subgraph.constants[placeholder])
             case _:
                 values.append(next(given))
-    return list(piece.graph(*values))[piece.mutated :]
+    return list(subgraph.graph(*values))[subgraph.mutated :]
 
 
 def _run_pieces(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], pieces: Sequence[Piece]
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], subgraphs: Sequence[Subgraph]
 ) -> list[torch.Tensor]:
-    remaining = iter(pieces)
+    remaining = iter(subgraphs)
 
     def run(_: Traced, inputs: tuple[Any, ...]) -> Any:
-        piece = next(remaining)
+        subgraph = next(remaining)
         given = iter(inputs)
-        values = [piece.constants[name] if name in piece.constants else next(given) for name in piece.inputs]
-        return tuple(piece.graph(*values))[piece.mutated :]
+        values = [subgraph.constants[name] if name in subgraph.constants else next(given) for name in subgraph.inputs]
+        return tuple(subgraph.graph(*values))[subgraph.mutated :]
 
     return _tensors(compiled(module, run)(*args, **kwargs))
 

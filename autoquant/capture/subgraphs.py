@@ -1,4 +1,4 @@
-"""Where Dynamo breaks the graph of a module: its pieces, and what passes between them."""
+"""Where Dynamo breaks the graph of a module: its subgraphs, and what passes between them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoquant.capture.graph import GraphInput, Names, Piece, lower
+from autoquant.capture.graph import GraphInput, Names, Subgraph, lower
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import TorchDispatchMode, compiled_by_dynamo, nonzero_takes_all
 
 
-def capture_pieces(
+def capture_subgraphs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, *, hidden: list[str]
-) -> tuple[Piece, ...]:
-    """Run ``module`` under Dynamo and lower every piece that it runs, in the order of running.
+) -> tuple[Subgraph, ...]:
+    """Run ``module`` under Dynamo and lower every subgraph that it runs, in the order of running.
 
     Where the values decide which way the code goes, the way that these inputs take. On the meta device there are no
     values: what picks tokens by them (those of an expert) picks them all. ``hidden`` is filled with the names of the
-    parameters that code outside of the pieces uses.
+    parameters that code outside of the subgraphs uses.
     """
-    settings: Any = torch.fx.experimental._config  # its functions are made at run time
-    with settings.patch(meta_nonzero_assume_all_nonzero=True):
-        return _pieces(module, args, kwargs, names, hidden)
+    with nonzero_takes_all():
+        return _subgraphs(module, args, kwargs, names, hidden)
 
 
-def _pieces(
+def _subgraphs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, hidden: list[str]
-) -> tuple[Piece, ...]:
+) -> tuple[Subgraph, ...]:
     calls: list[tuple[Traced, tuple[Any, ...]]] = []
 
     def record(traced: Traced, inputs: tuple[Any, ...]) -> Any:
@@ -44,7 +43,7 @@ def _pieces(
     if not calls:
         raise AutoQuantError("Dynamo found no tensor operation")
     # Dynamo leaves some code to Python altogether (a loop with a break in it). A parameter used there has readers or
-    # writers that no piece shows, so nothing may be concluded from those that are shown.
+    # writers that no subgraph shows, so nothing may be concluded from those that are shown.
     outside = _uses(lambda: module(*args, **kwargs)) - _uses(
         lambda: [traced.graph(*inputs) for traced, inputs in calls]
     )
@@ -52,17 +51,17 @@ def _pieces(
     hidden[:] = [name for storage, same in storages.items() if storage in outside for name in same]
     given = {id(leaf): f"input {index}" for index, leaf in enumerate(pytree.tree_leaves((args, kwargs)))}
     first_root: dict[int, str] = {}
-    pieces = []
+    subgraphs = []
     for traced, inputs in calls:
         root = _root(traced, inputs, names)
         traced_root = first_root.setdefault(id(traced), root)
         for node, stack in traced.stacks.items():
             node.meta["nn_module_stack"] = _named_stack(stack, names, traced_root, root)
         program = torch.export.export(traced.graph, inputs, strict=False)
-        pieces.append(
+        subgraphs.append(
             lower(program, names, [_describe(value, i, names, given, outside) for i, value in enumerate(inputs)])
         )
-    return tuple(pieces)
+    return tuple(subgraphs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Traced:
 
 
 def compiled(module: nn.Module, run: Callable[[Traced, tuple[Any, ...]], Any]) -> Callable[..., Any]:
-    """``module`` under Dynamo, with ``run(traced, inputs)`` called for every piece.
+    """``module`` under Dynamo, with ``run(traced, inputs)`` called for every subgraph.
 
     When it is called, not when it is compiled: Dynamo reuses the code of one layer for every layer like it.
     """
@@ -91,8 +90,7 @@ def compiled(module: nn.Module, run: Callable[[Traced, tuple[Any, ...]], Any]) -
         )
         return lambda *inputs: run(traced, inputs)
 
-    run_compiled: Callable[..., Any] = torch._dynamo.optimize(backend, dynamic=False)(module)
-    return run_compiled
+    return compiled_by_dynamo(module, backend)
 
 
 def _reached(placeholder: torch.fx.Node) -> str:
@@ -104,7 +102,7 @@ def _reached(placeholder: torch.fx.Node) -> str:
 
 
 def _root(traced: Traced, inputs: Sequence[Any], names: Names) -> str:
-    """The module whose ``forward`` a piece belongs to: what is left of a parameter's name before the part reached."""
+    """The module whose ``forward`` a subgraph belongs to: a parameter's name before the part reached."""
     for reached, value in zip(traced.reached, inputs, strict=True):
         if reached and isinstance(value, torch.Tensor):
             for name in names.of_tensor(value):
@@ -127,13 +125,17 @@ def _named_stack(
 
 
 def _describe(value: Any, index: int, names: Names, given: Mapping[int, str], outside: Collection[int]) -> GraphInput:
-    """What an argument of a piece is, by identity."""
+    """What an argument of a subgraph is, by identity."""
     known = names.of_tensor(value) if isinstance(value, torch.Tensor) else ()
     if known and value.untyped_storage()._cdata in outside:
-        return GraphInput("crossing", known[0])
+        return GraphInput("graph break", known[0])
     if known:
         return GraphInput("parameter" if isinstance(value, nn.Parameter) else "buffer", known[0])
-    return GraphInput("input", given[id(value)]) if id(value) in given else GraphInput("crossing", f"crossing {index}")
+    return (
+        GraphInput("input", given[id(value)])
+        if id(value) in given
+        else GraphInput("graph break", f"graph break {index}")
+    )
 
 
 def _uses(run: Callable[[], object]) -> Counter[int]:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from autoquant.capture.graph import Names
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import TorchDispatchMode, nonzero_takes_all, plain_calls
 
 OPERATOR = "autoquant::opaque"
 UNTRACED = "it reaches a module whose forward cannot be traced"
@@ -39,7 +39,7 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(slots=True, weakref_slot=True)
-class OpaqueCall:
+class UntraceableCall:
     """One call of a module that is not traced, with what is needed to run it for real."""
 
     path: str
@@ -67,21 +67,22 @@ class OpaqueCall:
         return functional_call(self.module, state, args, kwargs)
 
 
-_CALLS: WeakValueDictionary[str, OpaqueCall] = WeakValueDictionary()
+_CALLS: WeakValueDictionary[str, UntraceableCall] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
 @torch.library.custom_op(OPERATOR, mutates_args=())
 def _opaque(tensors: list[Tensor], state: list[Tensor], call: str) -> list[Tensor]:
     """Run the module itself."""
-    opaque = _CALLS[call]
-    held = dict(zip(opaque.state, state, strict=True))
-    outputs, beside, results = _described(opaque.run(tensors, held))
-    found, foreseen = [[shape for shape, _ in made] for made in (outputs, opaque.outputs)]
-    if found != foreseen or beside != opaque.beside:
+    untraceable = _CALLS[call]
+    held = dict(zip(untraceable.state, state, strict=True))
+    outputs, beside, results = _described(untraceable.run(tensors, held))
+    found, foreseen = [[shape for shape, _ in made] for made in (outputs, untraceable.outputs)]
+    if found != foreseen or beside != untraceable.beside:
         raise AutoQuantError(
-            f"{opaque.path} cannot be traced, and what it returns depends on values: shapes {found}, where {foreseen} "
-            "was foreseen" + (f"; {beside}, where {opaque.beside} was" if beside != opaque.beside else "")
+            f"{untraceable.path} cannot be traced, and what it returns depends on values: shapes {found}, where "
+            f"{foreseen} was foreseen"
+            + (f"; {beside}, where {untraceable.beside} was" if beside != untraceable.beside else "")
         )
     return [result.clone() for result in results]
 
@@ -100,8 +101,8 @@ def _shapes(tensors: list[Tensor], state: list[Tensor], call: str) -> list[Tenso
     return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in _CALLS[call].outputs]
 
 
-def culprit(error: BaseException | None, names: Names, opaque: Collection[type]) -> nn.Module | None:
-    """The innermost module in whose forward an error was raised, not of the classes that are opaque already.
+def culprit(error: BaseException | None, names: Names, untraceable: Collection[type]) -> nn.Module | None:
+    """The innermost module in whose forward an error was raised, not of the classes that are untraceable already.
 
     None where that is the whole model.
     """
@@ -111,7 +112,7 @@ def culprit(error: BaseException | None, names: Names, opaque: Collection[type])
         while frame is not None:
             owner = frame.tb_frame.f_locals.get("self")
             module = _registered(owner, names) if frame.tb_frame.f_code.co_name == "forward" else None
-            if module is not None and type(module) not in opaque:
+            if module is not None and type(module) not in untraceable:
                 found = module
             frame = frame.tb_next
         if found is not None:
@@ -129,10 +130,10 @@ def _registered(owner: object, names: Names) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def opaque_(
+def untraceable_(
     module: nn.Module,
     reasons: dict[type, str],
-    calls: list[OpaqueCall],
+    calls: list[UntraceableCall],
     names: Names,
     run: Callable[[], object] | None = None,
 ) -> Iterator[None]:
@@ -178,7 +179,7 @@ def _seen(parts: Sequence[nn.Module], names: Names, run: Callable[[], object]) -
 
 
 def _forward(
-    module: nn.Module, path: str, reason: str, calls: list[OpaqueCall], shapes: dict[str, list[Shapes]]
+    module: nn.Module, path: str, reason: str, calls: list[UntraceableCall], shapes: dict[str, list[Shapes]]
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -191,7 +192,7 @@ def _forward(
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         if not tensors and not state:
             raise AutoQuantError(f"{path} takes no tensor")
-        call = OpaqueCall(path, reason, module, rest, places, spec, state=tuple(state))
+        call = UntraceableCall(path, reason, module, rest, places, spec, state=tuple(state))
         replacement = module.__dict__.pop("forward")
         try:
             result = _rehearse(call, tensors, state)
@@ -211,7 +212,7 @@ def _forward(
     return forward
 
 
-def _rehearse(call: OpaqueCall, tensors: Sequence[Tensor], state: Mapping[str, Tensor]) -> Any:
+def _rehearse(call: UntraceableCall, tensors: Sequence[Tensor], state: Mapping[str, Tensor]) -> Any:
     """What the module returns without values. Raises where more than its results shows."""
     try:
         result = _run_apart(call, tensors, state, _on_meta)
@@ -227,17 +228,13 @@ def _rehearse(call: OpaqueCall, tensors: Sequence[Tensor], state: Mapping[str, T
 
 
 def _run_apart(
-    call: OpaqueCall, tensors: Sequence[Tensor], state: Mapping[str, Tensor], made: Callable[[Tensor], Tensor]
+    call: UntraceableCall, tensors: Sequence[Tensor], state: Mapping[str, Tensor], made: Callable[[Tensor], Tensor]
 ) -> Any:
     """What the module returns for tensors of the same shapes, whatever traces or fakes the rest."""
-    settings: Any = torch.fx.experimental._config  # its functions are made at run time
     with (
-        _plain_calls(),
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-        torch._C._DisablePythonDispatcher(),
+        plain_calls(),
         torch.no_grad(),
-        settings.patch(meta_nonzero_assume_all_nonzero=True),
+        nonzero_takes_all(),
     ):
         given = [made(tensor) for tensor in tensors]
         held = {name: made(tensor) for name, tensor in state.items()}
@@ -253,17 +250,6 @@ def _run_apart(
         ):
             raise AutoQuantError(f"{call.path} keeps a tensor that it made")
     return result
-
-
-@contextlib.contextmanager
-def _plain_calls() -> Iterator[None]:
-    """Calls of modules that the trace under way takes no part in."""
-    traced = nn.Module.__call__
-    nn.Module.__call__ = torch.fx._symbolic_trace._orig_module_call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = traced  # type: ignore[method-assign]
 
 
 def _zeros(tensor: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
+from autoquant.library_patches import pytree
 from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.models.reduce import float64_throughout, grouped_experts, runs_in_float64, small, widened
 from autoquant.models.source import LoadedModel, ModelSource
@@ -223,7 +224,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 def logits(module: nn.Module, loaded: LoadedModel) -> Tensor:
     """The first floating-point tensor that the model returns, on the loaded model's own inputs."""
     output: Any = module(*loaded.args, **loaded.kwargs)
-    tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     if not tensors:
         raise AutoQuantError(f"{type(module).__name__} returns no tensor to compare")
     return tensors[0]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.certify import TOLERANCES, Trial, claims, dtype_of, keep, placeable, prove, small_claims
@@ -17,6 +16,7 @@ from autoquant.config.format import Config
 from autoquant.config.layers import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import open_shards
+from autoquant.library_patches import pytree
 from autoquant.models.load import load_weights
 from autoquant.models.source import LoadedModel, ModelSource
 from autoquant.models.structure import fingerprint, shapes_of, ties_of
@@ -77,7 +77,7 @@ def verify_small(
     reduced = keep(reduced, [(name, kind) for name, kind in claims(reduced) if (_plain(name), kind) in wanted])
     if dtype_of(loaded.module) is torch.float64:
         loaded.module.to(dtype)
-        args, kwargs = tree_map_only(Tensor, partial(_in_dtype, dtype), (loaded.args, dict(loaded.kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, partial(_in_dtype, dtype), (loaded.args, dict(loaded.kwargs)))
         loaded = replace(loaded, args=args, kwargs=kwargs)
     return _verify(loaded, reduced, seed, progress)
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from autoquant.config.format import edited
 from autoquant.models.tasks import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def prove(analyzed: Analyzed, source: ModelSource, progress: Callable[[str], Non
 
 
 def _unproved(config: Config) -> Config:
-    from autoquant.config.format import Certificate
+    from autoquant.config.format import Certificate, edited
 
     return edited(config, certificate=Certificate(proved=False))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autoquant.capture.fake_tensors import known_values, stand_ins_, undisturbed
+from autoquant.capture.fake_tensors import fakeify_, known_values, undisturbed
 from autoquant.errors import AutoQuantError
 from autoquant.models.source import PLACEHOLDER
 
@@ -331,7 +331,7 @@ class _Maker:
     def run(self, kwargs: Values, function: Callable[[], Any] | None = None) -> Any:
         """What the model, or a method of it, returns: shapes alone where it has no weights."""
         with undisturbed(self.module):
-            given, mode = stand_ins_(self.module, kwargs)
+            given, mode = fakeify_(self.module, kwargs)
             with mode if self.device.type == "meta" else torch.no_grad(), known_values():
                 called = function() if function is not None else self.module
                 try:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import DataDependentOutputException, FakeTensorMode
 from autoquant.models import source as naming
 from autoquant.models.inputs import make_inputs, reads_text
 from autoquant.models.source import (

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._device import _device_constructors
 
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import device_constructors, pytree
 from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, part_taken
 from autoquant.models.tasks import Kind
 
@@ -234,7 +233,7 @@ class _WithoutWeights(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in _device_constructors() or kwargs.get("device") is not None:
+        if func not in device_constructors() or kwargs.get("device") is not None:
             return func(*args, **kwargs)
         dtype = kwargs.get("dtype")
         if func in _BY_VALUE if dtype is None else not dtype.is_floating_point:

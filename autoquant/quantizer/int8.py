@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import int_mm
 
 QMAX = 127
 TINY = torch.finfo(torch.float32).tiny
@@ -141,8 +142,8 @@ int_mm_is_exact: Callable[[str], bool] = torch.compiler.assume_constant_result(_
 def _int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """``torch._int_mm``; on CUDA brought to what its kernel takes: M > 16, K and N multiples of 8, b column-major."""
     if a_MK.device.type != "cuda":
-        return torch._int_mm(a_MK, b_KN)
+        return int_mm(a_MK, b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
     a = functional.pad(a_MK, (0, -k % 8, 0, max(0, 17 - m)))
     b = functional.pad(b_KN.t(), (0, -k % 8, 0, -n % 8)).contiguous().t()  # row-major fails for some shapes
-    return torch._int_mm(a, b)[:m, :n]
+    return int_mm(a, b)[:m, :n]

@@ -72,7 +72,7 @@ def check(built: Built) -> Checked:
     met = operators_in(graph)
     missed = [plant for plant in module.plants if not _found(plant, findings)]
     counts.update(groups=len(findings.groups), spaces=len(findings.spaces), found=len(module.plants) - len(missed))
-    counts.update(exported="p0" not in graph.pieces[0].inputs)
+    counts.update(exported="p0" not in graph.subgraphs[0].inputs)
     failure = (
         Failure(f"missed {missed[0].what} of a {missed[0].kind}", f"{missed[0]}\n{text(findings)}") if missed else None
     )
@@ -88,7 +88,7 @@ def check(built: Built) -> Checked:
 
 def operators_in(graph: Captured) -> frozenset[str]:
     """The operators that the graph calls."""
-    nodes = (node for piece in graph.pieces for node in piece.graph.graph.nodes)
+    nodes = (node for subgraph in graph.subgraphs for node in subgraph.graph.graph.nodes)
     return frozenset(operator_name(node) for node in nodes if node.op == "call_function")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from autoquant.capture.graph import Captured, GraphInput, Names, Piece, names_of
+from autoquant.capture.graph import Captured, GraphInput, Names, Subgraph, names_of
 from autoquant.capture.routes import capture
 
 # ``torch.tensor`` calls these on the new constant.
@@ -125,8 +125,8 @@ def record(module: nn.Module, args: Sequence[Tensor]) -> Captured:
         if node.op == "call_function" and not node.users:
             recorder.graph.erase_node(node)
     graph = SimpleNamespace(graph=recorder.graph)  # a GraphModule would write Python code for it, which nobody runs
-    piece = Piece(graph, recorder.inputs, recorder.constants)  # type: ignore[arg-type]
-    return Captured("export", (piece,), aliases)
+    subgraph = Subgraph(graph, recorder.inputs, recorder.constants)  # type: ignore[arg-type]
+    return Captured("export", (subgraph,), aliases)
 
 
 def captured(module: nn.Module, args: Sequence[Tensor]) -> Captured:

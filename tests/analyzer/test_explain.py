@@ -117,7 +117,7 @@ def test_an_unknown_path_gets_the_nearest(plain: Analyzed, path: str, message: s
 
 @pytest.mark.slow
 def test_experts_by_data() -> None:
-    """The show piece: grouped products, expert by expert."""
+    """The show subgraph: grouped products, expert by expert."""
     (found,) = analyzed("qwen3_moe")
     shown = text(found, "model.layers.0.mlp.experts.down_proj")
     assert "for each of 128 experts" in shown

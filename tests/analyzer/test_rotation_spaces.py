@@ -9,7 +9,7 @@ import pytest
 from proved_graphs import GRAPHS, proof, reasons
 from readable import space_lines
 
-from autoquant.analyzer.rotation_spaces import told_apart
+from autoquant.analyzer.rotation_spaces import named_by_start
 from autoquant.config.format import Read, Reader, Space, Writer
 
 TOLERANCE = 1e-9
@@ -282,9 +282,9 @@ def test_residual_streams_are_told_apart_by_what_starts_them() -> None:
         return Space(name="residual", kind=kind, size=4, writers=(Writer(path=path, size=4, dim=1),), reads=(read,))
 
     alone = (space("R1", "text.weight"), space("R2", "v.weight"))
-    assert told_apart(alone) == alone
+    assert named_by_start(alone) == alone
     several = (*alone, space("R1", "vision.weight"), space("R1", "vision.weight"))
-    assert [one.name for one in told_apart(several)] == [
+    assert [one.name for one in named_by_start(several)] == [
         "residual of text",
         "residual",
         "residual of vision",

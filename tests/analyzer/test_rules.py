@@ -126,8 +126,8 @@ def table() -> set[str]:
 def used() -> Iterator[str]:
     """The operators of all programs, as they are captured."""
     for function in ALL.values():
-        for piece in capture(with_more(function).double().eval(), (X,), {}, "export").pieces:
-            yield from (operators.operator_name(n) for n in piece.graph.graph.nodes if n.op == "call_function")
+        for subgraph in capture(with_more(function).double().eval(), (X,), {}, "export").subgraphs:
+            yield from (operators.operator_name(n) for n in subgraph.graph.graph.nodes if n.op == "call_function")
 
 
 def _line(name: str) -> str:

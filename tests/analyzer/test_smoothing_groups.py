@@ -353,5 +353,5 @@ def test_a_matrix_that_is_blocked_is_not_labelled_element_by_element() -> None:
     solved = analyse_scales(capture(graph.double().eval(), (X,), {}, "export"))
     assert solved.analysis.variables.count < 80000  # the elements of the weight alone
     assert solved.groups == ()  # its rows would be free if it were used as a weight alone
-    (reason,) = solved.analysis.families.contested().values()
+    (reason,) = solved.analysis.axes.contested().values()
     assert reason.text == "the parameter is used in different ways: as a tensor that keeps its scale and as a weight"

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._functorch import vmap
 
-from autoquant.capture.fake_tensors import known_values, short_chunks, stand_ins_, undisturbed
+from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import capture, check_against_eager
 
 
@@ -45,7 +45,7 @@ def test_a_model_that_branches_on_known_integers_is_captured_and_computes_the_sa
     inputs = {"ids": IDS, "features": torch.randn(2, 3)}
     captured = capture(module, (), inputs, known=["ids"])
     assert (captured.how, captured.known) == ("export", ("ids",))
-    assert [source.name for source in captured.pieces[0].inputs.values() if source.kind == "input"] == ["features"]
+    assert [source.name for source in captured.subgraphs[0].inputs.values() if source.kind == "input"] == ["features"]
     assert check_against_eager(module, (), inputs, captured) < 1e-6
     other = {**inputs, "ids": torch.tensor([[7, 1, 2, 7, 3]])}  # a check that can fail
     assert check_against_eager(module, (), other, captured) > 1e-2
@@ -55,7 +55,7 @@ def test_the_first_output_alone() -> None:
     module = Placed()
     inputs = {"ids": IDS, "features": torch.randn(2, 3)}
     both, one = (capture(module, (), inputs, known=["ids"], first=first) for first in (False, True))
-    counts = [len(c.pieces[0].graph.graph.output_node().args[0]) for c in (both, one)]
+    counts = [len(c.subgraphs[0].graph.graph.output_node().args[0]) for c in (both, one)]
     assert counts == [2, 1]
     assert check_against_eager(module, (), inputs, one) < 1e-6
 
@@ -64,13 +64,13 @@ def test_without_weights() -> None:
     module = Placed().to("meta")
     inputs = {"ids": IDS, "features": torch.empty(2, 3, device="meta")}
     with undisturbed(module):
-        given, mode = stand_ins_(module, inputs)
+        given, mode = fakeify_(module, inputs)
         with mode, known_values():
             text, rows = module(**given)
     assert (text.shape, rows.shape) == ((1, 5, 4), (2, 4))
     assert all(parameter.is_meta for parameter in module.parameters())
     with undisturbed(module):
-        given, mode = stand_ins_(module, inputs)
+        given, mode = fakeify_(module, inputs)
         with mode, known_values(), pytest.raises(ValueError, match="as many features as places"):
             module(**{**given, "ids": torch.tensor([[7, 7, 7]])})
 
@@ -78,7 +78,7 @@ def test_without_weights() -> None:
 def test_integers_alone_are_computed_and_nothing_is_assumed_of_others() -> None:
     module = nn.Linear(2, 2).to("meta")
     with undisturbed(module):
-        _, mode = stand_ins_(module, ())
+        _, mode = fakeify_(module, ())
         with mode, known_values():
             assert (torch.arange(4) * 2).tolist() == [0, 2, 4, 6]
             assert torch.zeros(2, dtype=torch.long).tolist() == [0, 0]
@@ -122,7 +122,7 @@ class Scan(nn.Module):
 def test_a_scan_in_chunks_by_default_is_traced_in_short_ones(how: Literal["dynamo", "export"]) -> None:
     module, x = Scan().double(), torch.randn(5, 2, dtype=torch.float64)
     captured = capture(module, (x,), {}, how)
-    products = [n for n in captured.pieces[0].graph.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
+    products = [n for n in captured.subgraphs[0].graph.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
     assert len(products) == 2 * 6  # three chunks of two, not one of 64
     assert check_against_eager(module, (x,), {}, captured) < 1e-15  # against the module's own chunks
     assert in_chunks.__defaults__ == (64,)

@@ -115,14 +115,19 @@ class Rescaling(nn.Module):
 def operators(captured: Captured) -> Counter[tuple[str, str]]:
     return Counter(
         (str(node.target), module_path(node))
-        for piece in captured.pieces
-        for node in piece.graph.graph.nodes
+        for subgraph in captured.subgraphs
+        for node in subgraph.graph.graph.nodes
         if node.op == "call_function"
     )
 
 
 def parameters(captured: Captured) -> set[str]:
-    return {source.name for piece in captured.pieces for source in piece.inputs.values() if source.kind == "parameter"}
+    return {
+        source.name
+        for subgraph in captured.subgraphs
+        for source in subgraph.inputs.values()
+        if source.kind == "parameter"
+    }
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -136,8 +141,8 @@ def test_both_captures_see_the_same_operators_in_the_same_modules(model_type: st
     assert dynamo.aliases == export.aliases
     paths = {name for name, _ in model.module.named_modules()}
     assert {path for _, path in operators(dynamo)} <= paths
-    for piece in dynamo.pieces + export.pieces:
-        for node in piece.graph.graph.nodes:
+    for subgraph in dynamo.subgraphs + export.subgraphs:
+        for node in subgraph.graph.graph.nodes:
             assert node.op != "get_attr"
             assert node.op == "output" or "val" in node.meta
             assert not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
@@ -155,7 +160,7 @@ def test_captured_graph_computes_what_the_module_computes(model_type: str, how: 
 def test_check_against_eager_notices_a_changed_graph() -> None:
     model = small(resolve("llama"))
     captured = capture(model.module, model.args, model.kwargs)
-    graph = captured.pieces[0].graph
+    graph = captured.subgraphs[0].graph
     silu = next(node for node in graph.graph.nodes if node.target is torch.ops.aten.silu.default)
     silu.target = torch.ops.aten.relu.default
     graph.recompile()
@@ -195,10 +200,10 @@ def test_shared_parameters_go_by_their_first_name_and_equal_ones_are_not_shared(
         captured = capture(Tied(), (torch.zeros(1, 4),), {}, how)  # type: ignore[arg-type]
         assert captured.aliases == (("first.weight", "second.weight", "fourth.weight"),)
         assert parameters(captured) == {"first.weight", "third.weight"}
-        sources = captured.pieces[0].inputs
+        sources = captured.subgraphs[0].inputs
         weights = [
             sources[node.args[1].name].name
-            for node in captured.pieces[0].graph.graph.nodes
+            for node in captured.subgraphs[0].graph.graph.nodes
             if node.target is torch.ops.aten.linear.default
         ]
         assert weights == ["first.weight", "first.weight", "third.weight", "first.weight"]
@@ -224,17 +229,17 @@ def test_graph_breaks_give_pieces_of_every_layer_with_true_names(device: str) ->
     module, x = Broken().to(device), torch.randn(1, 3, 8).to(device)
     captured = capture(module, (x,), {}, "dynamo")
     assert captured.how == "dynamo-pieces"
-    assert len(captured.pieces) >= 4
+    assert len(captured.subgraphs) >= 4
     seen = operators(captured)
     for layer in ("layers.0", "layers.1"):
         assert seen["aten.layer_norm.default", f"{layer}.norm"] == 1
         assert seen["aten.linear.default", f"{layer}.proj"] == 1
         assert seen["aten.relu.default", layer] == 1
-    first, second = captured.pieces[:2]
+    first, second = captured.subgraphs[:2]
     assert [source for source in first.inputs.values() if source.kind not in ("parameter",)] == [
         GraphInput("input", "input 0")
     ]
-    assert [source.kind for source in second.inputs.values()].count("crossing") == 1
+    assert [source.kind for source in second.inputs.values()].count("graph break") == 1
     assert parameters(captured) >= {"layers.0.norm.weight", "layers.0.proj.weight", "layers.1.proj.weight"}
     if device == "cpu":
         assert check_against_eager(module, (x,), {}, captured) == 0.0
@@ -242,9 +247,9 @@ def test_graph_breaks_give_pieces_of_every_layer_with_true_names(device: str) ->
 
 def test_a_parameter_that_code_between_the_pieces_uses_is_not_trusted() -> None:
     captured = capture(Broken(), (torch.zeros(1, 3, 8),), {}, "dynamo")
-    sources = {source.name: source.kind for piece in captured.pieces for source in piece.inputs.values()}
+    sources = {source.name: source.kind for subgraph in captured.subgraphs for source in subgraph.inputs.values()}
     assert sources["layers.0.norm.weight"] == "parameter"
-    assert sources["layers.1.norm.weight"] == "crossing"
+    assert sources["layers.1.norm.weight"] == "graph break"
 
 
 def test_a_data_dependent_branch_gives_the_pieces_of_the_way_taken() -> None:
@@ -273,7 +278,7 @@ def test_in_place_operators_and_regions_are_made_plain(how: str) -> None:
     module, x = Stateful(), torch.randn(2, 4)
     captured = capture(module, (x,), {}, how)  # type: ignore[arg-type]
     assert captured.how == how
-    assert captured.pieces[0].mutated == 1  # the buffer
+    assert captured.subgraphs[0].mutated == 1  # the buffer
     assert not [target for target, _ in operators(captured) if "wrap_with" in target or "mul_" in target]
     assert check_against_eager(module, (x,), {}, captured) < 1e-7
 
@@ -288,12 +293,12 @@ def test_a_weight_that_becomes_a_multiple_of_itself_is_no_result(how: str, modul
     x = torch.randn(2, 4)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     captured = capture(module, (x,), {}, how)  # type: ignore[arg-type]
-    assert captured.pieces[0].mutated == mutated
+    assert captured.subgraphs[0].mutated == mutated
     expected = nn.functional.linear(x, before["proj.weight"], before["proj.bias"])
     if mutated == 0:
         weight = before["out.weight"] / 2
         values = {"x": x, **{f"p_{name.replace('.', '_')}": value for name, value in before.items()}}
-        (result,) = captured.pieces[0].graph(*(values[name] for name in captured.pieces[0].inputs))
+        (result,) = captured.subgraphs[0].graph(*(values[name] for name in captured.subgraphs[0].inputs))
         assert torch.equal(result, nn.functional.linear(expected, weight, before["out.bias"]))
 
 
@@ -331,7 +336,7 @@ def test_nothing_is_left_behind(how: str, make: type[nn.Module]) -> None:
 
 def test_shape_of_a_node_and_its_refusal() -> None:
     model = build_meta(resolve(ONE_TYPE, layers=1))
-    nodes = list(capture(model.module, model.args, model.kwargs).pieces[0].graph.graph.nodes)
+    nodes = list(capture(model.module, model.args, model.kwargs).subgraphs[0].graph.graph.nodes)
     embedding = next(node for node in nodes if node.target is torch.ops.aten.embedding.default)
     assert shape(embedding) == (1, 3, 768)
     split = next(node for node in nodes if node.target is torch.ops.aten.split.Tensor)
@@ -371,8 +376,8 @@ def test_a_mask_is_added_where_the_model_would_make_one_by_values(device: str) -
     with pytest.raises(AutoQuantError, match="data-dependent"):
         capture(module, (), {"ids": ids}, "export")
     captured = capture(module, (), {"ids": ids}, "export", spare={"mask": torch.ones_like(ids)})
-    assert (captured.how, captured.opaque, list(captured.spare)) == ("export", (), ["mask"])
-    assert {s.name for s in captured.pieces[0].inputs.values() if s.kind == "input"} == {"ids", "mask"}
+    assert (captured.how, captured.untraceable, list(captured.spare)) == ("export", (), ["mask"])
+    assert {s.name for s in captured.subgraphs[0].inputs.values() if s.kind == "input"} == {"ids", "mask"}
     if device == "cpu":
         assert check_against_eager(module, (), {"ids": ids}, captured) == 0.0
 
@@ -411,4 +416,4 @@ def test_a_module_is_left_untraced_with_the_mask_too() -> None:
     with pytest.raises(AutoQuantError, match="NoneType"):
         capture(module, (), {"x": x}, "export")
     captured = capture(module, (), {"x": x}, "export", spare={"mask": torch.ones(1, 3)})
-    assert ([call.path for call in captured.opaque], list(captured.spare)) == (["router"], ["mask"])
+    assert ([call.path for call in captured.untraceable], list(captured.spare)) == (["router"], ["mask"])

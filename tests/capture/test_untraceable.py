@@ -86,8 +86,8 @@ def test_a_loop_over_values_is_one_operator_and_the_rest_is_captured(device: str
     module = Mixture()
     found = captured(module, device)
     assert found.how == "export"
-    assert [call.path for call in found.opaque] == ["layers.0.experts", "layers.1.experts"]
-    assert [call.outputs for call in found.opaque] == [(((5, HIDDEN), torch.float32),)] * 2
+    assert [call.path for call in found.untraceable] == ["layers.0.experts", "layers.1.experts"]
+    assert [call.outputs for call in found.untraceable] == [(((5, HIDDEN), torch.float32),)] * 2
     assert "forward" not in vars(module.layers[0].experts)
     if device == "cpu":
         assert check_against_eager(module, (IDS,), {}, found) == 0.0
@@ -127,8 +127,8 @@ def test_what_is_left_is_proved() -> None:
 def test_its_parameters_have_no_labels_however_many_they_are() -> None:
     """Only a use elsewhere counts: a thousand experts' matrices would be thousands of millions of variables."""
     analysis = analyse(captured(Mixture())).scales.analysis
-    assert analysis.families.contested() == {}
-    assert [family.param for family in analysis.families.all() if ".experts." in family.param] == []
+    assert analysis.axes.contested() == {}
+    assert [family.param for family in analysis.axes.all() if ".experts." in family.param] == []
     assert analysis.variables.count < 2000
 
     class Wide(Experts):
@@ -144,7 +144,7 @@ def test_a_parameter_that_it_has_in_common_with_a_linear_keeps_its_scale() -> No
     module.layers[0].experts.also = module.layers[0].v
     analysis = analyse(captured(module)).scales.analysis
     both = "the parameter is used in different ways: as a tensor"
-    assert {name: reason.text for name, reason in analysis.families.contested().items()} == {
+    assert {name: reason.text for name, reason in analysis.axes.contested().items()} == {
         "layers.0.v.weight": f"{both} that keeps its scale and as a weight",
         "layers.0.v.bias": f"{both} and as a tensor that keeps its scale",
     }
@@ -195,8 +195,8 @@ def test_a_module_that_writes_to_what_it_is_given_is_left_out_with_what_calls_it
     torch.manual_seed(0)
     module = Mixture(Writing)
     found = captured(module, "cpu")
-    assert [call.path for call in found.opaque] == ["layers.0", "layers.1"]
-    assert "writes to a tensor that it is given" in found.opaque[0].reason
+    assert [call.path for call in found.untraceable] == ["layers.0", "layers.1"]
+    assert "writes to a tensor that it is given" in found.untraceable[0].reason
     assert check_against_eager(module, (IDS,), {}, found) == 0.0
     assert [group.name for group in analyse(found).findings.groups] == ["norm -> head"]
 
@@ -237,17 +237,17 @@ def test_shapes_are_those_of_a_run_where_there_are_values() -> None:
     x = torch.randn(5, 4)
     module = Whole(Cut())
     found = capture(module, (x,), {}, "export")
-    assert found.opaque[0].outputs == (((5, 4), torch.float32),)
+    assert found.untraceable[0].outputs == (((5, 4), torch.float32),)
     assert check_against_eager(module, (x,), {}, found) == 0.0
     found = capture(module.to("meta"), (x.to("meta"),), {}, "export")
-    assert found.opaque[0].outputs == (((0, 4), torch.float32),)
+    assert found.untraceable[0].outputs == (((0, 4), torch.float32),)
 
 
 def test_shapes_and_numbers_that_were_not_foreseen_are_noticed() -> None:
     x = torch.randn(5, 4)
     module = Whole(Cut())
     found = capture(module, (x,), {}, "export")
-    found.opaque[0].outputs = (((3, 4), torch.float32),)
+    found.untraceable[0].outputs = (((3, 4), torch.float32),)
     with pytest.raises(AutoQuantError, match=r"part cannot be traced, .*shapes \[\(5, 4\)\], where \[\(3, 4\)\]"):
         check_against_eager(module, (x,), {}, found)
     module = Whole(Counted())
@@ -265,4 +265,4 @@ def test_zeros_stand_in_where_no_values_contradict_each_other() -> None:
 
     module = Whole(Packed()).to("meta")
     found = capture(module, (torch.randn(5, 4, device="meta"),), {}, "export")
-    assert [call.outputs for call in found.opaque] == [(((5, 4), torch.float32),)]
+    assert [call.outputs for call in found.untraceable] == [(((5, 4), torch.float32),)]

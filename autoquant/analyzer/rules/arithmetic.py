@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     Gain,
     Mean,
@@ -89,7 +89,7 @@ def rotate_add(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value
         return a.end(site, [x, y], "it is added with a factor")
     for one, other in ((x, y), (y, x)):
         number = scalar(other)
-        nothing = number == 0.0 or (isinstance(other, Known) and not bool(other.value.any()))
+        nothing = number == 0.0 or (isinstance(other, Constant) and not bool(other.value.any()))
         if nothing and isinstance(one, (Vector, Square)) and site.shape == tuple(coordinates_of(one).shape):
             return one
         if number == 1.0 and isinstance(one, Param) and site.operator == "add":
@@ -142,7 +142,7 @@ def rotate_added_parameter(a: RotationAnalysis, site: Site, vector: Value, param
 
 def rotate_bias_of(a: RotationAnalysis, norm: str | None, bias: Param, site: Site) -> None:
     """One bias of two norms could be folded into the readers of neither: it is gone after the first."""
-    a.families.other_use(bias, site.because("it is a norm's bias"), f"the bias of {norm or 'a norm'}")
+    a.axes.other_use(bias, site.because("it is a norm's bias"), f"the bias of {norm or 'a norm'}")
 
 
 @scale_rule("mul", says=product_sentence)
@@ -189,7 +189,7 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
 
 
 def rotate_scaled(a: RotationAnalysis, site: Site, vector: Vector, factor: Value) -> Value:
-    if scalar(factor) is not None or (isinstance(factor, Unknown) and len(factor.shape) == 0):
+    if scalar(factor) is not None or (isinstance(factor, Dynamic) and len(factor.shape) == 0):
         if vector.gain is not None and vector.gain.bias is not None:
             return a.end(site, [vector], "a norm's bias is scaled")
         return anew(replace(vector, table=None))  # a norm's epsilon is not scaled with the table
@@ -207,8 +207,8 @@ def rotate_scaled(a: RotationAnalysis, site: Site, vector: Vector, factor: Value
 
 def rotate_number(a: RotationAnalysis, site: Site, vector: Vector, param: Param) -> Value:
     """One number that is a parameter: what is multiplied by it is rotated all the same."""
-    a.families.other_use(param, site.because("it is a number"), "a number")
-    return rotate_scaled(a, site, vector, Unknown((), site.outputs[0].dtype))
+    a.axes.other_use(param, site.because("it is a number"), "a number")
+    return rotate_scaled(a, site, vector, Dynamic((), site.outputs[0].dtype))
 
 
 def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -> Value:
@@ -222,7 +222,7 @@ def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -
         or site.operator != "mul"
     ):
         return a.end(site, [vector, gain], "it is multiplied by a parameter")
-    a.families.other_use(gain.param, site.because("it is a gain"), f"gain{gain.offset}")
+    a.axes.other_use(gain.param, site.because("it is a gain"), f"gain{gain.offset}")
     index = gain.param.replay(torch.arange(size).view(shape))
     if index.shape[-1] != size:
         return a.end(site, [vector, gain], "it is multiplied by a parameter")

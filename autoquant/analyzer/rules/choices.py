@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
@@ -34,7 +34,7 @@ def scale_compare(a: ScaleAnalysis, site: Site, x: Value, y: Value) -> Value:
     left, right = a.labels(site, x), a.labels(site, y)
     a.meet(site, left, right)
     a.variables.equal(left, right, site.order)
-    return Unknown(site.shape, site.outputs[0].dtype)
+    return Dynamic(site.shape, site.outputs[0].dtype)
 
 
 @scale_rule(*SIGNS, says="sees signs and zeros alone, which no positive scale changes")
@@ -51,7 +51,7 @@ def scale_place(
     dims = [dim % max(labels.ndim, 1)] if isinstance(dim, int) and not isinstance(dim, bool) else range(labels.ndim)
     a.mixed(labels)
     a.variables.merge_along(labels, list(dims), site.order)
-    return Unknown(site.shape, site.outputs[0].dtype)
+    return Dynamic(site.shape, site.outputs[0].dtype)
 
 
 @scale_rule("argsort", says="ranks: what is compared carries the same scale, which the result does not show")
@@ -67,7 +67,7 @@ def scale_order(a: ScaleAnalysis, site: Site, x: Value, *args: Value, **kwargs: 
     numbers = [n for n in args if isinstance(n, int) and not isinstance(n, bool)]
     dim = kwargs.get("dim", numbers[-1] if len(numbers) > (site.operator == "topk") else -1)
     merged = a.variables.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True)
-    return merged.expand(site.shape), Unknown(tuple(site.outputs[1].shape), site.outputs[1].dtype)
+    return merged.expand(site.shape), Dynamic(tuple(site.outputs[1].shape), site.outputs[1].dtype)
 
 
 @scale_rule("maximum minimum fmax fmin", says=PICKS)
@@ -89,7 +89,7 @@ def scale_where(a: ScaleAnalysis, site: Site, condition: Value, x: Value, y: Val
 @rotation_rule("where", says="picks one of two vectors: both are rotated alike", without="default")
 def rotate_where(a: RotationAnalysis, site: Site, condition: Value, x: Value, y: Value) -> Value:
     """``c x + (1 - c) y`` with ``c`` 0 or 1."""
-    if not isinstance(condition, (Known, Unknown)) or isinstance(x, Param) or isinstance(y, Param):
+    if not isinstance(condition, (Constant, Dynamic)) or isinstance(x, Param) or isinstance(y, Param):
         return a.end(site, [condition, x, y], "it is masked")
     sides = [rotate_scaled(a, site, side, condition) if isinstance(side, Vector) else side for side in (x, y)]
     return rotate_add(a, site, *sides)
@@ -102,7 +102,7 @@ def scale_masked_fill(a: ScaleAnalysis, site: Site, x: Value, mask: Value, value
 
 @rotation_rule("masked_fill", says="sets whole vectors to 0, which a rotation does not mind")
 def rotate_masked(a: RotationAnalysis, site: Site, x: Value, mask: Value, value: Value) -> Value:
-    if isinstance(x, Vector) and scalar(value) == 0.0 and isinstance(mask, (Known, Unknown)):
+    if isinstance(x, Vector) and scalar(value) == 0.0 and isinstance(mask, (Constant, Dynamic)):
         return rotate_scaled(a, site, x, mask)
     return a.end(site, [x, mask, value], "it is masked")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
@@ -37,7 +37,7 @@ def scale_convolution(
 ) -> Value:
     """Over time or space: depthwise, or dense in its channels."""
     dims = CONVOLUTIONS[site.operator]
-    if not isinstance(w, Param) or not isinstance(x, (Tensor, Known, Unknown)) or len(w.shape) != dims + 2:
+    if not isinstance(w, Param) or not isinstance(x, (Tensor, Constant, Dynamic)) or len(w.shape) != dims + 2:
         return a.block(site, [x, w, bias], "it is a convolution with a computed weight")
     labels = a.labels(site, x)
     a.mixed(labels)
@@ -45,13 +45,13 @@ def scale_convolution(
     labels = a.variables.merge_along(labels, [d for d in range(labels.ndim) if d != channel], site.order)
     here = site.because("it is a weight")
     if groups == w.shape[0] and w.shape[1] == 1:
-        found = a.families.channels(w, here)
+        found = a.axes.channels(w, here)
         if found is None:
             return a.block(site, [x, w, bias], "the channels of the weight are mixed by a reshape")
         out = a.variables.product(labels, found, site.order)
     elif groups == 1 and not w.views:
-        a.variables.equal(a.families.axis(w, 1, "column", here, stacked=False), labels, site.order, ratio=-1.0)
-        out = a.families.axis(w, 0, "row", here, stacked=False)
+        a.variables.equal(a.axes.axis(w, 1, "column", here, stacked=False), labels, site.order, ratio=-1.0)
+        out = a.axes.axis(w, 0, "row", here, stacked=False)
     else:
         return a.block(site, [x, w, bias], "it is a convolution that mixes channels in groups")
     if bias is not None:
@@ -66,16 +66,16 @@ def rotate_convolution(
     """A dense one over pixels or sound, which nothing rotates, writes vectors: one per place."""
     groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
     if (
-        not isinstance(x, (Known, Unknown))
+        not isinstance(x, (Constant, Dynamic))
         or not isinstance(w, Param)
         or w.views
         or groups != 1
         or not isinstance(bias, (Param, type(None)))
     ):
         return a.end(site, [x, w, bias], NO_ROTATION)
-    rows = a.families.axis(w, 0, "row", site.because("it is a weight"), stacked=False)
+    rows = a.axes.axis(w, 0, "row", site.because("it is a weight"), stacked=False)
     if bias is not None:
-        labels = a.families.leaf(bias, 0, site.because("it is a bias"))
+        labels = a.axes.leaf(bias, 0, site.because("it is a bias"))
         if labels is None or bias.views:
             return a.end(site, [w, bias], NO_ROTATION)
         rows = a.variables.merge(rows, labels, site.order)

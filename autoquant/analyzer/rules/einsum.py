@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
@@ -58,7 +58,7 @@ def rotate_einsum(a: RotationAnalysis, site: Site, equation: str, operands: Valu
     """Attention or a mixture of streams: a sum of vectors with coefficients."""
     found = einsum_letters(equation, [vector_shape(operand) for operand in operands])
     vectors = [isinstance(operand, Vector) for operand in operands]
-    others = [isinstance(operand, (Known, Unknown)) for operand in operands]
+    others = [isinstance(operand, (Constant, Dynamic)) for operand in operands]
     if found is None or len(operands) != 2 or sum(vectors) != 1 or sum(others) != 1:
         return a.end(site, list(operands), "it is a product of two activations")
     letters, result = found
@@ -88,9 +88,9 @@ def scale_contraction(a: ScaleAnalysis, site: Site, x: Value, w: Param, x_term: 
     summed = [c for c in w_term if c in x_term and c not in result]
     rows = [c for c in w_term if c in result and c not in x_term]
     lost = [c for c in w_term if c not in x_term + result]
-    if len(summed) != 1 or len(rows) != 1 or lost or not isinstance(x, (Tensor, Known, Unknown)):
+    if len(summed) != 1 or len(rows) != 1 or lost or not isinstance(x, (Tensor, Constant, Dynamic)):
         return a.block(site, [x, w], "it is a product with a weight that is no matrix")
-    found = a.families.factors(w, w_term.index(summed[0]), w_term.index(rows[0]), site.because("it is a weight"))
+    found = a.axes.factors(w, w_term.index(summed[0]), w_term.index(rows[0]), site.because("it is a weight"))
     if found is None:
         return a.block(site, [x, w], "rows and columns of the weight are mixed by a reshape")
     labels = a.labels(site, x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
 )
@@ -27,7 +27,7 @@ def scale_grouped(
     """Rows of ``x`` in runs, one run per matrix of ``w`` [experts, in, out]."""
     if (
         not isinstance(w, Param)
-        or not isinstance(x, (Tensor, Known, Unknown))
+        or not isinstance(x, (Tensor, Constant, Dynamic))
         or len(w.shape) != 3
         or len(shape_of(x)) != 2
     ):
@@ -35,7 +35,7 @@ def scale_grouped(
     where_ = site.node.args[2] if len(site.node.args) > 2 else site.node.kwargs.get("offs")
     key = a.grouping(where_)
     keyed = Param(w.name, w.full_shape, w.views, w.shape, key)
-    found = a.families.factors(keyed, 1, 2, site.because("it is a weight"))
+    found = a.axes.factors(keyed, 1, 2, site.because("it is a weight"))
     if found is None:
         return a.block(site, [x, w], "rows and columns of the weight are mixed by a reshape")
     columns, rows = found.columns[0], found.rows[0]

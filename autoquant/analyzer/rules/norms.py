@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Site, Unknown, Value
+from autoquant.analyzer.interpreter import Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     Gain,
     RotationAnalysis,
@@ -104,7 +104,7 @@ def rotate_norm(
     )
     owner = f" of {x.table}" if folds else ""
     if gain is not None:
-        a.families.other_use(gain.param, here, f"gain{gain.offset}{owner}")
+        a.axes.other_use(gain.param, here, f"gain{gain.offset}{owner}")
     if bias is not None:
         rotate_bias_of(a, f"{gain.param.name if gain is not None else None}{owner}", bias, site)
     found = Norm(
@@ -147,7 +147,7 @@ def scale_channel_norm(a: ScaleAnalysis, site: Site, x: Value, *args: Value, **k
     if bias is not None:
         a.variables.equal(out, a.labels(site, bias), site.order)
     spread = out.view(-1, *(1,) * (len(site.shape) - 2)).expand(site.shape)
-    statistics = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs[1:])
+    statistics = tuple(Dynamic(tuple(f.shape), f.dtype) for f in site.outputs[1:])
     return (spread, *statistics) if statistics else spread
 
 

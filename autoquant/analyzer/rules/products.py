@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.axes import Factors, Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     Read,
     RotationAnalysis,
@@ -62,7 +62,7 @@ def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
         return rotate_product(a, site, x, y, len(y.shape) - 2)
     if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Vector):
         return rotate_product_from_left(a, site, x, y)
-    if isinstance(y, Vector) and isinstance(x, (Unknown, Known)):
+    if isinstance(y, Vector) and isinstance(x, (Dynamic, Constant)):
         return rotate_summed_over_tokens(a, site, y)
     return a.end(site, [x, y], "it is a product of two activations")
 
@@ -89,10 +89,10 @@ def scale_baddbmm(a: ScaleAnalysis, site: Site, bias: Value, x: Value, y: Value,
 
 def scale_product(a: ScaleAnalysis, site: Site, x: Value, w: Value, contracted: int, bias: Value = None) -> Value:
     """``x @ w`` with a parameter ``w``; ``contracted`` is the dimension of ``w`` that is summed over."""
-    if not isinstance(x, (Tensor, Known, Unknown)) or not isinstance(w, Param):
+    if not isinstance(x, (Tensor, Constant, Dynamic)) or not isinstance(w, Param):
         return a.block(site, [x, w, bias], "both factors are parameters")
     output = len(w.shape) - 1 if contracted == len(w.shape) - 2 else len(w.shape) - 2
-    found = a.families.factors(w, contracted, output, site.because("it is a weight"))
+    found = a.axes.factors(w, contracted, output, site.because("it is a weight"))
     if found is None:
         return a.block(site, [x, w, bias], "rows and columns of the weight are mixed by a reshape")
     columns, rows = found.columns, found.rows
@@ -115,7 +115,7 @@ def scale_product(a: ScaleAnalysis, site: Site, x: Value, w: Value, contracted: 
 
 def scale_product_from_left(a: ScaleAnalysis, site: Site, w: Param, x: Tensor) -> Value:
     """``w @ x``: the columns of ``w`` are summed with the rows of ``x``."""
-    found = a.families.factors(w, 1, 0, site.because("it is a weight"))
+    found = a.axes.factors(w, 1, 0, site.because("it is a weight"))
     if found is None:
         return a.block(site, [w, x], "rows and columns of the weight are mixed by a reshape")
     a.mixed(x)
@@ -151,7 +151,7 @@ def rotate_product(
     ndim = len(w.shape)
     output = ndim - 1 if contracted == ndim - 2 else ndim - 2
     weight = replace(w, key=key or w.key)
-    found = a.families.factors(weight, contracted, output, site.because("it is a weight"))
+    found = a.axes.factors(weight, contracted, output, site.because("it is a weight"))
     if found is None:
         return a.end(site, [x, w, bias], "rows and columns of the weight are mixed by a reshape")
     columns, rows = (found.columns[0], found.rows[0]) if key else (found.columns, found.rows)
@@ -162,7 +162,7 @@ def rotate_product(
         a.end(site, [x], NO_ROTATION)
     rows = rows.unsqueeze(-2).expand(site.shape) if rows.ndim > 1 else rows.expand(site.shape)
     if isinstance(bias, Param) and not bias.views and len(bias.full_shape) == 1:
-        labels = a.families.leaf(bias, 0, site.because("it is a bias"))
+        labels = a.axes.leaf(bias, 0, site.because("it is a bias"))
         rows = a.variables.merge(rows, labels, site.order) if labels is not None else rows
     elif bias is not None:
         rows_vector = Vector(rows, fresh_instances(rows))
@@ -206,7 +206,7 @@ def rotate_read(
 
 def rotate_product_from_left(a: RotationAnalysis, site: Site, w: Param, x: Vector) -> Value:
     """``w @ x``: the columns of ``w`` are summed with the rows of ``x``."""
-    found = a.families.factors(w, 1, 0, site.because("it is a weight"))
+    found = a.axes.factors(w, 1, 0, site.because("it is a weight"))
     if found is None:
         return a.end(site, [w, x], "rows and columns of the weight are mixed by a reshape")
     rotate_read(a, site, apply(x, lambda labels: labels.transpose(-1, -2)), found.columns, found, w.name, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     Mean,
     RotationAnalysis,
@@ -43,7 +43,7 @@ _PICKING = "amax amin max min"
 def scale_reduce(
     a: ScaleAnalysis, site: Site, x: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value
 ) -> Value:
-    if isinstance(dim, (Tensor, Param, Known, Unknown)):  # max and min of two tensors
+    if isinstance(dim, (Tensor, Param, Constant, Dynamic)):  # max and min of two tensors
         return scale_larger(a, site, x, dim)
     return scale_with_positions(a, site, scale_along(a, site, x, dim, keepdim))
 
@@ -85,7 +85,7 @@ def scale_with_positions(a: ScaleAnalysis, site: Site, values: Tensor) -> Value:
     """A maximum alone, or with its positions, which do not depend on a common scale."""
     if len(site.outputs) == 1:
         return values
-    return values, Unknown(tuple(site.outputs[1].shape), site.outputs[1].dtype)
+    return values, Dynamic(tuple(site.outputs[1].shape), site.outputs[1].dtype)
 
 
 def variance_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:

@@ -18,6 +18,7 @@ from torch import fx
 
 from autoquant.analyzer.axes import Param
 from autoquant.aten import ALIASES
+from autoquant.library_patches import OpOverload
 
 Says = Callable[[fx.Node, Collection[fx.Node], Collection[Param]], str]
 """What a rule does at a node, in words: ``says(node, carriers, params)``. ``carriers`` are the arguments through which
@@ -104,7 +105,7 @@ def check_signature(function: Callable[..., Any], name: str, without: Collection
                 ) from None
 
 
-def overloads(name: str) -> Iterator[torch._ops.OpOverload]:
+def overloads(name: str) -> Iterator[OpOverload]:
     """All overloads that a graph may call under a name, second names of the operator included."""
     space, _, own = name.rpartition("::")
     names = [own] if space else [name, *(alias for alias, first in ALIASES.items() if first == name)]

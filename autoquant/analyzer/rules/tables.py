@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Unknown, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
@@ -23,7 +23,7 @@ def scale_embedding(
 ) -> Value:
     if not isinstance(table_, Param) or not table_.is_table:
         return a.block(site, [table_, indices], "the table is computed")
-    labels = a.families.axis(table_, 1, "table", site.because("it is an embedding"), stacked=False)
+    labels = a.axes.axis(table_, 1, "table", site.because("it is an embedding"), stacked=False)
     return labels.expand(site.shape)
 
 
@@ -33,7 +33,7 @@ def rotate_embedding(
 ) -> Value:
     if not isinstance(table, Param) or not table.is_table:
         return a.end(site, [table, indices], "the table is computed")
-    labels = a.families.axis(table, 1, "table", site.because("it is an embedding"), stacked=False).expand(site.shape)
+    labels = a.axes.axis(table, 1, "table", site.because("it is an embedding"), stacked=False).expand(site.shape)
     a.lookups[table.name] += 1
     return Vector(labels, fresh_instances(labels), table=table.name)
 
@@ -61,7 +61,7 @@ def scale_embedding_bag(
         labels = a.variables.merge_along(rows, [0], site.order)
     if isinstance(shares, (Tensor, Param)):
         a.variables.fix(a.labels(site, shares), site.because("it says how much of each row is added"))
-    beside = tuple(Unknown(tuple(f.shape), f.dtype) for f in site.outputs[1:])
+    beside = tuple(Dynamic(tuple(f.shape), f.dtype) for f in site.outputs[1:])
     return labels.expand(site.shape), *beside
 
 
@@ -85,7 +85,7 @@ def rotate_embedding_bag(
         largest
         or not isinstance(table, Param)
         or not table.is_table
-        or not isinstance(shares, (Known, Unknown, type(None)))
+        or not isinstance(shares, (Constant, Dynamic, type(None)))
     ):
         return a.end(site, [table, shares], "it is a maximum of rows" if largest else "the table is computed")
     rows = rotate_embedding(a, site, table, indices)

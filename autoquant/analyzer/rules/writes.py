@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Known, Site, Value
+from autoquant.analyzer.interpreter import Constant, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
@@ -61,7 +61,7 @@ def rotate_index_add(
     a: RotationAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, **kwargs: Value
 ) -> Value:
     """Whole vectors are added to any of the rows."""
-    empty = isinstance(x, Known) and not bool(x.value.any())
+    empty = isinstance(x, Constant) and not bool(x.value.any())
     into = x if isinstance(x, Vector) else None
     if (
         not (empty or into)
@@ -91,7 +91,7 @@ def scale_scatter(
     dim %= max(labels.ndim, 1)
     if isinstance(index, (Tensor, Param)) or "prod" in args or kwargs.get("reduce") in ("prod", "multiply"):
         return a.block(site, [x, index, source], NO_RULE)
-    if isinstance(index, Known) and site.operator == "scatter" and not kwargs:
+    if isinstance(index, Constant) and site.operator == "scatter" and not kwargs:
         a.mixed(labels)
         a.mixed(written)
         return run(site, labels, dim, index.value, written if written.ndim else int(written))
@@ -113,7 +113,7 @@ def scale_index_put(
     a.mixed(written)
     if any(isinstance(index, (Tensor, Param)) for index in indices):
         return a.block(site, [x, *indices, values], "it is used as an index")
-    if not accumulate and all(index is None or isinstance(index, Known) for index in indices):
+    if not accumulate and all(index is None or isinstance(index, Constant) for index in indices):
         return run(site, labels, [None if index is None else index.value for index in indices], written)
     if written.numel() == 1:
         return a.variables.merge(labels, written.reshape(()), site.order).expand(site.shape)
@@ -134,7 +134,7 @@ def scale_masked_scatter(a: ScaleAnalysis, site: Site, x: Value, mask: Value, so
     labels, written = a.labels(site, x), a.labels(site, source)
     a.mixed(labels)
     a.mixed(written)
-    if isinstance(mask, Known):
+    if isinstance(mask, Constant):
         return run(site, labels, mask.value, written)
     if isinstance(mask, (Tensor, Param)):
         return a.block(site, [x, mask, source], "it is used as a condition")
@@ -184,5 +184,5 @@ def written_along(a: ScaleAnalysis, site: Site, labels: Tensor, written: Tensor,
 
 
 def _is_mask(index: Value) -> bool:
-    dtype = index.value.dtype if isinstance(index, Known) else index.dtype
+    dtype = index.value.dtype if isinstance(index, Constant) else index.dtype
     return bool(dtype in (torch.bool, torch.uint8))
