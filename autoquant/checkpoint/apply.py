@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.checkpoint.dtypes import stored_names
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, check_finite, execute_, summarise
@@ -106,22 +107,9 @@ def build_skeleton(folder: Path) -> nn.Module:
 
 
 def match_names(inventory: Inventory, shards: Shards) -> dict[str, str] | None:
-    """Parameter name -> stored name, or None where some parameter is stored under no name that is known.
-
-    Base checkpoints lack the first component ('transformer.'), and of tied parameters one is stored.
-    """
-    names: dict[str, str] = {}
-    for name in inventory.shapes:
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in shards.entries and shards.entries[candidate].shape == inventory.shapes[name]:
-                names[name] = candidate
-                break
-    for name, first in inventory.canonical.items():
-        tied = next((names[n] for n, f in inventory.canonical.items() if f == first and n in names), None)
-        if tied is None:
-            return None
-        names.setdefault(name, tied)
-    return names
+    """Parameter name -> stored name, or None where some parameter is stored under no name that is known."""
+    names = stored_names(inventory, shards)
+    return None if names.keys() < inventory.shapes.keys() else names
 
 
 def _with_stored_dtypes(inventory: Inventory, shards: Shards, names: dict[str, str]) -> Inventory:

@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.calibration.texts import read_text
-from autoquant.calibration.windows import calibration_batches, cut_windows, tokenize
-from autoquant.checkpoint.formats.native import save_quantized
+from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
+from autoquant.checkpoint.formats.native import ready, write_folder
+from autoquant.checkpoint.streamed import Streamed, check_streamable, open_weights, quantize_streamed
 from autoquant.config.file import load_config
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import check_finite
 from autoquant.executor.plan import Plan
 from autoquant.io.safetensors_stream import open_shards
-from autoquant.models.inventory import FLOATING, take_inventory
+from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.quantize import Quantized, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
-from autoquant.pipeline.transform import Progress, prepare_
+from autoquant.pipeline.transform import Progress, prepare_held_, silent
 from autoquant.quantizer.strategies import kv_granularity
 from autoquant.version import __version__
 
@@ -46,37 +45,45 @@ def quantize_checkpoint(
     recipe: Recipe,
     options: dict[str, Any],
     *,
+    low_memory: bool = False,
     force: bool = False,
-    progress: Progress = lambda step, done, total: None,
+    progress: Progress = silent,
 ) -> None:
-    """Rotate, calibrate, smooth and quantize ``source`` in memory and write it to ``target``.
+    """Rotate, calibrate, smooth and quantize ``source`` and write it to ``target``.
 
-    Rotations are computed in float64 and everything else in float32; what stays in floating point is written in the
-    checkpoint's own dtype. Raises AutoQuantError, with nothing left behind, where anything does not fit.
+    Rotations are computed in float64 and everything else in float32; what stays in floating point is written in its own
+    stored dtype. ``low_memory``: one decoder layer is in memory at a time; the same bytes are written. Raises
+    AutoQuantError, with nothing left behind, where anything does not fit; in low memory also for what needs the whole
+    model at once (see ``check_streamable``) and for checkpoints whose tensors transformers renames on loading.
     """
-    dtype = stored_dtype(source)
     progress("load", 0, 1)
-    model = load_float32(source)
-    selected = select(recipe.config, take_inventory(model), recipe.transforms, recipe.seed)
-    batches = required_calibration(recipe) if needs_sweep(recipe.config, recipe.strategy, selected) else ()
-    prepared = prepare_(
-        model,
-        recipe.config,
-        recipe.strategy,
-        recipe.transforms,
-        batches,
-        recipe.seed,
-        cache=has_static_cache(recipe),
-        tell=progress,
-    )
-    progress("quantize", 0, 1)
-    quantized = quantize_model_(
-        model, recipe.config, recipe.strategy, prepared.swept, batches, lambda *at: progress("quantize", *at)
-    )
-    narrow_(model, dtype)
+    shards = open_shards(source)
+    held = Streamed(source, open_weights(source)) if low_memory else InMemory(load_float32(source))
+    dtypes = stored_dtypes(shards, stored_names(held.inventory, shards))
+    config, strategy = recipe.config, recipe.strategy
+    selected = select(config, held.inventory, recipe.transforms, recipe.seed)
+    if low_memory:
+        check_streamable(config, strategy, selected)
+    batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
+    prepared = prepare_held_(held, selected, config, strategy, batches, cache=has_static_cache(recipe), tell=progress)
+    quantized = Quantized()
+    if isinstance(held, Streamed):
+        made = quantize_streamed(held, config, strategy, prepared.swept, dtypes, lambda *at: progress("write", *at))
+    else:
+        progress("quantize", 0, 1)
+        quantized = quantize_model_(
+            held.model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at)
+        )
+        narrow_(held.model, dtypes)
+        made = ready(held.model)
     progress("write", 0, 1)
-    facts = provenance(recipe, prepared.plan, options, quantized)
-    save_quantized(model, target, used_config(recipe), facts, load_tokenizer(source), force=force)
+    facts = {
+        "dtype": str(dtypes.most).removeprefix("torch."),
+        "shared": dict(made.shared),
+        "provenance": provenance(recipe, prepared.plan, options, quantized),
+    }
+    tokenizer = load_tokenizer(source)
+    write_folder(made.model, target, used_config(recipe), facts, made.described, made.tensors, tokenizer, force=force)
 
 
 def load_float32(source: Path) -> nn.Module:
@@ -88,26 +95,6 @@ def load_float32(source: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         raise AutoQuantError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return model
-
-
-def stored_dtype(source: Path) -> torch.dtype:
-    """The floating-point dtype that most elements of a checkpoint have."""
-    elements: dict[torch.dtype, int] = {}
-    for entry in open_shards(source).entries.values():
-        if entry.dtype in FLOATING:
-            elements[entry.dtype] = elements.get(entry.dtype, 0) + torch.Size(entry.shape).numel()
-    if not elements:
-        raise AutoQuantError(f"{source}: holds no floating-point weights")
-    return max(elements, key=lambda dtype: elements[dtype])
-
-
-def narrow_(model: Any, dtype: torch.dtype) -> None:
-    """Round every parameter to ``dtype``; int8 weights, scales and buffers stay. AutoQuantError where one overflows."""
-    for name, parameter in model.named_parameters():
-        narrowed = parameter.data.to(dtype)
-        check_finite(name, narrowed, f"overflows {dtype}")
-        parameter.data = narrowed
-    model.config.dtype = dtype
 
 
 def required_calibration(recipe: Recipe) -> tuple[Tensor, ...]:
@@ -132,11 +119,8 @@ def used_config(recipe: Recipe) -> Config:
     return edited(recipe.config, quantization=section)
 
 
-def provenance(
-    recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Quantized | None = None
-) -> dict[str, Any]:
+def provenance(recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Quantized) -> dict[str, Any]:
     """How a model was made, and what of its structure differs from its class: biases, norms, online rotations."""
-    quantized = quantized or Quantized()
     return {
         "versions": {"autoquant": __version__, "torch": torch.__version__, "transformers": version("transformers")},
         "options": options,
@@ -157,14 +141,6 @@ def load_tokenizer(source: Path | str) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise AutoQuantError(f"{source}: no tokenizer: {' '.join(str(error).split())}") from error
-
-
-def calibration_windows(
-    tokenizer: Any, calibration: Path, sequences: int, length: int, seed: int | None
-) -> tuple[Tensor, ...]:
-    """``sequences`` windows [1, S] of ``length`` tokens, each behind BOS: the first, or random by ``seed``."""
-    ids = tokenize(tokenizer, read_text(calibration))
-    return tuple(calibration_batches(cut_windows(ids, length, tokenizer.bos_token_id), sequences, seed))
 
 
 def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Config:

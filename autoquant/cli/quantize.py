@@ -68,7 +68,6 @@ def command(
 
         from autoquant.calibration.windows import CalibrationOptions, calibration_windows
         from autoquant.checkpoint.quantize import Recipe, config_for, load_tokenizer, quantize_checkpoint
-        from autoquant.checkpoint.quantize_by_layers import quantize_checkpoint_by_layers
         from autoquant.io.folders import check_target
 
         disable_progress_bar()
@@ -91,8 +90,7 @@ def command(
             "length": length,
             "calibration": None if calibration is None else calibration.name,
         }
-        work = quantize_checkpoint_by_layers if low_memory else quantize_checkpoint
-        work(model, output, recipe, options, force=force, progress=tell)
+        quantize_checkpoint(model, output, recipe, options, low_memory=low_memory, force=force, progress=tell)
     if not quiet:
         before, after = (_bytes(folder) for folder in (model, output))
         click.echo(f"{output}: {used.value} after {transforms}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB")

@@ -24,18 +24,15 @@ from autoquant.calibration.group_maxima import group_maxima
 from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import execute_
-from autoquant.executor.online import check_installable
-from autoquant.executor.plan import Plan, make_plan
+from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
 from autoquant.models.inventory import Inventory, take_inventory
+from autoquant.pipeline.held import Held, InMemory
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.kv_cache import quantize_cache_
 from autoquant.quantizer.linear import Rounded, quantize_
 from autoquant.quantizer.strategies import kv_granularity, needs_calibration, plan_linears
-
-Scales = Mapping[tuple[str, int | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +97,8 @@ def smoothing_plan(selected: Selected, inventory: Inventory, read: Callable[[str
 @torch.no_grad()
 def rotate_(model: nn.Module, selected: Selected, *, learned_later: bool = False) -> Plan:
     """Untie, fold and rotate a model in place; online rotations are installed. ``learned_later`` as above."""
-    check_installable(model, selected.resolved.online)
     plan = rotation_plan(selected, take_inventory(model), model.get_parameter, learned_later=learned_later)
-    execute_(model, plan)
+    InMemory(model).execute_(plan)
     return plan
 
 
@@ -187,13 +183,18 @@ def _smoothed_values(selected: Selected, group: ResolvedGroup, s: Tensor, maximu
     return maximum_HD
 
 
-@torch.no_grad()
 def smooth_(model: nn.Module, selected: Selected, swept: Sweep) -> Sweep:
     """Smooth a rotated model in place; returns the maxima as they are afterwards."""
+    return smooth_held_(InMemory(model), selected, swept)
+
+
+@torch.no_grad()
+def smooth_held_(held: Held, selected: Selected, swept: Sweep) -> Sweep:
+    """What :func:`smooth_` does, wherever the parameters are."""
     if not selected.resolved.groups:
         return swept
-    scales = smoothing_scales(selected, swept, model.get_parameter)
-    execute_(model, smoothing_plan(selected, take_inventory(model), model.get_parameter, scales))
+    scales = smoothing_scales(selected, swept, held.read)
+    held.execute_(smoothing_plan(selected, held.inventory, held.read, scales))
     return smoothed(selected, swept, scales)
 
 

@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from autoquant.algorithms.scale_search import descend
 from autoquant.algorithms.spinquant import learn_rotations_
-from autoquant.calibration.observers import Sweep, sweep
+from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, RotationMethod, SmoothingMethod, Strategy
 from autoquant.executor.apply import execute_
 from autoquant.executor.plan import Plan
 from autoquant.executor.resolved import Resolved
 from autoquant.models.inventory import take_inventory
+from autoquant.pipeline.held import Held, InMemory
 from autoquant.pipeline.quantize import (
     Selected,
     linear_groups,
     query_key_groups,
-    rotate_,
+    rotation_plan,
     select,
-    smooth_,
+    smooth_held_,
     smoothed,
     smoothing_plan,
     swept_weights,
@@ -68,31 +69,52 @@ def prepare_(
     cache: bool,
     tell: Progress = silent,
 ) -> Prepared:
-    """Carry out everything that comes before quantization, in place; the function stays the same.
+    """Carry out everything that comes before quantization on a module in memory; the function stays the same.
+
+    Arguments and errors as of :func:`prepare_held_`.
+    """
+    held = InMemory(model)
+    selected = select(config, held.inventory, transforms, seed)
+    return prepare_held_(held, selected, config, strategy, batches, cache=cache, tell=tell)
+
+
+@torch.no_grad()
+def prepare_held_(
+    held: Held,
+    selected: Selected,
+    config: Config,
+    strategy: Strategy,
+    batches: Sequence[Tensor],
+    *,
+    cache: bool,
+    tell: Progress = silent,
+) -> Prepared:
+    """Carry out what was selected from ``config``, wherever the parameters are; the function stays the same.
 
     ``batches``: calibration token ids [1, S], none where nothing has to be calibrated; ``cache``: keys and values are
     observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by descent, and
     to learned rotations.
     """
     tell("rotate", 0, 1)
-    selected = select(config, take_inventory(model), transforms, seed)
-    plan = rotate_(model, selected, learned_later=True)
+    plan = rotation_plan(selected, held.inventory, held.read, learned_later=True)
+    held.execute_(plan)
     swept = Sweep()
     prefix = config.quantization.prefix
+    cache = cache or bool(query_key_groups(selected))
+    weights = swept_weights(config, selected)
     if batches:
-        with prefixed(model, prefix):
-            weights = swept_weights(config, selected)
-            cache = cache or bool(query_key_groups(selected))
-            swept = sweep(model, weights, batches, cache=cache, progress=lambda *at: tell("calibrate", *at))
+        with held.prefixed(prefix):
+            swept = held.sweep(weights, batches, cache=cache, progress=lambda *at: tell("calibrate", *at))
     tell("smooth", 0, 1)
-    swept = smooth_(model, selected, swept)
+    swept = smooth_held_(held, selected, swept)
     if any(group.method is SmoothingMethod.DESCENT for group in linear_groups(selected).groups):
-        swept = _descend_(model, config, strategy, selected, swept, batches, tell)
+        swept = _descend_(held.module(), config, strategy, selected, swept, batches, tell)
     if any(space.method is RotationMethod.LEARNED for space in selected.resolved.spaces):
-        plan = _learn_(model, config, strategy, selected, plan, batches, tell)
-        with prefixed(model, prefix):
-            swept = sweep(model, swept_weights(config, selected), batches, cache=cache)
-    fix_prefix_(model, prefix)
+        plan = _learn_(held.module(), config, strategy, selected, plan, batches, tell)
+        with held.prefixed(prefix):
+            swept = held.sweep(weights, batches, cache=cache)
+    if prefix:
+        fix_prefix_(held.module(), prefix)
     return Prepared(plan, swept)
 
 

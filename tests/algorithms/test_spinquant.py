@@ -23,8 +23,7 @@ from autoquant.algorithms.spinquant import (
 from autoquant.calibration.observers import sweep
 from autoquant.certificate.certify import keep, prove
 from autoquant.checkpoint.apply import apply_checkpoint
-from autoquant.checkpoint.quantize import Recipe, load_float32
-from autoquant.checkpoint.quantize_by_layers import quantize_checkpoint_by_layers
+from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint
 from autoquant.config.format import Config, RotationMethod, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
@@ -185,7 +184,7 @@ def test_whatever_sees_no_text_or_no_whole_model_refuses(tmp_path: Path) -> None
         apply_checkpoint(PACKAGED, config, tmp_path / "out", smooth="none")
     recipe = Recipe(config, TOKEN, Transforms.parse("rotation"), windows())
     with pytest.raises(AutoQuantError, match=message):
-        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "out", recipe, {})
+        quantize_checkpoint(PACKAGED, tmp_path / "out", recipe, {}, low_memory=True)
     assert not (tmp_path / "out").exists()
 
 

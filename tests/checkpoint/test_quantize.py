@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,16 +8,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from quantized import DATA, PACKAGED, STATIC_KV, config_of, gpt2, windows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import autoquant
 from autoquant.checkpoint.formats.native import TENSORS
-from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint, stored_dtype
-from autoquant.checkpoint.quantize_by_layers import quantize_checkpoint_by_layers
+from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
-from autoquant.config.format import Config, Strategy, edited
+from autoquant.config.format import Config, Rounding, SmoothingMethod, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.linear import int8_weights
@@ -39,8 +39,8 @@ def test_low_memory_writes_the_same_bytes(model: str, preopt: str, tmp_path: Pat
     made = recipe(source, preopt)
     quantize_checkpoint(source, tmp_path / "whole", made, {"seed": 1})
     layers: list[tuple[str, int, int]] = []
-    quantize_checkpoint_by_layers(
-        source, tmp_path / "layered", made, {"seed": 1}, progress=lambda *at: layers.append(at)
+    quantize_checkpoint(
+        source, tmp_path / "layered", made, {"seed": 1}, progress=lambda *at: layers.append(at), low_memory=True
     )
     assert files(tmp_path / "layered") == files(tmp_path / "whole")
     count = 5 if model == "packaged" else 3
@@ -54,7 +54,7 @@ def test_low_memory_scales_keys_alike(tmp_path: Path) -> None:
     for strategy in (STATIC_KV, DYNAMIC):
         made = recipe(PACKAGED, "fc_fc:0.5+rotation", strategy, config)
         quantize_checkpoint(PACKAGED, tmp_path / "whole", made, {}, force=True)
-        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "layered", made, {}, force=True)
+        quantize_checkpoint(PACKAGED, tmp_path / "layered", made, {}, force=True, low_memory=True)
         assert files(tmp_path / "layered") == files(tmp_path / "whole")
     weights = [load_float32(PACKAGED), autoquant.load(tmp_path / "whole", torch.float32)]
     keys = [w(windows()[0], use_cache=True).past_key_values.layers[0].keys.abs().amax((0, 2)) for w in weights]
@@ -71,12 +71,12 @@ def test_low_memory_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         held.append(sum(not parameter.is_meta for parameter in model[0].model.layers.parameters()))
         return forward(module, x)
 
-    from autoquant.checkpoint import quantize_by_layers as quantize_lowmemory
+    from autoquant.checkpoint import streamed
 
-    build, model = quantize_lowmemory._build, []
-    monkeypatch.setattr(quantize_lowmemory, "_build", lambda *a: model.append(build(*a)) or model[-1])
+    build, model = streamed._build, []
+    monkeypatch.setattr(streamed, "_build", lambda *a: model.append(build(*a)) or model[-1])
     monkeypatch.setattr(nn.Linear, "forward", spy)
-    quantize_checkpoint_by_layers(PACKAGED, tmp_path / "out", made, {})
+    quantize_checkpoint(PACKAGED, tmp_path / "out", made, {}, low_memory=True)
     assert set(held) == {9}, "the parameters of one layer, also while the head runs behind the last"
 
 
@@ -88,7 +88,7 @@ def test_a_loaded_model_is_near_the_float_one(tmp_path: Path) -> None:
     wanted = reference(windows()[0]).logits
     error = ((model(windows()[0]).logits - wanted).square().mean() / wanted.var()).sqrt().item()
     assert error < 0.25
-    assert stored_dtype(PACKAGED) == torch.float16 == autoquant.load(tmp_path / "out").lm_head.weight.dtype
+    assert torch.float16 == autoquant.load(tmp_path / "out").lm_head.weight.dtype
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_online_rotations_are_made_again_on_loading(tmp_path: Path) -> None:
     error = ((model(windows()[0]).logits - wanted).square().mean() / wanted.var()).sqrt().item()
     assert error < 0.25
     with pytest.raises(AutoQuantError, match=r"down_proj: --low-memory cannot put in online rotations"):
-        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "low", made, {})
+        quantize_checkpoint(PACKAGED, tmp_path / "low", made, {}, low_memory=True)
 
 
 @torch.no_grad()
@@ -130,17 +130,19 @@ def test_a_prefix_is_stored_and_lowers_the_error(tmp_path: Path) -> None:
     with pytest.raises(AutoQuantError, match=r"with: the stored prefix has 1 tokens, quantization\.prefix 2"):
         autoquant.load(tmp_path / "with")
     with pytest.raises(AutoQuantError, match=r"quantization\.prefix: --low-memory cannot compute a prefix"):
-        quantize_checkpoint_by_layers(PACKAGED, tmp_path / "low", recipe(PACKAGED, "none", config=with_prefix), {})
+        quantize_checkpoint(
+            PACKAGED, tmp_path / "low", recipe(PACKAGED, "none", config=with_prefix), {}, low_memory=True
+        )
     assert not (tmp_path / "low").exists()
 
 
-@pytest.mark.parametrize("work", [quantize_checkpoint, quantize_checkpoint_by_layers])
-def test_without_calibration(work: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_without_calibration(low_memory: bool, tmp_path: Path) -> None:
     made = Recipe(config_of(PACKAGED), Strategy(STATIC_KV), Transforms.parse("rotation"))
     with pytest.raises(AutoQuantError, match=r"static after 'rotation' needs --calibration FILE"):
-        work(PACKAGED, tmp_path / "out", made, {})  # type: ignore[operator]
+        quantize_checkpoint(PACKAGED, tmp_path / "out", made, {}, low_memory=low_memory)
     made = Recipe(config_of(PACKAGED), Strategy(DYNAMIC), Transforms.parse("rotation"))
-    work(PACKAGED, tmp_path / "out", made, {})  # type: ignore[operator]
+    quantize_checkpoint(PACKAGED, tmp_path / "out", made, {}, low_memory=low_memory)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
@@ -163,3 +165,38 @@ def test_importing_autoquant_imports_no_torch() -> None:
 
     code = "import sys, autoquant; autoquant.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_each_tensor_keeps_its_stored_dtype(low_memory: bool, tmp_path: Path) -> None:
+    source = tmp_path / "mixed"
+    shutil.copytree(PACKAGED, source)
+    tensors = load_file(source / "model.safetensors")
+    wide = ["model.norm.weight", "model.layers.1.input_layernorm.weight"]
+    tensors |= {name: tensors[name].float() * (1 + 2**-20) for name in wide}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    quantize_checkpoint(source, tmp_path / "out", recipe(source, "none"), {}, low_memory=low_memory)
+    stored = load_file(tmp_path / "out" / TENSORS)
+    assert all(torch.equal(stored[name], tensors[name]) for name in wide)
+    other = "model.layers.0.input_layernorm.weight"
+    assert {name for name in stored if stored[name].dtype is torch.float32 and "norm" in name} == set(wide)
+    assert stored[other].dtype is torch.float16
+    loaded = autoquant.load(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}, "as transformers loads it"
+    assert loaded(windows()[0]).logits.isfinite().all()
+    assert torch.equal(autoquant.load(tmp_path / "out", torch.float32).model.norm.weight, tensors[wide[0]])
+
+
+def test_what_takes_the_whole_model_is_refused_in_low_memory(tmp_path: Path) -> None:
+    config = config_of(PACKAGED)
+    smoothing = edited(config.smoothing, method=SmoothingMethod.DESCENT)
+    weights = edited(config.quantization.weights, rounding=Rounding.GPTQ)
+    rounding = edited(config, quantization=edited(config.quantization, weights=weights))
+    for changed, message in (
+        (edited(config, smoothing=smoothing), "cannot find scales by descent"),
+        (rounding, "rounds to the nearest value"),
+    ):
+        with pytest.raises(AutoQuantError, match=message):
+            made = recipe(PACKAGED, "fc_fc:0.5+rotation", config=changed)
+            quantize_checkpoint(PACKAGED, tmp_path / "low", made, {}, low_memory=True)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,25 @@ FACTS = "quantized.json"
 Prepare = Callable[[nn.Module, Config], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A quantized model as it is written: of ``model`` only the configs, tensors that may come one at a time, and the
+    names that share another's tensor.
+    """
+
+    model: Any
+    described: Described
+    shared: Mapping[str, str]
+    tensors: Iterable[tuple[str, Tensor]]
+
+
+def ready(model: Any) -> Ready:
+    """A quantized model that is in memory, as it is written."""
+    tensors, shared = _unshared(model.state_dict(keep_vars=True))
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return Ready(model, described, shared, tensors.items())
+
+
 def save_quantized(
     model: Any,
     directory: Path,
@@ -55,10 +75,9 @@ def save_quantized(
     is written under a temporary name beside ``directory`` and renamed. Raises AutoQuantError where it exists and
     ``force`` is false, and where it cannot be written.
     """
-    tensors, shared = _unshared(model.state_dict(keep_vars=True))
-    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    facts = {"dtype": _name(_float_dtype(model)), "shared": shared, "provenance": dict(provenance)}
-    write_folder(model, directory, config, facts, described, tensors.items(), tokenizer, force=force)
+    made = ready(model)
+    facts = {"dtype": _name(_float_dtype(model)), "shared": dict(made.shared), "provenance": dict(provenance)}
+    write_folder(model, directory, config, facts, made.described, made.tensors, tokenizer, force=force)
 
 
 def write_folder(
@@ -150,16 +169,16 @@ def load_quantized(directory: str | Path, prepare: Prepare | None = None) -> Any
 def load_model(model: str | Path, dtype: torch.dtype | None = None, prepare: Prepare | None = None) -> Any:
     """A quantized folder, or any causal LM that transformers loads from a folder or a hub id, in evaluation mode.
 
-    ``dtype`` is that of everything that is not int8 (as stored: null). Raises AutoQuantError where there is no such
-    model.
+    ``dtype`` is that of everything that is not int8; None: the checkpoint's, as transformers loads it. Raises
+    AutoQuantError where there is no such model.
     """
     from transformers import AutoModelForCausalLM
 
     if is_quantized(model):
         quantized = load_quantized(model, prepare)
         # Buffers are left alone: rotary frequencies stay float32, as transformers has it.
-        for parameter in quantized.parameters():
-            parameter.data = parameter.data.to(dtype or parameter.dtype)
+        for name, parameter in quantized.named_parameters():
+            parameter.data = parameter.data.to(dtype or _loaded_dtype(quantized, name, parameter))
         return quantized
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto").eval()
@@ -197,6 +216,16 @@ def _unshared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
         else:
             shared[name] = source
     return kept, shared
+
+
+def _loaded_dtype(model: Any, name: str, parameter: Tensor) -> torch.dtype:
+    """What transformers loads a parameter as: the checkpoint's dtype, whatever the tensor's own, since the code around
+    may take one dtype only; its own where the class keeps the module in float32.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    own: torch.dtype = parameter.dtype
+    wanted: torch.dtype = model.config.dtype
+    return own if kept.intersection(name.split(".")) or not own.is_floating_point else wanted
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,17 +1,16 @@
-"""``autoquant quantize --low-memory``: the same bytes with one decoder layer in memory.
+"""A checkpoint's model with one decoder layer in memory: ``autoquant quantize --low-memory``.
 
-The model is built without weights. Its own forward pass runs once for each calibration window, each in a thread of its
-own and one thread at a time; at the entrance of a layer it waits until all windows have come there. Then the layer's
-tensors are read, rotated and put in, every window passes, and they are dropped. So each layer is read once, whatever
-the architecture's code does between layers, and nothing has to be known of it. What lies outside of the layers
-(embeddings, head) stays in memory. Afterwards the tensors are read again one by one, rotated, smoothed, quantized and
-written.
+The model is built without weights and run layer by layer (:class:`autoquant.calibration.runner.LayerByLayer`): a
+layer's tensors are read, rotated and put in, all calibration windows pass, and they are dropped. What lies outside of
+the layers (embeddings, head) stays in memory. Afterwards the tensors are read again one by one, rotated, smoothed,
+quantized and written.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,89 +20,79 @@ from torch import Tensor, nn
 
 from autoquant.algorithms.gptq_qronos import needs_values
 from autoquant.calibration.observers import Sweep, sweep
-from autoquant.calibration.runner import LayerByLayer
+from autoquant.calibration.runner import LayerByLayer, Progress, silent
 from autoquant.checkpoint.apply import build_skeleton, match_names
-from autoquant.checkpoint.formats.native import parameters_on_meta, write_folder
-from autoquant.checkpoint.quantize import (
-    Recipe,
-    has_static_cache,
-    load_tokenizer,
-    provenance,
-    required_calibration,
-    stored_dtype,
-    used_config,
-)
+from autoquant.checkpoint.dtypes import Dtypes
+from autoquant.checkpoint.formats.native import Ready, parameters_on_meta
+from autoquant.config.format import Config, SmoothingMethod, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite, record_untied_
 from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan
+from autoquant.executor.resolved import check_not_learned
 from autoquant.io.safetensors_stream import Shards, open_shards
 from autoquant.io.safetensors_writer import Described
 from autoquant.models.inventory import Inventory, take_inventory
-from autoquant.pipeline.quantize import (
-    needs_sweep,
-    query_key_groups,
-    rotation_plan,
-    select,
-    smoothed,
-    smoothing_plan,
-    smoothing_scales,
-    swept_weights,
-)
-from autoquant.pipeline.transform import Progress
+from autoquant.pipeline.quantize import Selected, linear_groups
 from autoquant.quantizer.kv_cache import install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 
 
-@torch.no_grad()
-def quantize_checkpoint_by_layers(
-    source: Path,
-    target: Path,
-    recipe: Recipe,
-    options: dict[str, Any],
-    *,
-    force: bool = False,
-    progress: Progress = lambda step, done, total: None,
-) -> None:
-    """What ``quantize_checkpoint`` does, in bounded memory; arguments, result and errors as there.
-
-    Raises AutoQuantError also for a prefix, for online rotations and for checkpoints whose tensors transformers renames
-    on loading.
-    """
-    if recipe.config.quantization.prefix:
+def check_streamable(config: Config, strategy: Strategy, selected: Selected) -> None:
+    """Raise AutoQuantError for what cannot be done with one layer in memory, each with its reason."""
+    if config.quantization.prefix:  # its keys and values are those of the smoothed model, after the only sweep
         raise AutoQuantError(
             "quantization.prefix: --low-memory cannot compute a prefix, which takes a pass through the smoothed model; "
             "set it to [] or go without --low-memory"
         )
-    dtype = stored_dtype(source)
-    weights = open_weights(source)
-    selected = select(recipe.config, weights.inventory, recipe.transforms, recipe.seed)
-    if selected.resolved.online:
+    if selected.resolved.online:  # parameters are put in and dropped by name, and a wrapper changes names
         path = selected.resolved.online[0].path
         raise AutoQuantError(f"{path}: --low-memory cannot put in online rotations; disable them or go without it")
-    if needs_values(plan_linears(recipe.config, recipe.strategy)):
+    if needs_values(plan_linears(config, strategy)):  # what is decided in sequence is kept: as much as the model
         raise AutoQuantError(
             "quantization: --low-memory takes scales from maxima and rounds to the nearest value; set activations.clip "
             "to absmax, weights.rounding to nearest and bias_correction to false, or go without it"
         )
-    weights = weights.planned(rotation_plan(selected, weights.inventory, weights.read))
-    plan = weights.plans[0]
-    swept = Sweep()
-    if needs_sweep(recipe.config, recipe.strategy, selected):
-        batches = required_calibration(recipe)
-        names = swept_weights(recipe.config, selected)
-        model = _build(source, weights)
-        cache = has_static_cache(recipe) or bool(query_key_groups(selected))
-        runner = LayerByLayer(weights.inventory, weights.read)
-        swept = sweep(
-            model, names, batches, cache=cache, runner=runner, progress=lambda *at: progress("calibrate", *at)
-        )
-    if selected.resolved.groups:
-        scales = smoothing_scales(selected, swept, weights.read)
-        weights = weights.planned(smoothing_plan(selected, weights.inventory, weights.read, scales))
-        swept = smoothed(selected, swept, scales)
-    _write(source, target, recipe, options, dtype, weights, swept, plan, force, progress)
+    check_not_learned(selected.resolved)  # each step takes gradients through the whole model
+    for group in linear_groups(selected).groups:  # a further pass through the smoothed model
+        if group.method is SmoothingMethod.DESCENT:
+            raise AutoQuantError(
+                f"{group.name}: --low-memory cannot find scales by descent, which takes a pass through the smoothed "
+                "model; set its method to smoothquant or go without it"
+            )
+
+
+@dataclass(slots=True)
+class Streamed:
+    """A checkpoint's model, its parameters computed from the folder when asked for; what the pipeline asks of one."""
+
+    source: Path
+    weights: Weights
+
+    @property
+    def inventory(self) -> Inventory:
+        return self.weights.inventory
+
+    def read(self, name: str) -> Tensor:
+        return self.weights.read(name)
+
+    def execute_(self, plan: Plan) -> None:
+        self.weights = self.weights.planned(plan)
+
+    def prefixed(self, tokens: Sequence[int]) -> AbstractContextManager[None]:
+        assert not tokens  # check_streamable
+        return nullcontext()
+
+    def sweep(
+        self, weights: Iterable[str], batches: Sequence[Tensor], *, cache: bool, progress: Progress = silent
+    ) -> Sweep:
+        runner = LayerByLayer(self.weights.inventory, self.weights.read)
+        model = _build(self.source, self.weights)
+        return sweep(model, weights, batches, cache=cache, runner=runner, progress=progress)
+
+    def module(self) -> nn.Module:
+        raise AssertionError("check_streamable refuses what needs the whole model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,28 +182,18 @@ def _build(source: Path, weights: Weights) -> Any:
     return model
 
 
-def _write(
-    source: Path,
-    target: Path,
-    recipe: Recipe,
-    options: dict[str, Any],
-    dtype: torch.dtype,
-    weights: Weights,
-    swept: Sweep,
-    plan: Plan,
-    force: bool,
-    progress: Progress,
-) -> None:
-    """Quantize parameter by parameter into the file that ``quantize_checkpoint`` would have written."""
-    model = _build(source, weights)
-    planned = plan_linears(recipe.config, recipe.strategy)
+def quantize_streamed(
+    held: Streamed, config: Config, strategy: Strategy, swept: Sweep, dtypes: Dtypes, progress: Progress
+) -> Ready:
+    """What a quantized model in memory would give to the writer, computed parameter by parameter when written."""
+    weights, model = held.weights, _build(held.source, held.weights)
+    planned = plan_linears(config, strategy)
     scales = {linear.weight: static_scale(linear, swept.inputs) for linear in planned}
     replace_with_empty_(model, planned)
-    granularity = kv_granularity(recipe.config, recipe.strategy)
+    granularity = kv_granularity(config, strategy)
     if granularity is not None:
         install_(model, kv_scales(model, granularity, swept.cache))
-    model.config.dtype = dtype
-
+    model.config.dtype = dtypes.most
     described: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     shared: dict[str, str] = {}
     first: dict[str, str] = {}
@@ -224,14 +203,9 @@ def _write(
         if stored_as != name:
             shared[name] = stored_as
         else:
-            described[name] = (dtype if is_parameter and tensor.is_floating_point() else tensor.dtype, tensor.shape)
-    facts = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "shared": shared,
-        "provenance": provenance(recipe, plan, options),
-    }
-    tensors = _tensors(model, weights, planned, scales, described, lambda *at: progress("write", *at))
-    write_folder(model, target, used_config(recipe), facts, described, tensors, load_tokenizer(source), force=force)
+            wanted = dtypes.of(name) if is_parameter and tensor.is_floating_point() else tensor.dtype
+            described[name] = (wanted, tensor.shape)
+    return Ready(model, described, shared, _tensors(model, weights, planned, scales, described, progress))
 
 
 def _tensors(
@@ -240,7 +214,7 @@ def _tensors(
     planned: Sequence[PlannedLinear],
     scales: Mapping[str, Tensor | None],
     described: Described,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every described tensor once, one parameter at a time."""
     state = model.state_dict()
