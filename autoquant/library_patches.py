@@ -28,6 +28,7 @@ __all__ = [
     "compiled_by_dynamo",
     "device_constructors",
     "int_mm",
+    "marked_as_compiling",
     "nonzero_takes_all",
     "plain_calls",
     "pytree",
@@ -91,6 +92,17 @@ def without_vmap(is_known: Callable[[Tensor], bool]) -> Iterator[None]:
     finally:
         for file, name, function in before:
             setattr(file, name, function)
+
+
+@contextlib.contextmanager
+def marked_as_compiling() -> Iterator[None]:
+    """Let the library's code take the way that it takes while it is traced: ``torch.compiler.is_compiling()``."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.graph import (
@@ -37,7 +36,7 @@ from autoquant.capture.graph import (
 from autoquant.capture.subgraphs import Traced, capture_subgraphs, compiled
 from autoquant.capture.untraceable import UntraceableCall, culprit, untraceable_
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import FakeTensor, without_shape_guards
+from autoquant.library_patches import FakeTensor, pytree, without_shape_guards
 
 Run = Callable[..., tuple[Subgraph, ...]]
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from autoquant.capture.graph import GraphInput, Names, Subgraph, lower
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import TorchDispatchMode, compiled_by_dynamo, nonzero_takes_all
+from autoquant.library_patches import TorchDispatchMode, compiled_by_dynamo, nonzero_takes_all, pytree
 
 
 def capture_subgraphs(

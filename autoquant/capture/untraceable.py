@@ -23,11 +23,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from autoquant.capture.graph import Names
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import TorchDispatchMode, nonzero_takes_all, plain_calls
+from autoquant.library_patches import TorchDispatchMode, nonzero_takes_all, plain_calls, pytree
 
 OPERATOR = "autoquant::opaque"
 UNTRACED = "it reaches a module whose forward cannot be traced"

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from autoquant.capture.fake_tensors import fakeify_, known_values, undisturbed
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import marked_as_compiling, pytree
 from autoquant.models.source import PLACEHOLDER
 
 _IMAGES = ("pixel_values", "flattened_patches")
@@ -339,19 +339,8 @@ class _Maker:
                 except RuntimeError as error:
                     if self.device.type != "meta" or not _NO_SHAPES.search(str(error)):
                         raise
-                    with _as_traced():  # by other operators, as the library takes where it is traced
+                    with marked_as_compiling():  # by other operators, as the library takes where it is traced
                         return called(**given)
-
-
-@contextlib.contextmanager
-def _as_traced() -> Iterator[None]:
-    """Let the library's code take the way that it takes while it is traced."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 def _values(ids: Tensor, vocabulary: int) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import pytree
 from autoquant.models.build import build, build_meta, changed, with_inputs
 from autoquant.models.sizes import reductions
 from autoquant.models.source import (
