@@ -68,7 +68,11 @@ def command(
         raise click.BadParameter("expected a file; --format json prints the config", param_hint="-o")
     if output is not None:
         check_target(output, force=force)
-    with steps(quiet) as progress:
+    with steps(quiet) as shown:
+
+        def progress(step: str) -> None:
+            shown.progress(step, 0, 0)
+
         progress("importing torch and transformers")
         from autoquant.analyzer.analyze import analyze
         from autoquant.models.repair import resolve

@@ -86,8 +86,8 @@ def command(
     tokenizer = load_tokenizer(model)
     windows = cut_windows(tokenize(tokenizer, read_text(data)), window, tokenizer.bos_token_id, tokens)
     batches = calibration_windows(tokenizer, CalibrationOptions(calibration, sequences, window, seed))
-    with steps(quiet) as tell:
-        config = config_for(str(model), config_path, tell)
+    with steps(quiet) as shown:
+        config = config_for(str(model), config_path, lambda step: shown.progress(step, 0, 0))
     settings = {"tokens": tokens, "window": window, "sequences": sequences, "seed": seed, "device": device}
     inputs = describe_inputs(model, data, calibration, **settings)
     task = Task(config, transforms, chosen, windows, batches, seed, inputs, batch)

@@ -7,18 +7,23 @@ Each command is a module of ``autoquant.cli`` and is imported when it is asked f
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import os
+import sys
+from typing import Any, NoReturn
 
 import click
 
+from autoquant.cli.output import remark
 from autoquant.config.layers import did_you_mean
 from autoquant.errors import AutoQuantError
+from autoquant.report.inert import inert
 from autoquant.version import __version__
 
 # In the order of --help, which is that of the work. `name` is the object `command` of autoquant/cli/name.py.
 COMMANDS = ("analyze", "apply", "check", "search", "quantize", "eval", "compare", "schema", "verify", "survey")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
 class LazyGroup(click.Group):
@@ -37,20 +42,39 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            ctx.fail(f"no command '{args[0]}'{did_you_mean(args[0], COMMANDS)}")
+            ctx.fail(f"no command '{inert(args[0])}'{did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except AutoQuantError as error:
-            for line in error.details:
-                click.echo(line, err=True)
-            click.echo(f"error: {error.message}", err=True)
+            remark([*error.details, f"error: {error.message}"])
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("error: interrupted", err=True)
+            remark(["error: interrupted"])
             ctx.exit(INTERRUPTED)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and end quietly where nobody reads the output, in one line where it cannot be written."""
+        stdout = sys.stdout
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit:
+            if sys.stdout is not stdout:  # click replaces it where a pipe is closed, and knows no code for that
+                sys.exit(PIPE_CLOSED)
+            raise
+        except OSError as error:
+            if error.filename is not None:  # not a stream: a bug
+                raise
+            remark([f"error: standard output cannot be written: {error.strerror}"])
+            _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with nothing left in a stream that cannot be written, of which Python would complain."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for what is printed at exit
+    sys.exit(code)
 
 
 @click.group(

@@ -1,81 +1,89 @@
-"""What a long command is at: a spinner on a terminal, plain lines elsewhere, nothing for the first second."""
+"""What a long command is at: a bar with the time left on a terminal, a line for each finished step elsewhere."""
 
 from __future__ import annotations
 
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TextIO
 
-from rich.console import Console
-from rich.live import Live
-from rich.spinner import Spinner
+from autoquant.report.inert import inert
+from autoquant.steps import Progress, silent
 
-DELAY = 1.0
-"""Seconds before anything is shown."""
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a command tells while it works: ``progress`` of its steps, ``say`` a line that stays."""
+
+    progress: Progress
+    say: Callable[[str], None]
+
+
+def steps(quiet: bool = False) -> AbstractContextManager[Shown]:
+    """A place to tell of steps, shown on what is stderr now, whatever redirects it meanwhile."""
+    stderr = sys.stderr
+    if quiet or stderr is None:
+        return nullcontext(Shown(silent, lambda line: None))
+    return _bar(stderr) if stderr.isatty() else _lines(stderr)
 
 
 @contextmanager
-def steps(quiet: bool = False, delay: float = DELAY) -> Iterator[Callable[[str], None]]:
-    """Yield a function to be told each step before it starts; what it shows goes to stderr."""
-    if quiet:
-        yield lambda step: None
-        return
-    stderr = sys.stderr  # what is stderr now: a capture redirects it for a while
-    shown = _Spinner(stderr) if stderr.isatty() else _Lines(stderr)
-    timer = threading.Timer(delay, shown.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield shown.tell
-    finally:
-        timer.cancel()
-        timer.join()
-        shown.stop()
+def _lines(file: TextIO) -> Iterator[Shown]:
+    """One line for each step when it is done, with what it took. A step that fails has none: the error follows."""
+    current, count, start = "", 0, 0.0
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal current, count, start
+        if step != current:
+            finish()
+            current, start = step, time.perf_counter()
+        count = total
+
+    def say(line: str) -> None:
+        print(inert(line), file=file, flush=True)
+
+    def finish() -> None:
+        if current:
+            say(f"{current}{f' ({count:,})' if count > 1 else ''}: {time.perf_counter() - start:.1f} s")
+
+    yield Shown(progress, say)
+    finish()
 
 
-class _Lines:
-    """One line a step."""
+@contextmanager
+def _bar(file: TextIO) -> Iterator[Shown]:
+    """A bar for the current step, gone when all is done.
 
-    def __init__(self, file: TextIO) -> None:
-        self._file, self._step, self._started = file, "", False
-        self._lock = threading.Lock()
+    Rich would put itself in the place of the standard streams, which others redirect meanwhile; it is told not to.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
 
-    def start(self) -> None:
-        with self._lock:
-            self._started = True
-            self._print()
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    bar = Bar(
+        *columns,
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(file=file),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    task = bar.add_task("", total=None)
+    current = ""
 
-    def tell(self, step: str) -> None:
-        with self._lock:
-            self._step = step
-            if self._started:
-                self._print()
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal current
+        if step != current:
+            current = step
+            bar.reset(task, description=inert(step), total=None)
+        bar.update(task, completed=done, total=total if total > 1 else None)
 
-    def stop(self) -> None:
-        self._started = False
+    def say(line: str) -> None:
+        bar.console.print(Text(inert(line)), soft_wrap=True)
 
-    def _print(self) -> None:
-        if self._step:
-            print(f"{self._step} ...", file=self._file, flush=True)
-
-
-class _Spinner:
-    """A spinner with the current step, gone when it is done."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._spinner = Spinner("dots", "")
-        # Live would put itself in the place of stdout and stderr, which others redirect meanwhile.
-        self._live = Live(
-            self._spinner, console=Console(file=file), transient=True, redirect_stdout=False, redirect_stderr=False
-        )
-
-    def start(self) -> None:
-        self._live.start()
-
-    def tell(self, step: str) -> None:
-        self._spinner.update(text=f"{step} ...")
-
-    def stop(self) -> None:
-        self._live.stop()
+    with bar:
+        yield Shown(progress, say)

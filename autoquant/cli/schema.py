@@ -12,12 +12,13 @@ import click
 @click.option("--force", is_flag=True, help="Replace the file where it exists.")
 def command(output: Path | None, force: bool) -> None:
     """Print the JSON Schema of the config file, or write it."""
+    from autoquant.cli.output import show, show_text
     from autoquant.config.format import SCHEMA_NAME
     from autoquant.config.jsonschema import schema_text
     from autoquant.io.files import write_text
 
     if output is None:
-        click.echo(schema_text(), nl=False)
+        show_text(schema_text())
         return
     write_text(output / SCHEMA_NAME, schema_text(), force=force)
-    click.echo(f"wrote {output / SCHEMA_NAME}")
+    show([f"wrote {output / SCHEMA_NAME}"])

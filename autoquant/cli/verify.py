@@ -55,7 +55,11 @@ def command(
     loaded = load_config(config)
     folder = Path(model).expanduser()
     weights = not small and folder.is_dir() and any(folder.glob("*.safetensors*"))
-    with steps(quiet) as progress:
+    with steps(quiet) as shown:
+
+        def progress(step: str) -> None:
+            shown.progress(step, 0, 0)
+
         progress("importing torch and transformers")
         import torch
 

@@ -74,7 +74,13 @@ def test_the_options_are_frozen(name: str, snapshot: SnapshotAssertion) -> None:
 
 
 def test_every_command_has_its_module_and_is_listed() -> None:
-    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "main", "progress"}
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "main",
+        "options",
+        "output",
+        "progress",
+    }
     assert modules == set(cli.COMMANDS)
 
 

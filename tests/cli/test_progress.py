@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 
 import pytest
 
 from autoquant.cli.progress import steps
+from autoquant.errors import AutoQuantError
 
 
 class Terminal(io.StringIO):
@@ -14,31 +16,48 @@ class Terminal(io.StringIO):
         return True
 
 
-def told(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, quiet: bool = False, delay: float = 0.01) -> str:
+def told(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, quiet: bool = False) -> str:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", stderr)
-    with steps(quiet, delay) as tell:
-        tell("first")
-        time.sleep(0.05)
+    with steps(quiet) as shown:
+        shown.progress("first", 0, 0)
+        time.sleep(0.15)
         monkeypatch.setattr(sys, "stderr", io.StringIO())  # as a capture does
-        tell("second")
-        time.sleep(0.05)
+        for done in range(5):
+            shown.progress("second [bold]\x1b[31m", done, 4)
+        shown.say("found\nit")
+        time.sleep(0.15)
     return stderr.getvalue()
 
 
-def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert told(monkeypatch, io.StringIO()) == "first ...\nsecond ...\n"
+def test_a_line_for_each_finished_step_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told(monkeypatch, io.StringIO()).splitlines()
+    assert [re.sub(r"\d\.\d s", "T", line) for line in lines] == [
+        "first: T",
+        r"found\nit",
+        r"second [bold]\x1b[31m (4): T",
+    ]
+    assert float(lines[0].split()[1]) >= 0.1
 
 
-def test_what_is_quick_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert told(monkeypatch, io.StringIO(), delay=60) == ""
+def test_a_step_that_fails_is_not_said_to_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with pytest.raises(AutoQuantError), steps() as shown:
+        shown.progress("load", 0, 0)
+        raise AutoQuantError("no such file")
+    assert stderr.getvalue() == ""
 
 
 def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(monkeypatch, io.StringIO(), quiet=True) == ""
+    assert told(monkeypatch, Terminal(), quiet=True) == ""
 
 
-def test_a_spinner_on_a_terminal_leaves_the_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
+def test_a_bar_on_a_terminal_leaves_the_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = sys.stdout
-    assert "second ..." in told(monkeypatch, Terminal())
+    text = told(monkeypatch, Terminal())
+    assert r"second [bold]\x1b[31m" in text
+    assert r"found\nit" in text
+    assert "4/4" in text
     assert sys.stdout is stdout
