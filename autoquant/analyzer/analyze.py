@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,9 +31,9 @@ from autoquant.config.format import (
 )
 from autoquant.errors import AutoQuantError
 from autoquant.executor.fit import model_problems, structure_of
-from autoquant.library_patches import FakeTensorMode
+from autoquant.library_patches import FakeTensorMode, marked_as_compiling
 from autoquant.models.build import build_meta
-from autoquant.models.inputs import masks_beside
+from autoquant.models.inputs import NO_SHAPES, masks_beside
 from autoquant.models.source import LoadedModel, ModelSource
 from autoquant.models.structure import fingerprint, shapes_of, ties_of
 from autoquant.threads import one_thread
@@ -99,13 +100,22 @@ def analyze(
 
 
 def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
-    if not loaded.known:
-        with undisturbed(module), short_chunks(module), FakeTensorMode(allow_non_fake_inputs=True):
+    """``module`` on the loaded model's inputs, without weights. Raises what the model says where it does not run."""
+    if loaded.known:
+        with undisturbed(module), short_chunks(module):
+            (args, kwargs), mode = fakeify_(module, (loaded.args, loaded.kwargs))
+            with mode, known_values():
+                return module(*args, **kwargs)
+    with undisturbed(module), short_chunks(module), marked_as_compiling(), contextlib.suppress(Exception):
+        return module(*loaded.args, **loaded.kwargs)  # on the meta device: fast, and not all models run so
+    with undisturbed(module), short_chunks(module), FakeTensorMode(allow_non_fake_inputs=True):
+        try:
             return module(*loaded.args, **loaded.kwargs)
-    with undisturbed(module), short_chunks(module):
-        (args, kwargs), mode = fakeify_(module, (loaded.args, loaded.kwargs))
-        with mode, known_values():
-            return module(*args, **kwargs)
+        except RuntimeError as error:
+            if not NO_SHAPES.search(str(error)):
+                raise
+            with marked_as_compiling():  # by other operators, as the library takes where it is traced
+                return module(*loaded.args, **loaded.kwargs)
 
 
 def captured_from(loaded: LoadedModel, module: nn.Module, how: How = "auto") -> Captured:

@@ -1,9 +1,9 @@
 """Repeated layers: where they are, which are alike, and a model that holds only representatives of them.
 
 A stack is a list of blocks, ``model.layers``. Two layers are of one *kind* if nothing that could change what is found
-in them differs: the class of every submodule, names, shapes and dtypes of parameters and buffers, ties, plain
-attributes (``sliding_window``, ``is_causal``), and the layer's entry in every list of the config that has one for each
-layer. A layer's own number is no difference.
+in them differs: the class of every submodule, names, shapes and dtypes of parameters and buffers, ties, attributes
+(``sliding_window``, ``is_causal``), hooks, the layer's entry in every list of the config that has one for each layer,
+and the operators that it executes. A layer's own number is no difference by itself.
 
 :func:`represent` keeps the first and the last layer of each kind. Two, because what depends on the position (a first
 layer that is read differently, pairs of layers that share keys) shows as a difference between them:
@@ -16,24 +16,29 @@ import contextlib
 import copy
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from autoquant.analyzer.templates import StackMap
+from autoquant.capture.alike import (
+    MODULE_FIELDS,
+    POINTER,
+    Describe,
+    describe_block,
+    is_config,
+    points_elsewhere,
+    position_attributes,
+    shared_parameters,
+)
+from autoquant.capture.executed import Between, Executed, Signature, execute, loose
 
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")
 # A list of layer numbers: mlp_only_layers, attn_layer_indices, hybrid_layer_ids.
 NUMBERS = re.compile(r"layer|block|indices$|ids$|idxs?$")
-# An attribute that points at a layer: layer_idx, kv_shared_layer_index.
-POINTER = re.compile(r"layer_?(idx|index|id|number|num)$")
-
-MODULE_FIELDS = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +103,43 @@ def represent(
     and the modules above a stack are made to fit where they hold the number of layers, a list with an entry per layer
     or a list of layer numbers. ``module`` and its config are untouched.
 
-    ``forward`` runs the copy on some input. If it raises what ``module`` itself does not, or does not call all layers
-    of a kind equally often, the model depends on its depth in a way that cannot be seen from outside. Then, and where
-    there is nothing to leave out, the result is ``module`` itself and :func:`whole`.
+    ``forward`` runs a model on some input, ``module`` and then the copy. Layers that run differently are of different
+    kinds; where a layer does not do the same in the copy, or the copy raises, the model depends on its depth in a way
+    that cannot be seen from outside. Then, and where there is nothing to leave out, the result is ``module`` itself and
+    :func:`whole`.
     """
+    ran = None if forward is None else _ran(module, stacks, forward)
+    if isinstance(ran, Executed):
+        stacks = [refined(stack, ran) for stack in stacks]
     kept, clash = _settle(module, stacks)
     maps = tuple(_stack_map(stack, kept[stack.path], stack.whole or clash.get(stack.path)) for stack in stacks)
     if all(len(kept[stack.path]) == stack.length for stack in stacks):
         return module, maps
     pruned = _prune(module, stacks, kept)
-    misfit = _trial(module, pruned, maps, forward) if forward is not None else None
+    misfit = _trial(pruned, stacks, maps, ran, forward) if forward is not None and ran is not None else None
     return (pruned, maps) if misfit is None else (module, whole(stacks, misfit))
+
+
+def _trial(
+    pruned: nn.Module,
+    stacks: Sequence[LayerStack],
+    maps: Sequence[StackMap],
+    ran: Executed | Exception,
+    forward: Callable[[nn.Module], object],
+) -> str | None:
+    """Why ``pruned`` does not run as a model with fewer layers should, None where it does."""
+    again = _ran(pruned, [LayerStack(stack.path, stack.kinds) for stack in maps], forward)
+    if isinstance(ran, Executed) and isinstance(again, Executed):
+        return _misfit(stacks, maps, ran, again)
+    # What stops the whole model in the same way (shapes that depend on values) has nothing to do with its depth.
+    same = isinstance(ran, Exception) and isinstance(again, Exception) and _said(ran) == _said(again)
+    return None if same else f"the model does not run with fewer layers: {_said(again)}"
+
+
+def _said(what: Executed | Exception) -> str:
+    if isinstance(what, Executed):
+        return "with all of them it does not"
+    return f"{type(what).__name__}: {next(iter(str(what).splitlines()), '')}"
 
 
 def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -136,14 +167,14 @@ def _is_stack(module: nn.Module) -> bool:
 def _stack(module: nn.Module, path: str, layers: nn.Module, outside: Sequence[nn.Module]) -> LayerStack:
     blocks = [layers.get_submodule(str(i)) for i in range(len(layers._modules))]
     configs: list[object] = []
-    structures = [_structure(layer, configs) for layer in blocks]
-    position = _position_attributes([attributes for _, attributes in structures])
+    structures = [describe_block(layer, configs) for layer in blocks]
+    position = position_attributes([attributes for _, attributes in structures])
     per_layer = [
         _entries(name, value, len(blocks))
         for holder in _holders(module, path)
         for name, value in {**vars(holder), **_computed(holder)}.items()
     ]
-    tied, shared = _shared(blocks, outside)
+    tied, first_shared = shared_parameters(blocks, outside)
     kinds: dict[object, int] = {}
     numbers = []
     for i, (structure, attributes) in enumerate(structures):
@@ -151,121 +182,13 @@ def _stack(module: nn.Module, path: str, layers: nn.Module, outside: Sequence[nn
         entries = tuple(entries[i] for entries in per_layer if entries is not None)
         numbers.append(kinds.setdefault((structure, own, entries, i if i in tied else None), len(kinds)))
     reason = (
-        (shared if len(tied) == len(blocks) else None)
-        or _points_elsewhere([attributes for _, attributes in structures], position)
+        (first_shared if len(tied) == len(blocks) else None)
+        or points_elsewhere([attributes for _, attributes in structures], position)
         or _boundary(module, path, len(blocks))
         or _one_per_layer(module, outside, len(blocks))
     )
     counted = tuple((where, name, step) for (where, name), step in position.items() if step != 0)
     return LayerStack(path, tuple(numbers), counted, reason)
-
-
-def _structure(layer: nn.Module, configs: list[object]) -> tuple[object, dict[tuple[str, str], object]]:
-    """Classes, tensors and ties of a layer, and its plain attributes by submodule and name."""
-    seen: dict[int, str] = {}
-    structure: list[object] = []
-    attributes: dict[tuple[str, str], object] = {}
-    for path, module in layer.named_modules(remove_duplicate=False):
-        structure.append((path, type(module), seen.setdefault(id(module), path)))
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                tie = seen.setdefault(id(tensor), f"{path}.{name}")
-                structure.append((name, tuple(tensor.shape), tensor.dtype, tie if name in module._parameters else ""))
-        for name, value in vars(module).items():
-            if name not in MODULE_FIELDS:
-                attributes[path, name] = _plain(value, configs)
-    return tuple(structure), attributes
-
-
-def _plain(value: object, configs: list[object]) -> object:
-    """A hashable description of an attribute: equal where the values are equal for all that a forward could do."""
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return type(value), value if value == value else "nan"
-    if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-        return type(value), tuple(_plain(item, configs) for item in items)
-    if isinstance(value, Mapping):
-        return type(value), tuple((repr(key), _plain(item, configs)) for key, item in value.items())
-    if isinstance(value, torch.Tensor):
-        return torch.Tensor, tuple(value.shape), value.dtype
-    if isinstance(value, torch.dtype | torch.device | type):
-        return type(value), str(value)
-    if callable(value) and hasattr(value, "__qualname__"):
-        return "function", value.__module__, value.__qualname__
-    if _is_config(value):
-        same = next(
-            (i for i, other in enumerate(configs) if other is value or vars(other) == vars(value)), len(configs)
-        )
-        if same == len(configs):
-            configs.append(value)
-        return "config", same
-    return (type(value),)
-
-
-def _position_attributes(layers: Sequence[Mapping[tuple[str, str], object]]) -> dict[tuple[str, str], int]:
-    """Attributes that are a function of the layer's position and nothing else, with the step of those that count.
-
-    An integer that goes up by one over three or more layers is the layer's number; with fewer layers or a larger step
-    (two attentions in each) its name has to say so. A float that only rises or only falls over all layers (drop path
-    rates, 1 / depth) is a schedule, and no symmetry depends on the value of a factor.
-    """
-    found: dict[tuple[str, str], int] = {}
-    for key in dict.fromkeys(key for layer in layers for key in layer):
-        values = [(i, layer[key]) for i, layer in enumerate(layers) if key in layer]
-        numbers = [value[1] for _, value in values if isinstance(value, tuple) and value[0] in (int, float)]
-        if len(numbers) < len(values):
-            continue
-        if all(isinstance(number, int) for number in numbers):
-            step = _step([i for i, _ in values], numbers)
-            if (step == 1 and len(numbers) > 2) or (step > 0 and POINTER.search(key[1])):
-                found[key] = step
-        elif len(layers) == len(numbers) > 2:
-            rises = [a < b for a, b in itertools.pairwise(numbers)]
-            falls = [a > b for a, b in itertools.pairwise(numbers)]
-            if all(rises) or all(falls):
-                found[key] = 0
-    return found
-
-
-def _step(positions: Sequence[int], numbers: Sequence[int]) -> int:
-    """How much ``numbers`` go up from one position to the next, 0 where that is not the same everywhere."""
-    if len(numbers) == 1:
-        return int(numbers == positions)
-    step = (numbers[1] - numbers[0]) // (positions[1] - positions[0])
-    offsets = {number - step * position for position, number in zip(positions, numbers, strict=True)}
-    return step if len(offsets) == 1 else 0
-
-
-def _shared(blocks: Sequence[nn.Module], outside: Sequence[nn.Module]) -> tuple[set[int], str | None]:
-    """Layers that share parameters with one another, each of which stands for itself; and what is shared first.
-
-    All of them where one shares a parameter with the rest of the model.
-    """
-    owner: dict[int, int | None] = {id(p): None for m in outside for p in m._parameters.values() if p is not None}
-    tied: set[int] = set()
-    reason = None
-    for i, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
-            other = owner.setdefault(id(parameter), i)
-            if other == i:
-                continue
-            if other is None:
-                return set(range(len(blocks))), f"layer {i} and the model share the parameter {name}"
-            tied |= {i, other}
-            reason = reason or f"layer {i} and layer {other} share the parameter {name}"
-    return tied, reason
-
-
-def _points_elsewhere(
-    layers: Sequence[Mapping[tuple[str, str], object]], position: Mapping[tuple[str, str], int]
-) -> str | None:
-    for i, layer in enumerate(layers):
-        for (path, name), value in layer.items():
-            if (path, name) in position or not POINTER.search(name) or value == (int, -1):
-                continue  # -1 is the last layer, or none: the same with fewer of them
-            if isinstance(value, tuple) and value[0] is int:
-                return f"layer {i} refers to layer {value[1]} ({path}.{name})"
-    return None
 
 
 def _boundary(module: nn.Module, path: str, length: int) -> str | None:
@@ -403,12 +326,13 @@ def _entries(name: str, value: object, length: int) -> tuple[object, ...] | None
     """What a field of a config says about each layer, None where it says nothing."""
     if name in MODULE_FIELDS or not isinstance(value, list | tuple | dict):
         return None
+    describe = Describe([], {})
     if isinstance(value, dict):
-        found = tuple((i in value, _plain(value.get(i), [])) for i in range(length))
+        found = tuple((i in value, describe(value.get(i))) for i in range(length))
         return found if _layer_numbers(name, list(value), length) else None
     if _layer_numbers(name, value, length):
         return tuple(i in value for i in range(length))
-    return tuple(_plain(item, []) for item in value) if len(value) == length else None
+    return tuple(map(describe, value)) if len(value) == length else None
 
 
 def _layer_numbers(name: str, value: Sequence[object], length: int) -> bool:
@@ -436,50 +360,66 @@ def _holders(module: nn.Module, path: str) -> list[object]:
     """What may describe the layers of a stack: the modules above it and the nearest config."""
     names = path.split(".")[:-1]
     above = [module.get_submodule(".".join(names[:i])) for i in range(len(names), -1, -1)]
-    configs = (value for parent in above for value in vars(parent).values() if _is_config(value))
+    configs = (value for parent in above for value in vars(parent).values() if is_config(value))
     nearest = next(configs, None)
     return [*above, *([nearest] if nearest is not None else [])]
 
 
-def _is_config(value: object) -> bool:
-    """Anything with fields that a module keeps as its settings."""
-    if isinstance(value, type | nn.Module) or not hasattr(value, "__dict__"):
-        return False
-    return is_dataclass(value) or callable(getattr(value, "to_dict", None))
+# What layers do when they run
 
 
-def _failure(module: nn.Module, forward: Callable[[nn.Module], object]) -> str | None:
+def _ran(
+    module: nn.Module, stacks: Sequence[LayerStack], forward: Callable[[nn.Module], object]
+) -> Executed | Exception:
     try:
-        forward(module)
+        return execute(module, {stack.path: stack.length for stack in stacks}, forward)
     except Exception as error:  # whatever it is, this model does not run
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    return None
+        return error
 
 
-def _trial(
-    module: nn.Module, pruned: nn.Module, maps: Sequence[StackMap], forward: Callable[[nn.Module], object]
-) -> str | None:
-    """Why ``pruned`` does not run as a model with fewer layers should, None where it does."""
-    calls: Counter[str] = Counter()
-    hooks = []
-    for stack in maps:
-        for name, layer in pruned.get_submodule(stack.path).named_children():
-            path = f"{stack.path}.{name}"
-            calls[path] = 0
-            hooks.append(layer.register_forward_pre_hook(lambda *_, path=path: calls.update([path])))
-    try:
-        failure = _failure(pruned, forward)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if failure is not None:
-        # What stops the whole model in the same way (shapes that depend on values) has nothing to do with its depth.
-        return None if failure == _failure(module, forward) else f"the model does not run with fewer layers: {failure}"
-    if not any(calls.values()):
+def refined(stack: LayerStack, ran: Executed) -> LayerStack:
+    """``stack`` with finer kinds: layers of one kind execute the same; and why none may stand for others, if so.
+
+    What runs between two layers belongs to the model: it must be the same after all layers of a kind.
+    """
+    calls = ran.calls[stack.path]
+    keys: list[object] = [(kind, call) for kind, call in zip(stack.kinds, calls, strict=True)]
+    # The first layer takes from the embeddings what the others take from the layer before.
+    start = tuple(map(loose, calls[0]))
+    alike = (i for i in range(1, stack.length) if stack.kinds[i] == stack.kinds[0])
+    twin = next((i for i in alike if tuple(map(loose, calls[i])) == start), 0)
+    keys[0] = keys[twin]
+    numbers: dict[object, int] = {}
+    finer = replace(stack, kinds=tuple(numbers.setdefault(key, len(numbers)) for key in keys))
+    seen: dict[object, Signature] = {}
+    for step in ran.between:
+        if step.before[0] == step.after[0] == stack.path:
+            same = _kinds_of(step, {stack.path: finer.kinds})
+            if seen.setdefault(same, loose(step.signature)) != loose(step.signature):
+                reason = f"the model does something of its own after layer {step.before[1]}"
+                return replace(finer, whole=finer.whole or reason)
+    return finer
+
+
+def _kinds_of(step: Between, kinds: Mapping[str, Sequence[int]]) -> object:
+    return tuple((path, kinds[path][number]) for path, number in (step.before, step.after))
+
+
+def _misfit(stacks: Sequence[LayerStack], maps: Sequence[StackMap], whole: Executed, pruned: Executed) -> str | None:
+    """Why the copy ``pruned`` does not run as ``whole`` does, layer for layer, None where it does."""
+    if not any(pruned.calls[stack.path][i] for stack in maps for i in range(len(stack.kinds))):
         return "with fewer layers, none is called"
-    # A kind or stack that these inputs never reach (a vision tower without images) is no fault of the copy.
     for stack in maps:
-        for kind in dict.fromkeys(stack.kinds):
-            if len({calls[f"{stack.path}.{i}"] for i, other in enumerate(stack.kinds) if other == kind}) > 1:
-                return f"with fewer layers, those of {stack.path} are not all called equally often"
+        for i, originals in enumerate(stack.originals):
+            now, before = pruned.calls[stack.path][i], whole.calls[stack.path][originals[0]]
+            if len(now) != len(before):
+                return f"with fewer layers, those of {stack.path} are not called as often"
+            if tuple(map(loose, now)) != tuple(map(loose, before)):
+                return f"layer {originals[0]} of {stack.path} does something else at another position"
+    kinds, fewer = {stack.path: stack.kinds for stack in stacks}, {stack.path: stack.kinds for stack in maps}
+    seen = {_kinds_of(step, kinds): loose(step.signature) for step in whole.between}
+    for step in pruned.between:
+        same = _kinds_of(step, fewer)
+        if seen.get(same, loose(step.signature)) != loose(step.signature):
+            return f"with fewer layers, the model does something else between layers of {step.before[0]}"
     return None

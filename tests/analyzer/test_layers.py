@@ -28,7 +28,8 @@ TYPES = {
     "falcon_h1": ("model.layers", 32, [(0, 31), (31, 1)]),
     "bamba": ("model.layers", 32, [(0, 31), (31, 1)]),
     "jamba": ("model.layers", 32, [(0, 11), (1, 15), (4, 3), (28, 1), (30, 1), (31, 1)]),
-    "mamba": ("backbone.layers", 32, [(0, 31), (31, 1)]),
+    # in bfloat16, the first layer widens the embeddings, which the others find wide
+    "mamba": ("backbone.layers", 32, [(0, 1), (1, 30), (31, 1)]),
     "opt": ("model.decoder.layers", 12, [(0, 11), (11, 1)]),
     "gpt2": ("transformer.h", 12, [(0, 11), (11, 1)]),
     "gpt_neox": ("gpt_neox.layers", 44, [(0, 43), (43, 1)]),
@@ -303,7 +304,7 @@ def test_layers_that_are_not_called_keep_the_model_whole() -> None:
     net = Skipping([Block(i) for i in range(4)])
     pruned, (stack_map,) = represent(net, find_stacks(net), lambda m: m(torch.zeros(2, 4)))
     assert pruned is net
-    assert stack_map.whole == "with fewer layers, those of blocks are not all called equally often"
+    assert stack_map.originals == ((0,), (1,), (2,), (3,))
 
 
 class Looking(Block):
