@@ -9,17 +9,15 @@ the weight's column by it. Here s is what the *sources* are multiplied by, the i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from autoquant.calibration.group_maxima import GroupMaxima
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved, ResolvedGroup
 from autoquant.executor.scales import merge_channels
-
-GroupMaxima = Mapping[tuple[str, int | None], Tensor]
-"""(group name, layer or None) -> largest absolute activation per channel at the group's targets, ``[channels]``."""
 
 
 def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float, power: int = 1) -> tuple[Tensor, int]:

@@ -198,11 +198,13 @@ def _online(
     reached = {reader.path for space in rotations.spaces for read in space.reads for reader in read.readers}
     products = {use.weight: use for use in reversed(scales.analysis.uses)}
     mixed = _busy_modules(scales)
+    # What a module's own input rotation undoes in a weight must not be read by any other code.
+    elsewhere = {use.weight for use in scales.analysis.uses if use.site.at != products[use.weight].site.at}
     for linear in found:
         if linear.role != "linear" or linear.weight in reached or linear.in_features == 1:
             continue
         site = products[linear.weight].site
-        if linear.stack is None and site.at == linear.path not in mixed:
+        if linear.stack is None and site.at == linear.path not in mixed and linear.weight not in elsewhere:
             kind: Literal["R4", "input"] = "R4" if _follows_product(products[linear.weight]) else "input"
             online[Online(kind=kind, path=linear.path, size=linear.in_features)] = None
         else:

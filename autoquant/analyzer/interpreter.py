@@ -8,6 +8,7 @@ arguments; what it returns becomes the value of the node.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -120,6 +121,22 @@ class Interpreter:
     """Whether a weight times a number is the weight itself, where products alone read it."""
     values: dict[fx.Node, Value] = field(default_factory=dict)
     order: int = 0
+    precision: float = field(init=False)
+    """Distance from 1 to the next number in the least precise floating-point format of the parameters."""
+
+    def __post_init__(self) -> None:
+        self.precision = max(
+            (
+                torch.finfo(node.meta["val"].dtype).eps
+                for subgraph in self.captured.subgraphs
+                for node in subgraph.graph.graph.nodes
+                if node.op == "placeholder"
+                and node.name in subgraph.inputs
+                and subgraph.inputs[node.name].kind == "parameter"
+                and node.meta["val"].is_floating_point()
+            ),
+            default=math.inf,
+        )
 
     def run(self) -> None:
         names = parameter_names(self.captured)
@@ -136,7 +153,7 @@ class Interpreter:
                     values = [v for v in _flat(self._value(node.args)) if not _plain(v)]
                     self.finish(site, [v for v in values if not isinstance(v, Untracked)])
                 else:
-                    self.values[node] = self._call(site, names)
+                    self.values[node] = _aligned(site, self._call(site, names))
 
     def _site(self, node: fx.Node) -> Site:
         outputs = tuple(v for v in _flat(node.meta.get("val")) if isinstance(v, Tensor))
@@ -146,6 +163,8 @@ class Interpreter:
         if what is None or not site.outputs:
             return None
         fake = site.outputs[0]
+        if what.kind == "parameter" and not fake.shape:
+            return Dynamic((), fake.dtype)  # one number for all channels: it has no axis to carry a scale
         if what.kind == "parameter":
             return Param(what.name, tuple(fake.shape), (), tuple(fake.shape))
         if what.kind == "graph break" and fake.is_floating_point():
@@ -153,6 +172,25 @@ class Interpreter:
         if what.kind in ("buffer", "constant") and site.node.name in subgraph.constants:
             return _constant(subgraph.constants[site.node.name])
         return Dynamic(tuple(fake.shape), fake.dtype)
+
+    def _narrower(self, site: Site) -> str | None:
+        """Why a scale does not pass a result of less precision than all parameters have; None where it is as precise.
+
+        Parameters of that precision are rounded anyway, when they are stored.
+        """
+        for fake in site.outputs:
+            if fake.is_floating_point() and torch.finfo(fake.dtype).eps > self.precision:
+                return f"it is rounded to {str(fake.dtype).removeprefix('torch.')}"
+        return None
+
+    def _unrounded(self, site: Site, result: Value, tensors: Sequence[Value]) -> Value:
+        """A rule's result, unless what carries a scale became an integer on the way (written into a buffer of them)."""
+        values = result if isinstance(result, tuple) else (result,)
+        for fake, value in zip(site.outputs, values, strict=False):
+            rounded = not (fake.is_floating_point() or fake.is_complex())
+            if rounded and not _plain(value) and not isinstance(value, (Constant, Dynamic, Untracked)):
+                return self.give_up(site, tensors, "it is rounded")
+        return result
 
     def _value(self, argument: Any) -> Value:
         return fx.map_arg(argument, lambda node: self.values[node])
@@ -166,6 +204,9 @@ class Interpreter:
         if site.operator in LIKE_ANOTHER:
             args = args[:1]
         tensors = [v for v in _flat((args, kwargs)) if not _plain(v)]
+        narrower = self._narrower(site)
+        if narrower is not None and any(not isinstance(v, (Constant, Dynamic, Untracked)) for v in tensors):
+            return self.give_up(site, [v for v in tensors if not isinstance(v, Untracked)], narrower)
         if isinstance(args[0] if args else None, Param) and len(tensors) == 1:
             if site.operator in CASTS and site.outputs[0].is_floating_point():
                 return args[0]
@@ -187,13 +228,15 @@ class Interpreter:
                 return known
         if all(isinstance(v, (Constant, Dynamic)) for v in tensors) or site.operator in RANDOM_LIKE:
             return _unknowns(site)
+        if not site.outputs:  # it can only write to what it is given
+            return self.give_up(site, tensors, "it returns nothing: what it writes to is not known")
         dtype = kwargs.get("dtype")
         if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
             return self.give_up(site, tensors, "it is rounded")  # before anything else is done with it
         is_movement = site.operator in MOVEMENT
         rule = self.rules.get(site.operator)
         if rule is not None and rule.takes(site.node):
-            return rule.apply(self.state, site, *args, **kwargs)
+            return self._unrounded(site, rule.apply(self.state, site, *args, **kwargs), tensors)
         if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Dynamic) for v in _flat(args[1:]))):
             with contextlib.suppress(RuntimeError, TypeError):
                 return self.movement(site, _function(site), args, kwargs)
@@ -298,6 +341,17 @@ def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> 
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # no kernel for these dtypes: unknown, which is always safe
     return _map(result, lambda v: Constant(v) if isinstance(v, Tensor) else v)
+
+
+def _aligned(site: Site, value: Value) -> Value:
+    """``value`` with None where the operator returns something else than a tensor (custom operators that write)."""
+    val = site.node.meta.get("val")
+    if not isinstance(val, (tuple, list)) or not isinstance(value, tuple) or len(value) != len(site.outputs):
+        return value
+    if len(val) == len(value):
+        return value
+    made = iter(value)
+    return tuple(next(made) if isinstance(one, Tensor) else None for one in val)
 
 
 def _unknowns(site: Site) -> Value:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoquant.calibration.observers import sweep
@@ -13,6 +16,9 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
 from autoquant.executor.scales import merge_channels
 from autoquant.quantizer.linear import Maxima
+
+GroupMaxima = Mapping[tuple[str, int | None], Tensor]
+"""(group name, layer or None) -> largest absolute activation per channel at the group's targets, ``[channels]``."""
 
 
 def collect_activation_maxima(
@@ -49,3 +55,22 @@ def group_maxima(resolved: Resolved, maxima: Maxima) -> dict[tuple[str, int | No
             channels = merge_channels(channels, slot, positions)
         result[group.name, group.layer] = channels
     return result
+
+
+def save_maxima(path: Path, maxima: GroupMaxima) -> None:
+    """Keep groups' maxima in a safetensors file, for :func:`load_maxima`. Raises AutoQuantError where it cannot be."""
+    tensors = {name if layer is None else f"{name}@{layer}": tensor for (name, layer), tensor in maxima.items()}
+    try:
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        raise AutoQuantError(f"{path}: cannot be written: {error}") from error
+
+
+def load_maxima(path: Path) -> dict[tuple[str, int | None], Tensor]:
+    """The maxima that :func:`save_maxima` kept. Raises AutoQuantError for anything else."""
+    try:
+        stored = load_file(path)
+        split = {key: key.rpartition("@") for key in stored}
+        return {(name, int(layer)) if name else (key, None): stored[key] for key, (name, _, layer) in split.items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AutoQuantError(f"{path}: no activation maxima ({error}); make some with --save-maxima") from error

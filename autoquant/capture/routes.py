@@ -134,18 +134,24 @@ def capture(
 def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], captured: Captured) -> float:
     """Largest difference between the captured graphs and ``module`` itself, relative to the largest eager value.
 
-    ``captured`` comes from this module, which holds real tensors.
+    ``captured`` comes from this module, which holds real tensors. Raises AutoQuantError where the graphs cannot be run.
     """
     kwargs = {**kwargs, **captured.spare}
     with undisturbed(module):
         expected = _tensors(module(*args, **kwargs))
         if captured.first:
             expected = [tensor for tensor in expected if tensor.is_floating_point()][:1]
-        if captured.how == "dynamo-pieces":
-            actual = _run_pieces(module, args, kwargs, captured.subgraphs)
-        else:
-            given = {name: value for name, value in kwargs.items() if name not in captured.known}
-            actual = _tensors(_run_whole(module, args, given, captured.subgraphs[0]))
+        try:
+            if captured.how == "dynamo-pieces":
+                actual = _run_pieces(module, args, kwargs, captured.subgraphs)
+            else:
+                given = {name: value for name, value in kwargs.items() if name not in captured.known}
+                actual = _tensors(_run_whole(module, args, given, captured.subgraphs[0]))
+        except RuntimeError as error:  # of torch.vmap a graph keeps the steps inside, not the level that they belong to
+            raise AutoQuantError(
+                f"captured graph of {type(module).__name__}: it cannot be run, so it cannot be shown to be that of the "
+                f"model: {_first_line(error)}"
+            ) from error
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         raise AutoQuantError(
             f"captured graph of {type(module).__name__}: expected outputs {[tuple(t.shape) for t in expected]}, "

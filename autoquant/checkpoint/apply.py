@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoquant.checkpoint.dtypes import stored_names
+from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, check_finite, execute_, summarise
@@ -63,20 +64,53 @@ def apply_checkpoint(
     not fit, where the result cannot be held by the model's class, and where ``target`` exists and ``force`` is false.
     """
     check_target(source, target, force)
+    stored = open_stored(source)
+    resolved = resolve(config, stored.inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
+    check_plain_resolved(resolved)
+    return write_changed(stored, target, config, resolved, scales, dtype=dtype, options=options, progress=progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A checkpoint folder and what its model is. ``names``: the stored names by the model's, None where transformers
+    converts tensors on loading.
+    """
+
+    source: Path
+    shards: Shards
+    inventory: Inventory
+    names: dict[str, str] | None
+
+
+def open_stored(source: Path) -> Stored:
+    """A checkpoint folder, from headers alone. Raises AutoQuantError where there is none that can be changed."""
     shards = open_shards(source)
-    skeleton = build_skeleton(source)
-    inventory = take_inventory(skeleton)
+    inventory = take_inventory(build_skeleton(source))
     names = match_names(inventory, shards)
     if names is not None:
         inventory = _with_stored_dtypes(inventory, shards, names)
-    resolved = resolve(config, inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
-    check_plain_resolved(resolved)
+    return Stored(source, shards, inventory, names)
+
+
+def write_changed(
+    stored: Stored,
+    target: Path,
+    config: Config,
+    resolved: Resolved,
+    scales: Scales | None,
+    *,
+    dtype: torch.dtype | None = None,
+    options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Applied:
+    """Carry out what was resolved, tensor by tensor, into the folder ``target``; errors as of ``apply_checkpoint``."""
+    source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
     if names is None:
         return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, progress)
-    stored = names
+    stored_as = names
 
     def read(name: str) -> Tensor:
-        tensor = shards.read(stored[name])
+        tensor = shards.read(stored_as[name])
         check_finite(name, tensor)
         return tensor
 
@@ -85,7 +119,7 @@ def apply_checkpoint(
     applied = summarise(plan, resolved)
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
-        _write_shards(folder, shards, plan, inventory, stored, read, dtype, progress)
+        _write_shards(folder, shards, plan, inventory, stored_as, read, dtype, progress)
         _write_provenance(folder, source, config, applied, options)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
@@ -216,6 +250,7 @@ def _apply_loaded(
     for name in shards.entries:
         check_finite(name, shards.read(name))
     model = load_checkpoint(source, "auto")
+    restore_dtypes_(model, shards)
     if dtype is not None:  # widened before the folding, narrowed after it
         model.to(torch.promote_types(model.dtype, dtype))
     plan = make_plan(resolved, take_inventory(model), model.get_parameter, scales)

@@ -15,7 +15,7 @@ import torch
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite
 from autoquant.io.safetensors_stream import Shards
-from autoquant.models.inventory import FLOATING, Inventory
+from autoquant.models.inventory import FLOATING, Inventory, take_inventory
 from autoquant.models.locate import WRAPPED
 
 
@@ -77,3 +77,13 @@ def narrow_(model: Any, dtypes: Dtypes) -> None:
         check_finite(name, narrowed, f"overflows {dtype}")
         parameter.data = narrowed
     model.config.dtype = dtypes.most
+
+
+@torch.no_grad()
+def restore_dtypes_(model: Any, shards: Shards) -> None:
+    """Give every floating-point parameter of a model that was loaded in one dtype its stored dtype and values back."""
+    inventory = take_inventory(model)
+    for name, stored in stored_names(inventory, shards).items():
+        parameter, dtype = model.get_parameter(name), shards.entries[stored].dtype
+        if dtype in FLOATING and parameter.is_floating_point() and parameter.dtype is not dtype:
+            parameter.data = shards.read(stored).to(parameter.device)

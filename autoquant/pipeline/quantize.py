@@ -29,7 +29,7 @@ from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
 from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.pipeline.held import Held, InMemory
-from autoquant.pipeline.select import Transforms
+from autoquant.pipeline.select import Transforms, resolve_transforms
 from autoquant.quantizer.kv_cache import quantize_cache_
 from autoquant.quantizer.linear import Rounded, quantize_
 from autoquant.quantizer.strategies import kv_granularity, needs_calibration, plan_linears
@@ -49,30 +49,21 @@ def select(config: Config, inventory: Inventory, transforms: Transforms, seed: i
     Left out are groups that serve no quantized linear and groups of linears that are rotated online, whose inputs
     need no smoothing. Raises AutoQuantError where the config does not fit the model.
     """
-    if transforms.rotation == "none" and not transforms.alphas:
+    if not transforms.rotates and not transforms.alphas:
         return Selected(Resolved((), (), ()))
-    resolved = resolve(config, inventory, rotate=transforms.rotation != "none", seed=seed)
-    only_r1 = transforms.rotation == "R1"
-    spaces = tuple(space for space in resolved.spaces if space.kind == "R1" or not only_r1)
-    online = () if only_r1 else resolved.online
+    resolved = resolve_transforms(config, inventory, transforms, seed, keys=True)
     quantized = {linear.weight for linear in plan_linears(config)}
-    wrapped = tuple(f"{rotation.path}." for rotation in online if rotation.kind != "R3")
+    wrapped = tuple(f"{rotation.path}." for rotation in resolved.online if rotation.kind != "R3")
 
     def wanted(group: ResolvedGroup) -> bool:
-        chosen = group.kind in transforms.alphas or group.kind is SmoothingKind.QUERY_KEY
         members = [slot.name for slot in (*group.sources, *group.targets)]
         serves = group.kind is SmoothingKind.QUERY_KEY or any(slot.name in quantized for slot in group.targets)
-        return chosen and serves and not any(name.startswith(wrapped) for name in members if wrapped)
+        return serves and not any(name.startswith(wrapped) for name in members if wrapped)
 
-    groups = tuple(_with_alpha(group, transforms) for group in resolved.groups if wanted(group))
+    groups = tuple(group for group in resolved.groups if wanted(group))
     heads = [space.name for space in config.rotation.spaces if space.kind == "R2"]
     value_heads = resolve(config, inventory, only=heads).spaces if heads else ()
-    return Selected(Resolved(spaces, groups, online), value_heads)
-
-
-def _with_alpha(group: ResolvedGroup, transforms: Transforms) -> ResolvedGroup:
-    alpha = transforms.alphas.get(group.kind)
-    return group if alpha is None else dataclasses.replace(group, alpha=alpha)
+    return Selected(dataclasses.replace(resolved, groups=groups), value_heads)
 
 
 def rotation_plan(

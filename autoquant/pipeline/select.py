@@ -13,12 +13,15 @@ for it are not smoothed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from autoquant.config.format import SmoothingKind
+from autoquant.config.format import Config, SmoothingKind
 from autoquant.config.layers import did_you_mean
 from autoquant.errors import AutoQuantError
+from autoquant.executor.resolve import resolve
+from autoquant.executor.resolved import Resolved, ResolvedGroup
+from autoquant.models.inventory import Inventory
 
 Rotation = Literal["none", "R1", "all"]
 Smooth = Literal["all", "fc_fc", "none"]
@@ -92,6 +95,31 @@ class Transforms:
 
 EVERYTHING = Transforms.of()
 """All that the config enables."""
+
+
+def resolve_transforms(
+    config: Config, inventory: Inventory, transforms: Transforms, seed: int | None = None, *, keys: bool
+) -> Resolved:
+    """What ``transforms`` asks for among what the config enables; ``keys``: groups that scale cached keys as well.
+
+    ``seed`` replaces ``rotation.seed``. Raises AutoQuantError where the config does not fit the model.
+    """
+    resolved = resolve(config, inventory, rotate=transforms.rotates, seed=seed)
+    only_r1 = transforms.rotation == "R1"
+    return Resolved(
+        tuple(space for space in resolved.spaces if space.kind == "R1" or not only_r1),
+        tuple(
+            _with_alpha(group, transforms)
+            for group in resolved.groups
+            if group.kind in transforms.alphas or (keys and group.kind is SmoothingKind.QUERY_KEY)
+        ),
+        () if only_r1 else resolved.online,
+    )
+
+
+def _with_alpha(group: ResolvedGroup, transforms: Transforms) -> ResolvedGroup:
+    alpha = transforms.alphas.get(group.kind)
+    return group if alpha is None else replace(group, alpha=alpha)
 
 
 def _alpha(text: str, value: str) -> float:

@@ -417,3 +417,19 @@ def test_a_module_is_left_untraced_with_the_mask_too() -> None:
         capture(module, (), {"x": x}, "export")
     captured = capture(module, (), {"x": x}, "export", spare={"mask": torch.ones(1, 3)})
     assert ([call.path for call in captured.untraceable], list(captured.spare)) == (["router"], ["mask"])
+
+
+def test_a_graph_that_cannot_be_run_is_an_error_of_one_line() -> None:
+    """Of torch.vmap the graph keeps the steps inside, and not the level."""
+
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(lambda row: self.inner(row).relu())(x)
+
+    module, x = Mapped(), torch.randn(2, 3, 4)
+    with pytest.raises(AutoQuantError, match=r"captured graph of Mapped: it cannot be run, .*vmap"):
+        check_against_eager(module, (x,), {}, capture(module, (x,), {}, "export"))

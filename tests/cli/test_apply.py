@@ -113,7 +113,7 @@ def test_messages(tmp_path: Path, config: Path) -> None:
     assert "exists already" in refusal(MODEL, config, "-o", tmp_path.parent).message
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    assert "128 were asked for" in refusal(MODEL, config, "-o", out, "--calibration", short).message
+    assert "16 were asked for" in refusal(MODEL, config, "-o", out, "--calibration", short).message
     assert not out.exists()
 
 

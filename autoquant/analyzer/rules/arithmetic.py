@@ -67,13 +67,14 @@ def factor_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collec
 
 @scale_rule("add sub rsub", says=sum_sentence)
 def scale_add(a: ScaleAnalysis, site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
-    if kwargs.get("alpha", args[0] if args else 1) == 0:
-        return a.labels(site, x)
+    alpha = kwargs.get("alpha", args[0] if args else 1)
+    if alpha == 0:
+        return a.labels(site, y if site.operator == "rsub" else x).expand(site.shape)
     for one, other in ((x, y), (y, x)):
         number = scalar(other)
         if number == 0.0:
             return a.labels(site, one).expand(site.shape)
-        if number == 1.0 and isinstance(one, Param) and site.operator == "add":
+        if number == 1.0 and alpha == 1 and isinstance(one, Param) and site.operator == "add":
             return a.labels(site, one, offset=1).expand(site.shape)
         if number is not None and isinstance(one, (Tensor, Param)):
             normalises = any(base_name(user) in ("rsqrt", "sqrt", "pow", "reciprocal") for user in site.node.users)
@@ -127,6 +128,7 @@ def rotate_added_parameter(a: RotationAnalysis, site: Site, vector: Value, param
             and not param.views
             and param.shape == tuple(vector.coordinates.shape[-1:])
             and vector.gain_index is not None
+            and site.operator == "add"
         ):
             rotate_bias_of(a, vector.gain.weight, param, site)
             return replace(vector, gain=edited(vector.gain, bias=param.name))
@@ -175,8 +177,10 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
             return rotate_squared(a, site, x)
         return a.end(site, [x, y], "it is multiplied by another activation")
     vector, factor = (y, x) if isinstance(y, (Vector, Square, Mean)) else (x, y)
-    if isinstance(vector, (Square, Mean)):
+    if isinstance(vector, Square):
         return vector if scalar(factor) is not None else a.end(site, [vector, factor], "it is multiplied")
+    if isinstance(vector, Mean):  # only the mean itself centres what it is subtracted from
+        return vector if scalar(factor) == 1.0 else a.end(site, [vector, factor], "a mean is multiplied")
     if not isinstance(vector, Vector):
         return a.end(site, [x, y], NO_ROTATION)
     if site.operator == "div" and vector is not x:

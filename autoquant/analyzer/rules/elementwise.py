@@ -57,6 +57,8 @@ def rotate_passes(a: RotationAnalysis, site: Site, x: Value, *args: Value, **kwa
         return a.end(site, [x], NO_ROTATION)
     if not site.outputs[0].is_floating_point():
         return a.end(site, [x], "it is rounded")
+    if isinstance(x, Mean) and site.operator in ("neg", "conj"):
+        return a.end(site, [x], "a mean is negated")
     return anew(x) if isinstance(x, Vector) and site.operator not in CASTS else x
 
 

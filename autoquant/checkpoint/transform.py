@@ -1,0 +1,142 @@
+"""From a checkpoint folder to one that computes the same, rotated and smoothed: what ``autoquant apply`` does.
+
+Resolve once, load the model and rotate it, run the calibration text, make scales of the maxima, write tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoquant.algorithms.smoothquant import group_scales
+from autoquant.calibration.group_maxima import GroupMaxima, collect_activation_maxima, load_maxima, save_maxima
+from autoquant.calibration.windows import CalibrationOptions, calibration_windows
+from autoquant.checkpoint.apply import Stored, check_plain_resolved, open_stored, write_changed
+from autoquant.checkpoint.quantize import load_float32, load_tokenizer
+from autoquant.config.format import Config, SmoothingKind
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import Applied, check_finite
+from autoquant.executor.plan import Scales, make_plan
+from autoquant.executor.resolved import Resolved
+from autoquant.io.files import check_target as check_file
+from autoquant.io.folders import check_target
+from autoquant.models.inventory import take_inventory
+from autoquant.models.load import class_of
+from autoquant.pipeline.held import InMemory
+from autoquant.pipeline.select import EVERYTHING, Transforms, resolve_transforms
+from autoquant.pipeline.transform import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class TransformOptions:
+    """What is applied and how its scales are found.
+
+    ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None: as stored. ``maxima``: activation
+    maxima kept by an earlier ``save_maxima``, in place of calibration text.
+    """
+
+    transforms: Transforms = EVERYTHING
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    maxima: Path | None = None
+    save_maxima: Path | None = None
+    seed: int | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Transformed:
+    """What was done, and how many groups were smoothed (each layer's counts)."""
+
+    applied: Applied
+    smoothed: int
+
+
+def transform_checkpoint(
+    source: Path,
+    config: Config,
+    target: Path,
+    options: TransformOptions,
+    *,
+    recorded: dict[str, Any] | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Transformed:
+    """Write ``source`` rotated and smoothed by ``config`` to the folder ``target``, loadable with plain transformers.
+
+    ``recorded`` is kept in the provenance file; ``warn`` is told of dead channels. Raises AutoQuantError, with nothing
+    left behind, where anything does not fit, where the result cannot be held by the model's class, and where a group
+    needs maxima and there is neither text nor a file of them.
+    """
+    check_target(source, target, force)
+    if options.save_maxima is not None:
+        check_file(options.save_maxima, force=True)
+    stored = open_stored(source)
+    keys = SmoothingKind.NORM_LINEAR in options.transforms.alphas  # they are refused below, with what to do
+    resolved = resolve_transforms(config, stored.inventory, options.transforms, options.seed, keys=keys)
+    if not (resolved.spaces or resolved.groups or resolved.online):
+        raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")
+    check_plain_resolved(resolved)
+    scales = _scales(stored, resolved, options, progress, warn) if resolved.groups else None
+    applied = write_changed(
+        stored,
+        target,
+        config,
+        resolved,
+        scales,
+        dtype=options.dtype,
+        options=recorded,
+        progress=lambda *at: progress("apply", *at),
+    )
+    return Transformed(applied, len(resolved.groups))
+
+
+@torch.no_grad()
+def _scales(
+    stored: Stored,
+    resolved: Resolved,
+    options: TransformOptions,
+    progress: Progress,
+    warn: Callable[[str], None],
+) -> Scales:
+    """Scales of the groups, by the activations that the rotated model has."""
+    if options.calibration.text is None and options.maxima is None:
+        raise AutoQuantError("smoothing needs --calibration FILE (or --maxima FILE); --smooth none goes without")
+    found: GroupMaxima | None = None if options.maxima is None else load_maxima(options.maxima)
+    windows = () if found else calibration_windows(load_tokenizer(stored.source), options.calibration)
+    progress("load", 0, 1)
+    held = InMemory(_load(stored.source))
+    plan = make_plan(replace(resolved, groups=()), take_inventory(held.model), held.read, None)
+    for name in plan.operations:
+        check_finite(name, held.read(name))
+    held.execute_(plan)
+    if found is None:
+        found = collect_activation_maxima(
+            held.model, resolved, windows, progress=lambda *at: progress("calibrate", *at)
+        )
+    if options.save_maxima is not None:
+        save_maxima(options.save_maxima, found)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scales = group_scales(resolved, found, held.read)
+    for warning in caught:
+        warn(str(warning.message))
+    return scales
+
+
+def _load(source: Path) -> nn.Module:
+    """The model in float32, on a GPU where there is one: its activations are those that smoothing will meet."""
+    name = class_of(source).__name__
+    if name != "AutoModelForCausalLM":
+        raise AutoQuantError(
+            f"{source}: smoothing is calibrated on text, which does not reach all of a model of {name}; "
+            "use --smooth none"
+        )
+    model = load_float32(source)
+    return model.cuda() if torch.cuda.is_available() else model

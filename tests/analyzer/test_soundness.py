@@ -1,0 +1,136 @@
+"""Claims that once were made and do not hold: each kind as a small graph, with the right finding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import proved
+from small_graphs import Graph, lin
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoquant.analyzer.findings import Findings
+
+X = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TOKENS = torch.tensor([[3, 1, 4]])
+
+
+def groups(findings: Findings) -> list[str]:
+    return [group.name for group in findings.groups]
+
+
+def reasons(findings: Findings, path: str) -> set[str]:
+    return {blocked.reason for blocked in findings.blocked if blocked.path == path and blocked.what == "smoothing"}
+
+
+@pytest.mark.parametrize("alpha", [2, 0.5, -1])
+def test_a_gain_with_another_factor_than_1_is_no_gain(alpha: float) -> None:
+    g = nn.Parameter(torch.randn(4))
+    right = Graph(lambda s, x: s.b(torch.tanh(s.a(x)) * torch.add(s.g, 1)), a=lin(), b=lin(), g=g)
+    wrong = Graph(lambda s, x: s.b(torch.tanh(s.a(x)) * torch.add(s.g, 1, alpha=alpha)), a=lin(), b=lin(), g=g)
+    sources = {slot.path for group in proved(right, X).groups for slot in group.sources}
+    assert "g" in sources
+    assert groups(proved(wrong, X)) == []
+    assert "g" not in {slot.path for group in proved(wrong, X).groups for slot in group.sources}
+
+
+def test_what_is_left_out_of_a_reversed_difference_is_its_first_argument() -> None:
+    model = Graph(lambda s, x: s.c(torch.rsub(s.a(x), s.b(x), alpha=0)), a=lin(), b=lin(), c=lin())
+    assert groups(proved(model, X)) == ["b -> c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_what_is_written_into_integers_is_rounded(dtype: torch.dtype) -> None:
+    def rounded(s: Graph, x: Tensor) -> Tensor:
+        y = s.a(x)
+        return s.b(torch.empty(y.shape, dtype=dtype).copy_(y).to(y.dtype))
+
+    findings = proved(Graph(rounded, a=lin(), b=lin()), X)
+    assert groups(findings) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_a_round_trip_through_a_narrower_format_rounds(dtype: torch.dtype) -> None:
+    model = Graph(lambda s, x: s.b(s.a(x).to(dtype).to(x.dtype)), a=lin(), b=lin())
+    findings = proved(model, X)
+    assert groups(findings) == []
+    assert f"it is rounded to {str(dtype).removeprefix('torch.')}" in reasons(findings, "b")
+
+
+def test_a_round_trip_of_a_weight_through_a_narrower_format_rounds() -> None:
+    model = Graph(
+        lambda s, x: s.b(functional.linear(x, s.w.bfloat16().to(x.dtype))), b=lin(), w=nn.Parameter(torch.randn(4, 4))
+    )
+    assert groups(proved(model, X)) == []
+
+
+def stream(function: object, **parts: nn.Module | nn.Parameter) -> Graph:
+    return Graph(function, emb=nn.Embedding(8, 4), w1=lin(), w2=lin(), head=lin(), **parts)
+
+
+def spaces(findings: Findings) -> list[str]:
+    return [space.kind for space in findings.spaces if space.kind == "R1"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_bias_that_is_subtracted_behind_a_gain_is_no_bias_of_the_norm(sign: int) -> None:
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        y = functional.rms_norm(x, (4,)) * s.g
+        return s.head(torch.tanh(s.w1(y + s.beta if sign > 0 else y - s.beta)))
+
+    g, beta = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+    assert spaces(proved(stream(function, g=g, beta=beta), TOKENS)) == (["R1"] if sign > 0 else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "found"),
+    [
+        ("mean", lambda m: m, ["R1"]),
+        ("half", lambda m: 0.5 * m, []),
+        ("negated", lambda m: -m, []),
+    ],
+)
+def test_only_the_mean_itself_centres(name: str, mean: object, found: list[str]) -> None:
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        return s.head(torch.tanh(s.w1(x - mean(x.mean(-1, keepdim=True)))))  # type: ignore[operator]
+
+    assert spaces(proved(stream(function), TOKENS)) == found, name
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_weight_that_other_code_reads_gets_no_online_rotation(shared: bool) -> None:
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        h = torch.relu(s.w1(torch.tanh(s.emb(tokens))))
+        return s.head(torch.tanh(functional.linear(h, s.w1.weight.t()) if shared else s.w2(h)))
+
+    findings = proved(stream(function), TOKENS)
+    assert [online.path for online in findings.online] == ([] if shared else ["w1", "w2"])
+
+
+def test_a_parameter_without_an_axis_is_one_number() -> None:
+    model = Graph(
+        lambda s, x: s.o(x + s.alpha * s.b(torch.relu(s.a(x)))),
+        a=lin(),
+        b=lin(),
+        o=lin(),
+        alpha=nn.Parameter(torch.tensor(0.3)),
+    )
+    assert groups(proved(model, X)) == ["a -> b"]
+
+
+@torch.library.custom_op("autoquant_tests::overwrite", mutates_args=("x",))
+def overwrite(x: Tensor) -> None:
+    x.copy_(x.tanh())
+
+
+def test_an_operator_that_only_writes_blocks_what_it_is_given() -> None:
+    def function(s: Graph, x: Tensor) -> Tensor:
+        y = s.a(x).clone()
+        overwrite(y)
+        return s.b(y)
+
+    findings = proved(Graph(function, a=lin(), b=lin()), X)
+    assert groups(findings) == []
+    assert findings.blocked
