@@ -197,7 +197,7 @@ def test_small_models_have_the_graph_of_the_large_one(model_type: str) -> None:
     def operators(model: LoadedModel) -> Counter[tuple[str, str]]:
         inputs = {name: tokens[:1, :3] for name, tokens in model.kwargs.items()}
         with grouped_experts(model):
-            graph = capture(model.module, (), inputs, "export").pieces[0].graph.graph
+            graph = capture(model.module, (), inputs, "export").subgraphs[0].graph.graph
         calls = [node for node in graph.nodes if node.op == "call_function"]
         return Counter(
             (name, module_path(node)) for node in calls if (name := node.target.__name__).split(".")[0] not in COPIES
