@@ -29,7 +29,7 @@ from autoquant.calibration.windows import (
     rebatched,
     tokenize,
 )
-from autoquant.checkpoint.quantize import load_float32, load_tokenizer
+from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.file import config_text, load_config
 from autoquant.config.format import (
     ActivationQuantization,
@@ -45,6 +45,7 @@ from autoquant.config.format import (
 from autoquant.evaluation.compare import shares_scale
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, logits_of, nll_per_window, ratio_estimate
 from autoquant.io.files import write_text
+from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.quantize import quantize_model_
 from autoquant.pipeline.select import EVERYTHING, Transforms
 from autoquant.pipeline.transform import prepare_

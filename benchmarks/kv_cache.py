@@ -18,10 +18,11 @@ from torch import Tensor
 
 from autoquant.calibration.texts import read_text
 from autoquant.calibration.windows import CalibrationOptions, calibration_windows, cut_windows, rebatched, tokenize
-from autoquant.checkpoint.quantize import load_float32, load_tokenizer
+from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.file import load_config
 from autoquant.config.format import Config, SmoothingKind, Strategy, edited
 from autoquant.evaluation.perplexity import logits_of, nll_per_window
+from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.quantize import quantize_model_
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_

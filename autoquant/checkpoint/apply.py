@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
 from autoquant.config.format import Config
@@ -27,11 +27,10 @@ from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.io.folders import check_target, finished_folder
-from autoquant.io.safetensors_stream import INDEX, Shards, open_shards, write_shard
+from autoquant.io.safetensors_stream import INDEX, Shards, write_shard
+from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.inventory import Inventory, take_inventory
-from autoquant.models.load import load_checkpoint
-from autoquant.models.repair import resolve as resolve_model
-from autoquant.models.source import build_structure
+from autoquant.models.load import load_checkpoint, load_skeleton
 from autoquant.version import __version__
 
 PROVENANCE = "autoquant.json"
@@ -84,8 +83,8 @@ class Stored:
 
 def open_stored(source: Path) -> Stored:
     """A checkpoint folder, from headers alone. Raises AutoQuantError where there is none that can be changed."""
-    shards = open_shards(source)
-    inventory = take_inventory(build_skeleton(source))
+    shards = open_checkpoint(source)
+    inventory = take_inventory(load_skeleton(source))
     names = match_names(inventory, shards)
     if names is not None:
         inventory = _with_stored_dtypes(inventory, shards, names)
@@ -123,21 +122,6 @@ def write_changed(
         _write_provenance(folder, source, config, applied, options)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
-
-
-def build_skeleton(folder: Path) -> nn.Module:
-    """The checkpoint's model on the meta device: names, shapes and ties without weights."""
-    if not (folder / "config.json").is_file():
-        raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AutoQuantError(f"{folder / 'config.json'}: cannot be read as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise AutoQuantError(f"{folder / 'config.json'}: expected a JSON object with a model_type")
-    if "quantization_config" in settings:
-        raise AutoQuantError(f"{folder}: is quantized already; its weights cannot be folded")
-    return build_structure(resolve_model(str(folder)))
 
 
 def match_names(inventory: Inventory, shards: Shards) -> dict[str, str] | None:
@@ -249,7 +233,7 @@ def _apply_loaded(
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
     for name in shards.entries:
         check_finite(name, shards.read(name))
-    model = load_checkpoint(source, "auto")
+    model = load_checkpoint(source)
     restore_dtypes_(model, shards)
     if dtype is not None:  # widened before the folding, narrowed after it
         model.to(torch.promote_types(model.dtype, dtype))

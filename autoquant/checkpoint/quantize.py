@@ -19,6 +19,8 @@ from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
 from autoquant.io.safetensors_stream import open_shards
+from autoquant.models.load import load_causal_lm
+from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.quantize import Quantized, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
@@ -88,12 +90,7 @@ def quantize_checkpoint(
 
 def load_float32(source: Path) -> nn.Module:
     """The checkpoint's model in float32 and evaluation mode. Raises AutoQuantError where it cannot be loaded."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise AutoQuantError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    model: nn.Module = load_causal_lm(source, dtype=torch.float32)
     return model
 
 
@@ -131,16 +128,6 @@ def provenance(recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Q
         "rounded_to_nearest": list(quantized.nearest),
         "online": [{"kind": o.kind, "path": o.path, "size": o.size} for o in plan.online],
     }
-
-
-def load_tokenizer(source: Path | str) -> Any:
-    """The model's tokenizer. Raises AutoQuantError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise AutoQuantError(f"{source}: no tokenizer: {' '.join(str(error).split())}") from error
 
 
 def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Config:

@@ -21,18 +21,21 @@ from torch import Tensor, nn
 from autoquant.algorithms.gptq_qronos import needs_values
 from autoquant.calibration.observers import Sweep, sweep
 from autoquant.calibration.runner import LayerByLayer, Progress, silent
-from autoquant.checkpoint.apply import build_skeleton, match_names
+from autoquant.checkpoint.apply import match_names
 from autoquant.checkpoint.dtypes import Dtypes
-from autoquant.checkpoint.formats.native import Ready, parameters_on_meta
+from autoquant.checkpoint.formats.native import Ready
 from autoquant.config.format import Config, SmoothingMethod, Strategy
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import check_finite, record_untied_
+from autoquant.executor.apply import check_finite
 from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan
 from autoquant.executor.resolved import check_not_learned
-from autoquant.io.safetensors_stream import Shards, open_shards
+from autoquant.io.safetensors_stream import Shards
 from autoquant.io.safetensors_writer import Described
+from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.inventory import Inventory, take_inventory
+from autoquant.models.load import build_empty, load_skeleton
+from autoquant.models.structure import record_untied_
 from autoquant.pipeline.quantize import Selected, linear_groups
 from autoquant.quantizer.kv_cache import install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
@@ -148,8 +151,8 @@ class Weights:
 
 def open_weights(source: Path) -> Weights:
     """The parameters of a checkpoint folder. Raises AutoQuantError where their names are not the model's own."""
-    shards = open_shards(source)
-    inventory = take_inventory(build_skeleton(source))
+    shards = open_checkpoint(source)
+    inventory = take_inventory(load_skeleton(source))
     stored = match_names(inventory, shards)
     if stored is None:
         raise AutoQuantError(f"{source}: transformers renames its tensors on loading; go without --low-memory")
@@ -160,12 +163,7 @@ def open_weights(source: Path) -> Weights:
 
 def _build(source: Path, weights: Weights) -> Any:
     """The checkpoint's model with its parameters on the meta device and its buffers real, its structure as planned."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    with parameters_on_meta():
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32).eval()
-    if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
+    model = build_empty(source, torch.float32)
     for name, buffer in model.named_buffers():
         if name in weights.shards.entries:
             buffer.copy_(weights.shards.read(name))

@@ -18,7 +18,7 @@ from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import GroupMaxima, collect_activation_maxima, load_maxima, save_maxima
 from autoquant.calibration.windows import CalibrationOptions, calibration_windows
 from autoquant.checkpoint.apply import Stored, check_plain_resolved, open_stored, write_changed
-from autoquant.checkpoint.quantize import load_float32, load_tokenizer
+from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Config, SmoothingKind
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, check_finite
@@ -28,6 +28,7 @@ from autoquant.io.files import check_target as check_file
 from autoquant.io.folders import check_target
 from autoquant.models.inventory import take_inventory
 from autoquant.models.load import class_of
+from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.select import EVERYTHING, Transforms, resolve_transforms
 from autoquant.pipeline.transform import Progress, silent

@@ -8,8 +8,6 @@ from typing import Literal
 
 import click
 
-from autoquant.errors import AutoQuantError
-
 
 @click.command()
 @click.argument("model")
@@ -63,16 +61,16 @@ def command(
     from autoquant.config.file import load_config
 
     loaded = load_config(config)
-    source = _folder(model)
 
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from autoquant.calibration.windows import CalibrationOptions
     from autoquant.checkpoint.transform import TransformOptions, transform_checkpoint
+    from autoquant.models.checkpoint_source import checkpoint_folder
     from autoquant.pipeline.select import Transforms
 
-    disable_progress_bar()
+    source = checkpoint_folder(model)
+
     options = TransformOptions(
         Transforms.of(rotate=rotate, smooth=smooth, alpha=alpha),
         CalibrationOptions(calibration, sequences, length, seed),
@@ -108,24 +106,6 @@ def command(
             click.echo(f"{space}: {construction}")
         untied = f", untied: {', '.join(done.applied.untied)}" if done.applied.untied else ""
         click.echo(f"{output}: {done.applied.tensors} tensors changed, {done.smoothed} groups smoothed{untied}")
-
-
-def _folder(model: str) -> Path:
-    """The checkpoint's folder: a local one, or a hub id's snapshot."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise AutoQuantError(f"{model}: not a folder; expected a checkpoint of transformers")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # offline, unknown, gated: the hub client has many exceptions of its own
-        raise AutoQuantError(
-            f"{model}: not a folder, and not to be had from the hub ({type(error).__name__})"
-        ) from error
 
 
 @contextmanager

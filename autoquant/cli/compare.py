@@ -72,17 +72,15 @@ def command(
     import json
 
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     from autoquant.calibration.texts import read_text
     from autoquant.calibration.windows import CalibrationOptions, calibration_windows, cut_windows, tokenize
-    from autoquant.checkpoint.quantize import config_for, load_tokenizer
+    from autoquant.checkpoint.quantize import config_for, load_float32
     from autoquant.cli.progress import steps
     from autoquant.evaluation.compare import Task, compare, describe_inputs, markdown, report
     from autoquant.io.files import write_text
+    from autoquant.models.tokenizer import load_tokenizer
 
-    disable_progress_bar()
     tokenizer = load_tokenizer(model)
     windows = cut_windows(tokenize(tokenizer, read_text(data)), window, tokenizer.bos_token_id, tokens)
     batches = calibration_windows(tokenizer, CalibrationOptions(calibration, sequences, window, seed))
@@ -93,8 +91,7 @@ def command(
     task = Task(config, transforms, chosen, windows, batches, seed, inputs, batch)
 
     def load() -> torch.nn.Module:
-        loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        return loaded.to(device)
+        return load_float32(model).to(device)
 
     cells = compare(task, load, output / "cells", lambda line: None if quiet else click.echo(line, err=True))
     write_text(output / "report.json", json.dumps(report(task, cells), indent=2) + "\n", force=True)

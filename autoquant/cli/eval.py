@@ -48,21 +48,16 @@ def command(
     import torch
     from rich.console import Console
     from rich.progress import Progress
-    from transformers import AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
     from autoquant import load
     from autoquant.calibration.windows import cut_windows, tokenize
     from autoquant.evaluation.perplexity import evaluate, logits_of
+    from autoquant.models.tokenizer import load_tokenizer
 
     def tokens_of(name: str) -> tuple[list[int], int | None]:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise AutoQuantError(f"{name}: no tokenizer: {' '.join(str(error).split())}") from error
+        tokenizer = load_tokenizer(name)
         return tokenize(tokenizer, text), tokenizer.bos_token_id
 
-    disable_progress_bar()  # transformers' own, one for each model's weights
     precision = None if dtype == "auto" else getattr(torch, dtype)
     expected = None if reference is None else tokens_of(reference)
     reference_logits = None if reference is None else logits_of(load(reference, precision))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
@@ -47,7 +49,9 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _in_one_line()
+                return super().invoke(ctx)
         except AutoQuantError as error:
             remark([*error.details, f"error: {error.message}"])
             ctx.exit(1)
@@ -69,6 +73,19 @@ class LazyGroup(click.Group):
                 raise
             remark([f"error: standard output cannot be written: {error.strerror}"])
             _leave(1)
+
+
+def _in_one_line() -> Callable[..., None]:
+    """What shows warnings: each text once, as one line on standard error."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = str(message)
+        if text not in shown:
+            shown.add(text)
+            remark([f"warning: {text}"])
+
+    return show
 
 
 def _leave(code: int) -> NoReturn:

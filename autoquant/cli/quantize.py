@@ -64,13 +64,11 @@ def command(
 
     with _steps(quiet) as tell:
         tell("importing torch and transformers", 0, 1)
-        from transformers.utils.logging import disable_progress_bar
-
         from autoquant.calibration.windows import CalibrationOptions, calibration_windows
-        from autoquant.checkpoint.quantize import Recipe, config_for, load_tokenizer, quantize_checkpoint
+        from autoquant.checkpoint.quantize import Recipe, config_for, quantize_checkpoint
         from autoquant.io.folders import check_target
+        from autoquant.models.tokenizer import load_tokenizer
 
-        disable_progress_bar()
         check_target(model, output, force)
         loaded = config_for(str(model), config, lambda step: tell(step, 0, 1))
         windows = (

@@ -74,11 +74,10 @@ def command(
     if len(chosen) != 1:
         raise AutoQuantError("--strategy: expected one strategy")
 
-    from transformers.utils.logging import disable_progress_bar
-
     from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, rebatched
-    from autoquant.checkpoint.quantize import load_float32, load_tokenizer
+    from autoquant.checkpoint.quantize import load_float32
     from autoquant.evaluation.compare import shares_scale
+    from autoquant.models.tokenizer import load_tokenizer
     from autoquant.searcher.search import MEANS as KNOWN
     from autoquant.searcher.search import Task, search
 
@@ -86,7 +85,6 @@ def command(
     for name in names:
         if name not in KNOWN:
             raise AutoQuantError(f"--means: no '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
-    disable_progress_bar()
     tokenizer = load_tokenizer(model)
     windows = calibration_windows(tokenizer, CalibrationOptions(calibration, sequences + held_out, length, seed))
     fit = windows[:sequences]

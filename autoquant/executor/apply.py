@@ -16,6 +16,7 @@ from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import record_untied_
 
 
 @torch.no_grad()
@@ -101,14 +102,6 @@ def summarise(plan: Plan, resolved: Resolved) -> Applied:
 def _set_parameter_(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, parameter)
-
-
-def record_untied_(model: nn.Module) -> None:
-    """Models of transformers tie again when saved or loaded unless their config says otherwise."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "tie_word_embeddings"):
-            config.tie_word_embeddings = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def _texts(constants: tuple[Any, ...]) -> set[str]:
 
 def _rotate_attention_(model: nn.Module) -> None:
     """Switch every transformers model inside ``model`` to the rotating version of its attention function."""
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from autoquant.models.caches import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     for current in {m.config._attn_implementation for m in models}:

@@ -9,8 +9,10 @@ shard at once.)
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,57 +37,120 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+"""Prefixes that wrappers of a model (adapters, data parallelism, compilation) leave on the names in its state dict."""
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
 
 
 def open_shards(folder: Path) -> Shards:
-    """The tensors of a checkpoint folder, from the headers alone.
+    """The tensors of a checkpoint folder, from the headers alone: those that transformers reads, from the same files.
 
-    Raises AutoQuantError where there is no safetensors checkpoint, a shard is missing, cut short or otherwise
-    unreadable.
+    A wrapper's prefix that every name has (``WRAPPERS``) is left out of the names, with a warning. Raises
+    AutoQuantError where there is no safetensors checkpoint, a shard is missing, cut short or otherwise unreadable.
     """
-    if (folder / INDEX).is_file():
-        try:
-            weight_map: dict[str, str] = dict(json.loads((folder / INDEX).read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise AutoQuantError(f"{folder / INDEX}: not an index of shards ({error})") from error
-        files = list(dict.fromkeys(weight_map.values()))
-    elif (folder / SINGLE).is_file():
-        files, weight_map = [SINGLE], {}
-    else:
-        raise AutoQuantError(f"{folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints can be read")
+    files, weight_map = _files(folder)
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        if Path(file).name != file:
-            raise AutoQuantError(f"{folder / INDEX}: names a shard outside of the folder: {file}")
         if not (folder / file).is_file():
             raise AutoQuantError(f"{folder / file}: shard is missing")
         for name, entry in _read_header(folder, file, metadata).items():
+            if name in entries:
+                raise AutoQuantError(f"{folder}: {name} is in two shards, {entries[name].file} and {file}; delete one")
             entries[name] = entry
     if absent := [name for name in weight_map if name not in entries]:
         raise AutoQuantError(f"{folder / weight_map[absent[0]]}: lacks the tensor {absent[0]} that the index names")
-    return Shards(folder, tuple(files), entries, metadata)
+    if adapter := next((name for name in entries if ".lora_A." in name or ".lora_B." in name), None):
+        raise AutoQuantError(f"{folder}: holds the adapter {adapter}; merge it into the model first (merge_and_unload)")
+    prefix = _wrapper(entries)
+    if prefix:
+        warnings.warn(f"{folder}: every tensor's name begins with {prefix!r}, which is left out", stacklevel=2)
+        entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    return Shards(folder, tuple(files), entries, metadata, prefix)
+
+
+def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The files that transformers reads, in its order, and the index of tensors where there are several."""
+    if (folder / SINGLE).is_file():
+        if (folder / INDEX).is_file():
+            warnings.warn(f"{folder}: {SINGLE} is read, as transformers does, and {INDEX} is not", stacklevel=3)
+        return [SINGLE], {}
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        convert = f"; {pickles[0]} may hold code: load it where you trust it and save_pretrained" if pickles else ""
+        raise AutoQuantError(f"{folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints can be read{convert}")
+    try:
+        weight_map: dict[str, str] = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AutoQuantError(f"{folder / INDEX}: not an index of shards ({_brief(error)})") from error
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise AutoQuantError(f"{folder / INDEX}: not an index of shards ({name} is in {file!r}, no file)")
+        if Path(file).name != file:
+            raise AutoQuantError(f"{folder / INDEX}: names a shard outside of the folder: {file}")
+    # Sorted, as transformers has them.
+    return sorted(set(weight_map.values())), weight_map
+
+
+def _wrapper(names: Collection[str]) -> str:
+    """The wrappers' prefix that all names have, several in a row included; empty where there is none."""
+    prefix = ""
+    while names:
+        further = (w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names))
+        found = next(further, None)
+        if found is None:
+            break
+        prefix += found
+    return prefix
 
 
 def _read_header(folder: Path, file: str, metadata: dict[str, str]) -> dict[str, Entry]:
     path = folder / file
+    entries: dict[str, Entry] = {}
     try:
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             size = os.fstat(stream.fileno()).st_size
             if length > size - 8:
                 raise ValueError("the header is cut short")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length))
-        metadata.update(header.pop("__metadata__", None) or {})
-        entries = {n: Entry(file, DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in header.items()}
-        end = max((e["data_offsets"][1] for e in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise AutoQuantError(f"{path}: not a safetensors file ({error})") from error
-    if 8 + length + end != size:
-        raise AutoQuantError(f"{path}: corrupt: {size} bytes, its header describes {8 + length + end}")
+        metadata.update({str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()})
+        spans = []
+        for name, described in header.items():
+            if described["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is of the unknown type {described['dtype']!r}")
+            entry = Entry(file, DTYPES[described["dtype"]], tuple(described["shape"]))
+            begin, end = described["data_offsets"]
+            if any(type(number) is not int or number < 0 for number in (*entry.shape, begin, end)):
+                raise ValueError(f"{name} has a shape or an offset that is no natural number")
+            if end - begin != math.prod(entry.shape) * entry.dtype.itemsize:
+                raise ValueError(f"{name} has {end - begin} bytes, its shape and type want another number")
+            spans.append((begin, end, name))
+            entries[name] = entry
+        reached = 0
+        for begin, end, name in sorted(spans):
+            if begin != reached:
+                raise ValueError(f"{name} begins at byte {begin}, not at {reached} where the tensor before it ends")
+            reached = end
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise AutoQuantError(f"{path}: not a safetensors file ({_brief(error)})") from error
+    if 8 + length + reached != size:
+        raise AutoQuantError(f"{path}: corrupt: {size} bytes, its header describes {8 + length + reached}")
     return entries
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def write_shard(
@@ -128,19 +193,24 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """A checkpoint's tensors, read when asked for."""
+    """A checkpoint's tensors, read when asked for.
+
+    ``entries`` says of each what it is as stored: its dtype is the one to write what stays in floating point in.
+    ``prefix`` stands before every name in the files, and not in ``entries``.
+    """
 
     folder: Path
     files: tuple[str, ...]
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    prefix: str = ""
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
         path = self.folder / self.entries[name].file
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(self.prefix + name)
         except (SafetensorError, OSError) as error:
-            raise AutoQuantError(f"{path}: {name} cannot be read ({error})") from error
+            raise AutoQuantError(f"{path}: {name} cannot be read ({_brief(error)})") from error
         return tensor

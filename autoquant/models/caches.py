@@ -1,8 +1,16 @@
-"""Transformers' key/value caches: what the quantizer builds on, imported here alone."""
+"""The classes of transformers that caches and attentions of ours are made of, imported here alone."""
 
 from __future__ import annotations
 
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer"]
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "PreTrainedModel",
+]

@@ -1,30 +1,72 @@
-"""A checkpoint's own weights as a module to compare logits on."""
+"""The one loader of models: a checkpoint's own weights as a module, every weight of it accounted for.
+
+Whatever reads weights goes through here, so that every command and ``autoquant.load`` refuse the same folders in the
+same words: weights that are missing or of another shape (transformers would make them random numbers), sources that are
+quantized already, code of their own that is not trusted, pickles, adapters without their model.
+"""
 
 from __future__ import annotations
 
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from autoquant.config.layers import did_you_mean
 from autoquant.errors import AutoQuantError
+from autoquant.io.safetensors_stream import Shards
 from autoquant.models.auto_classes import auto_class, kinds_of
 from autoquant.models.build import with_inputs
+from autoquant.models.checkpoint_source import ADAPTER, checkpoint_folder, open_checkpoint, read_settings
 from autoquant.models.reduce import failure_of
-from autoquant.models.source import LoadedModel, one_line, quiet
+from autoquant.models.source import LoadedModel, ModelSource, build_structure, one_line, quiet, resolve, sub_configs
+from autoquant.models.structure import record_untied_, ties_of
+from autoquant.models.tasks import Kind
 
 BATCH, TOKENS = 2, 16
+_NAMED = 5
+"""Weights named in a message; of the others the number is said."""
+_LEFT_OUT = (ADAPTER, ".metadata", "*.distcp")
+"""What transformers would load in place of the weights, or beside them, and what of it is a pickle."""
+
+
+def load_causal_lm(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    quantized: bool = False,
+) -> Any:
+    """A folder's or hub id's causal language model, in evaluation mode; ``dtype`` None: as its config says.
+
+    ``quantized``: take also what is quantized already and transformers can load. Warns of tensors that the class has no
+    place for, of a wrapper's prefix, and of embeddings that are tied by the config and not in the file.
+
+    Raises AutoQuantError where it cannot be loaded, and where a weight is missing or has another shape.
+    """
+    folder = checkpoint_folder(source, trust_remote_code=trust_remote_code)
+    return _load(folder, "causal-lm", dtype, device, trust_remote_code, quantized)
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
+    """What :func:`load_causal_lm` does, by the checkpoint's own auto class."""
+    return _load(folder, None, dtype, None, trust_remote_code, False)
 
 
 def load_weights(
     folder: Path, dtype: torch.dtype = torch.float64, seed: int = 0, *, trust_remote_code: bool = False
 ) -> LoadedModel:
-    """The checkpoint in ``folder``, by its own auto class, on the CPU and in evaluation mode.
+    """The checkpoint in ``folder``, by its own auto class, on the CPU and in evaluation mode, with inputs to call it.
 
-    Inputs are random: token ids [2, 16], or one such sequence with an image or a sound.
-
-    Raises AutoQuantError where it cannot be loaded or run, and where a parameter is missing from it or has another
-    shape there: transformers would give it random values.
+    Inputs are random: token ids [2, 16], or one such sequence with an image or a sound. Raises AutoQuantError where it
+    cannot be loaded or run.
     """
     model = load_checkpoint(folder, dtype, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
@@ -39,31 +81,211 @@ def load_weights(
     raise AutoQuantError(f"{folder}: cannot be run in {dtype}: {one_line(failure)}") from failure
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype | str, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's model by its own auto class, in evaluation mode; ``dtype`` "auto": as stored.
+def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The checkpoint's model on the meta device: names, shapes and ties without weights.
 
-    Raises AutoQuantError where it cannot be loaded, and where a parameter is missing or has another shape.
+    Parameters that the config ties and the file holds different values of are untied, as :func:`load_checkpoint` has
+    them. Raises AutoQuantError as that does, except for weights, which are not compared.
     """
-    from transformers.utils.logging import disable_progress_bar
+    shards = open_checkpoint(folder)
+    config = load_settings(folder, trust_remote_code=trust_remote_code)
+    module = build_structure(ModelSource(str(folder), config, None, folder, trust_remote_code))
+    for group in ties_of(module):
+        first, *others = [name for name in group if name in shards.entries] or [""]
+        for name in others:
+            if not torch.equal(shards.read(first), shards.read(name)):
+                owner, _, last = name.rpartition(".")
+                empty = torch.empty_like(module.get_parameter(name))
+                module.get_submodule(owner)._parameters[last] = nn.Parameter(empty, requires_grad=False)
+                _say_untied_(module, folder, name)
+    return module
 
-    disable_progress_bar()
+
+def load_settings(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's configuration. Kernels that it names are not fetched: its attention is left to transformers.
+
+    Raises AutoQuantError where it cannot be read, and where it is code of its own that is not trusted.
+    """
+    settings = read_settings(folder)
+    _check_code(folder, settings, trust_remote_code)
+    config = resolve(str(folder), trust_remote_code=trust_remote_code).config
+    for part in sub_configs(config).values():
+        named = getattr(part, "_attn_implementation", None)
+        if named not in (None, "sdpa", "eager"):
+            warnings.warn(f"{folder}: its attention {named!r} is not fetched; that of torch is used", stacklevel=2)
+            config._attn_implementation = None
+            part._attn_implementation = None
+    return config
+
+
+def class_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The auto class that builds a checkpoint."""
+    config = load_settings(Path(folder), trust_remote_code=trust_remote_code)
+    return auto_class((kinds_of(config) or ("causal-lm",))[0])
+
+
+def build_empty(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The folder's causal language model without weights, in evaluation mode: parameters on the meta device, buffers
+    with their values, generation settings as the folder has them. Raises AutoQuantError.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = load_settings(folder, trust_remote_code=trust_remote_code)
     try:
-        with quiet():
-            loaded: Any = class_of(folder, trust_remote_code=trust_remote_code).from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # the checkpoint's format, its configuration, or the architecture's own code
-        raise AutoQuantError(f"{folder}: cannot be loaded: {one_line(error)}") from error
-    model, info = loaded
-    if absent := sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]}):
-        raise AutoQuantError(f"{folder}: {absent[0]} is missing or of another shape")
+        with quiet(), parameters_on_meta():
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # construction runs the architecture's own code
+        raise AutoQuantError(f"{folder}: its model cannot be built: {one_line(error)}") from error
     return model.eval()
 
 
-def class_of(model: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The auto class that builds a checkpoint: a folder or a hub id."""
-    from transformers import AutoConfig
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built in this context have their parameters on the meta device; buffers keep their real values."""
+    register = nn.Module.register_parameter
 
-    with quiet():
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    return auto_class((kinds_of(config) or ("causal-lm",))[0])
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    patched: Any = nn.Module
+    patched.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        patched.register_parameter = register
+
+
+def hide_progress() -> None:
+    """Switch off the progress bars of transformers, one for each model's weights."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def _load(
+    folder: Path,
+    task: Kind | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+    quantized: bool,
+) -> Any:
+    shards = open_checkpoint(folder, quantized=quantized)
+    config = load_settings(folder, trust_remote_code=trust_remote_code)
+    tasks = kinds_of(config)
+    if task is not None and tasks and task not in tasks:
+        raise AutoQuantError(f"{folder}: type {config.model_type!r} is no causal language model, but {tasks[0]}")
+    hide_progress()
+    prefix = {f"^{re.escape(shards.prefix)}": ""} if shards.prefix else None
+    try:
+        with _plain_view(folder) as view, quiet():
+            model, info = auto_class(task or (tasks or ("causal-lm",))[0]).from_pretrained(
+                view,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # told below, with the others
+                output_loading_info=True,
+                key_mapping=prefix,
+            )
+    except Exception as error:  # the checkpoint's format, its configuration, or the architecture's own code
+        raise AutoQuantError(f"{folder}: cannot be loaded: {one_line(error)}") from error
+    if prefix is not None:  # else it would be put before the names again when the model is saved
+        kept = [c for c in model._weight_conversions if prefix.keys().isdisjoint(c.source_patterns)]
+        model._weight_conversions = kept
+    model.config.name_or_path = model.name_or_path = str(folder)
+    _check_weights(folder, shards, model, info, quantized)
+    return model.eval() if device is None else model.eval().to(device)
+
+
+def _check_code(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
+    from transformers import CONFIG_MAPPING
+
+    code = settings.get("auto_map")
+    if not code or trust_remote_code or settings["model_type"] in CONFIG_MAPPING:
+        return
+    files = sorted({str(name).partition(".")[0] + ".py" for name in dict(code).values()})
+    raise AutoQuantError(
+        f"{folder}: its model is code of its own ({', '.join(files)}); read it, and give --trust-remote-code to run it"
+    )
+
+
+@contextmanager
+def _plain_view(folder: Path) -> Iterator[Path]:
+    """The folder, or where it holds what is not to be loaded a temporary one with links to everything else."""
+    hidden = {path.name for pattern in _LEFT_OUT for path in folder.glob(pattern)}
+    if not hidden:
+        yield folder
+        return
+    warnings.warn(f"{folder}: {', '.join(sorted(hidden))}: left out; the model's own weights are loaded", stacklevel=5)
+    with tempfile.TemporaryDirectory(prefix="autoquant-") as temporary:
+        view = Path(temporary, folder.resolve().name)
+        view.mkdir()
+        for path in folder.iterdir():
+            if path.name not in hidden:
+                (view / path.name).symlink_to(path.resolve())
+        yield view
+
+
+def _check_weights(folder: Path, shards: Shards, model: Any, info: Mapping[str, Any], quantized: bool) -> None:
+    """Raise AutoQuantError for weights that would be random numbers; warn of tensors that are not used."""
+    stored = shards.entries
+    unused = sorted(info["unexpected_keys"])
+    wrong = {
+        str(name): f" ({list(there)}, stored as {list(here)})" for name, here, there in sorted(info["mismatched_keys"])
+    }
+    missing = sorted(str(name) for name in info["missing_keys"])
+    wrong |= {name: did_you_mean(name, unused).replace("; did", ", did") for name in missing if name not in wrong}
+    if wrong:
+        named = [f"{name}{what}" for name, what in wrong.items()]
+        held = f"; the file holds {_listed(unused)} instead" if unused else ""
+        number = f"{len(wrong)} weights are" if len(wrong) > 1 else f"{named[0]} is"
+        which = f": {_listed(named)}" if len(wrong) > 1 else ""
+        raise AutoQuantError(f"{folder}: {number} missing or of another shape{which}{held}")
+    if not quantized:
+        for name, parameter in model.named_parameters():
+            if name in stored and parameter.is_floating_point() and not stored[name].dtype.is_floating_point:
+                raise AutoQuantError(
+                    f"{folder}: {name} is stored as {stored[name].dtype}: is quantized already; its weights cannot be "
+                    "folded: start from the original model"
+                )
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    patterns.append(re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$"))
+    own = model.state_dict().keys()
+    dropped = [name for name in stored if name not in own and any(p.search(name) for p in patterns)]
+    if left := sorted({*unused, *dropped}):
+        warnings.warn(f"{folder}: the model's class has no place for {_listed(left)}: left behind", stacklevel=2)
+    _check_ties_(folder, shards, model)
+
+
+def _check_ties_(folder: Path, shards: Shards, model: Any) -> None:
+    """Say, and record in its configuration, that a model whose config ties its embeddings holds different ones."""
+    tied = any(vars(part).get("tie_word_embeddings") for part in sub_configs(model.config).values())
+    given, taken = model.get_output_embeddings(), model.get_input_embeddings()
+    if not tied or not isinstance(given, nn.Module) or not isinstance(taken, nn.Module):
+        return
+    weight = given._parameters.get("weight")
+    if weight is None or weight is taken._parameters.get("weight"):
+        return
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    if name in shards.entries:
+        _say_untied_(model, folder, name)
+
+
+def _say_untied_(model: nn.Module, folder: Path, name: str) -> None:
+    record_untied_(model)
+    warnings.warn(f"{folder}: config.json ties {name}, the file holds another one: taken as untied", stacklevel=3)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + _more(len(names))
+
+
+def _more(number: int) -> str:
+    return f" and {number - _NAMED} more" if number > _NAMED else ""

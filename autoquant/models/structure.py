@@ -29,3 +29,11 @@ def ties_of(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def record_untied_(model: nn.Module) -> None:
+    """Models of transformers tie again when saved or loaded unless their config says otherwise."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = False

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from autoquant.algorithms.prefix_search import find_prefix, most_frequent, outliers
 from autoquant.calibration.windows import CalibrationOptions, calibration_windows
-from autoquant.checkpoint.quantize import load_float32, load_tokenizer
+from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
+from autoquant.models.tokenizer import load_tokenizer
 from autoquant.quantizer.strategies import PlannedLinear, plan_linears
 
 TEXT = PACKAGED.parent / "sample.calibration.txt"

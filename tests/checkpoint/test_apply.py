@@ -30,7 +30,6 @@ from handmade_more import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from autoquant.checkpoint import apply as checkpoint
 from autoquant.checkpoint.apply import apply_checkpoint
 from autoquant.config.file import config_text
 from autoquant.config.format import Config
@@ -38,6 +37,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
 from autoquant.models.inventory import take_inventory
+from autoquant.models.load import load_skeleton
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Config]]] = {
     "llama": (LLAMA, llama_like),
@@ -71,7 +71,7 @@ def saved(folder: Path, name: str = "llama", shard: str = "20KB", dtype: torch.d
 
 
 def random_scales_for(folder: Path, config: Config) -> Any:
-    return random_scales(resolve(config, take_inventory(checkpoint.build_skeleton(folder))), 0)
+    return random_scales(resolve(config, take_inventory(load_skeleton(folder))), 0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,11 +18,11 @@ from autoquant.checkpoint.formats.native import (
     is_quantized,
     load_model,
     load_quantized,
-    parameters_on_meta,
     save_quantized,
 )
 from autoquant.config.format import Config, Strategy
 from autoquant.errors import AutoQuantError
+from autoquant.models.load import parameters_on_meta
 from autoquant.quantizer.kv_cache import quantize_cache_
 from autoquant.quantizer.linear import quantize_
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
@@ -203,7 +203,7 @@ def test_load_model_takes_both_kinds_of_folder_and_converts(tmp_path: Path) -> N
     assert converted.model.rotary_emb.inv_freq.dtype == torch.float32
     assert converted(ids()).logits.dtype == torch.float16
     assert load_model(PACKAGED, torch.float32).model.norm.weight.dtype == torch.float32
-    with pytest.raises(AutoQuantError, match="neither a quantized model nor one that transformers loads"):
+    with pytest.raises(AutoQuantError, match="no such folder; expected a checkpoint of transformers"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(AutoQuantError, match=f"not a quantized model, there is no {FACTS}"):
         load_quantized(PACKAGED)

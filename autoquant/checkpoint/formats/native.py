@@ -14,8 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from autoquant.config.file import config_text, load_config
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_writer import Described, write_tensors
+from autoquant.models.load import build_empty, load_causal_lm
 from autoquant.quantizer.kv_cache import MODULE, KVScales, install_
 from autoquant.quantizer.linear import replace_with_empty_
 from autoquant.quantizer.prefix import install_prefix_, stored_prefix
@@ -104,7 +104,8 @@ def write_folder(
         (temporary / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         model.config.save_pretrained(temporary)
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(temporary)
+            # As it is: save_pretrained refuses what many released models have (sampling values without sampling).
+            model.generation_config.to_json_file(temporary / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if directory.exists():
@@ -129,8 +130,6 @@ def load_quantized(directory: str | Path, prepare: Prepare | None = None) -> Any
     added (online rotations), and the tensors are put in. Raises AutoQuantError for a folder that is not one of these,
     is damaged, or whose tensors do not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     directory = Path(directory)
     if not is_quantized(directory):
         raise AutoQuantError(f"{directory}: not a quantized model, there is no {FACTS}")
@@ -142,8 +141,7 @@ def load_quantized(directory: str | Path, prepare: Prepare | None = None) -> Any
         shared: dict[str, str] = facts["shared"]
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise AutoQuantError(f"{directory}: damaged: {error}") from error
-    with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+    model = build_empty(directory, dtype)
     if prepare is not None:
         prepare(model, config)
     replace_with_empty_(model, plan_linears(config))
@@ -172,37 +170,13 @@ def load_model(model: str | Path, dtype: torch.dtype | None = None, prepare: Pre
     ``dtype`` is that of everything that is not int8; None: the checkpoint's, as transformers loads it. Raises
     AutoQuantError where there is no such model.
     """
-    from transformers import AutoModelForCausalLM
-
     if is_quantized(model):
         quantized = load_quantized(model, prepare)
         # Buffers are left alone: rotary frequencies stay float32, as transformers has it.
         for name, parameter in quantized.named_parameters():
             parameter.data = parameter.data.to(dtype or _loaded_dtype(quantized, name, parameter))
         return quantized
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto").eval()
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise AutoQuantError(f"{model}: neither a quantized model nor one that transformers loads: {reason}") from error
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built in this context have their parameters on the meta device; buffers keep their real values."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    patched: Any = nn.Module
-    patched.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        patched.register_parameter = register
+    return load_causal_lm(model, dtype=dtype, quantized=True)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,104 @@
+"""What a checkpoint's folder holds, judged before anything of it is built or run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.config.layers import did_you_mean
+from autoquant.errors import AutoQuantError
+from autoquant.io.safetensors_stream import Shards, open_shards
+
+ADAPTER = "adapter_config.json"
+_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_SCALED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
+
+def checkpoint_folder(source: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
+    """The local folder of a checkpoint: ``source`` itself, or a snapshot of the hub id that it is.
+
+    Of a hub id only the files that can be used are fetched: weights where ``weights`` says so, code where it is
+    trusted. Raises AutoQuantError where there is neither such a folder nor such a hub id.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    name = str(source)
+    if path.exists():
+        raise AutoQuantError(f"{name}: is a file; name the checkpoint's folder")
+    if not _may_be_hub_id(source):
+        near = did_you_mean(path.name, [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise AutoQuantError(f"{name}: no such folder{near}; expected a checkpoint of transformers")
+    import huggingface_hub
+
+    patterns = [*_PATTERNS, *["*.safetensors"] * weights, *["*.py"] * trust_remote_code]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown, gated: the hub client has many exceptions of its own
+        raise AutoQuantError(
+            f"{name}: not a folder, and not to be had from the hub ({type(error).__name__}); "
+            "check the spelling, the network and your access to it"
+        ) from error
+
+
+def _may_be_hub_id(source: str | Path) -> bool:
+    name = str(source)
+    owner, _, rest = name.partition("/")
+    return not (
+        Path(source).is_absolute() or name.startswith((".", "~")) or "/" in rest or (rest and Path(owner).exists())
+    )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """A checkpoint's ``config.json``. Raises AutoQuantError where it is missing or no object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / ADAPTER).is_file():
+            raise AutoQuantError(
+                f"{folder}: holds an adapter (LoRA) and no model; merge it into its base first (merge_and_unload)"
+            )
+        raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AutoQuantError(f"{file}: cannot be read as JSON: {reason}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise AutoQuantError(f"{file}: expected a JSON object with a model_type")
+    return settings
+
+
+def quantization_method(settings: dict[str, Any]) -> str | None:
+    """The method that a ``config.json`` says its weights are quantized by; None for plain ones."""
+    for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        found = section.get("quantization_config")
+        if found is not None:
+            return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+    return None
+
+
+def open_checkpoint(folder: Path, *, quantized: bool = False) -> Shards:
+    """The tensors of a checkpoint whose weights are as they are: the first check of every command, no model is built.
+
+    ``quantized``: one that transformers dequantizes will do too. Raises AutoQuantError for a folder that is not a
+    checkpoint, holds an adapter alone or pickles, is quantized already, or whose ``config.json`` names other files.
+    """
+    settings = read_settings(folder)
+    method = quantization_method(settings)
+    if method is not None and not quantized:
+        raise AutoQuantError(
+            f"{folder}: is quantized already ({method}); its weights cannot be folded: start from the original model"
+        )
+    if settings.get("transformers_weights") is not None:
+        raise AutoQuantError(f"{folder}: its config.json names its weights (transformers_weights); remove that entry")
+    shards = open_shards(folder)
+    scaled = [name for name, entry in shards.entries.items() if entry.dtype in _SCALED]
+    if scaled and method is None:
+        raise AutoQuantError(
+            f"{folder}: {scaled[0]} and {len(scaled) - 1} more are float8, whose scales its config.json does not "
+            "declare; they cannot be folded: start from the original model"
+        )
+    return shards

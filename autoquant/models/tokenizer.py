@@ -1,0 +1,27 @@
+"""The one loader of tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from autoquant.errors import AutoQuantError
+from autoquant.models.checkpoint_source import checkpoint_folder
+from autoquant.models.source import one_line, quiet
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint's folder or of a hub id.
+
+    Raises AutoQuantError where there is none, and where it is code of its own that is not trusted.
+    """
+    folder = checkpoint_folder(source, weights=False, trust_remote_code=trust_remote_code)
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the files' formats, and the tokenizer's own code
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it is code of its own; give --trust-remote-code to run it" if needs_code else one_line(error)
+        raise AutoQuantError(f"{source}: no tokenizer can be loaded: {reason}") from error
