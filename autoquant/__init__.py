@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from autoquant.version import __version__
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from autoquant.api import (
+        analyze,
+        apply,
+        check,
+        compare,
+        evaluate,
+        load,
+        load_config,
+        quantize,
+        save_config,
+        search,
+        verify,
+    )
+    from autoquant.errors import AutoQuantError
 
-    import torch
+__all__ = [
+    "AutoQuantError",
+    "__version__",
+    "analyze",
+    "apply",
+    "check",
+    "compare",
+    "evaluate",
+    "load",
+    "load_config",
+    "quantize",
+    "save_config",
+    "search",
+    "verify",
+]
 
-__all__ = ["__version__", "load"]
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for (PEP 562). No module of the package has a name of ``__all__``."""
+    if name not in __all__:
+        raise AttributeError(f"module 'autoquant' has no attribute '{name}'")
+    where = "autoquant.errors" if name == "AutoQuantError" else "autoquant.api"
+    return getattr(importlib.import_module(where), name)
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """A runnable model from a folder of ``autoquant quantize``, or any causal LM that transformers loads.
-
-    ``dtype`` is that of everything that is not int8 (as stored: null). Raises AutoQuantError where there is no such
-    model.
-    """
-    from autoquant.checkpoint import load as loading  # torch is imported when it is needed
-
-    return loading.load(model, dtype)
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

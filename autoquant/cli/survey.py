@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from autoquant.cli import options
+
 COMMAND = "make survey"
 
 
@@ -16,7 +18,8 @@ COMMAND = "make survey"
     metavar="DIR",
     help="Also write each type's proved config to DIR, with an index.",
 )
-@click.option("--kinds", metavar="A,B", help="Only these kinds of models (default: all).")
+@click.option("--task", metavar="A,B", help="Only these kinds of models (default: all).")
+@options.renamed("--kinds", "--task")
 @click.option("--types", metavar="A,B", help="Only these model types: t5 of all kinds, or seq2seq-lm/t5.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N rows, drawn by --seed.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -25,7 +28,7 @@ COMMAND = "make survey"
 def command(
     output: Path,
     configs: Path | None,
-    kinds: str | None,
+    task: str | None,
     types: str | None,
     sample: int | None,
     seed: int,
@@ -47,7 +50,7 @@ def command(
     from autoquant.survey.survey import chosen_names, examine, finished, name_of, registered, survey
 
     everything = registered()
-    chosen = chosen_names(everything, kinds.split(",") if kinds else None, types.split(",") if types else None)
+    chosen = chosen_names(everything, task.split(",") if task else None, types.split(",") if types else None)
     if sample is not None:
         picked = set(random.Random(seed).sample(chosen, min(sample, len(chosen))))
         chosen = [name for name in chosen if name in picked]

@@ -218,8 +218,12 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
     module.eval()
     if device.type == "meta":
         _drop_values_(module)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     if isinstance(example, Mapping):
         args, kwargs = (), dict(example)
+    elif isinstance(example, tuple) and [type(part) for part in example] == [tuple, dict]:
+        args, kwargs = example
     elif isinstance(example, tuple):
         args, kwargs = example, {}
     else:

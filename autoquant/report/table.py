@@ -10,10 +10,11 @@ from typing import IO
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as RichText
 
 from autoquant.config.format import Certificate, Config
 from autoquant.config.layers import layer_numbers
+from autoquant.report.inert import inert
 from autoquant.report.summary import Row, Section, Summary, summarise
 
 PIPE_WIDTH = 140
@@ -36,14 +37,18 @@ def print_summary(config: Config, unknown_operators: Sequence[str] = (), file: I
     if console.is_terminal:
         _print(console, config, summarise(config, unknown_operators))
         return
+    print("\n".join(summary_lines(config, unknown_operators, PIPE_WIDTH)), file=file)
+
+
+def summary_lines(config: Config, unknown_operators: Sequence[str] = (), width: int = PIPE_WIDTH) -> list[str]:
+    """What :func:`print_summary` prints, without colours."""
     buffer = StringIO()
-    _print(Console(file=buffer, highlight=False, width=PIPE_WIDTH), config, summarise(config, unknown_operators))
-    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]  # cells are padded to the column's width
-    print("\n".join(lines), file=file)
+    _print(Console(file=buffer, highlight=False, width=width), config, summarise(config, unknown_operators))
+    return [line.rstrip() for line in buffer.getvalue().splitlines()]  # cells are padded to the column's width
 
 
 def _print(console: Console, config: Config, summary: Summary) -> None:
-    console.print(Text(_headline(config)))
+    console.print(_text(_headline(config)))
     console.print()
     table = _table(summary)
     if console.measure(table, options=console.options.update(width=ANY_WIDTH)).maximum <= console.width:
@@ -51,27 +56,32 @@ def _print(console: Console, config: Config, summary: Summary) -> None:
     else:
         _print_lines(console, summary)
     for title, lines in _lists(config, summary):
-        console.print(Text(title, style="bold"))
+        console.print(_text(title, style="bold"))
         for line in lines:
             _print_wrapped(console, line)
         console.print()
-    console.print(Text(summary.totals), soft_wrap=True)  # one line, for grep and tail -1
+    console.print(_text(summary.totals), soft_wrap=True)  # one line, for grep and tail -1
 
 
 def _print_lines(console: Console, summary: Summary) -> None:
     """The table for a terminal that is too narrow for it: two lines a linear, so that no name is broken."""
     for section in summary.sections:
-        console.print(Text(_section_title(section), style="bold"))
+        console.print(_text(_section_title(section), style="bold"))
         for row in section.rows:
-            console.print(Text(f"  {row.name}: {row.shape}"), soft_wrap=True)
+            console.print(_text(f"  {row.name}: {row.shape}"), soft_wrap=True)
             rotation = ", ".join(row.rotation) or "-"
             _print_wrapped(console, f"smoothed by: {_smoothing(row)}; rotation: {rotation}", indent=6)
         console.print()
 
 
 def _print_wrapped(console: Console, line: str, indent: int = 2) -> None:
-    for text in wrap(line, console.width, initial_indent=" " * indent, subsequent_indent="      "):
-        console.print(Text(text))
+    for text in wrap(inert(line), console.width, initial_indent=" " * indent, subsequent_indent="      "):
+        console.print(_text(text))
+
+
+def _text(text: str, style: str = "") -> RichText:
+    """Text that rich takes as it is, names within it inert."""
+    return RichText(inert(text), style)
 
 
 def _headline(config: Config) -> str:
@@ -94,9 +104,9 @@ def _table(summary: Summary) -> Table:
     table.add_column("smoothed by", no_wrap=True)
     table.add_column("rotation", no_wrap=True)
     for section in summary.sections:
-        table.add_row(Text(_section_title(section), style="bold"))
+        table.add_row(_text(_section_title(section), style="bold"))
         for row in section.rows:
-            table.add_row(f"  {row.name}", row.shape, _smoothing(row), ", ".join(row.rotation) or "-")
+            table.add_row(_text(f"  {row.name}"), row.shape, _smoothing(row), ", ".join(row.rotation) or "-")
         table.add_row()
     return table
 
@@ -112,8 +122,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _smoothing(row: Row) -> Text:
-    return Text("; ".join(row.smoothing) or "-", style="" if row.smoothable else "yellow")
+def _smoothing(row: Row) -> RichText:
+    return _text("; ".join(row.smoothing) or "-", style="" if row.smoothable else "yellow")
 
 
 def _lists(config: Config, summary: Summary) -> Iterator[tuple[str, list[str]]]:

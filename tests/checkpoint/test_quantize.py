@@ -148,7 +148,8 @@ def test_without_calibration(low_memory: bool, tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     save_config(config_of(PACKAGED), tmp_path / "c.json")
-    arguments = ["quantize", str(PACKAGED), str(tmp_path / "c.json"), "-o", str(tmp_path / "out"), "--smooth", "fc_fc"]
+    arguments = ["quantize", str(PACKAGED), str(tmp_path / "c.json"), "-o", str(tmp_path / "out")]
+    arguments += ["--transforms", "fc_fc+rotation"]
     arguments += ["--calibration", str(DATA / "sample.calibration.txt"), "--sequences", "2", "--length", "32"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

@@ -21,8 +21,8 @@ def run(folder: Path, *options: str, prefix: tuple[int, ...] = ()) -> Result:
     save_config(edited(config, quantization=section), folder / "c.json", force=True)
     arguments = ["compare", str(PACKAGED), "--config", str(folder / "c.json"), "-o", str(folder / "out")]
     arguments += ["--data", str(DATA / "sample.evaluation.txt"), "--calibration", str(DATA / "sample.calibration.txt")]
-    arguments += ["--tokens", "128", "--window", "32", "--sequences", "2", "--strategies", f"{TOKEN},{STATIC}"]
-    return CliRunner().invoke(main, [*arguments, "--preopt", "none,fc_fc:0.5+rotation", *options])
+    arguments += ["--tokens", "128", "--length", "32", "--sequences", "2", "--strategies", f"{TOKEN},{STATIC}"]
+    return CliRunner().invoke(main, [*arguments, "--transforms", "none,fc_fc:0.5+rotation", *options])
 
 
 def test_paired_ratios_are_surer_than_unpaired_ones() -> None:
@@ -62,7 +62,7 @@ def test_a_table_and_going_on_after_an_interruption(tmp_path: Path) -> None:
 
 
 def test_a_prefix_has_a_control_and_helps(tmp_path: Path) -> None:
-    result = run(tmp_path, "--strategies", STATIC, "--preopt", "fc_fc:0.5+rotation", prefix=(0,))
+    result = run(tmp_path, "--strategies", STATIC, "--transforms", "fc_fc:0.5+rotation", prefix=(0,))
     assert result.exit_code == 0, result.output
     cells = json.loads((tmp_path / "out" / "report.json").read_text())["cells"]
     assert [cell["strategy"] for cell in cells] == ["float", "float+prefix", STATIC]
@@ -73,6 +73,6 @@ def test_a_prefix_has_a_control_and_helps(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
-    assert "no 'rotaton'; did you mean 'rotation'" in run(tmp_path, "--preopt", "fc_fc+rotaton").stderr
+    assert "no 'rotaton'; did you mean 'rotation'" in run(tmp_path, "--transforms", "fc_fc+rotaton").stderr
     assert "no strategy 'x'" in run(tmp_path, "--strategies", "x").stderr
     assert not (tmp_path / "out").exists()

@@ -170,11 +170,11 @@ TEXT = "The river rises in the hills to the north of the town and flows south fo
 def test_the_command_prints_json_and_a_table(tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text(TEXT, encoding="utf-8")
-    shared = (str(PACKAGED), "--data", str(data), "--window", "16", "--reference", str(PACKAGED))
+    shared = (str(PACKAGED), "--data", str(data), "--length", "16", "--reference", str(PACKAGED))
     result = run(*shared, "--format", "json", "--tokens", "40")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["settings"]["window"] == 16
+    assert report["settings"]["length"] == 16
     (row,) = report["results"]
     assert (row["tokens"], row["windows"]) == (40, 3)
     assert row["perplexity"]["mean"] == pytest.approx(math.exp(row["nll"]["mean"]))

@@ -138,7 +138,7 @@ def run(folder: Path, *options: str) -> Result:
     save_config(config_of(PACKAGED), folder / "c.json", force=True)
     arguments = ["search", str(PACKAGED), str(folder / "c.json"), "-o", str(folder / "found.json")]
     arguments += ["--calibration", str(DATA / "sample.calibration.txt"), "--strategy", STATIC.value]
-    arguments += ["--sequences", "3", "--held-out", "3", "--length", "48", "--means", "prefix,clip"]
+    arguments += ["--sequences", "3", "--held-out", "3", "--length", "48", "--knobs", "prefix,clip"]
     return CliRunner().invoke(main, [*arguments, *options])
 
 
@@ -148,14 +148,15 @@ def test_the_command_writes_a_config_that_says_why(tmp_path: Path) -> None:
     found: Config = load_config(tmp_path / "found.json")
     assert found.search is not None and found.search.calibration == "sample.calibration.txt"
     assert "quantization.prefix = [0] (" in result.stdout
-    assert "found.json: held-out perplexity " in result.stdout
+    assert "held-out perplexity " in result.stdout
+    assert result.stderr.endswith("found.json\n")
     again = run(tmp_path)
     assert again.exit_code == 1 and "exists already; give --force to replace it" in again.stderr
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    result = run(tmp_path, "--means", "prefix,clib")
+    result = run(tmp_path, "--knobs", "prefix,clib")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: --means: no 'clib'; did you mean 'clip'?")
+    assert result.stderr.startswith("error: no knob 'clib'; did you mean 'clip'?")
     assert not (tmp_path / "found.json").exists()
     assert run(tmp_path, "--sequences", "10000").exit_code == 1

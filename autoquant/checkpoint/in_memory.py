@@ -1,0 +1,61 @@
+"""Quantized models in memory, and their ``save_pretrained``: transformers' own writes tensors that nothing can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoquant.checkpoint.formats.native import CONFIG, FACTS, save_quantized
+from autoquant.checkpoint.quantize import Recipe, has_static_cache, provenance, required_calibration, used_config
+from autoquant.config.file import load_config
+from autoquant.config.format import Config
+from autoquant.models.inventory import take_inventory
+from autoquant.pipeline.quantize import needs_sweep, quantize_model_, select
+from autoquant.pipeline.transform import prepare_
+from autoquant.steps import Progress
+
+
+def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn.Module:
+    """Rotate, smooth and quantize a module in memory. Raises AutoQuantError where anything does not fit."""
+    config, strategy = recipe.config, recipe.strategy
+    selected = select(config, take_inventory(model), recipe.transforms, recipe.seed)
+    batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
+    cache = has_static_cache(recipe)
+    prepared = prepare_(model, config, strategy, recipe.transforms, batches, recipe.seed, cache=cache, tell=progress)
+    done = quantize_model_(model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at))
+    options = {"strategy": strategy.value, "transforms": str(recipe.transforms), "seed": recipe.seed}
+    saveable_(model, used_config(recipe), provenance(recipe, prepared.plan, options, done))
+    return model
+
+
+def saveable_(model: nn.Module, config: Config, made: Mapping[str, Any]) -> None:
+    """Let ``save_pretrained(folder, tokenizer=None, force=False)`` write a folder that ``autoquant.load`` reads.
+
+    Models without ``save_pretrained``, which have no configuration to build them anew from, are left as they are.
+    """
+    if hasattr(model, "save_pretrained"):
+        saving: Any = partial(_save, model, config, made)
+        model.save_pretrained = saving
+
+
+def saved_again_(model: nn.Module, folder: Path) -> None:
+    """The same for a model that was loaded from ``folder``."""
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    saveable_(model, load_config(folder / CONFIG), facts["provenance"])
+
+
+def _save(
+    model: nn.Module,
+    config: Config,
+    made: Mapping[str, Any],
+    save_directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    force: bool = False,
+) -> None:
+    save_quantized(model, Path(save_directory), config, made, tokenizer, force=force)

@@ -1,0 +1,267 @@
+"""What the Python API returns: values that say in a few lines what was found, on a console, in a notebook, as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoquant.config.format import Config, edited
+from autoquant.report.columns import columns, wrapped
+from autoquant.report.inert import inert
+from autoquant.report.table import summary_lines
+
+if TYPE_CHECKING:
+    from autoquant.certificate.certify import Trial
+    from autoquant.evaluation.perplexity import Estimate, Evaluation
+
+WIDTH = 100
+"""Columns of a repr."""
+
+
+def as_html(lines: list[str]) -> str:
+    """Lines for a notebook: text in which nothing is markup."""
+    return f"<pre>{escape(chr(10).join(map(inert, lines)))}</pre>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Analysis:
+    """What can be smoothed and rotated in a model. ``config`` is what the other functions take."""
+
+    config: Config
+    capture: str
+    seconds: Mapping[str, float]
+    unknown_operators: tuple[str, ...] = ()
+    explaining: Callable[[str], str] = field(default=str, compare=False)
+
+    def explain(self, path: str) -> str:
+        """Why a linear is or is not smoothable and rotatable. Raises AutoQuantError with the nearest path."""
+        return self.explaining(path)
+
+    def lines(self, width: int = WIDTH, proof: bool = True) -> list[str]:
+        """The table of linears, what is blocked and why, totals; ``proof`` False says nothing of the certificate."""
+        return summary_lines(
+            self.config if proof else edited(self.config, certificate=None), self.unknown_operators, width
+        )
+
+    def timing(self) -> str:
+        """How the graph was captured and what each step took."""
+        return f"captured by {self.capture}: {', '.join(f'{step} {s:.1f} s' for step, s in self.seconds.items())}"
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines(WIDTH))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Checked:
+    """A config that is valid and, where a model was given, fits it."""
+
+    config: Config
+    file: str
+    model: str | None = None
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """One line of counts."""
+        counts = ", ".join(f"{number} {what}" for what, number in self._counts().items())
+        return [f"{self.file}: valid{f' and fits {self.model}' if self.model else ''}; {counts}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        counts = {what.replace(" ", "_"): number for what, number in self._counts().items()}
+        return {"config": self.file, "valid": True, "model": self.model, **counts}
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "smoothing groups": len(self.config.smoothing.groups),
+            "rotation spaces": len(self.config.rotation.spaces),
+            "linears": len(self.config.model.linears),
+            "blocked": len(self.config.blocked),
+        }
+
+    def __repr__(self) -> str:
+        return inert(self.lines()[0])
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Verification:
+    """Every claim of a config, tried; ``refused``: online rotations that cannot be placed, and why."""
+
+    model: str
+    own_weights: bool
+    trials: tuple[Trial, ...]
+    refused: Mapping[str, str]
+    tolerance: float
+
+    @property
+    def failed(self) -> tuple[Trial, ...]:
+        """The trials that changed the logits."""
+        return tuple(trial for trial in self.trials if not trial.holds(self.tolerance))
+
+    @property
+    def holds(self) -> bool:
+        """True if every claim holds."""
+        return not self.failed
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """A row for each trial, then totals."""
+        failed = self.failed
+        rows = [(t.name, t.kind, f"{t.change:.1e}", "FAILED" if t in failed else "ok") for t in self.trials]
+        subject = "its own weights" if self.own_weights else "a small random model of its structure"
+        held = len(self.trials) - len(failed)
+        return [
+            *columns(("claim", "kind", "change of the logits", ""), rows, width),
+            *(line for path, why in self.refused.items() for line in wrapped(f"not tried: {path}: {why}", width)),
+            f"{held} of {len(self.trials)} hold (at most {self.tolerance:.0e}) on {self.model}: {subject}",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [
+            {"name": t.name, "kind": t.kind, "change": _finite(t.change), "ok": t.holds(self.tolerance)}
+            for t in self.trials
+        ]
+        weights = "own" if self.own_weights else "random"
+        return {"weights": weights, "tolerance": self.tolerance, "trials": rows, "not_tried": dict(self.refused)}
+
+    def __repr__(self) -> str:
+        return "\n".join(map(inert, self.lines()))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Written:
+    """A folder that was written: what was done, and ``facts`` of it for JSON."""
+
+    folder: Path
+    said: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """What was done."""
+        return list(self.said)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"output": str(self.folder), **self.facts}
+
+    def __repr__(self) -> str:
+        return "\n".join(map(inert, self.lines()))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Found:
+    """A config with every knob set that helped on held-out text; the evidence is in ``config.search``."""
+
+    config: Config
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """A line for each decision, then what all of them did."""
+        result = self.config.search
+        assert result is not None
+        return [
+            *(f"{d.where} = {d.choice} ({d.before:g} -> {d.after:g}; {d.cost})" for d in result.decisions),
+            f"held-out perplexity {result.before:+.2f} % -> {result.after:+.2f} ± {result.standard_error:.2f} % "
+            f"above float, {len(result.decisions)} decisions",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        assert self.config.search is not None
+        return self.config.search.model_dump(mode="json")
+
+    def __repr__(self) -> str:
+        return "\n".join(map(inert, self.lines()))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluated:
+    """Perplexity of models on one text, with standard errors over windows."""
+
+    results: Mapping[str, Evaluation]
+    settings: Mapping[str, Any]
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """A row for each model; columns that have no value are left out."""
+        shown = [key for key in _COLUMNS if any(_estimates(r)[key] is not None for r in self.results.values())]
+        rows = [
+            (name, f"{r.tokens:,}", str(r.windows), *(_cell(key, _estimates(r)[key]) for key in shown))
+            for name, r in self.results.items()
+        ]
+        return columns(("model", "tokens", "windows", *(key.replace("_", " ") for key in shown)), rows, width)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [
+            {"model": name, "tokens": result.tokens, "windows": result.windows}
+            | {
+                key: {"mean": _finite(estimate.mean), "standard_error": _finite(estimate.standard_error)}
+                for key, estimate in _estimates(result).items()
+                if estimate is not None
+            }
+            for name, result in self.results.items()
+        ]
+        return {"settings": dict(self.settings), "results": rows}
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Compared:
+    """Perplexity of every strategy after every preparation: ``markdown`` for people, ``report`` for JSON."""
+
+    markdown: str
+    report: Mapping[str, Any]
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """The page."""
+        return self.markdown.splitlines()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(self.report)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(inert, self.lines()))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines())
+
+
+_COLUMNS = ("perplexity", "perplexity_ratio", "nll", "kl", "top1_agreement")
+
+
+def _estimates(result: Evaluation) -> dict[str, Estimate | None]:
+    values = (result.perplexity, result.perplexity_ratio, result.nll, result.kl, result.top1)
+    return dict(zip(_COLUMNS, values, strict=True))
+
+
+def _cell(key: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    digits = 3 if key == "perplexity" else 5
+    return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
