@@ -96,8 +96,14 @@ RANDOM_LIKE = frozenset("""rand_like randn_like randint_like""".split())
 RANDOM = frozenset("""rand randn randint bernoulli multinomial randperm uniform normal""".split()) | RANDOM_LIKE
 """Operators whose result cannot be computed beforehand."""
 
-GROUPING = frozenset("""cumsum histc bincount to _to_copy clamp clamp_max clamp_min reshape view contiguous""".split())
-"""Operators between the experts' indices and the offsets of their rows."""
+COUNTING = frozenset("""arange linspace cumsum sum count_nonzero nonzero tril_indices triu_indices""".split())
+"""Operators whose result says how long something is, or where in it: of other lengths it has other values."""
+
+SAME_INDICES = frozenset("""to _to_copy reshape view contiguous""".split())
+"""Operators that keep indices, and their order."""
+
+COUNTS = frozenset("""histc bincount""".split())
+"""Operators that count how often each index occurs."""
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 """Their number of spatial dimensions."""

@@ -21,6 +21,7 @@ from autoquant.analyzer.variables import Reason
 from autoquant.aten import (
     CASTS,
     CHOOSING,
+    COUNTING,
     FILLS,
     LIKE_ANOTHER,
     MOVEMENT,
@@ -39,9 +40,14 @@ MAX_CONSTANT = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A constant whose value is known, whatever the weights and the data."""
+    """A constant whose value is known, whatever the weights and the data.
+
+    ``settled``: also for every length, position and checkpoint. One that is not (positions, what an integer buffer
+    holds) is known as an index or a condition alone: as a number it may be 0 here and something else elsewhere.
+    """
 
     value: Tensor
+    settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +176,7 @@ class Interpreter:
         if what.kind == "graph break" and fake.is_floating_point():
             return self.graph_break(site)
         if what.kind in ("buffer", "constant") and site.node.name in subgraph.constants:
-            return _constant(subgraph.constants[site.node.name])
+            return _constant(subgraph.constants[site.node.name], settled=what.kind == "constant")
         return Dynamic(tuple(fake.shape), fake.dtype)
 
     def _narrower(self, site: Site) -> str | None:
@@ -317,11 +323,11 @@ def _function(site: Site) -> Callable[..., Any]:
     return target
 
 
-def _constant(value: Tensor) -> Constant | Dynamic:
+def _constant(value: Tensor, settled: bool = True) -> Constant | Dynamic:
     fake = isinstance(value, FakeTensor) or value.device.type == "meta"
     if fake or value.numel() > MAX_CONSTANT:
         return Dynamic(tuple(value.shape), value.dtype)
-    return Constant(value.detach().cpu())
+    return Constant(value.detach().cpu(), settled)
 
 
 def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value | None:
@@ -340,7 +346,21 @@ def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> 
         result = site.node.target(*real, **real_kwargs)  # type: ignore[operator]  # a call_function node
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # no kernel for these dtypes: unknown, which is always safe
-    return _map(result, lambda v: Constant(v) if isinstance(v, Tensor) else v)
+    settled = site.operator not in COUNTING and all(v.settled for v in _numbers(site, args, kwargs))
+    return _map(result, lambda v: _computed(v, settled) if isinstance(v, Tensor) else v)
+
+
+def _numbers(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> list[Constant]:
+    """The constants whose numbers are in the result; a condition only chooses between them."""
+    taken = args[1:] if site.operator == "where" else (args[0], *args[2:]) if site.operator == "masked_fill" else args
+    return [v for v in _flat((taken, kwargs)) if isinstance(v, Constant)]
+
+
+def _computed(value: Tensor, settled: bool) -> Constant | Dynamic:
+    """What was computed, as far as it may be known: numbers that are not settled are unknown."""
+    if not settled and (value.is_floating_point() or value.is_complex()):
+        return Dynamic(tuple(value.shape), value.dtype)
+    return Constant(value, settled)
 
 
 def _aligned(site: Site, value: Value) -> Value:

@@ -12,7 +12,7 @@ from torch import Tensor
 from autoquant.analyzer.axes import Axes, Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Untracked, Value, unwieldy
 from autoquant.analyzer.variables import ONE, ZERO, Reason, Variables
-from autoquant.aten import GROUPING, NO_RULE, base_name
+from autoquant.aten import COUNTS, NO_RULE, SAME_INDICES, base_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class ScaleAnalysis:
             if found is not None:
                 return found
             return self.fixed(value.shape, site.because("a large parameter is used as a tensor"))
+        if isinstance(value, Constant) and not value.settled:
+            return torch.full(tuple(value.value.shape), ONE)
         if isinstance(value, Constant):
             # 0 and the infinities of a mask stay what they are under any scale.
             anything = (
@@ -181,7 +183,7 @@ class ScaleAnalysis:
             and isinstance(indices[0], Dynamic)
             and not source.views
         ):
-            key = self.grouping(site.node.args[1][0])  # type: ignore[index]  # the same indices, as nodes
+            key = self.grouping(site.node.args[1][0], source.full_shape[0])  # type: ignore[index]  # the same indices, as nodes
             return Param(source.name, source.full_shape, (_rows(site.shape),), site.shape, key)
         labels = self.labels(site, source)
         self.mixed(labels)
@@ -205,13 +207,47 @@ class ScaleAnalysis:
         ]
         return torch.ops.aten.index.Tensor(merged, known)
 
-    def grouping(self, node: object) -> int:
-        """A number for the way in which ``node`` (token counts, offsets or indices per expert) groups the rows."""
-        while (
-            isinstance(node, torch.fx.Node) and base_name(node) in GROUPING and isinstance(node.args[0], torch.fx.Node)
-        ):
-            node = node.args[0]
+    def grouping(self, node: object, experts: int) -> int:
+        """A number for the way in which ``node`` (offsets or indices of ``experts`` experts) groups the rows.
+
+        Offsets are the running sum of how often each index occurs: they group as the indices do.
+        """
+        node = _same_indices(node, experts)
+        if _is_call(node, frozenset(("cumsum",))):
+            counts = _same_indices(node.args[0], experts)  # type: ignore[attr-defined]  # a call
+            if _is_call(counts, COUNTS):
+                node = _same_indices(counts.args[0], experts)  # type: ignore[attr-defined]  # a call
         return self.grouped_by.setdefault(id(node), len(self.grouped_by) + 1)
+
+
+def _is_call(node: object, names: frozenset[str]) -> bool:
+    return isinstance(node, torch.fx.Node) and node.op == "call_function" and base_name(node) in names
+
+
+def _same_indices(node: object, experts: int) -> object:
+    """Where the indices that ``node`` holds come from: through casts, reshapes and clamps to the experts there are."""
+    while isinstance(node, torch.fx.Node) and node.args and isinstance(node.args[0], torch.fx.Node):
+        if not (_is_call(node, SAME_INDICES) and _holds_indices(node)) and not _clamps_to(node, experts):
+            break
+        node = node.args[0]
+    return node
+
+
+def _holds_indices(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
+
+
+def _clamps_to(node: torch.fx.Node, experts: int) -> bool:
+    """Whether no index of an expert is changed by ``node``: it is clamped to numbers of experts."""
+    if not _is_call(node, frozenset(("clamp", "clamp_max", "clamp_min"))):
+        return False
+    name, bounds = base_name(node), [*node.args[1:], *node.kwargs.values()]
+    low = node.args[1] if name != "clamp_max" and len(node.args) > 1 else node.kwargs.get("min")
+    position = 2 if name == "clamp" else 1
+    high = node.args[position] if name != "clamp_min" and len(node.args) > position else node.kwargs.get("max")
+    numbers = all(bound is None or isinstance(bound, int) for bound in bounds)
+    return bool(numbers and (low is None or low <= 0) and (high is None or high >= experts - 1))  # type: ignore[operator]  # numbers
 
 
 def _rows(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
@@ -253,6 +289,6 @@ def scalar(value: Value) -> float | None:
     """The number that ``value`` is, if it is one."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, Constant) and value.value.numel() == 1 and not value.value.is_complex():
+    if isinstance(value, Constant) and value.settled and value.value.numel() == 1 and not value.value.is_complex():
         return float(value.value)
     return None

@@ -90,7 +90,7 @@ def rotate_add(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value
         return a.end(site, [x, y], "it is added with a factor")
     for one, other in ((x, y), (y, x)):
         number = scalar(other)
-        nothing = number == 0.0 or (isinstance(other, Constant) and not bool(other.value.any()))
+        nothing = number == 0.0 or (isinstance(other, Constant) and other.settled and not bool(other.value.any()))
         if nothing and isinstance(one, (Vector, Square)) and site.shape == tuple(coordinates_of(one).shape):
             return one
         if number == 1.0 and isinstance(one, Param) and site.operator == "add":

@@ -33,7 +33,7 @@ def scale_grouped(
     ):
         return a.block(site, [x, w], "it is a grouped product of two activations")
     where_ = site.node.args[2] if len(site.node.args) > 2 else site.node.kwargs.get("offs")
-    key = a.grouping(where_)
+    key = a.grouping(where_, w.full_shape[0])
     keyed = Param(w.name, w.full_shape, w.views, w.shape, key)
     found = a.axes.factors(keyed, 1, 2, site.because("it is a weight"))
     if found is None:
