@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autoquant.analyzer.layers import find_stacks
 from autoquant.calibration.layer_by_layer import run_in_step
+from autoquant.calibration.windows import check_fit
 from autoquant.models.inventory import Inventory
 
 Progress = Callable[[int, int], None]
@@ -45,7 +46,7 @@ class Runner(Protocol):
     """Runs each of ``batches``, token ids [B, S], through ``model`` once, without gradients.
 
     Observers and the model's own hooks see every pass. Whatever they or the model raise ends the run and is passed on,
-    with nothing left on the model.
+    with nothing left on the model. Raises AutoQuantError for batches that :func:`check_fit` refuses.
     """
 
     def __call__(
@@ -62,6 +63,7 @@ def whole(
     model: nn.Module, batches: Sequence[Tensor], observers: Sequence[Observer] = (), progress: Progress = silent
 ) -> None:
     """Batch after batch through a model that is in memory, on its device. ``progress`` is told of batches."""
+    check_fit(model, batches)
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for observer in observers:
@@ -89,6 +91,7 @@ class LayerByLayer:
         observers: Sequence[Observer] = (),
         progress: Progress = silent,
     ) -> None:
+        check_fit(model, batches)
         layers = {
             f"{stack.path}.{number}": module
             for stack in find_stacks(model)

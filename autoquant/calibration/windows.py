@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoquant.calibration.texts import read_text
 from autoquant.errors import AutoQuantError
@@ -23,7 +23,8 @@ class CalibrationOptions:
     """Which part of which text calibrates.
 
     ``text``: a file or a dataset's folder, None where there is none; ``sequences`` windows of ``length`` of its tokens,
-    BOS apart; ``seed``: they are drawn at random, None: the first.
+    BOS apart; ``seed``: they are drawn at random, None: the first. ``lower``: what a user lowers where the text is too
+    short.
     """
 
     text: Path | None = None
@@ -31,6 +32,7 @@ class CalibrationOptions:
     length: int = 512
     seed: int | None = None
     field: str = "text"
+    lower: str = "--sequences or --length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,56 @@ def calibration_windows(tokenizer: Any, options: CalibrationOptions) -> tuple[Te
     """The windows [1, S] that the options ask for; () where they name no text. Errors as of reading and cutting."""
     if options.text is None:
         return ()
-    ids = tokenize(tokenizer, read_text(options.text, options.field))
+    ids = tokenize(tokenizer, read_text(options.text, options.field, tokenizer))
     windows = cut_windows(ids, options.length, tokenizer.bos_token_id)
+    if len(windows.counts) < options.sequences:
+        raise AutoQuantError(
+            f"{options.text}: {len(ids)} tokens, which make {len(windows.counts)} windows of {options.length}; "
+            f"{options.sequences} were asked for: lower {options.lower}, or give more text"
+        )
     return calibration_batches(windows, options.sequences, options.seed)
+
+
+def check_fit(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Raise AutoQuantError for token ids beyond the model's table and windows [B, S] beyond its table of positions.
+
+    Rotary positions have no end; what is longer than the model was trained for is the caller's choice.
+    """
+    tokens = _token_table(model)
+    if tokens is None:
+        return
+    rows = len(tokens.weight)
+    for batch in batches:
+        largest = int(batch.max()) if batch.numel() else 0
+        if largest >= rows:
+            raise AutoQuantError(
+                f"token {largest} is beyond the model's table of {rows} tokens: the tokenizer is another model's"
+            )
+    limit = _positions(model, tokens)
+    longest = max((batch.shape[1] for batch in batches), default=0)
+    if limit is not None and longest > limit:
+        raise AutoQuantError(
+            f"windows of {longest} tokens, BOS included, are longer than the model's {limit} positions: lower --length"
+        )
+
+
+def _token_table(model: Any) -> nn.Embedding | None:
+    """The embedding of a model's tokens; None where it has several, or another kind of one."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one that does not say
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _positions(model: Any, tokens: nn.Module) -> int | None:
+    """The number of positions of a model that looks them up in a table, else None.
+
+    Tables may have a few rows more, for padding.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    tables += [buffer for buffer in model.buffers() if buffer.dim() == 2]
+    return limit if any(limit <= len(table) < limit + 8 for table in tables) else None

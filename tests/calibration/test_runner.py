@@ -17,6 +17,7 @@ from autoquant.calibration.observers import sweep
 from autoquant.calibration.runner import LayerByLayer, Observer, Progress, Runner, silent, whole
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Rounding, Strategy, edited
+from autoquant.errors import AutoQuantError
 from autoquant.models.inventory import take_inventory
 from autoquant.quantizer.strategies import plan_linears
 
@@ -82,6 +83,26 @@ def test_rounding_and_the_search_for_a_prefix_go_through_the_runner() -> None:
 def test_an_error_ends_the_run_with_nothing_left_on_the_model(kind: str) -> None:
     model = load_float32(PACKAGED)
     ran, runner = (model, whole) if kind == "whole" else layer_by_layer(model)
-    with pytest.raises(IndexError):
-        sweep(ran, LINEARS, (*windows(2), torch.tensor([[0, 99_999]])), cache=True, runner=runner)
+    layer = ran.get_submodule("model.layers.3.mlp")
+    forward = layer.forward
+
+    def fails(x: Tensor) -> Tensor:
+        if x.shape[1] == 2:
+            raise IndexError("the last batch")
+        result: Tensor = forward(x)
+        return result
+
+    layer.forward = fails
+    with pytest.raises(IndexError, match="the last batch"):
+        sweep(ran, LINEARS, (*windows(2), torch.tensor([[0, 99]])), cache=True, runner=runner)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ran.modules())
+
+
+@pytest.mark.parametrize("kind", ["whole", "layers"])
+def test_batches_that_do_not_fit_the_model_are_refused_before_the_run(kind: str) -> None:
+    model = load_float32(PACKAGED)
+    ran, runner = (model, whole) if kind == "whole" else layer_by_layer(model)
+    steps: list[tuple[int, int]] = []
+    with pytest.raises(AutoQuantError, match="token 99999 is beyond the model's table of 2048 tokens"):
+        runner(ran, (*windows(2), torch.tensor([[0, 99_999]])), progress=lambda *at: steps.append(at))
+    assert steps == []
