@@ -1,7 +1,7 @@
 """The operators that are understood, by what they do: the left column of the operator table.
 
-``scale_rules`` and ``rotation_rules`` hold the other two columns. Names are ATen's without overload; operators of other
-libraries keep their name space. An operator that is in neither table blocks whatever reaches it.
+``analyzer/rules`` holds the other two columns. Names are ATen's without overload; operators of other libraries keep
+their name space. An operator that has no rule blocks whatever reaches it.
 """
 
 from __future__ import annotations
@@ -118,11 +118,17 @@ POOLS = {
 }  # fmt: skip
 """Sums, maxima and copies along the spatial dimensions, whose number is given."""
 
-PRODUCTS = frozenset(
-    """linear matmul mm bmm addmm baddbmm einsum scaled_dot_product_attention _grouped_mm
-    transformers::grouped_mm_fallback""".split()
-) | frozenset(CONVOLUTIONS)
+FACTORS = {
+    "linear": (0, 1), "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2),
+    "_grouped_mm": (0, 1), "transformers::grouped_mm_fallback": (0, 1),
+}  # fmt: skip
+"""Products of two matrices and the positions of both factors, for analysis, calibration and learned rotations alike."""
+
+PRODUCTS = frozenset(FACTORS) | frozenset(CONVOLUTIONS) | frozenset("einsum scaled_dot_product_attention".split())
 """Products that add over channels: what comes out belongs to other channels."""
+
+NORMS = frozenset("layer_norm rms_norm".split())
+"""Operators that divide a vector by its length, and may multiply by a weight."""
 
 
 def einsum_letters(equation: str, shapes: Sequence[Sequence[int]]) -> tuple[list[str], str] | None:

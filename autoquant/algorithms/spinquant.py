@@ -31,6 +31,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from autoquant.aten import FACTORS
 from autoquant.config.format import RotationMethod
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import execute_
@@ -45,11 +46,11 @@ from autoquant.quantizer.strategies import Granularity, PlannedLinear
 
 # Function -> positions of the input and of the weight, which has [O, I] in the first and [I, O] in the others.
 PRODUCTS: Mapping[Any, tuple[int, int]] = {
-    functional.linear: (0, 1),
-    torch.addmm: (1, 2),
-    torch.matmul: (0, 1),
-    torch.Tensor.matmul: (0, 1),
-    torch.Tensor.__matmul__: (0, 1),
+    functional.linear: FACTORS["linear"],
+    torch.addmm: FACTORS["addmm"],
+    torch.matmul: FACTORS["matmul"],
+    torch.Tensor.matmul: FACTORS["matmul"],
+    torch.Tensor.__matmul__: FACTORS["matmul"],
 }
 
 

@@ -19,7 +19,7 @@ from autoquant.analyzer.rules import ROTATIONS, SCALES, Rules
 from autoquant.analyzer.rules.sentences import FORMAT, MOVES, MOVES_VECTORS, is_movement, qualified
 from autoquant.analyzer.smoothing_groups import Scales
 from autoquant.analyzer.variables import Ints, Reason
-from autoquant.aten import CASTS, PRODUCTS, operator_name
+from autoquant.aten import CASTS, NORMS, PRODUCTS, operator_name
 from autoquant.capture.graph import module_path
 
 
@@ -196,8 +196,8 @@ class Chains:
         if not params:
             return False
         name = operator_name(node)
-        if name in PRODUCTS or name in ("embedding", "layer_norm", "rms_norm"):
-            return self.rules is SCALES or name not in ("layer_norm", "rms_norm")
+        if name in PRODUCTS or name in NORMS or name == "embedding":
+            return self.rules is SCALES or name not in NORMS
         carriers = [
             argument
             for argument in node.all_input_nodes

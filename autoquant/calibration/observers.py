@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.aten import FACTORS
 from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.executor.online import key_rotations
 from autoquant.library_patches import TorchDispatchMode
@@ -27,18 +28,6 @@ from autoquant.models.locate import locate
 from autoquant.quantizer import int8
 from autoquant.quantizer.kv_cache import CacheMaxima, rotated
 from autoquant.quantizer.linear import Maxima
-
-# Operator -> positions of its two factors. `offsets` marks products of row ranges of x with one matrix each.
-PRODUCTS = {
-    "aten::mm": (0, 1),
-    "aten::addmm": (1, 2),
-    "aten::bmm": (0, 1),
-    "aten::baddbmm": (1, 2),
-    "aten::matmul": (0, 1),
-    "aten::linear": (0, 1),
-    "aten::_grouped_mm": (0, 1),
-    "transformers::grouped_mm_fallback": (0, 1),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +111,15 @@ class _Products(TorchDispatchMode):
         self.inputs = inputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name in PRODUCTS:
-            first, second = (args[i] for i in PRODUCTS[name])
+        name = func._schema.name.removeprefix("aten::")
+        if name in FACTORS:
+            first, second = (args[i] for i in FACTORS[name])
             offsets = None
             if "grouped_mm" in name:
                 offsets = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
             # aten::linear holds its weight as [out, in]; everywhere else the second factor is summed over dimension -2.
-            self._observe(second, first, -1 if name == "aten::linear" else -2, -1, offsets)
-            if name != "aten::linear":
+            self._observe(second, first, -1 if name == "linear" else -2, -1, offsets)
+            if name != "linear":
                 self._observe(first, second, -1, -2, None)
         return func(*args, **(kwargs or {}))
 

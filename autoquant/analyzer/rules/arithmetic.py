@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -268,17 +268,24 @@ def scale_pow_(a: ScaleAnalysis, site: Site, x: Value, exponent: Value) -> Value
     return a.variables.power(a.labels(site, x), number, site.order)
 
 
-def _to_the(exponent: float) -> Callable[[ScaleAnalysis, Site, Value], Value]:
-    def scale_power(a: ScaleAnalysis, site: Site, x: Value) -> Value:
-        return a.variables.power(a.labels(site, x), exponent, site.order)
+POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 
-    return scale_power
+_POWER_SAYS = {
+    "square": "squares the scale",
+    "sqrt": "takes the square root of the scale",
+    "rsqrt": "puts one over the square root of the scale",
+    "reciprocal": "puts one over the scale",
+}
 
 
-scale_square = scale_rule("square", says="squares the scale")(_to_the(2.0))
-scale_sqrt = scale_rule("sqrt", says="takes the square root of the scale")(_to_the(0.5))
-scale_rsqrt = scale_rule("rsqrt", says="puts one over the square root of the scale")(_to_the(-0.5))
-scale_reciprocal = scale_rule("reciprocal", says="puts one over the scale")(_to_the(-1.0))
+def power_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
+    """What ``scale_power`` does at a node."""
+    return _POWER_SAYS[operator_name(node)]
+
+
+@scale_rule(*POWERS, says=power_sentence)
+def scale_power(a: ScaleAnalysis, site: Site, x: Value) -> Value:
+    return a.variables.power(a.labels(site, x), POWERS[site.operator], site.order)
 
 
 @rotation_rule("pow square", says=LENGTH)

@@ -21,6 +21,7 @@ from autoquant.analyzer.rules.reductions import rotate_centred, rotate_measured
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.scale_state import ScaleAnalysis
 from autoquant.aten import (
+    NORMS,
     PRODUCTS,
     operator_name,
 )
@@ -43,7 +44,7 @@ def length_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collec
     return kept.replace("divides", "centres the vector, divides") if operator_name(node) == "layer_norm" else kept
 
 
-@scale_rule("layer_norm rms_norm", says=norm_sentence)
+@scale_rule(*NORMS, says=norm_sentence)
 def scale_norm(
     a: ScaleAnalysis,
     site: Site,
@@ -67,7 +68,7 @@ def scale_norm(
     return out.expand(site.shape)
 
 
-@rotation_rule("layer_norm rms_norm", says=length_sentence)
+@rotation_rule(*NORMS, says=length_sentence)
 def rotate_norm(
     a: RotationAnalysis,
     site: Site,
