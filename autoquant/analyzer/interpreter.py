@@ -128,7 +128,10 @@ class Interpreter:
     values: dict[fx.Node, Value] = field(default_factory=dict)
     order: int = 0
     precision: float = field(init=False)
-    """Distance from 1 to the next number in the least precise floating-point format of the parameters."""
+    """Distance from 1 to the next number in the least precise floating-point format of the parameters, or in float32.
+
+    Norms compute in float32 whatever the model is in, and what that rounds is far below what a proof tells apart.
+    """
 
     def __post_init__(self) -> None:
         self.precision = max(
@@ -143,6 +146,7 @@ class Interpreter:
             ),
             default=math.inf,
         )
+        self.precision = max(self.precision, torch.finfo(torch.float32).eps)
 
     def run(self) -> None:
         names = parameter_names(self.captured)
