@@ -14,6 +14,7 @@ from torch import nn
 from autoquant.analyzer.analysis import Analysis, analyse
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.layers import ends_apart, find_stacks, represent, whole
+from autoquant.analyzer.lengths import common, longer_inputs
 from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
 from autoquant.analyzer.untraced import untraced
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
@@ -85,6 +86,7 @@ def analyze(
         else:
             traced, maps = module, whole(stacks, reason)
         captured, analysis = _trace(loaded, traced, how, progress, seconds)
+        analysis = replace(analysis, findings=_at_two_lengths(loaded, traced, analysis.findings, how))
         reason = disagreement(analysis.findings, maps)
         if reason is None:
             break
@@ -97,6 +99,23 @@ def analyze(
             where = f"{json_path(problems[0].path)}: {problems[0].message}"
             raise AutoQuantError(f"{source.name}: what was read off a shorter version of it does not fit it: {where}")
     return Analyzed(config, findings, analysis, captured, tuple(maps), seconds)
+
+
+def _at_two_lengths(loaded: LoadedModel, traced: nn.Module, found: Findings, how: How) -> Findings:
+    """What is found for longer inputs as well, where a factory's module takes them.
+
+    Configurations are run at other lengths by the certificate alone: a second trace of their full size costs too much.
+    """
+    if loaded.config is not None:
+        return found
+    for longer in longer_inputs(loaded):
+        try:
+            _fake_forward(traced, longer)
+            captured = captured_from(longer, traced, how)
+        except Exception:  # the user's code: it takes no inputs of this shape
+            continue
+        return common(found, analyse(captured).findings)
+    return found
 
 
 def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
