@@ -7,22 +7,33 @@ OUT := out
 STATIC := --strategy w_int8_per_channel_a_int8_per_tensor_static --force \
 	--calibration autoquant/data/sample.calibration.txt --sequences 6 --length 128
 
-.PHONY: demo test test-slow configs survey install clean
+# The tests of what needs no traced model of transformers, and of the layout: `make check` runs these alone.
+UNIT := $(wildcard tests/test_*.py) tests/config tests/io tests/executor tests/report tests/calibration tests/pipeline \
+	tests/evaluation tests/quantizer tests/docs/test_commands.py tests/analyzer/test_index_maps.py tests/analyzer/test_variables.py
+
+.PHONY: demo lint check test test-slow configs survey picture install clean
 
 demo: $(INSTALLED)
 	mkdir -p $(OUT)
 	$(BIN)/autoquant analyze autoquant/data/wikinano1m -o $(OUT)/wikinano1m.json --force
 	$(BIN)/autoquant analyze qwen3_moe -o $(OUT)/qwen3_moe.json --force
 	$(BIN)/autoquant quantize autoquant/data/wikinano1m $(OUT)/wikinano1m.json -o $(OUT)/plain \
-		--no-rotate --smooth none $(STATIC)
+		--transforms none $(STATIC)
 	$(BIN)/autoquant quantize autoquant/data/wikinano1m $(OUT)/wikinano1m.json -o $(OUT)/int8 $(STATIC)
 	$(BIN)/autoquant eval autoquant/data/wikinano1m $(OUT)/plain $(OUT)/int8 --reference autoquant/data/wikinano1m \
-		--data autoquant/data/sample.evaluation.txt --window 128
+		--data autoquant/data/sample.evaluation.txt --length 128
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Under three minutes on two cores: before each commit.
+check: lint
+	$(BIN)/pytest -q -n 2 -m "not slow" $(UNIT)
+
+# All but the slow tests: what CI runs.
+test: lint
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)
@@ -32,9 +43,13 @@ configs: $(INSTALLED)
 	$(BIN)/python -m autoquant schema -o schemas --force
 	$(BIN)/python -m autoquant.survey.generate generated_configs
 
-# All kinds of language models; `--kinds causal-lm` for one. Rows that are there are not made again: `rm -r docs/rows` for a new start.
+# All kinds of language models; `--task causal-lm` for one. Rows that are there are not made again: `rm -r docs/rows` for a new start.
 survey: $(INSTALLED)
 	$(BIN)/autoquant survey -o docs --configs generated_configs
+
+# docs/architecture.svg from the imports.
+picture: $(INSTALLED)
+	$(BIN)/python docs/architecture_picture.py
 
 install: $(INSTALLED)
 

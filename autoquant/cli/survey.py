@@ -41,11 +41,10 @@ def command(
     coverage.md and coverage.json; finished rows are kept in DIR/rows, and a second run goes on from there. Every type
     runs in a process of its own: what it costs, or how it fails, is one row.
     """
-    import json
     from functools import partial
 
     from autoquant.io.files import write_text
-    from autoquant.report.coverage import coverage_text, offers, proved, totals
+    from autoquant.report.coverage import coverage_text, offers, proved, rows_text, totals
     from autoquant.survey.generate import write_index
     from autoquant.survey.survey import chosen_names, examine, finished, name_of, registered, survey
 
@@ -71,6 +70,6 @@ def command(
             if not offers(row):
                 (configs / f"{name_of(row)}.json").unlink(missing_ok=True)
         write_index(configs)
-    write_text(output / "coverage.json", json.dumps(rows, indent=1) + "\n", force=True)
+    write_text(output / "coverage.json", rows_text(rows), force=True)
     write_text(output / "coverage.md", coverage_text(rows, COMMAND, absent), force=True)
     click.echo(", ".join(f"{number} {what}" for what, number in totals(rows).items()))

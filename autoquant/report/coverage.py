@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from autoquant.models.tasks import KINDS, full_name, split_name
 
 Row = dict[str, Any]
+
+TIMINGS = ("seconds", "steps")
+"""Keys of a row that differ from run to run."""
 
 
 def totals(rows: Sequence[Row]) -> dict[str, int]:
@@ -34,6 +38,12 @@ def proved(row: Row) -> bool:
 def offers(row: Row) -> bool:
     """Whether something is claimed and proved."""
     return proved(row) and row["groups"] + row["spaces"] > 0
+
+
+def rows_text(rows: Sequence[Row]) -> str:
+    """``coverage.json``: a row on each line, without what it took, so that a difference shows what was found."""
+    kept = ({key: value for key, value in row.items() if key not in TIMINGS} for row in rows)
+    return "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n"
 
 
 def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ()) -> str:
@@ -64,9 +74,9 @@ def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ())
             "",
             f"## {kind}",
             "",
-            "| type | captured | linears smoothed | groups | residual rotation | spaces | online | certificate, worst "
-            "| seconds |",
-            "|---|---|---:|---:|---|---:|---:|---:|---:|",
+            "| type | captured | linears smoothed | groups | residual rotation | spaces | online "
+            "| certificate, worst |",
+            "|---|---|---:|---:|---|---:|---:|---:|",
             *(_line(row) for row in mine),
             _sums(mine),
         ]
@@ -120,10 +130,10 @@ def _listed_rows(
 
 
 def _seconds(rows: Sequence[Row]) -> list[str]:
-    """What the steps cost."""
-    steps = [row["steps"] for row in rows if row.get("captured")]
+    """What the steps cost, where the rows say it."""
+    steps = [row["steps"] for row in rows if row.get("captured") and "steps" in row]
     if not steps:
-        return ["Nothing was captured."]
+        return [] if any(row.get("captured") for row in rows) else ["Nothing was captured."]
     ratio = median(step["analysis"] / max(step["capture"], 0.01) for step in steps)
     medians = ", ".join(f"{name} {median(step.get(name, 0) for step in steps):.1f} s" for name in steps[0])
     total = sum(row.get("seconds", 0) for row in rows)
@@ -135,7 +145,7 @@ def _seconds(rows: Sequence[Row]) -> list[str]:
 
 def _line(row: Row) -> str:
     if not row.get("captured"):
-        return f"| {row['type']} | no | | | | | | | {row.get('seconds', '')} |"
+        return f"| {row['type']} | no | | | | | | |"
     if not proved(row):
         worst = "not proved"
     else:
@@ -149,7 +159,6 @@ def _line(row: Row) -> str:
         row["spaces"],
         row["online"],
         worst,
-        row["seconds"],
     )
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -168,7 +177,6 @@ def _sums(rows: Sequence[Row]) -> str:
         f"**{_sum(captured, 'spaces')}**",
         f"**{_sum(captured, 'online')}**",
         f"**{len(holding)} proved, worst {worst:.0e}**",
-        f"**{sum(row.get('seconds', 0) for row in rows):.0f}**",
     )
     return f"| {' | '.join(cells)} |"
 

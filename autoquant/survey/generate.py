@@ -74,7 +74,7 @@ def index_text(configs: Mapping[str, Config]) -> str:
         "",
         "One config for the default size of each model type for which at least one group is proved, written by",
         f"`{COMMAND}`. A test fails where a config is not what the analyzer finds. A type in a folder is taken as the",
-        "kind of model that the folder names: `autoquant analyze t5 --kind seq2seq-lm`.",
+        "kind of model that the folder names: `autoquant analyze t5 --task seq2seq-lm`.",
     ]
     for kind in KINDS:
         mine = {name: config for name, config in configs.items() if split_name(name)[1] == kind}

@@ -21,7 +21,7 @@ from autoquant.analyzer.analyze import analyze
 from autoquant.errors import AutoQuantError
 from autoquant.models.repair import resolve
 from autoquant.models.tasks import KINDS, full_name, split_name
-from autoquant.report.coverage import coverage_text, offers, totals
+from autoquant.report.coverage import coverage_text, offers, rows_text, totals
 from autoquant.survey.survey import Row, chosen_names, examine, finished, name_of, registered, stacks_of, survey
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "coverage.json"
@@ -216,12 +216,12 @@ def test_the_page_has_every_row_totals_and_reasons() -> None:
         "| seq2seq-lm | 1 | 1 | 1 | 1 | 1 | 1 | 0 | 0 |",
         "| **all** | 4 | 3 | 2 | 2 | 2 | 2 | 1 | 0 |",
         "## causal-lm",
-        "| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | 2e-15 | 3.5 |",
-        "| odd | export | 0 of 3 | 0 | blocked | 0 | 0 | not proved | 1.0 |",
-        "| none | no | | | | | | | 0.5 |",
-        "| **3** | **2** | **4 of 8** | **2** | **1** | **1** | **0** | **1 proved, worst 2e-15** | **5** |",
+        "| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | 2e-15 |",
+        "| odd | export | 0 of 3 | 0 | blocked | 0 | 0 | not proved |",
+        "| none | no | | | | | | |",
+        "| **3** | **2** | **4 of 8** | **2** | **1** | **1** | **0** | **1 proved, worst 2e-15** |",
         "## seq2seq-lm",
-        "| good | dynamo | 4 of 5 | 3 | 64, 32 | 2 | 0 | 1e-15 | 4.0 |",
+        "| good | dynamo | 4 of 5 | 3 | 64, 32 | 2 | 0 | 1e-15 |",
         "- **none**: no graph",
         "- **odd**: the small model cannot be run",
         "- **odd**: it is normalised (aten.add at norm)",
@@ -237,6 +237,23 @@ def test_the_page_has_every_row_totals_and_reasons() -> None:
     assert "analysis takes 0.20 of the capture's time at the median" in text
 
 
+def test_rows_are_a_line_each_without_what_they_took() -> None:
+    text = rows_text(ROWS)
+    assert len(text.splitlines()) == len(ROWS) + 2
+    assert [name_of(row) for row in json.loads(text)] == [name_of(row) for row in ROWS]
+    assert not any({"seconds", "steps"} & row.keys() for row in json.loads(text))
+
+
+def test_the_committed_page_is_that_of_the_committed_rows() -> None:
+    rows = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    assert COMMITTED.read_text(encoding="utf-8") == rows_text(rows)
+    page = COMMITTED.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    expected = coverage_text(rows, "make survey").splitlines()
+    timings = [line for line in page if line not in expected]
+    assert [line.partition(":")[0] for line in timings] == ["Medians"]
+    assert [line for line in page if line not in timings and line] == [line for line in expected if line]
+
+
 def test_a_row_whose_config_cannot_be_written_is_not_proved() -> None:
     refused = ROWS[0] | {"unproved": "2 problems: the config is not valid"}
     rows = [refused, *ROWS[1:]]
@@ -244,7 +261,7 @@ def test_a_row_whose_config_cannot_be_written_is_not_proved() -> None:
     assert totals(rows)["proved"] == totals(ROWS)["proved"] - 1
     assert not offers(refused)
     text = coverage_text(rows, "make survey")
-    assert "\n| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | not proved | 3.5 |\n" in text
+    assert "\n| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | not proved |\n" in text
     assert "**0 proved, worst 0e+00**" in text
     _, _, after = text.partition("\n## Not proved\n")
     assert "\n- **good**: 2 problems: the config is not valid\n" in after.partition("\n## ")[0]
@@ -277,7 +294,7 @@ def comparable(row: Row) -> Row:
 
 
 def test_a_sample_of_the_committed_rows_is_what_is_found_now() -> None:
-    """After a change of the analyzer: `make survey`. AUTOQUANT_SEED draws others of the quickest fifth of each kind."""
+    """After a change of the analyzer: `make survey`. AUTOQUANT_SEED draws others of the smallest fifth of each kind."""
     rows: list[Row] = json.loads(COMMITTED.read_text(encoding="utf-8"))
     rows = [row for row in rows if (row["torch"], row["transformers"]) == tuple(VERSIONS.values())]
     if not rows:
@@ -291,7 +308,7 @@ def test_a_sample_of_the_committed_rows_is_what_is_found_now() -> None:
 
 
 def sample(rows: list[Row], seed: int) -> list[Row]:
-    """Two of the quickest fifth of the captured rows, or as many as there are."""
-    captured = sorted((row for row in rows if row.get("captured")), key=lambda row: float(row["seconds"]))
+    """Two of the fifth of the captured rows with the fewest linears, or as many as there are."""
+    captured = sorted((row for row in rows if row.get("captured")), key=lambda row: (row["linears"], name_of(row)))
     quick = sorted(captured[: -(-len(captured) // 5)], key=name_of)
     return random.Random(seed).sample(quick, min(2, len(quick)))

@@ -1,0 +1,33 @@
+"""README shows what is printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from autoquant.cli.main import main
+
+README = Path(__file__).parents[2] / "README.md"
+SHOWN = re.compile(r"^\$ (autoquant [^\n]+)\n(.*?)(?=^\$ |^```)", re.MULTILINE | re.DOTALL)
+
+
+def test_readme_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shown output is printed in this order, lines left out where '…' stands; a line that ends in it is cut."""
+    monkeypatch.chdir(tmp_path)
+    shown = SHOWN.findall(README.read_text(encoding="utf-8"))
+    assert shown
+    for line, output in shown:
+        result = CliRunner(env={"COLUMNS": "140"}).invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, result.output
+        printed = iter(result.output.splitlines())
+        for expected in filter(None, map(str.strip, output.splitlines())):
+            if expected != "…":
+                assert any(squeezed(p).startswith(squeezed(expected.removesuffix("…"))) for p in printed), expected
+
+
+def squeezed(line: str) -> str:
+    return re.sub(r"[ ─]+", " ", line).strip()
