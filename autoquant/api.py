@@ -229,6 +229,7 @@ def quantize(
         return quantize_module_(model if inplace else copy.deepcopy(model), recipe, progress)
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
+    from autoquant.calibration.idle_experts import idle_text
     from autoquant.io.folders import check_target
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Written
@@ -247,10 +248,12 @@ def quantize(
         "length": length,
         "calibration": Path(calibration).name if isinstance(calibration, str | Path) else None,
     }
-    quantize_checkpoint(source, target, recipe, options, low_memory=low_memory, force=force, progress=progress)
+    done = quantize_checkpoint(source, target, recipe, options, low_memory=low_memory, force=force, progress=progress)
     before, after = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (source, target))
     said = f"{target}: {recipe.strategy.value} after {chosen}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB"
-    return Written(target, (said,), {**options, "bytes_before": before, "bytes_after": after})
+    idle = (idle_text(done.idle),) if done.idle else ()
+    facts = {"bytes_before": before, "bytes_after": after, "idle_experts": dict(done.idle)}
+    return Written(target, (said, *idle), {**options, **facts})
 
 
 def search(
@@ -292,7 +295,8 @@ def search(
             raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(MEANS))}; there are {', '.join(MEANS)}")
     folder, text, place = Path(model), Path(calibration), device_of(device)
     tokenizer = load_tokenizer(folder)
-    windows = calibration_windows(tokenizer, CalibrationOptions(text, sequences + held_out, length, seed))
+    lower = "--sequences, --held-out or --length"
+    windows = calibration_windows(tokenizer, CalibrationOptions(text, sequences + held_out, length, seed, lower=lower))
     judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
     if not shares_scale(chosen):
         judging = rebatched(judging, JUDGED_TOGETHER)

@@ -2,7 +2,8 @@
 
 A static scale is paid for by every token: half of it is the largest rounding error of each value. Clipping a few large
 values costs them and gains the others. Where the least error lies is a matter of measuring: of the input's own error
-(Banner et al. 2019), or of the error that the linear makes of it, which weighs each channel by its columns.
+(MSE: Banner et al. 2019, "Post Training 4-bit Quantization of Convolutional Networks for Rapid-Deployment"), or of the
+error that the linear makes of it, which weighs each channel by its columns.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ One forward pass over all calibration windows at once. The batch holds every win
 floating point, the second runs through the linears that are quantized already. When a linear is called, its exact
 inputs and its noisy ones are both there: its static scale is chosen on the noisy ones, its weight is rounded against
 the exact ones, and the second half goes on with the int8 result. So nothing is swept twice, and upstream noise is
-present in every decision (Qronos, Zhang et al. 2025; the noise-free variant is GPTQ's).
+present in every decision, as in Qronos (Zhang et al. 2025, "Qronos: Correcting the Past by Shaping the Future in
+Post-Training Quantization"); GPTQ (Frantar et al. 2022) rounds each weight against its noisy inputs alone. The
+arithmetic of both is in :mod:`autoquant.algorithms.rounding`.
 
 A linear whose rows are no longer the windows in order (an expert's tokens) cannot be split in halves: it is rounded to
 the nearest value, and its static scale is the maximum. Shapes: N windows, T tokens, O outputs, I inputs.
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoquant.algorithms.bias_correction import corrected_bias
 from autoquant.algorithms.clipping import clipped_maximum
 from autoquant.algorithms.rounding import corrected, cross_moment, gptq
 from autoquant.calibration.runner import Progress, Runner, silent, whole
@@ -45,7 +48,7 @@ class _Done(BaseException):
 
 
 def needs_values(planned: Sequence[PlannedLinear]) -> bool:
-    """Whether any linear needs more of the calibration than maxima."""
+    """True if any linear needs more of the calibration than maxima."""
     return any(
         entry.weights.rounding is not Rounding.NEAREST
         or entry.weights.bias_correction
@@ -107,7 +110,7 @@ def walk(
 
 
 def _splits(x: Any, output: Any, rows: int, weight_OI: Tensor, bias: Tensor | None) -> bool:
-    """Whether a module's input holds all windows twice, and its output is the product that its parameters say."""
+    """True if a module's input holds all windows twice, and its output is the product that its parameters say."""
     if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.dim() >= 2 and x.shape[0] == rows):
         return False
     if x.shape[-1] != weight_OI.shape[1]:
@@ -147,7 +150,7 @@ def round_in_sequence(
 
 
 def round_linear(entry: PlannedLinear, exact: Tensor, noisy: Tensor, weight: Tensor, bias: Tensor | None) -> Rounded:
-    """One linear by its own settings; ``exact`` and ``noisy`` [T, I], ``weight`` [O, I], ``bias`` [O] or null."""
+    """One linear by its own settings; ``exact`` and ``noisy`` [T, I], ``weight`` [O, I], ``bias`` [O] or None."""
     settings = entry.weights
     input_scale = static_input_scale(entry, noisy, weight, entry.activations)
     target = weight
@@ -161,9 +164,7 @@ def round_linear(entry: PlannedLinear, exact: Tensor, noisy: Tensor, weight: Ten
     nearest = settings.rounding is Rounding.NEAREST
     values = int8.quantize(target, scale) if nearest else gptq(target, moment, scale)
     if settings.bias_correction:
-        difference = functional.linear(exact, weight) - functional.linear(inputs, int8.dequantize(values, scale))
-        mean = difference.mean(0, dtype=torch.float64).to(weight.dtype)
-        bias = mean if bias is None else bias + mean
+        bias = corrected_bias(exact, weight, inputs, int8.dequantize(values, scale), bias)
     return Rounded(values.contiguous(), scale, input_scale, bias, 0.0)
 
 
@@ -176,7 +177,7 @@ def weight_scale(weight: Tensor, entry: PlannedLinear, settings: WeightQuantizat
 def static_input_scale(
     entry: PlannedLinear, noisy: Tensor, weight: Tensor, choice: ActivationQuantization
 ) -> Tensor | None:
-    """The static scale [] of inputs [T, I], null for dynamic ones. Raises AutoQuantError where none exists."""
+    """The static scale [] of inputs [T, I], None for dynamic ones. Raises AutoQuantError where none exists."""
     if not entry.scheme.is_static:
         return None
     largest = clipped_maximum(noisy, weight, choice)

@@ -1,6 +1,7 @@
 """Which tokens a fixed prefix should hold, by the inputs of a model's widest linears.
 
-PrefixQuant (Chen et al. 2024, section 4) calls a token an outlier whose largest input is far above the median token's,
+PrefixQuant (Chen et al. 2024, "PrefixQuant: Eliminating Outliers by Prefixed Tokens for Large Language Models
+Quantization", section 4) calls a token an outlier whose largest input is far above the median token's,
 finds them at down projections, and prefixes the most frequent ones, as many as a sequence has of them. Here the widest
 linears of the config stand for the down projections, so that no architecture has to be known; and a first token that
 is one is told apart from the others, because there it is the position that counts: BOS serves for all.

@@ -6,6 +6,9 @@ key cache with one scale has the same rounding error e in every channel, and a s
 smallest s that is allowed, hence the best, is ``max|k_c|`` times a constant. All channels then reach the same maximum;
 there is no alpha to choose. The constant, which changes nothing, keeps the geometric mean of s at 1.
 
+SmoothAttention (QServe, Lin et al. 2024, "QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM Serving")
+scales queries and keys in this way, with ``s = max|k_c| ** alpha``.
+
 Channels that the rotary embedding mixes share their s (the config's index says so), the largest maximum counting.
 """
 

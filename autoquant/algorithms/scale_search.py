@@ -1,9 +1,11 @@
 """The free scales of smoothing groups, chosen by what they do to the quantized output.
 
-A group's scales are a gauge: every choice leaves the float model as it is, and each leaves another rounding error. They
-are chosen in the sequence of the forward pass, each on inputs that carry the noise of everything quantized before, by
+Every choice of a group's scales leaves the float model as it is, and each leaves another rounding error. They are
+chosen in the sequence of the forward pass, each on inputs that carry the noise of everything quantized before, by
 the output error of the group's own linears under the strategy: SmoothQuant's alpha from a grid, or all scales freely
-by coordinate descent (:mod:`autoquant.algorithms.scale_descent`).
+by coordinate descent (:mod:`autoquant.algorithms.scale_descent`). SmoothQuant (Xiao et al. 2023) searches
+one alpha for a model; a grid by output error for each layer is AWQ's (Lin et al. 2023, "AWQ: Activation-aware Weight
+Quantization for LLM Compression and Acceleration").
 """
 
 from __future__ import annotations
@@ -168,7 +170,7 @@ def _rooted(group: ResolvedGroup, found: Chosen) -> Chosen:
 
 
 def _reads_one_tensor(group: ResolvedGroup, planned: Mapping[str, PlannedLinear]) -> bool:
-    """Whether the group's quantized linears are plain ones that read the scaled tensor itself, all in the same way."""
+    """True if the group's quantized linears are plain ones that read the scaled tensor itself, all in the same way."""
     mine = [(slot, planned[slot.name]) for slot in group.targets if slot.name in planned]
     if not mine:
         return False

@@ -1,4 +1,6 @@
-"""Rotations of the residual stream that are learned: SpinQuant's R1 (Liu et al. 2024).
+"""Rotations of the residual stream that are learned.
+
+SpinQuant's R1 (Liu et al. 2024, "SpinQuant: LLM Quantization with Learned Rotations").
 
 A Hadamard rotation spreads outliers without looking at the model. Among all rotations, which leave the float model
 alike as it is, some quantize better. So a model that is rotated already is turned further, by the orthogonal Q that

@@ -79,7 +79,7 @@ class _Cancelled(BaseException):
 
 @dataclass(slots=True, eq=False)
 class _Walk:
-    """One work: the layer that it waits for (null: it has not begun or has ended), and the two signals."""
+    """One work: the layer that it waits for (None: it has not begun or has ended), and the two signals."""
 
     work: Callable[[], None]
     wants: str | None = None

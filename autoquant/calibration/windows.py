@@ -61,7 +61,7 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
 def cut_windows(
     ids: Sequence[int], window: int = 512, bos: int | None = None, tokens: int | None = None, batch: int = 1
 ) -> Windows:
-    """Cut the first ``tokens`` ids (all: null) into windows of ``window`` tokens, each behind ``bos`` (null: none).
+    """Cut the first ``tokens`` ids (all: None) into windows of ``window`` tokens, each behind ``bos`` (None: none).
 
     Without a BOS token the first token of each window is context only and is not predicted. ``batch`` windows of equal
     length share a forward pass. Raises AutoQuantError where there is nothing to predict.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.calibration.idle_experts import idle_experts
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
 from autoquant.checkpoint.formats.native import ready, write_folder
 from autoquant.checkpoint.streamed import Streamed, check_streamable, open_weights, quantize_streamed
@@ -25,7 +26,7 @@ from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.quantize import Quantized, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import Progress, prepare_held_, silent
-from autoquant.quantizer.strategies import kv_granularity
+from autoquant.quantizer.strategies import kv_granularity, plan_linears
 from autoquant.version import __version__
 
 
@@ -50,8 +51,8 @@ def quantize_checkpoint(
     low_memory: bool = False,
     force: bool = False,
     progress: Progress = silent,
-) -> None:
-    """Rotate, calibrate, smooth and quantize ``source`` and write it to ``target``.
+) -> Quantized:
+    """Rotate, calibrate, smooth and quantize ``source`` and write it to ``target``; returns what was done.
 
     Rotations are computed in float64 and everything else in float32; what stays in floating point is written in its own
     stored dtype. ``low_memory``: one decoder layer is in memory at a time; the same bytes are written. Raises
@@ -68,8 +69,8 @@ def quantize_checkpoint(
         check_streamable(config, strategy, selected)
     batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
     prepared = prepare_held_(held, selected, config, strategy, batches, cache=has_static_cache(recipe), tell=progress)
-    quantized = Quantized()
     if isinstance(held, Streamed):
+        quantized = Quantized(idle=idle_experts(plan_linears(config, strategy), prepared.swept.inputs))
         made = quantize_streamed(held, config, strategy, prepared.swept, dtypes, lambda *at: progress("write", *at))
     else:
         progress("quantize", 0, 1)
@@ -86,6 +87,7 @@ def quantize_checkpoint(
     }
     tokenizer = load_tokenizer(source)
     write_folder(made.model, target, used_config(recipe), facts, made.described, made.tensors, tokenizer, force=force)
+    return quantized
 
 
 def load_float32(source: Path) -> nn.Module:
@@ -105,7 +107,7 @@ def required_calibration(recipe: Recipe) -> tuple[Tensor, ...]:
 
 
 def has_static_cache(recipe: Recipe) -> bool:
-    """Whether keys and values have to be observed."""
+    """True if keys and values have to be observed."""
     granularity = kv_granularity(recipe.config, recipe.strategy)
     return granularity is not None and granularity.is_static
 
@@ -126,6 +128,7 @@ def provenance(recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Q
         "identities": list(plan.identities),
         "output_errors": {name: float(f"{error:.3g}") for name, error in quantized.errors.items()},
         "rounded_to_nearest": list(quantized.nearest),
+        "idle_experts": {module: list(numbers) for module, numbers in quantized.idle.items()},
         "online": [{"kind": o.kind, "path": o.path, "size": o.size} for o in plan.online],
     }
 

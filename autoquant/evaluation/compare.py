@@ -144,7 +144,7 @@ def _measure(task: Task, model: nn.Module, transforms: str, strategy: str) -> Ce
 
 
 def shares_scale(strategy: str) -> bool:
-    """Whether what is in one forward pass has one scale: windows then go one by one."""
+    """True if what is in one forward pass has one scale: windows then go one by one."""
     if strategy not in list(Strategy):
         return False
     scheme = scheme_of(Strategy(strategy))

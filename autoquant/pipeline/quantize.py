@@ -21,6 +21,7 @@ from autoquant.algorithms.gptq_qronos import needs_values, round_in_sequence
 from autoquant.algorithms.query_key import key_scales, scaled_keys
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import group_maxima
+from autoquant.calibration.idle_experts import IdleExperts, idle_experts
 from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy
 from autoquant.errors import AutoQuantError
@@ -192,12 +193,14 @@ def smooth_held_(held: Held, selected: Selected, swept: Sweep) -> Sweep:
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """What quantization did beyond replacing linears: biases made for a correction, the output error of each linear
-    that was decided in sequence (a share of the squared output), and the weights that fell back to maxima.
+    that was decided in sequence (a share of the squared output), the weights that fell back to maxima, and the experts
+    that no calibration token reached.
     """
 
     created: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
     nearest: tuple[str, ...] = ()
+    idle: IdleExperts = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -227,11 +230,12 @@ def quantize_model_(
         quantize_cache_(model, granularity, swept.cache)
     corrected = [entry for entry in planned if entry.weight in rounded and entry.weights.bias_correction]
     created = tuple(f"{entry.path}.bias" for entry in corrected if entry.bias is None)
-    return Quantized(created, {name: one.error for name, one in rounded.items()}, missed)
+    errors = {name: one.error for name, one in rounded.items()}
+    return Quantized(created, errors, missed, idle_experts(planned, swept.inputs))
 
 
 def needs_sweep(config: Config, strategy: Strategy, selected: Selected) -> bool:
-    """Whether anything has to be calibrated."""
+    """True if anything has to be calibrated."""
     planned = plan_linears(config, strategy)
     static = needs_calibration(planned, kv_granularity(config, strategy))
     learned = any(space.method is RotationMethod.LEARNED for space in selected.resolved.spaces)

@@ -41,7 +41,7 @@ def silent(step: str, done: int, total: int) -> None:
 
 
 def depends_on_strategy(config: Config) -> bool:
-    """Whether a model that is prepared for one strategy is not prepared for all."""
+    """True if a model that is prepared for one strategy is not prepared for all."""
     smoothing, rotation = config.smoothing, config.rotation
     methods = {smoothing.method, *(group.method for group in smoothing.groups)}
     methods |= {override.method for group in smoothing.groups for override in group.overrides}

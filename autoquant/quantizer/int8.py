@@ -32,7 +32,7 @@ EXACT_INT32_DEPTH = 133_144
 
 
 def absmax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """Largest magnitude over ``dims`` (all: null), float32, the reduced dimensions kept with extent 1; 0 if empty."""
+    """Largest magnitude over ``dims`` (all: None), float32, the reduced dimensions kept with extent 1; 0 if empty."""
     dims = tuple(range(x.dim())) if dims is None else dims
     if x.numel() == 0:
         shape = [1 if d in {k % x.dim() for k in dims} else n for d, n in enumerate(x.shape)]
@@ -47,7 +47,7 @@ def scale_of(maximum: Tensor) -> Tensor:
 
 
 def absmax_scale(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """Scale ``max|x| / 127`` over ``dims`` (all: null), kept with extent 1; float32, error at most scale / 2."""
+    """Scale ``max|x| / 127`` over ``dims`` (all: None), kept with extent 1; float32, error at most scale / 2."""
     return scale_of(absmax(x, dims))
 
 
@@ -108,7 +108,7 @@ def reference_matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def probe_int_mm(device: str) -> bool:
-    """Whether ``torch._int_mm`` exists on the device type and gets every probe right.
+    """True if ``torch._int_mm`` exists on the device type and gets every probe right.
 
     The probes hold extreme values: AVX2 kernels shift one factor to 0 ... 255 and multiply by ``vpmaddubsw``, which
     saturates the sum of two products to int16 in silence; random data rarely shows it. They cover single rows, ragged

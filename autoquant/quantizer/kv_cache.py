@@ -37,7 +37,7 @@ MODULE = "kv_cache_int8"
 
 
 class KVScales(nn.Module):
-    """How a model's cache is quantized: the granularity, and static scales [layers] as buffers (null when dynamic)."""
+    """How a model's cache is quantized: the granularity, and static scales [layers] as buffers (None when dynamic)."""
 
     key: Tensor | None
     value: Tensor | None
@@ -266,7 +266,7 @@ def _use_int8_cache(
 
 
 def wants_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward pass with these arguments returns its cache."""
+    """True if a forward pass with these arguments returns its cache."""
     asked = kwargs.get("use_cache")
     return bool(getattr(model.config, "use_cache", True) if asked is None else asked)
 
@@ -278,7 +278,7 @@ def _withhold_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def replace_fields(output: Any, **fields: Any) -> Any:
-    """A transformers output with other values; its own assignment keeps what is replaced by null under its key."""
+    """A transformers output with other values; its own assignment keeps what is replaced by None under its key."""
     return type(output)(**{**dict(output.items()), **fields})
 
 

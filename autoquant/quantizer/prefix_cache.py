@@ -20,7 +20,7 @@ class Call:
     """What has to be done behind one forward pass; kept with its cache, since passes may run side by side.
 
     ``covered``: leading input tokens that the prefix stands for; ``all_covered``: there are no others. ``keep``: the
-    caller's ``logits_to_keep``. ``cache``: what the caller gets, null for no cache.
+    caller's ``logits_to_keep``. ``cache``: what the caller gets, None for no cache.
     """
 
     covered: int

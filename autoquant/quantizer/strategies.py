@@ -20,7 +20,7 @@ class Granularity(StrEnum):
 
     @property
     def is_static(self) -> bool:
-        """Whether the scale comes from calibration."""
+        """True if the scale comes from calibration."""
         return self is Granularity.TENSOR_STATIC
 
 
@@ -34,7 +34,7 @@ class Scheme:
 
     @property
     def is_static(self) -> bool:
-        """Whether linears need calibrated activation maxima."""
+        """True if linears need calibrated activation maxima."""
         return self.activation.is_static
 
 
@@ -95,12 +95,12 @@ def plan_linears(config: Config, strategy: Strategy | None = None) -> tuple[Plan
 
 
 def kv_granularity(config: Config, strategy: Strategy | None = None) -> Granularity | None:
-    """Granularity of the key/value cache: that of the model's strategy; null where the cache stays floating-point."""
+    """Granularity of the key/value cache: that of the model's strategy; None where the cache stays floating-point."""
     return scheme_of(strategy or config.quantization.strategy).kv_cache
 
 
 def needs_calibration(planned: Sequence[PlannedLinear], kv_cache: Granularity | None) -> bool:
-    """Whether any scale is static."""
+    """True if any scale is static."""
     return any(linear.scheme.is_static for linear in planned) or (kv_cache is not None and kv_cache.is_static)
 
 

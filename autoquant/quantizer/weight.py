@@ -29,7 +29,7 @@ class WeightView:
     """A look at an int8 weight: all of it, one expert, or its transpose.
 
     ``values`` is int8 [(E,) O, I] and ``scale`` float32 [(E,) O or 1, 1]; ``input_scale`` is float32 [(E)] for static
-    activations and null for dynamic ones. ``transposed`` shows it as [(E,) I, O]; ``dtype`` is the one it pretends to
+    activations and None for dynamic ones. ``transposed`` shows it as [(E,) I, O]; ``dtype`` is the one it pretends to
     have.
     """
 
