@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autoquant.config.file import load_config as _load_config
 from autoquant.config.file import save_config as _save_config
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.config.strategies import parse_strategies, parse_strategy
 from autoquant.errors import AutoQuantError
 from autoquant.models.tasks import Kind
@@ -107,16 +107,18 @@ def check(
     if model is None:
         return Checked(loaded, file)
     from autoquant.config.check import json_path
-    from autoquant.executor.fit import model_problems, problems_error, structure_of
+    from autoquant.executor.resolve import problems
+    from autoquant.models.fit import MAX_EXPLAINED, problems_error
     from autoquant.models.source import build_structure
+    from autoquant.models.structure import structure_of
 
     name = _name(model, type(model).__name__)
     source = _source(model, example_inputs, layers, task, trust_remote_code)
-    found = model_problems(loaded, structure_of(build_structure(source)))
+    found = problems(loaded, structure_of(build_structure(source)))
     if found and isinstance(config, str | Path):
         raise problems_error(Path(config), name, found)
     if found:  # no file, so no lines to point to
-        details = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in found)
+        details = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in found[:MAX_EXPLAINED])
         raise AutoQuantError(f"the config does not fit {name}: {len(found)} problems", details)
     return Checked(loaded, file, name)
 
@@ -178,12 +180,12 @@ def apply(
     one. Raises AutoQuantError where the config does not fit, and where smoothing has nothing to calibrate on.
     """
     loaded, chosen = _config(config), _transforms(transforms)
-    from autoquant.models.inventory import take_inventory
+    from autoquant.models.structure import structure_of
     from autoquant.pipeline.quantize import select
     from autoquant.pipeline.transform import prepare_
 
     batches = _batches(calibration, tokenizer, sequences, length, seed)
-    selected = select(loaded, take_inventory(module), chosen, seed)
+    selected = select(loaded, structure_of(module), chosen, seed)
     if selected.resolved.groups and not batches:
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
     changed = module if inplace else copy.deepcopy(module)

@@ -26,7 +26,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 
 Key = tuple[str, int | None]
 
@@ -50,7 +50,7 @@ def add_outliers_(
     state (up -> down, fc1 -> fc2), between linears. A group that has larger outliers already keeps them.
     """
     batches = list(batches)
-    resolved = _chosen(resolve(config, take_inventory(model), rotate=False, smooth="all"), config)
+    resolved = _chosen(resolve(config, structure_of(model), rotate=False, smooth="all"), config)
     if not resolved.groups:
         raise AutoQuantError("the config has no norm -> linear or up -> down group in repeated layers")
     maxima = collect_activation_maxima(model, resolved, batches)

@@ -144,13 +144,6 @@ CHECKS = (
 )
 
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "imports_against_the_order": dict.fromkeys(
-        (
-            "analyzer/analyze.py -> autoquant.executor.fit.model_problems",
-            "analyzer/analyze.py -> autoquant.executor.fit.structure_of",
-        ),
-        "a merge of issue 13 is under way",
-    ),
     "long_functions": dict.fromkeys(
         ("cli/apply.py::command",),
         "the thin commands of issue 13 are under way",

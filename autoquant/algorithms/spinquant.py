@@ -41,8 +41,8 @@ from autoquant.executor.operations import rotated
 from autoquant.executor.plan import make_plan
 from autoquant.executor.resolved import Resolved, ResolvedRead, ResolvedSpace, RotatedSlot
 from autoquant.executor.rotation import dense_rotation, seed_number
-from autoquant.models.inventory import take_inventory
 from autoquant.models.locate import locate, present_name
+from autoquant.models.structure import structure_of
 from autoquant.quantizer import int8
 from autoquant.quantizer.strategies import Granularity, PlannedLinear
 
@@ -179,13 +179,13 @@ def turn_(model: nn.Module, space: ResolvedSpace, q: Tensor) -> None:
         reads=tuple(ResolvedRead(None, tuple(bare(reader) for reader in read.readers)) for read in space.reads),
         given=dense_rotation(q.double().cpu(), "learned"),
     )
-    plan = make_plan(Resolved((further,), (), ()), take_inventory(model), model.get_parameter, None)
+    plan = make_plan(Resolved((further,), (), ()), structure_of(model), model.get_parameter, None)
     execute_(model, plan)
 
 
 def _members(model: nn.Module, space: ResolvedSpace) -> dict[str, RotatedSlot]:
     """Writers and readers by their parameter's present name, tied ones once."""
-    canonical = take_inventory(model).canonical
+    canonical = structure_of(model).canonical
     slots = (*space.writers, *(reader for read in space.reads for reader in read.readers))
     return {canonical[present_name(model, slot.name)]: slot for slot in slots}
 

@@ -31,12 +31,12 @@ from autoquant.config.format import (
     Smoothing,
 )
 from autoquant.errors import AutoQuantError
-from autoquant.executor.fit import model_problems, structure_of
 from autoquant.library_patches import FakeTensorMode, marked_as_compiling
 from autoquant.models.build import build_meta
+from autoquant.models.fit import structure_problems
 from autoquant.models.inputs import NO_SHAPES, masks_beside
 from autoquant.models.source import LoadedModel, ModelSource
-from autoquant.models.structure import fingerprint, shapes_of, ties_of
+from autoquant.models.structure import structure_of
 from autoquant.threads import one_thread
 from autoquant.version import __version__
 
@@ -94,7 +94,7 @@ def analyze(
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)
     config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
     if loaded.short is not None:
-        problems = model_problems(config, structure_of(loaded.module))
+        problems = structure_problems(config, structure_of(loaded.module))
         if problems:  # what was found hangs on how many positions there are
             where = f"{json_path(problems[0].path)}: {problems[0].message}"
             raise AutoQuantError(f"{source.name}: what was read off a shorter version of it does not fit it: {where}")
@@ -170,14 +170,17 @@ def build_config(
     scores = analysis.scales.analysis.scores
     residual = next((space.size for space in findings.spaces if space.kind == "R1"), None)
     tables = [f for f in analysis.scales.analysis.axes.all() if f.role == "table"]
+    structure = structure_of(module)
+    structure = structure_of(module)
+    structure = structure_of(module)
     facts = ModelFacts(
         layers=layers,
         hidden_size=residual or (tables[0].count if tables else None),
         heads=scores[0].heads if scores else None,
         kv_heads=scores[0].kv_heads if scores else None,
         head_size=scores[0].head_size if scores else None,
-        parameters=sum(p.numel() for p in module.parameters()),
-        tied=ties_of(module),
+        parameters=structure.parameters,
+        tied=structure.ties,
         linears=findings.linears,
     )
     return Config.model_validate(
@@ -190,7 +193,7 @@ def build_config(
                 transformers=_version("transformers") if source.config is not None else None,
                 model=source.name,
                 capture=captured.how,
-                fingerprint=fingerprint(shapes_of(module), ties_of(module)),
+                fingerprint=structure.fingerprint,
             ),
             "model": facts,
             "smoothing": Smoothing(groups=findings.groups),

@@ -22,7 +22,8 @@ from autoquant.analyzer.smoothing_groups import module_of
 from autoquant.analyzer.templates import StackMap
 from autoquant.analyzer.variables import Reason
 from autoquant.config.format import Linear, SmoothingKind
-from autoquant.config.layers import LAYER, did_you_mean, layer_set
+from autoquant.config.layers import LAYER, layer_set
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
 

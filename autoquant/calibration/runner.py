@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoquant.analyzer.layers import find_stacks
 from autoquant.calibration.layer_by_layer import run_in_step
 from autoquant.calibration.windows import check_fit
-from autoquant.models.inventory import Inventory
+from autoquant.models.structure import ModelStructure
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and of how much."""
@@ -81,7 +81,7 @@ class LayerByLayer:
     layers (embeddings, head) stay in memory. ``progress`` is told of layers.
     """
 
-    inventory: Inventory
+    inventory: ModelStructure
     read: Callable[[str], Tensor]
 
     def __call__(

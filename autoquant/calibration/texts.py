@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
 ACCEPTED = ".txt, .jsonl, .json, .csv, .tsv, .parquet, a folder of such files, or a dataset saved on disk"

@@ -13,6 +13,7 @@ from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from autoquant.aten import rescales
+from autoquant.capture.identity import grouped, identity, ties_of
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import OpOverload
 
@@ -99,28 +100,16 @@ class Names:
 
     def of_tensor(self, tensor: torch.Tensor) -> tuple[str, ...]:
         """All names of a parameter or buffer, the canonical one first; none for any other tensor."""
-        return self.tensors.get(_identity(tensor), ())
-
-
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors exactly if they are the same elements of the same storage (``meta`` has storages too)."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+        return self.tensors.get(identity(tensor), ())
 
 
 def names_of(module: nn.Module) -> tuple[Names, tuple[tuple[str, ...], ...]]:
     """The names in ``module``, and the groups of parameter names that stand for one and the same tensor."""
-    tensors: dict[tuple[Any, ...], list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        tensors.setdefault(_identity(parameter), []).append(name)
-    aliases = tuple(tuple(names) for names in tensors.values() if len(names) > 1)
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        tensors.setdefault(_identity(buffer), []).append(name)
-    found = Names(
-        {identity: tuple(names) for identity, names in tensors.items()},
-        {id(part): name for name, part in module.named_modules()},
-        {name: names[0] for names in tensors.values() for name in names},
-    )
-    return found, aliases
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    tensors = grouped(named)
+    modules = {id(part): name for name, part in module.named_modules()}
+    found = Names(tensors, modules, {name: names[0] for names in tensors.values() for name in names})
+    return found, ties_of(module)
 
 
 def asks_for_ties(module: nn.Module) -> bool:

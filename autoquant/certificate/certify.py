@@ -34,9 +34,9 @@ from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
 from autoquant.library_patches import pytree
-from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.models.reduce import float64_throughout, grouped_experts, runs_in_float64, small, widened
 from autoquant.models.source import LoadedModel, ModelSource
+from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.threads import one_thread
 
 TOLERANCE = 1e-5
@@ -123,7 +123,7 @@ def prove(
     trials = []
     with widen:
         if chosen:  # all problems, before any work
-            resolve(config, take_inventory(loaded.module), only=[name for name, _ in chosen], seed=seed)
+            resolve(config, structure_of(loaded.module), only=[name for name, _ in chosen], seed=seed)
         reference = logits(loaded.module, loaded)
         if not bool(reference.isfinite().all()):
             for name, parameter in loaded.module.named_parameters():
@@ -182,7 +182,7 @@ def changed(loaded: LoadedModel, reference: Tensor, config: Config, seed: int) -
     """
     names = [name for name, _ in claims(config)]
     config = _drawn(config)
-    inventory = take_inventory(loaded.module)
+    inventory = structure_of(loaded.module)
     resolved = resolve(config, inventory, only=names, seed=seed)
     scales = random_scales(resolved, seed)
     plan = make_plan(resolved, inventory, loaded.module.get_parameter, scales)
@@ -204,7 +204,7 @@ def _drawn(config: Config) -> Config:
     return edited(config, rotation=edited(rotation, **changes))
 
 
-def _copy_sharing(module: nn.Module, inventory: Inventory, plan: Plan) -> nn.Module:
+def _copy_sharing(module: nn.Module, inventory: ModelStructure, plan: Plan) -> nn.Module:
     """A deep copy, but for the parameters that ``plan`` does not write."""
     written = {inventory.canonical[name] for name in plan.operations if name in inventory.canonical}
     kept = [
@@ -232,7 +232,7 @@ def logits(module: nn.Module, loaded: LoadedModel) -> Tensor:
 
 def placeable(module: nn.Module, config: Config) -> tuple[Config, dict[str, str]]:
     """Without the online rotations that the executor refuses, and why it does, by path."""
-    inventory = take_inventory(module)
+    inventory = structure_of(module)
     refused: dict[str, str] = {}
     for online in config.rotation.online:
         try:

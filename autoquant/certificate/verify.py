@@ -13,13 +13,13 @@ from torch import Tensor
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.certify import TOLERANCES, Trial, claims, dtype_of, keep, placeable, prove, small_claims
 from autoquant.config.format import Config
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import open_shards
 from autoquant.library_patches import pytree
 from autoquant.models.load import load_weights
 from autoquant.models.source import LoadedModel, ModelSource
-from autoquant.models.structure import fingerprint, shapes_of, ties_of
+from autoquant.models.structure import structure_of
 from autoquant.threads import one_thread
 
 # What a claim says, as opposed to what a person chooses of it.
@@ -50,9 +50,8 @@ def verify_weights(
     open_shards(folder)
     progress(f"loading {folder}")
     loaded = load_weights(folder, dtype, seed, trust_remote_code=trust_remote_code)
-    shapes, ties = shapes_of(loaded.module), ties_of(loaded.module)
-    parameters = sum(parameter.numel() for parameter in loaded.module.parameters())
-    _check_structure(config, str(folder), fingerprint(shapes, ties), parameters)
+    structure = structure_of(loaded.module)
+    _check_structure(config, str(folder), structure.fingerprint, structure.parameters)
     return _verify(loaded, config, seed, progress)
 
 

@@ -6,6 +6,7 @@ interrupts the work, no folder that looks finished is left.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,8 +30,8 @@ from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.io.folders import check_target, finished_folder
 from autoquant.io.safetensors_stream import INDEX, Shards, write_shard
 from autoquant.models.checkpoint_source import open_checkpoint
-from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.models.load import load_checkpoint, load_skeleton
+from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.version import __version__
 
 PROVENANCE = "autoquant.json"
@@ -77,14 +78,14 @@ class Stored:
 
     source: Path
     shards: Shards
-    inventory: Inventory
+    inventory: ModelStructure
     names: dict[str, str] | None
 
 
 def open_stored(source: Path) -> Stored:
     """A checkpoint folder, from headers alone. Raises AutoQuantError where there is none that can be changed."""
     shards = open_checkpoint(source)
-    inventory = take_inventory(load_skeleton(source))
+    inventory = structure_of(load_skeleton(source))
     names = match_names(inventory, shards)
     if names is not None:
         inventory = _with_stored_dtypes(inventory, shards, names)
@@ -124,15 +125,15 @@ def write_changed(
     return applied
 
 
-def match_names(inventory: Inventory, shards: Shards) -> dict[str, str] | None:
+def match_names(inventory: ModelStructure, shards: Shards) -> dict[str, str] | None:
     """Parameter name -> stored name, or None where some parameter is stored under no name that is known."""
     names = stored_names(inventory, shards)
     return None if names.keys() < inventory.shapes.keys() else names
 
 
-def _with_stored_dtypes(inventory: Inventory, shards: Shards, names: dict[str, str]) -> Inventory:
+def _with_stored_dtypes(inventory: ModelStructure, shards: Shards, names: dict[str, str]) -> ModelStructure:
     dtypes = {name: shards.entries[stored].dtype for name, stored in names.items()}
-    return Inventory(inventory.shapes, dtypes, inventory.canonical, inventory.shared_modules, inventory.growable)
+    return dataclasses.replace(inventory, dtypes=dtypes)
 
 
 def check_plain_resolved(resolved: Resolved) -> None:
@@ -168,7 +169,7 @@ def _write_shards(
     folder: Path,
     shards: Shards,
     plan: Plan,
-    inventory: Inventory,
+    inventory: ModelStructure,
     names: dict[str, str],
     read: Callable[[str], Tensor],
     dtype: torch.dtype | None,
@@ -237,7 +238,7 @@ def _apply_loaded(
     restore_dtypes_(model, shards)
     if dtype is not None:  # widened before the folding, narrowed after it
         model.to(torch.promote_types(model.dtype, dtype))
-    plan = make_plan(resolved, take_inventory(model), model.get_parameter, scales)
+    plan = make_plan(resolved, structure_of(model), model.get_parameter, scales)
     check_plain_plan(plan)
     with torch.no_grad():
         execute_(model, plan, progress)

@@ -15,8 +15,8 @@ import torch
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite
 from autoquant.io.safetensors_stream import Shards
-from autoquant.models.inventory import FLOATING, Inventory, take_inventory
 from autoquant.models.locate import WRAPPED
+from autoquant.models.structure import FLOATING, ModelStructure, structure_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def stored_dtypes(shards: Shards, names: Mapping[str, str]) -> Dtypes:
     return Dtypes(most, {name: dtype for name, dtype in found.items() if dtype in FLOATING and dtype is not most})
 
 
-def stored_names(inventory: Inventory, shards: Shards) -> dict[str, str]:
+def stored_names(inventory: ModelStructure, shards: Shards) -> dict[str, str]:
     """Parameter name -> stored name, for those that are stored under a name that is known.
 
     Base checkpoints lack the first component ('transformer.'), and of tied parameters one is stored.
@@ -82,7 +82,7 @@ def narrow_(model: Any, dtypes: Dtypes) -> None:
 @torch.no_grad()
 def restore_dtypes_(model: Any, shards: Shards) -> None:
     """Give every floating-point parameter of a model that was loaded in one dtype its stored dtype and values back."""
-    inventory = take_inventory(model)
+    inventory = structure_of(model)
     for name, stored in stored_names(inventory, shards).items():
         parameter, dtype = model.get_parameter(name), shards.entries[stored].dtype
         if dtype in FLOATING and parameter.is_floating_point() and parameter.dtype is not dtype:

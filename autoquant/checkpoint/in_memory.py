@@ -14,7 +14,7 @@ from autoquant.checkpoint.formats.native import CONFIG, FACTS, save_quantized
 from autoquant.checkpoint.quantize import Recipe, has_static_cache, provenance, required_calibration, used_config
 from autoquant.config.file import load_config
 from autoquant.config.format import Config
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import needs_sweep, quantize_model_, select
 from autoquant.pipeline.transform import prepare_
 from autoquant.steps import Progress
@@ -23,7 +23,7 @@ from autoquant.steps import Progress
 def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn.Module:
     """Rotate, smooth and quantize a module in memory. Raises AutoQuantError where anything does not fit."""
     config, strategy = recipe.config, recipe.strategy
-    selected = select(config, take_inventory(model), recipe.transforms, recipe.seed)
+    selected = select(config, structure_of(model), recipe.transforms, recipe.seed)
     batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
     cache = has_static_cache(recipe)
     prepared = prepare_(model, config, strategy, recipe.transforms, batches, recipe.seed, cache=cache, tell=progress)

@@ -33,9 +33,8 @@ from autoquant.executor.resolved import check_not_learned
 from autoquant.io.safetensors_stream import Shards
 from autoquant.io.safetensors_writer import Described
 from autoquant.models.checkpoint_source import open_checkpoint
-from autoquant.models.inventory import Inventory, take_inventory
 from autoquant.models.load import build_empty, load_skeleton
-from autoquant.models.structure import record_untied_
+from autoquant.models.structure import ModelStructure, record_untied_, structure_of
 from autoquant.pipeline.quantize import Selected, linear_groups
 from autoquant.quantizer.kv_cache import install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
@@ -74,7 +73,7 @@ class Streamed:
     weights: Weights
 
     @property
-    def inventory(self) -> Inventory:
+    def inventory(self) -> ModelStructure:
         return self.weights.inventory
 
     def read(self, name: str) -> Tensor:
@@ -107,9 +106,9 @@ class Weights:
 
     shards: Shards
     stored: Mapping[str, str]
-    inventory: Inventory
+    inventory: ModelStructure
     plans: tuple[Plan, ...] = ()
-    inventories: tuple[Inventory, ...] = field(default=())
+    inventories: tuple[ModelStructure, ...] = field(default=())
 
     def read(self, name: str) -> Tensor:
         """One parameter, float32."""
@@ -137,10 +136,11 @@ class Weights:
         shapes = {n: s for n, s in before.shapes.items() if not (gone and n.startswith(gone))}
         shapes |= {bias: before.shapes[weight][:1] for bias, weight in plan.created.items()}
         canonical = {n: n if n in plan.untied or n in plan.created else before.canonical[n] for n in shapes}
-        after = Inventory(
+        after = ModelStructure(
             shapes,
             dict.fromkeys(shapes, torch.float32),
             canonical,
+            before.modules,
             before.shared_modules,
             before.growable - set(plan.created),
         )
@@ -152,7 +152,7 @@ class Weights:
 def open_weights(source: Path) -> Weights:
     """The parameters of a checkpoint folder. Raises AutoQuantError where their names are not the model's own."""
     shards = open_checkpoint(source)
-    inventory = take_inventory(load_skeleton(source))
+    inventory = structure_of(load_skeleton(source))
     stored = match_names(inventory, shards)
     if stored is None:
         raise AutoQuantError(f"{source}: transformers renames its tensors on loading; go without --low-memory")

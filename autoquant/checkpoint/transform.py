@@ -26,8 +26,8 @@ from autoquant.executor.plan import Scales, make_plan
 from autoquant.executor.resolved import Resolved
 from autoquant.io.files import check_target as check_file
 from autoquant.io.folders import check_target
-from autoquant.models.inventory import take_inventory
 from autoquant.models.load import class_of
+from autoquant.models.structure import structure_of
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.select import EVERYTHING, Transforms, resolve_transforms
@@ -113,7 +113,7 @@ def _scales(
     windows = () if found else calibration_windows(load_tokenizer(stored.source), options.calibration)
     progress("load", 0, 1)
     held = InMemory(_load(stored.source))
-    plan = make_plan(replace(resolved, groups=()), take_inventory(held.model), held.read, None)
+    plan = make_plan(replace(resolved, groups=()), structure_of(held.model), held.read, None)
     for name in plan.operations:
         check_finite(name, held.read(name))
     held.execute_(plan)

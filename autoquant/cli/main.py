@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from autoquant.cli.output import remark
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.report.inert import inert
 from autoquant.version import __version__

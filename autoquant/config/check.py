@@ -5,80 +5,77 @@ Every function yields problems and raises nothing, so that a person sees all of 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autoquant.config.format import Config, IndexMap, Linear, Slot, SmoothingGroup, Space
-from autoquant.config.layers import LAYER, did_you_mean, fill, layer_numbers, layer_set
+from autoquant.config.format import Config, IndexMap, Slot, SmoothingGroup, Space
+from autoquant.config.layers import LAYER, MAX_LAYERS, last_layer, layer_bits, layer_set, numbers_in
+from autoquant.config.slots import MAX_POSITIONS, channels_of, index_problems
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
 JsonPath = tuple[str | int, ...]
 
-MAX_POSITIONS = 1 << 26  # 512 MiB of positions; the widest expert stacks known have a few million
+MAX_EXPANDED = 1 << 25
+TOO_MANY = (
+    f"the file's slots have more than {MAX_EXPANDED} positions together, or one of them more than {MAX_POSITIONS}"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with the value at a JSON path, or with its key."""
+    """What is wrong with the value at a JSON path, or with its key.
+
+    ``rest`` makes the end of the message, where that takes a search: it is called for the few problems that are shown.
+    """
 
     path: JsonPath
-    message: str
+    text: str
     key: bool = False
+    rest: Callable[[], str] | None = field(default=None, compare=False)
+
+    @property
+    def message(self) -> str:
+        """What is wrong and what was expected, in full."""
+        return self.text if self.rest is None else self.text + self.rest()
 
 
 def problems(config: Config) -> list[Problem]:
     """Everything that does not fit together in a config that the classes accept."""
+    budget = _Budget()
     return [
         *_model(config),
-        *_smoothing(config),
-        *_rotation(config),
+        *_smoothing(config, budget),
+        *_rotation(config, budget),
         *_quantization(config),
         *_blocked(config),
     ]
 
 
-def positions_and_channels(slot: Slot) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The positions on the slot's axis that carry a channel, and their channels: two int64 vectors of one length."""
-    if slot.index is None:
-        everything = np.arange(slot.size)
-        return everything, everything
-    positions = [_strided(block.start, block.shape, block.stride) for block in slot.index]
-    channels = [_strided(block.channel_start, block.shape, block.channel_stride) for block in slot.index]
-    return np.concatenate(positions), np.concatenate(channels)
-
-
-def _strided(start: int, shape: Sequence[int], stride: Sequence[int]) -> NDArray[np.int64]:
-    """``start + sum(i * stride)`` for every multi-index i below ``shape``, in row-major order."""
-    total = np.full((1,), start, dtype=np.int64)
-    for extent, step in zip(shape, stride, strict=True):
-        total = (total[:, None] + step * np.arange(extent)).reshape(-1)
-    return total
-
-
 def _model(config: Config) -> Iterator[Problem]:
-    owner: dict[tuple[str, int | None], int] = {}
+    owners: dict[str, list[tuple[int, int]]] = {}
     for number, linear in enumerate(config.model.linears):
         where = ("model", "linears", number)
         names = [linear.path, linear.weight, linear.bias]
         yield from _layers(where, linear.layers, names, config.model.layers)
-        for layer in _layers_of(linear):
-            first = owner.setdefault((linear.path, layer), number)
-            if first != number:
-                yield Problem(
-                    (*where, "path"),
-                    f"'{linear.path}'{_in_layer(layer)} is there twice, first as $.model.linears[{first}]",
-                )
-                break
+        mine = _bits(linear.layers)
+        others = owners.setdefault(linear.path, [])
+        if again := next(((i, mine & bits) for i, bits in others if mine & bits), None):
+            first, common = again
+            layer = "" if linear.layers is None else f" in layer {numbers_in(common & -common)[0]}"
+            text = f"'{linear.path}'{layer} is there twice, first as $.model.linears[{first}]"
+            yield Problem((*where, "path"), text)
+        elif mine:
+            others.append((number, mine))
     for number, tie in enumerate(config.model.tied):
         if len(set(tie)) < max(2, len(tie)):
             yield Problem(("model", "tied", number), "expected at least two different parameter names")
 
 
-def _smoothing(config: Config) -> Iterator[Problem]:
+def _smoothing(config: Config, budget: _Budget) -> Iterator[Problem]:
     yield from _unique(("smoothing", "groups"), [group.name for group in config.smoothing.groups])
     for number, group in enumerate(config.smoothing.groups):
         where = ("smoothing", "groups", number)
@@ -87,46 +84,42 @@ def _smoothing(config: Config) -> Iterator[Problem]:
         yield from _overrides(where, group, config.model.layers)
         members = [(("sources", i), slot) for i, slot in enumerate(group.sources)]
         members += [(("targets", i), slot) for i, slot in enumerate(group.targets)]
-        yield from _slots([((*where, *at), slot, None) for at, slot in members], group.channels)
+        yield from _slots([((*where, *at), slot, None) for at, slot in members], group.channels, None, budget)
 
 
 def _overrides(where: JsonPath, group: SmoothingGroup, total: int) -> Iterator[Problem]:
     known, _ = _numbers(group.layers, (), total)
+    expected = f"; expected some of '{group.layers}'"
     for number, override in enumerate(group.overrides):
         at = (*where, "overrides", number, "layers")
         numbers, mistakes = _numbers(override.layers, at, total)
         yield from mistakes
         if group.layers is None:
             yield Problem(at, "the group has no layers; set its own enable and alpha")
-        elif known and (foreign := set(numbers) - set(known)):
-            yield Problem(at, f"the group has no layer {layer_set(foreign)}; expected some of '{group.layers}'")
+        elif known and (foreign := numbers & ~known):
+            yield Problem(at, "the group has no layer ", rest=partial(_some, foreign, expected))
 
 
-def _rotation(config: Config) -> Iterator[Problem]:
+def _rotation(config: Config, budget: _Budget) -> Iterator[Problem]:
     rotation = config.rotation
-    weights = [linear.weight for linear in config.model.linears]
-    weights += [name for tie in config.model.tied for name in tie]
-    written_out = {
-        fill(linear.weight, layer)
-        for linear in config.model.linears
-        for layer in _layers_of(linear)
-        if layer is not None
-    }
+    weights: dict[str, int] = {name: 0 for tie in config.model.tied for name in tie}
+    for linear in config.model.linears:
+        weights[linear.weight] = weights.get(linear.weight, 0) | _bits(linear.layers)
     yield from _unique(("rotation", "spaces"), [space.name for space in rotation.spaces])
     for number, space in enumerate(rotation.spaces):
-        yield from _space(("rotation", "spaces", number), space, config.model.layers, weights, written_out)
-    linears = [linear.path for linear in config.model.linears]
+        yield from _space(("rotation", "spaces", number), space, config.model.layers, weights, budget)
+    linears = tuple(linear.path for linear in config.model.linears)
+    known = frozenset(linears)
     for number, online in enumerate(rotation.online):
         where = ("rotation", "online", number)
         yield from _layers(where, online.layers, [online.path], config.model.layers)
         if online.kind != "R3":
-            yield from _known((*where, "path"), online.path, linears, "linear in model.linears")
+            yield from _known((*where, "path"), online.path, known, linears, "linear in model.linears")
 
 
-def _space(
-    where: JsonPath, space: Space, total: int, weights: Sequence[str], written_out: Collection[str]
-) -> Iterator[Problem]:
+def _space(where: JsonPath, space: Space, total: int, weights: Mapping[str, int], budget: _Budget) -> Iterator[Problem]:
     templates: list[bool] = []
+    listed = tuple(weights)
     for number, writer in enumerate(space.writers):
         at = (*where, "writers", number)
         yield from _layers(at, writer.layers, [writer.path], total, inherited=space.layers)
@@ -138,8 +131,9 @@ def _space(
         yield from _layers(at, read.layers, names, total, inherited=space.layers)
         templates.append(any(LAYER in name for name in names if name is not None))
         for i, reader in enumerate(read.readers):
-            if reader.path not in written_out:  # what all layers read, such as an encoder's output, names each of them
-                yield from _known((*at, "readers", i, "path"), reader.path, weights, "weight in model.linears")
+            # What all layers read, such as an encoder's output, names each of them.
+            if not _written_out(reader.path, weights):
+                yield from _known((*at, "readers", i, "path"), reader.path, weights, listed, "weight in model.linears")
     if space.layers is not None:
         _, mistakes = _numbers(space.layers, (*where, "layers"), total)
         yield from mistakes
@@ -149,33 +143,55 @@ def _space(
     if centred != space.centre:
         reason = "a LayerNorm reads the space" if centred else "no LayerNorm reads the space, and centring changes it"
         yield Problem((*where, "centre"), f"expected {str(centred).lower()}: {reason}")
-    channels = space.size * space.blocks
-    yield from _slots([((*where, "writers", i), slot, slot.layers) for i, slot in enumerate(space.writers)], channels)
+    channels, blocks = space.size * space.blocks, space.blocks
+    writers = [((*where, "writers", i), slot, slot.layers) for i, slot in enumerate(space.writers)]
+    yield from _slots(writers, channels, blocks, budget)
     readers = [
         ((*where, "reads", i, "readers", j), reader, read.layers)
         for i, read in enumerate(space.reads)
         for j, reader in enumerate(read.readers)
     ]
-    yield from _slots(readers, channels)
+    yield from _slots(readers, channels, blocks, budget)
+
+
+def _written_out(path: str, templates: Mapping[str, int]) -> bool:
+    """True if ``path`` is one of the paths with a layer filled in."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal() and part == str(int(part)) and int(part) < MAX_LAYERS:
+            bits = templates.get(".".join((*parts[:i], LAYER, *parts[i + 1 :])), 0)
+            if bits >> 8 * int(part) & 1:
+                return True
+    return False
 
 
 def _quantization(config: Config) -> Iterator[Problem]:
-    layers: dict[str, set[int]] = {}
+    layers: dict[str, int] = {}
     for linear in config.model.linears:
-        layers.setdefault(linear.path, set()).update(n for n in _layers_of(linear) if n is not None)
+        bits = _bits(linear.layers) if linear.layers is not None else 0
+        layers[linear.path] = layers.get(linear.path, 0) | bits
+    names = tuple(layers)
     for number, path in enumerate(config.quantization.exclude):
-        yield from _known(("quantization", "exclude", number), path, list(layers), "linear in model.linears")
+        yield from _known(("quantization", "exclude", number), path, layers, names, "linear in model.linears")
     for number, override in enumerate(config.quantization.overrides):
         where = ("quantization", "overrides", number)
-        yield from _known((*where, "path"), override.path, list(layers), "linear in model.linears")
+        yield from _known((*where, "path"), override.path, layers, names, "linear in model.linears")
         if override.layers is None:
             continue
         numbers, mistakes = _numbers(override.layers, (*where, "layers"), config.model.layers)
         yield from mistakes
         known = layers.get(override.path)
-        if known is not None and not mistakes and (foreign := set(numbers) - known):
-            expected = f"expected some of '{layer_set(known)}'" if known else "expected null"
-            yield Problem((*where, "layers"), f"the linear has no layer {layer_set(foreign)}; {expected}")
+        if known is not None and not mistakes and (foreign := numbers & ~known):
+            rest = partial(_foreign_to_linear, foreign, known)
+            yield Problem((*where, "layers"), "the linear has no layer ", rest=rest)
+
+
+def _some(foreign: int, expected: str) -> str:
+    return layer_set(numbers_in(foreign)) + expected
+
+
+def _foreign_to_linear(foreign: int, known: int) -> str:
+    return _some(foreign, f"; expected some of '{layer_set(numbers_in(known))}'" if known else "; expected null")
 
 
 def _blocked(config: Config) -> Iterator[Problem]:
@@ -184,80 +200,77 @@ def _blocked(config: Config) -> Iterator[Problem]:
         yield from _layers(where, blocked.layers, [blocked.path, blocked.at], config.model.layers)
 
 
-def _slots(slots: Iterable[tuple[JsonPath, Slot, str | None]], channels: int) -> Iterator[Problem]:
+def _slots(
+    slots: Iterable[tuple[JsonPath, Slot, str | None]], channels: int, blocks: int | None, budget: _Budget
+) -> Iterator[Problem]:
     """Each slot by itself, then positions that two slots of the same axis (and layers) share."""
-    taken: dict[tuple[str, int, str | None], tuple[JsonPath, NDArray[np.int64]]] = {}
+    axes: dict[tuple[str, int, str | None], list[tuple[JsonPath, Slot]]] = {}
     for where, slot, layers in slots:
-        found = list(_slot(where, slot, channels))
+        found = list(_slot(where, slot, channels, blocks, budget))
         yield from found
-        if found:
+        if not found:
+            axes.setdefault((slot.path, slot.dim, layers), []).append((where, slot))
+    for members in axes.values():
+        if len(members) > 1:
+            yield from _shared(members, budget)
+
+
+def _shared(members: Sequence[tuple[JsonPath, Slot]], budget: _Budget) -> Iterator[Problem]:
+    """Positions of one axis that two of the slots name."""
+    first, slot = members[0]
+    seen: set[tuple[int, tuple[IndexMap, ...] | None]] = set()
+    taken = np.zeros(0, dtype=bool)
+    for where, slot in members:
+        if (slot.size, slot.index) in seen:  # a copy
+            index = slot.index
+            lowest = 0 if index is None else min(_lowest(block) for block in index)
+            yield Problem(where, f"position {lowest} of '{slot.path}' is in {json_path(first)} as well")
             continue
-        axis = (slot.path, slot.dim, layers)
-        positions, _ = positions_and_channels(slot)
-        if axis in taken:
-            first, others = taken[axis]
-            both = np.intersect1d(positions, others)
-            if both.size:
-                yield Problem(where, f"position {both[0]} of '{slot.path}' is in {json_path(first)} as well")
-            taken[axis] = (first, np.union1d(positions, others))
-        else:
-            taken[axis] = (where, positions)
+        seen.add((slot.size, slot.index))
+        if slot.size > MAX_POSITIONS or not budget.spend(slot.size):
+            yield Problem((*where, "size"), TOO_MANY)
+            return
+        mine = np.zeros(max(slot.size, len(taken)), dtype=bool)
+        mine[: slot.size] = channels_of(slot) >= 0
+        common = np.flatnonzero(mine[: len(taken)] & taken)
+        if common.size:
+            yield Problem(where, f"position {common[0]} of '{slot.path}' is in {json_path(first)} as well")
+        mine[: len(taken)] |= taken
+        taken = mine
 
 
-def _slot(where: JsonPath, slot: Slot, channels: int) -> Iterator[Problem]:
+def _lowest(block: IndexMap) -> int:
+    ends = ((extent - 1) * step for extent, step in zip(block.shape, block.stride, strict=True))
+    return block.start + sum(min(end, 0) for end in ends)
+
+
+def _slot(where: JsonPath, slot: Slot, channels: int, blocks: int | None, budget: _Budget) -> Iterator[Problem]:
     if slot.power == 0:
         yield Problem((*where, "power"), "expected a power other than 0")
     if slot.stack is not None and slot.size % slot.stack:
         yield Problem(
             (*where, "size"), f"{slot.size} positions are not a multiple of the {slot.stack} stacked matrices"
         )
-    if slot.index is None:
-        if slot.size != channels:
-            yield Problem((*where, "size"), f"without index, expected one position for each of the {channels} channels")
-        return
-    at = (*where, "index")
-    if not slot.index:
-        yield Problem(at, "expected at least one block, or null for the whole axis")
-        return
-    found = [problem for i, block in enumerate(slot.index) for problem in _block((*at, i), block, slot.size, channels)]
-    yield from found
-    if found:
-        return
-    if sum(math.prod(block.shape) for block in slot.index) > slot.size:
-        yield Problem(at, f"names more positions than the {slot.size} of the axis, so some occur twice")
-        return
-    positions, carried = positions_and_channels(slot)
-    values, counts = np.unique(positions, return_counts=True)
-    if (counts > 1).any():
-        yield Problem(at, f"position {values[counts > 1][0]} occurs more than once")
-    # Every channel that occurs is in range, so the sorted ones are 0, 1, 2, ... up to the first that is missing.
-    known = np.unique(carried)
-    missing = int(np.count_nonzero(known == np.arange(known.size)))
-    if missing < channels:
-        yield Problem(at, f"channel {missing} of {channels} is on no position")
-
-
-def _block(where: JsonPath, block: IndexMap, size: int, channels: int) -> Iterator[Problem]:
-    lengths = len(block.shape), len(block.stride), len(block.channel_stride)
-    if len(set(lengths)) > 1:
-        yield Problem(where, "shape, stride and channel_stride differ in length: {}, {} and {}".format(*lengths))
-        return
-    if not block.shape or min(block.shape) < 1:
-        yield Problem((*where, "shape"), "expected at least one extent, and each at least 1")
-        return
-    if math.prod(block.shape) > MAX_POSITIONS:
-        yield Problem((*where, "shape"), f"more than {MAX_POSITIONS} positions")
-        return
-    for what, start, strides, limit in (
-        ("position", block.start, block.stride, size),
-        ("channel", block.channel_start, block.channel_stride, channels),
+    if (
+        slot.index is not None
+        and slot.size <= MAX_POSITIONS
+        and not budget.spend(slot.size + min(channels, MAX_POSITIONS))
     ):
-        # The extremes of a sum of independent terms are the sums of their extremes.
-        ends = [(extent - 1) * step for extent, step in zip(block.shape, strides, strict=True)]
-        low, high = start + sum(min(end, 0) for end in ends), start + sum(max(end, 0) for end in ends)
-        if low < 0 or high >= limit:
-            wrong = low if low < 0 else high
-            yield Problem(where, f"{what} {wrong} is out of range; expected 0 to {limit - 1}")
+        yield Problem((*where, "index"), TOO_MANY)
+        return
+    yield from (Problem((*where, *at), reason) for at, reason in index_problems(slot, channels, blocks))
+
+
+@dataclass(slots=True)
+class _Budget:
+    """How many positions may still be expanded: a file's slots together, however they are repeated."""
+
+    left: int = MAX_EXPANDED
+
+    def spend(self, positions: int) -> bool:
+        """True if there are so many left, which are then gone."""
+        self.left -= positions
+        return self.left >= 0
 
 
 def _layers(
@@ -276,37 +289,33 @@ def _layers(
     yield from mistakes
 
 
-def _numbers(text: str | None, where: JsonPath, total: int) -> tuple[tuple[int, ...], list[Problem]]:
-    """The layers of a set, and what is wrong with it."""
+def _numbers(text: str | None, where: JsonPath, total: int) -> tuple[int, list[Problem]]:
+    """The layers of a set (``layer_bits``), and what is wrong with it."""
     if text is None:
-        return (), []
+        return 0, []
     try:
-        numbers = layer_numbers(text)
+        bits = layer_bits(text)
     except AutoQuantError as error:
-        return (), [Problem(where, error.message)]
-    if numbers[-1] >= total:
+        return 0, [Problem(where, error.message)]
+    if (last := last_layer(bits)) >= total:
         have = f"0 to {total - 1}" if total else "none"
-        return numbers, [Problem(where, f"layer {numbers[-1]} does not exist; the model's layers are {have}")]
-    return numbers, []
+        return bits, [Problem(where, f"layer {last} does not exist; the model's layers are {have}")]
+    return bits, []
 
 
-def _layers_of(linear: Linear) -> tuple[int | None, ...]:
-    """The layers of a linear, (None,) where it is in none; unreadable sets are reported elsewhere."""
-    if linear.layers is None:
-        return (None,)
+def _bits(layers: str | None) -> int:
+    """The layers of a linear, layer 0 where it is in none; unreadable sets are reported elsewhere."""
+    if layers is None:
+        return 1
     try:
-        return layer_numbers(linear.layers)
+        return layer_bits(layers)
     except AutoQuantError:
-        return ()
+        return 0
 
 
-def _in_layer(layer: int | None) -> str:
-    return f" in layer {layer}" if layer is not None else ""
-
-
-def _known(where: JsonPath, name: str, names: Sequence[str], what: str) -> Iterator[Problem]:
+def _known(where: JsonPath, name: str, names: Container[str], listed: Sequence[str], what: str) -> Iterator[Problem]:
     if name not in names:
-        yield Problem(where, f"'{name}' is no {what}{did_you_mean(name, names)}")
+        yield Problem(where, f"'{name}' is no {what}", rest=partial(did_you_mean, name, listed))
 
 
 def _unique(where: JsonPath, names: Sequence[str]) -> Iterator[Problem]:

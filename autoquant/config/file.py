@@ -6,7 +6,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError as PydanticError
 from autoquant.config.check import JsonPath, Problem, json_path, problems
 from autoquant.config.format import FORMAT_VERSION, SCHEMA_NAME, Blocked, Config, IndexMap, Linear, Norm, Read, Slot
 from autoquant.config.jsonschema import config_schema
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.config.text import Document, JsonSyntaxError, line_column, parse
 from autoquant.errors import AutoQuantError
 from autoquant.io.files import write_text
@@ -63,15 +63,16 @@ def parse_config(text: str, file: str = "<text>") -> Config:
     except JsonSyntaxError as error:
         line, column = line_column(text, error.problem.offset)
         raise AutoQuantError(f"{file}:{line}:{column}: {error.problem.message}") from error
-    found = [(problem.offset, problem.message) for problem in document.problems]
+    found = [(problem.offset, Problem((), problem.message)) for problem in document.problems]
     skip = {offset for offset, _ in found}
+    bare = len(found)
     config, wrong = _validate(document)
     for problem in wrong:
         offset = document.offset(problem.path, key=problem.key)
         if offset not in skip:
-            found.append((offset, f"{json_path(problem.path)}: {problem.message}"))
+            found.append((offset, problem))
     if found or config is None:
-        raise _error(file, document, found)
+        raise _error(file, document, found, bare)
     return config
 
 
@@ -118,9 +119,11 @@ def _validate(document: Document) -> tuple[Config | None, list[Problem]]:
     if isinstance(version, int) and version != FORMAT_VERSION:
         message = f"version {version} of the format; this AutoQuant reads version {FORMAT_VERSION}"
         return None, [Problem(("format_version",), message)]
-    errors = [problem for error in _validator().iter_errors(document.value) for problem in _explain(error)]
+    errors: dict[Problem, None] = {}
+    for error in _validator().iter_errors(document.value):
+        errors.update(dict.fromkeys(_explain(error)))
     if errors:
-        return None, list(dict.fromkeys(errors))
+        return None, list(errors)
     try:
         # From JSON text: strict mode then takes arrays for tuples and strings for enumerations, and nothing else.
         config = Config.model_validate_json(json.dumps(document.value))
@@ -144,16 +147,15 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
         known = list(error.schema["properties"])
         for key in value:
             if key not in known:
-                hint = did_you_mean(key, known) or f"; expected {', '.join(known)}"
-                yield Problem((*path, key), f"unknown key{hint}", key=True)
+                yield Problem((*path, key), "unknown key", key=True, rest=partial(_hint, key, known))
     elif error.validator == "required":
         for key in limit:
             if key not in value:
                 yield Problem(path, f"the key '{key}' is missing")
     elif error.validator == "enum":
         names = [str(choice) for choice in limit]
-        hint = did_you_mean(value, names) if isinstance(value, str) else ""
-        yield Problem(path, f"{json.dumps(value)[:80]} is not among {', '.join(map(json.dumps, limit))}{hint}")
+        rest = partial(did_you_mean, value, names) if isinstance(value, str) else None
+        yield Problem(path, f"{json.dumps(value)[:80]} is not among {', '.join(map(json.dumps, limit))}", rest=rest)
     elif error.validator == "type":
         yield Problem(path, f"expected {_expected(error.schema)}, found {_kind(value)}")
     elif error.validator == "pattern":
@@ -165,6 +167,10 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
         yield Problem(path, f"expected at least {limit} {'entry' if limit == 1 else 'entries'}, found {len(value)}")
     else:
         yield Problem(path, error.message)
+
+
+def _hint(key: str, known: list[str]) -> str:
+    return did_you_mean(key, known) or f"; expected {', '.join(known)}"
 
 
 def _explain_choice(error: ValidationError) -> Iterator[Problem]:
@@ -196,14 +202,18 @@ def _kind(value: Any) -> str:
     return "null" if value is None else _KINDS[type(value)]
 
 
-def _error(file: str, document: Document, found: list[tuple[int, str]]) -> AutoQuantError:
+def _error(file: str, document: Document, found: list[tuple[int, Problem]], bare: int) -> AutoQuantError:
+    """The problems in the order of the file. The first ``bare`` are of the text and have no JSON path."""
+    rows = [(offset, number, problem) for number, (offset, problem) in enumerate(found)]
+    rows.sort(key=lambda row: (row[0], "" if row[1] < bare else json_path(row[2].path), row[2].text))
     lines = []
-    for offset, message in sorted(found):
+    for offset, number, problem in rows[:MAX_SHOWN]:
         line, column = line_column(document.text, offset)
-        lines.append(f"{file}:{line}:{column}: {message}")
-    if len(lines) == 1:
+        where = "" if number < bare else f"{json_path(problem.path)}: "
+        lines.append(f"{file}:{line}:{column}: {where}{problem.message}")
+    if len(found) == 1:
         return AutoQuantError(lines[0])
-    return AutoQuantError(f"{file}: {_count(lines)}", tuple(lines[:MAX_SHOWN]))
+    return AutoQuantError(f"{file}: {_count(found)}", tuple(lines))
 
 
 def _count(found: list[Any]) -> str:

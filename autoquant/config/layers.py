@@ -1,15 +1,16 @@
-"""Parameter and module names: the layer index in them, sets of layers, and the nearest name to a misspelt one."""
+"""Parameter and module names: the layer index in them, and sets of layers."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from autoquant.errors import AutoQuantError
 
 LAYER = "{layer}"
 MAX_LAYERS = 100_000  # far above any model: a typed '0-99999999999' must not fill the memory
+MAX_SHORTEST = 512  # of longer sets the shortest text is not looked for
 
 _TERM = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
@@ -43,7 +44,16 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     Raises AutoQuantError for anything that is not a comma-separated list of numbers, ranges 'first-last' and strided
     ranges 'first-last:step', and for ranges that run backwards or have step 0.
     """
-    numbers: set[int] = set()
+    return numbers_in(layer_bits(text))
+
+
+@lru_cache(maxsize=64)
+def layer_bits(text: str) -> int:
+    """The layers that a set names as a number that holds one byte for each, the lowest first: 1 if it is named.
+
+    So sets of any size are compared (``a & ~b``) without a list of their layers. Raises as :func:`layer_numbers`.
+    """
+    named = bytearray()
     for term in text.split(","):
         match = _TERM.fullmatch(term)
         if match is None or not term.isascii():
@@ -57,8 +67,25 @@ def layer_numbers(text: str) -> tuple[int, ...]:
             raise AutoQuantError(f"layer set '{text}': '{term}' runs backwards")
         if last >= MAX_LAYERS:
             raise AutoQuantError(f"layer set '{text}': '{term}' is out of range, at most {MAX_LAYERS - 1}")
-        numbers.update(range(first, last + 1, step))
-    return tuple(sorted(numbers))
+        named.extend(bytes(max(last + 1 - len(named), 0)))
+        named[first : last + 1 : step] = b"\x01" * len(range(first, last + 1, step))
+    return int.from_bytes(named, "little")
+
+
+def last_layer(bits: int) -> int:
+    """The highest layer of a set that is not empty."""
+    return (bits.bit_length() - 1) // 8
+
+
+def layers_below(bits: int, end: int) -> int:
+    """The set without the layers from ``end`` on."""
+    return bits & ((1 << 8 * end) - 1)
+
+
+def numbers_in(bits: int) -> tuple[int, ...]:
+    """The layers of a set, ascending."""
+    named = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+    return tuple(layer for layer, there in enumerate(named) if there)
 
 
 def layer_set(layers: Iterable[int]) -> str:
@@ -74,6 +101,8 @@ def layer_set(layers: Iterable[int]) -> str:
         raise ValueError(f"a layer set needs at least one layer and none below 0: {numbers}")
     # best[i] is (length, number of terms, terms) for the first i numbers. A term ends at i and is an arithmetic run, so
     # going back from i stops where the step changes.
+    if len(numbers) > MAX_SHORTEST:
+        return _ranges(numbers)
     best: list[tuple[int, int, tuple[str, ...]]] = [(0, 0, ())]
     for end in range(1, len(numbers) + 1):
         choices = [_extend(best[end - 1], str(numbers[end - 1]))]
@@ -87,21 +116,14 @@ def layer_set(layers: Iterable[int]) -> str:
     return ",".join(best[-1][2])
 
 
+def _ranges(numbers: Sequence[int]) -> str:
+    """The ranges of ascending layers, in one pass: not the shortest way, which takes time as the square of them."""
+    starts = [i for i, number in enumerate(numbers) if not i or number != numbers[i - 1] + 1]
+    ends = [start - 1 for start in starts[1:]] + [len(numbers) - 1]
+    pairs = ((numbers[start], numbers[end]) for start, end in zip(starts, ends, strict=True))
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in pairs)
+
+
 def _extend(best: tuple[int, int, tuple[str, ...]], term: str) -> tuple[int, int, tuple[str, ...]]:
     length, count, terms = best
     return length + len(term) + 1, count + 1, (*terms, term)
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of ``names``, or None where none is similar."""
-    lowered: dict[str, str] = {}
-    for candidate in names:
-        lowered.setdefault(candidate.lower(), candidate)
-    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    return lowered[matches[0]] if matches else None
-
-
-def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """The end of an error message: '; did you mean 'x'?', or nothing."""
-    match = nearest(name, names)
-    return f"; did you mean '{match}'?" if match is not None else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoquant.config.format import Strategy
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
 

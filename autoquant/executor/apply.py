@@ -15,8 +15,7 @@ from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
-from autoquant.models.inventory import take_inventory
-from autoquant.models.structure import record_untied_
+from autoquant.models.structure import record_untied_, structure_of
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def apply_(
     AutoQuantError with nothing changed where the config does not fit, would change nothing, or a parameter holds a NaN
     or an infinity.
     """
-    inventory = take_inventory(model)
+    inventory = structure_of(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise AutoQuantError("the model has no weights (it is on the meta device); load a checkpoint first")
     resolved = resolve(config, inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)

@@ -41,7 +41,7 @@ from autoquant.executor.resolved import (
     RotatedSlot,
 )
 from autoquant.executor.rotation import Rotation, hadamard_rotation, make_rotation
-from autoquant.models.inventory import Inventory
+from autoquant.models.structure import ModelStructure
 
 Scales = Mapping[tuple[str, int | None], Tensor]
 """(group name, layer or None) -> scales ``[channels]``: channel c of every source is multiplied by ``scales[c] **
@@ -52,7 +52,9 @@ SMALLEST_GAIN = 1e-3
 """Relative to the largest: a LayerNorm bias is not divided by a smaller gain."""
 
 
-def make_plan(resolved: Resolved, inventory: Inventory, read: Callable[[str], Tensor], scales: Scales | None) -> Plan:
+def make_plan(
+    resolved: Resolved, inventory: ModelStructure, read: Callable[[str], Tensor], scales: Scales | None
+) -> Plan:
     """All operations, in order. ``read(name)`` gives the original parameter.
 
     Raises AutoQuantError where a selected group has no scales or unusable ones, where a norm holds a NaN or an
@@ -189,7 +191,7 @@ def _untie(draft: _Draft, resolved: Resolved) -> Plan:
     """Tied parameters stay tied where the same is done to all of them; otherwise each gets its own storage."""
     operations = draft.operations
     untied: list[str] = []
-    for first, *others in draft.inventory.ties():
+    for first, *others in draft.inventory.ties:
         wanted = {name: [_signature(op) for op in operations.get(name, [])] for name in (first, *others)}
         if all(ops == wanted[first] for ops in wanted.values()):
             for name in others:
@@ -225,7 +227,7 @@ def _signature(operation: Operation) -> tuple[object, ...]:
 class _Draft:
     """The plan while it is being made."""
 
-    inventory: Inventory
+    inventory: ModelStructure
     read: Callable[[str], Tensor]
     operations: dict[str, list[Operation]] = field(default_factory=dict)
     created: dict[str, str] = field(default_factory=dict)

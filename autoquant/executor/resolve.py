@@ -1,6 +1,6 @@
-"""Config x inventory -> what exactly is asked of which parameter, with every path, index and shape checked.
+"""Config x structure -> what exactly is asked of which parameter, with every path, index and shape checked.
 
-Nothing is read or written here. All problems are collected and raised together, each with the nearest valid name.
+Nothing is read or written here. All problems are collected and raised together, each with its JSON path.
 """
 
 from __future__ import annotations
@@ -8,10 +8,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Literal
 
-from autoquant.config.format import Config, Online, Read, RotationMethod, Slot, SmoothingGroup, SmoothingKind, Space
-from autoquant.config.layers import LAYER, did_you_mean, fill, layer_numbers
+from autoquant.config.check import JsonPath, Problem
+from autoquant.config.format import (
+    Config,
+    Online,
+    Read,
+    RotationMethod,
+    Slot,
+    SmoothingGroup,
+    SmoothingKind,
+    SmoothingMethod,
+    Space,
+)
+from autoquant.config.layers import LAYER, fill, layer_numbers
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
-from autoquant.executor.checker import Checker
+from autoquant.executor.checker import Checker, blocks_of
 from autoquant.executor.resolved import (
     Resolved,
     ResolvedGroup,
@@ -21,15 +33,23 @@ from autoquant.executor.resolved import (
     RotatedSlot,
     SmoothedSlot,
 )
-from autoquant.models.inventory import Inventory
+from autoquant.models.fit import check_structure, misfit, structure_problems
+from autoquant.models.structure import ModelStructure
 
 Smooth = Literal["all", "fc_fc", "none"]
 Layers = tuple[int | None, ...]
 
 
+def problems(config: Config, structure: ModelStructure) -> list[Problem]:
+    """Everything that does not fit: each claim by itself, then those that are enabled together. Raises nothing."""
+    if found := structure_problems(config, structure):
+        return found
+    return _resolved(config, structure, True, "all", None, None)[1]
+
+
 def resolve(
     config: Config,
-    inventory: Inventory,
+    inventory: ModelStructure,
     *,
     rotate: bool = True,
     smooth: Smooth = "all",
@@ -42,30 +62,50 @@ def resolve(
     enabled. ``seed`` replaces ``rotation.seed``. Raises AutoQuantError with one detail per problem, and where nothing
     is selected.
     """
-    check = Checker(inventory)
     if only is not None:
-        _check_names(config, only, check)
-    if config.model.parameters != inventory.parameters():
-        check.problem(
-            f"the config is for a model of {config.model.parameters} parameters, this one has {inventory.parameters()}"
-        )
-    spaces = [s for s in config.rotation.spaces if _selected(s.name, only, rotate and _space_enabled(config, s))]
-    resolved_spaces = [r for s in spaces for r in _resolve_space(config, s, check, seed)]
-    folded = {n.weight for space in resolved_spaces for n in space.norms() if n.weight}
-    groups = [r for g in config.smoothing.groups for r in _resolve_group(config, g, check, smooth, only, folded)]
-    online = [
-        r
-        for o in config.rotation.online
-        if _selected(o.path, only, rotate and o.enable)
-        for r in _resolve_online(config, o, check)
-    ]
-    check.begin("")
-    for path in {o.path for o in online if sum(o.path == other.path for other in online) > 1}:
-        check.problem(f"{path}: is rotated online twice; disable one")
-    check.finish()
-    if not (resolved_spaces or groups or online):
+        _check_names(config, only)
+    check_structure(config, inventory)
+    resolved, found = _resolved(config, inventory, rotate, smooth, only, seed)
+    if found:
+        raise misfit(found)
+    if not (resolved.spaces or resolved.groups or resolved.online):
         raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")
-    return Resolved(tuple(resolved_spaces), tuple(groups), tuple(online))
+    return resolved
+
+
+def _resolved(
+    config: Config,
+    structure: ModelStructure,
+    rotate: bool,
+    smooth: Smooth,
+    only: Collection[str] | None,
+    seed: int | None,
+) -> tuple[Resolved, list[Problem]]:
+    """What is selected of a config whose claims fit one by one, and in what those selected disagree."""
+    check = Checker(structure)
+    spaces = [
+        resolved
+        for number, space in enumerate(config.rotation.spaces)
+        if _selected(space.name, only, rotate and _space_enabled(config, space))
+        for resolved in _resolve_space(config, number, check, seed)
+    ]
+    folded = {n.weight for space in spaces for n in space.norms() if n.weight}
+    groups = [
+        resolved
+        for number in range(len(config.smoothing.groups))
+        for resolved in _resolve_group(config, number, check, smooth, only, folded)
+    ]
+    online: list[ResolvedOnline] = []
+    paths: set[str] = set()
+    for number, place in enumerate(config.rotation.online):
+        if _selected(place.path, only, rotate and place.enable):
+            at = ("rotation", "online", number)
+            for one in _resolve_online(config, at, place, check):
+                if one.path in paths:
+                    check.problem((*at, "path"), f"{one.path} is rotated online twice; disable one")
+                paths.add(one.path)
+                online.append(one)
+    return Resolved(tuple(spaces), tuple(groups), tuple(online)), list(dict.fromkeys(check.problems))
 
 
 def _selected(name: str, only: Collection[str] | None, enabled: bool) -> bool:
@@ -76,133 +116,121 @@ def _space_enabled(config: Config, space: Space) -> bool:
     return config.rotation.enable if space.enable is None else space.enable
 
 
-def _check_names(config: Config, only: Collection[str], check: Checker) -> None:
+def _check_names(config: Config, only: Collection[str]) -> None:
     names = [g.name for g in config.smoothing.groups] + [s.name for s in config.rotation.spaces]
     names += [o.path for o in config.rotation.online]
     for name in only:
         if name not in names:
-            check.problem(f"the config has no group or space '{name}'{did_you_mean(name, names)}")
+            raise AutoQuantError(f"the config has no group or space '{name}'{did_you_mean(name, names)}")
 
 
-def _resolve_space(config: Config, space: Space, check: Checker, seed: int | None) -> Iterator[ResolvedSpace]:
+def _resolve_space(config: Config, number: int, check: Checker, seed: int | None) -> Iterator[ResolvedSpace]:
     """One resolved space, or one per layer where each layer has its own.
 
     Giving layers one Q or several is a matter of chance only where they really are separate, so several are made for R2
     alone, whose heads belong to one attention; every other space gets one Q wherever its members lie.
     """
+    space = config.rotation.spaces[number]
     own_layers = any(w.layers for w in space.writers) or any(r.layers for r in space.reads)
     if space.kind == "R2" and space.layers is not None and not own_layers:
         for layer in layer_numbers(space.layers):
-            yield _space_at(config, space, (layer,), layer, check, seed)
+            yield _space_at(config, number, (layer,), layer, check, seed)
     else:
-        yield _space_at(config, space, _layers(space.layers), None, check, seed)
+        yield _space_at(config, number, _layers(space.layers), None, check, seed)
 
 
 def _space_at(
-    config: Config, space: Space, layers: Layers, layer: int | None, check: Checker, seed: int | None
+    config: Config, number: int, layers: Layers, layer: int | None, check: Checker, seed: int | None
 ) -> ResolvedSpace:
+    space = config.rotation.spaces[number]
+    where = ("rotation", "spaces", number)
     base = seed if seed is not None else config.rotation.seed
     text = f"{base}:{space.name}" if space.seed is None or seed is not None else f"{space.seed}"
-    where = space.name if layer is None else f"{space.name} (layer {layer})"
-    check.begin(where)
-    channels = space.size * space.blocks
-    writers = []
-    for writer in space.writers:
-        for at in _expand(writer.path, writer.layers, layers, check):
-            if (member := check.slot(writer, at, channels)) is None:
-                continue
-            norm = None if writer.fold_norm is None else check.norm(writer.fold_norm, at, (channels,))
-            blocks = check.blocks(member, space.size, space.blocks)
-            writers.append(RotatedSlot(member.name, member.axis, blocks, norm, None))
-            check.claim(member)
-    reads = []
-    for read in space.reads:
-        paths = [r.path for r in read.readers]
-        for at in _expand(paths[0], read.layers, layers, check):
-            norm = None if read.norm is None else check.norm(read.norm, at, (channels, space.size))
-            if norm is not None:
-                check.claim_norm(norm)
-            if space.centre and (read.norm is None or read.norm.kind != "layer"):
-                check.problem(
-                    f"centre: {fill(paths[0], at or 0)} reads the space without a LayerNorm, centring would change it"
-                )
-            reads.append(ResolvedRead(norm, tuple(_readers(read, at, space, channels, check))))
     keep_ones = space.centre or any(read.norm is not None and read.norm.kind == "layer" for read in space.reads)
-    method = _method(config, space, keep_ones, check)
-    seeds = tuple(f"{text}:{layer}:{block}" for block in range(space.blocks))
     return ResolvedSpace(
         space.name,
         layer,
         space.kind,
-        method,
-        seeds,
+        _method(config, space, where, keep_ones, check),
+        tuple(f"{text}:{layer}:{block}" for block in range(space.blocks)),
         space.size,
         space.blocks,
         keep_ones,
         space.centre,
-        tuple(writers),
-        tuple(reads),
+        tuple(_writers(space, where, layers, check)),
+        tuple(_reads(space, where, layers, check)),
     )
 
 
-def _method(config: Config, space: Space, keep_ones: bool, check: Checker) -> RotationMethod:
+def _writers(space: Space, where: JsonPath, layers: Layers, check: Checker) -> Iterator[RotatedSlot]:
+    for i, writer in enumerate(space.writers):
+        at = (*where, "writers", i)
+        for layer in _expand([writer.path], writer.layers, layers):
+            member = check.slot(at, writer, layer)
+            norm = None if writer.fold_norm is None else check.norm((*at, "fold_norm"), writer.fold_norm, layer)
+            check.claim(at, member)
+            yield RotatedSlot(member.name, member.axis, blocks_of(member, space.size, space.blocks), norm, None)
+
+
+def _reads(space: Space, where: JsonPath, layers: Layers, check: Checker) -> Iterator[ResolvedRead]:
+    for i, read in enumerate(space.reads):
+        at = (*where, "reads", i)
+        for layer in _expand([reader.path for reader in read.readers], read.layers, layers):
+            norm = None if read.norm is None else check.norm((*at, "norm"), read.norm, layer)
+            if norm is not None:
+                check.claim_norm((*at, "norm"), norm)
+            yield ResolvedRead(norm, tuple(_readers(read, at, layer, space, check)))
+
+
+def _readers(read: Read, where: JsonPath, layer: int | None, space: Space, check: Checker) -> Iterator[RotatedSlot]:
+    for j, reader in enumerate(read.readers):
+        at = (*where, "readers", j)
+        member = check.slot(at, reader, layer)
+        bias = None if reader.bias is None else check.name((*at, "bias"), reader.bias, layer)
+        check.claim(at, member)
+        yield RotatedSlot(member.name, member.axis, blocks_of(member, space.size, space.blocks), None, bias)
+
+
+def _method(config: Config, space: Space, where: JsonPath, keep_ones: bool, check: Checker) -> RotationMethod:
     """How a space's rotation is made. ``rotation.method`` learned is for the residual stream, the rest is Hadamard."""
     method = space.method or config.rotation.method
     if method is not RotationMethod.LEARNED:
         return method
+    at = (*where, "method")
     if space.kind != "R1":
         if space.method is RotationMethod.LEARNED:
-            check.problem(f"method: only R1 can be learned, this is {space.kind}; choose hadamard or orthogonal")
+            check.problem(at, f"only R1 can be learned, this is {space.kind}; choose hadamard or orthogonal")
         return RotationMethod.HADAMARD
     if keep_ones:
-        check.problem("method: a space that a LayerNorm reads cannot be learned; choose hadamard or orthogonal")
+        check.problem(at, "a space that a LayerNorm reads cannot be learned; choose hadamard or orthogonal")
     return method
-
-
-def _readers(read: Read, at: int | None, space: Space, channels: int, check: Checker) -> Iterator[RotatedSlot]:
-    for reader in read.readers:
-        if (member := check.slot(reader, at, channels)) is None:
-            continue
-        bias = None
-        if reader.bias is not None and (bias := check.name(reader.bias, at)) is not None:
-            weight = list(check.inventory.shapes[member.name])
-            del weight[reader.dim]
-            if check.inventory.shapes[bias] != tuple(weight):
-                check.problem(f"{bias}: shape {check.inventory.shapes[bias]} does not fit the linear's {tuple(weight)}")
-        check.claim(member)
-        yield RotatedSlot(member.name, member.axis, check.blocks(member, space.size, space.blocks), None, bias)
 
 
 def _resolve_group(
     config: Config,
-    group: SmoothingGroup,
+    number: int,
     check: Checker,
     smooth: Smooth,
     only: Collection[str] | None,
     folded: set[str],
 ) -> Iterator[ResolvedGroup]:
-    smoothing = config.smoothing
+    smoothing, group = config.smoothing, config.smoothing.groups[number]
+    where = ("smoothing", "groups", number)
     default = smoothing.enable if group.kind is not SmoothingKind.QUERY_KEY else False
     wanted = {"all": True, "fc_fc": group.kind is SmoothingKind.LINEAR_LINEAR, "none": False}[smooth]
     for layer in _layers(group.layers):
-        enable, alpha, method = group.enable, group.alpha, group.method
-        for override in group.overrides:
-            if layer is not None and layer in layer_numbers(override.layers):
-                enable = enable if override.enable is None else override.enable
-                alpha = alpha if override.alpha is None else override.alpha
-                method = method if override.method is None else override.method
+        enable, alpha, method = _knobs(group, layer)
         # A norm whose gain went into its readers before a rotation is not smoothed as well, unless it is asked for by
         # name.
         skip = enable is None and any(fill(s.path, layer or 0) in folded for s in group.sources)
         chosen = wanted and not skip and (default if enable is None else enable)
         if not _selected(group.name, only, chosen):
             continue
-        check.begin(group.name if layer is None else f"{group.name} (layer {layer})")
         sides, named = [], []
-        for slots in (group.sources, group.targets):
-            members = [(s, check.slot(s, layer, group.channels)) for s in slots]
-            sides.append(tuple(SmoothedSlot(m.name, m.axis, s.power, s.offset) for s, m in members if m is not None))
-            named += [m for _, m in members if m is not None]
+        for key, slots in (("sources", group.sources), ("targets", group.targets)):
+            members = [((*where, key, i), s, check.slot((*where, key, i), s, layer)) for i, s in enumerate(slots)]
+            sides.append(tuple(SmoothedSlot(m.name, m.axis, s.power, s.offset) for _, s, m in members))
+            named += [(at, m) for at, _, m in members]
         check.once(named)
         yield ResolvedGroup(
             group.name,
@@ -216,42 +244,48 @@ def _resolve_group(
         )
 
 
-def _resolve_online(config: Config, online: Online, check: Checker) -> Iterator[ResolvedOnline]:
+def _knobs(group: SmoothingGroup, layer: int | None) -> tuple[bool | None, float | None, SmoothingMethod | None]:
+    """enable, alpha and method of a group at one layer, overrides over its own."""
+    enable, alpha, method = group.enable, group.alpha, group.method
+    for override in group.overrides:
+        if layer is not None and layer in layer_numbers(override.layers):
+            enable = enable if override.enable is None else override.enable
+            alpha = alpha if override.alpha is None else override.alpha
+            method = method if override.method is None else override.method
+    return enable, alpha, method
+
+
+def _resolve_online(config: Config, at: JsonPath, online: Online, check: Checker) -> Iterator[ResolvedOnline]:
     linears = {linear.path: linear for linear in config.model.linears}
     for layer in _layers(online.layers):
         path = online.path if layer is None else fill(online.path, layer)
-        check.begin(f"{online.kind} {path}")
         if online.kind == "R3":
-            if not any(name.startswith(path + ".") for name in check.inventory.shapes):
-                check.problem(f"no module '{path}'")
+            if not any(name.startswith(path + ".") for name in check.structure.shapes):
+                check.problem((*at, "path"), f"no module '{path}'")
             yield ResolvedOnline(online.kind, path, online.size, None)
             continue
         linear = linears.get(online.path)
         if linear is None:
-            check.problem(f"'{online.path}' is not in model.linears{did_you_mean(online.path, list(linears))}")
+            near = did_you_mean(online.path, list(linears))
+            check.problem((*at, "path"), f"'{online.path}' is not in model.linears{near}")
             continue
         if linear.stack is not None or linear.weight == linear.path:
-            check.problem("an online rotation cannot be put inside fused experts; disable it")
+            check.problem(at, "an online rotation cannot be put inside fused experts; disable it")
             continue
-        slot = Slot(path=linear.weight, dim=linear.in_dim, size=linear.in_features)
-        member = check.slot(slot, layer, online.size)
-        if member is not None:
-            blocks = check.blocks(member, online.size, 1)
-            yield ResolvedOnline(
-                online.kind, path, online.size, RotatedSlot(member.name, member.axis, blocks, None, None)
-            )
+        if linear.in_features != online.size:
+            check.problem((*at, "size"), f"the linear '{online.path}' has {linear.in_features} columns (in_features)")
+            continue
+        member = check.slot(at, Slot(path=linear.weight, dim=linear.in_dim, size=linear.in_features), layer)
+        columns = RotatedSlot(member.name, member.axis, blocks_of(member, online.size, 1), None, None)
+        yield ResolvedOnline(online.kind, path, online.size, columns)
 
 
 def _layers(text: str | None) -> Layers:
     return (None,) if text is None else layer_numbers(text)
 
 
-def _expand(path: str, own: str | None, outer: Layers, check: Checker) -> Layers:
-    """The layers of one member: its own, else the space's; one time where its path has no layer index."""
-    if LAYER not in path:
+def _expand(paths: Collection[str], own: str | None, outer: Layers) -> Layers:
+    """The layers of one member: its own, else the space's; one time where no path has a layer index."""
+    if LAYER not in next(iter(paths)):
         return (None,)
-    layers = _layers(own) if own is not None else outer
-    if layers == (None,):
-        check.problem(f"{path}: no layers are given for '{LAYER}'")
-        return ()
-    return layers
+    return _layers(own) if own is not None else outer

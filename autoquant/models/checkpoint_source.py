@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import Shards, open_shards
 

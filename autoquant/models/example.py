@@ -10,7 +10,7 @@ from torch import nn
 
 from autoquant.errors import AutoQuantError
 from autoquant.models.source import ModelSource, build_structure
-from autoquant.models.structure import fingerprint, shapes_of, ties_of
+from autoquant.models.structure import structure_of
 
 
 def module_source(module: nn.Module, example_inputs: Any = None) -> ModelSource:
@@ -26,8 +26,7 @@ def module_source(module: nn.Module, example_inputs: Any = None) -> ModelSource:
     if not callable(getattr(config, "to_dict", None)):
         raise AutoQuantError(f"{name}: needs example_inputs: a tuple, a dict, or (args, kwargs) to call it by")
     source = ModelSource(name, config)
-    built = build_structure(source)
-    if fingerprint(shapes_of(built), ties_of(built)) != fingerprint(shapes_of(module), ties_of(module)):
+    if structure_of(build_structure(source)).fingerprint != structure_of(module).fingerprint:
         raise AutoQuantError(f"{name}: is not what its configuration makes: give example_inputs to take it as it is")
     return source
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoquant.config.layers import did_you_mean
+from autoquant.capture.identity import ties_of
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import Shards
 from autoquant.models.auto_classes import auto_class, kinds_of
@@ -26,7 +27,7 @@ from autoquant.models.build import with_inputs
 from autoquant.models.checkpoint_source import ADAPTER, checkpoint_folder, open_checkpoint, read_settings
 from autoquant.models.reduce import failure_of
 from autoquant.models.source import LoadedModel, ModelSource, build_structure, one_line, quiet, resolve, sub_configs
-from autoquant.models.structure import record_untied_, ties_of
+from autoquant.models.structure import record_untied_
 from autoquant.models.tasks import Kind
 
 BATCH, TOKENS = 2, 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
 WRAPPED = "linear"

@@ -19,7 +19,7 @@ from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.executor.apply import execute_
 from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan
-from autoquant.models.inventory import Inventory, take_inventory
+from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.quantizer.prefix import prefixed
 
 
@@ -27,7 +27,7 @@ class Held(Protocol):
     """What the pipeline asks of a model."""
 
     @property
-    def inventory(self) -> Inventory:
+    def inventory(self) -> ModelStructure:
         """Names and shapes of the parameters as they are now."""
 
     def read(self, name: str) -> Tensor:
@@ -56,8 +56,8 @@ class InMemory:
     runner: Runner = whole
 
     @property
-    def inventory(self) -> Inventory:
-        return take_inventory(self.model)
+    def inventory(self) -> ModelStructure:
+        return structure_of(self.model)
 
     def read(self, name: str) -> Tensor:
         return self.model.get_parameter(name)

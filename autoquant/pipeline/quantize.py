@@ -28,7 +28,8 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
-from autoquant.models.inventory import Inventory, take_inventory
+from autoquant.models.fit import check_structure
+from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.pipeline.held import Held, InMemory
 from autoquant.pipeline.select import Transforms, resolve_transforms
 from autoquant.quantizer.kv_cache import quantize_cache_
@@ -44,13 +45,14 @@ class Selected:
     value_heads: tuple[ResolvedSpace, ...] = ()
 
 
-def select(config: Config, inventory: Inventory, transforms: Transforms, seed: int | None = None) -> Selected:
+def select(config: Config, inventory: ModelStructure, transforms: Transforms, seed: int | None = None) -> Selected:
     """The spaces, groups and online rotations that ``transforms`` asks for, among those that the config enables.
 
     Left out are groups that serve no quantized linear and groups of linears that are rotated online, whose inputs
     need no smoothing. Raises AutoQuantError where the config does not fit the model.
     """
     if not transforms.rotates and not transforms.alphas:
+        check_structure(config, inventory)
         return Selected(Resolved((), (), ()))
     resolved = resolve_transforms(config, inventory, transforms, seed, keys=True)
     quantized = {linear.weight for linear in plan_linears(config)}
@@ -68,7 +70,7 @@ def select(config: Config, inventory: Inventory, transforms: Transforms, seed: i
 
 
 def rotation_plan(
-    selected: Selected, inventory: Inventory, read: Callable[[str], Tensor], *, learned_later: bool = False
+    selected: Selected, inventory: ModelStructure, read: Callable[[str], Tensor], *, learned_later: bool = False
 ) -> Plan:
     """The plan of everything that comes before the sweep.
 
@@ -81,7 +83,9 @@ def rotation_plan(
     return make_plan(Resolved(resolved.spaces, (), resolved.online), inventory, read, None)
 
 
-def smoothing_plan(selected: Selected, inventory: Inventory, read: Callable[[str], Tensor], scales: Scales) -> Plan:
+def smoothing_plan(
+    selected: Selected, inventory: ModelStructure, read: Callable[[str], Tensor], scales: Scales
+) -> Plan:
     """The plan of what comes after the sweep; ``inventory`` and ``read`` are those of the rotated model."""
     return make_plan(Resolved((), selected.resolved.groups, ()), inventory, read, scales)
 
@@ -89,7 +93,7 @@ def smoothing_plan(selected: Selected, inventory: Inventory, read: Callable[[str
 @torch.no_grad()
 def rotate_(model: nn.Module, selected: Selected, *, learned_later: bool = False) -> Plan:
     """Untie, fold and rotate a model in place; online rotations are installed. ``learned_later`` as above."""
-    plan = rotation_plan(selected, take_inventory(model), model.get_parameter, learned_later=learned_later)
+    plan = rotation_plan(selected, structure_of(model), model.get_parameter, learned_later=learned_later)
     InMemory(model).execute_(plan)
     return plan
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autoquant.config.format import Config, SmoothingKind
-from autoquant.config.layers import did_you_mean
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup
-from autoquant.models.inventory import Inventory
+from autoquant.models.structure import ModelStructure
 
 Rotation = Literal["none", "R1", "all"]
 Smooth = Literal["all", "fc_fc", "none"]
@@ -98,7 +98,7 @@ EVERYTHING = Transforms.of()
 
 
 def resolve_transforms(
-    config: Config, inventory: Inventory, transforms: Transforms, seed: int | None = None, *, keys: bool
+    config: Config, inventory: ModelStructure, transforms: Transforms, seed: int | None = None, *, keys: bool
 ) -> Resolved:
     """What ``transforms`` asks for among what the config enables; ``keys``: groups that scale cached keys as well.
 

@@ -15,7 +15,7 @@ from autoquant.config.format import Config, RotationMethod, SmoothingMethod, Str
 from autoquant.executor.apply import execute_
 from autoquant.executor.plan import Plan
 from autoquant.executor.resolved import Resolved
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 from autoquant.pipeline.held import Held, InMemory
 from autoquant.pipeline.quantize import (
     Selected,
@@ -152,5 +152,5 @@ def _descend_(
     groups = tuple(group for group in selected.resolved.groups if (group.name, group.layer) in chosen)
     found = replace(selected, resolved=Resolved((), groups, ()))
     scales = {key: one.scales.cpu() for key, one in chosen.items()}
-    execute_(model, smoothing_plan(found, take_inventory(model), model.get_parameter, scales))
+    execute_(model, smoothing_plan(found, structure_of(model), model.get_parameter, scales))
     return smoothed(found, swept, scales)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from autoquant.config.format import ActivationQuantization, Config, Linear, Strategy, WeightQuantization
-from autoquant.config.layers import did_you_mean, fill, layer_numbers
+from autoquant.config.layers import fill, layer_numbers
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
 

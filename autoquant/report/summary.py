@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoquant.config.check import positions_and_channels
 from autoquant.config.format import Blocked, Config, Linear, Slot, SmoothingGroup, SmoothingKind, Space
 from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set
+from autoquant.config.slots import positions_of
 
 
 def summarise(config: Config, unknown_operators: Sequence[str] = ()) -> Summary:
@@ -53,7 +53,7 @@ def reached(config: Config, linear: Linear) -> dict[int | None, bool]:
         if _is_query_key(group):
             continue
         for slot in _slots(group.targets, linear):
-            positions, _ = positions_and_channels(slot)
+            positions = positions_of(slot)
             expert = np.arange(columns // slot.size)[:, None] * slot.size  # a slot without a stack is for all of them
             written_out = _weights(linear)[slot.path]
             for layer in _numbers(group.layers) if written_out is None else (written_out,):
@@ -97,11 +97,11 @@ def _source(lookup: _Lookup, linear: Linear, group: SmoothingGroup, target: Slot
     first = group.sources[0]
     name = _relative(_module(first.path), linear.path)
     if first.index is not None and first.stack is None:
-        positions, _ = positions_and_channels(first)
+        positions = positions_of(first)
         if len(positions) < first.size:
             name = f"{len(positions)} rows of {name}"
     elif first.index is not None and first.stack is not None:
-        positions, _ = positions_and_channels(first)
+        positions = positions_of(first)
         if len(positions) < first.size:
             name = f"{len(positions) // first.stack} rows of {name}"
     if group.kind is SmoothingKind.NORM_LINEAR:

@@ -40,7 +40,7 @@ from autoquant.config.format import (
 )
 from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import linear_groups, quantize_model_, rotate_, select
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
@@ -304,7 +304,7 @@ def _alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 def _alphas(task: Task, config: Config) -> dict[tuple[str, int | None], float]:
     """Alpha by (group, layer) on the rotated model, with upstream noise."""
     model = task.load()
-    selected = select(config, take_inventory(model), EVERYTHING)
+    selected = select(config, structure_of(model), EVERYTHING)
     rotate_(model, selected)
     with prefixed(model, config.quantization.prefix):
         chosen = choose_alphas(model, linear_groups(selected).groups, plan_linears(config, task.strategy), task.fit)

@@ -22,7 +22,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoquant.config.layers import LAYER, did_you_mean
+from autoquant.config.layers import LAYER
+from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.io.files import write_text
 from autoquant.models.tasks import KINDS, Kind, full_name, split_name

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from autoquant.algorithms.scale_search import choose_alphas, descend
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import SmoothingMethod, Strategy, edited
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import rotate_, select
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import depends_on_strategy, prepare_
@@ -19,13 +19,13 @@ STATIC = Strategy.PER_CHANNEL_STATIC
 
 def rotated() -> nn.Module:
     model = load_float32(PACKAGED)
-    rotate_(model, select(config_of(PACKAGED), take_inventory(model), EVERYTHING))
+    rotate_(model, select(config_of(PACKAGED), structure_of(model), EVERYTHING))
     return model
 
 
 def test_alpha_of_each_group_and_layer_lowers_the_output_error() -> None:
     config, model = config_of(PACKAGED), rotated()
-    groups = select(config, take_inventory(load_float32(PACKAGED)), EVERYTHING).resolved.groups
+    groups = select(config, structure_of(load_float32(PACKAGED)), EVERYTHING).resolved.groups
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     found = choose_alphas(model, groups, plan_linears(config, STATIC), windows(4, 40))
     assert len(found) == 10, "two groups in five layers: norms are folded into R1"
@@ -40,7 +40,7 @@ def test_alpha_of_each_group_and_layer_lowers_the_output_error() -> None:
 def test_descent_is_for_the_groups_that_ask_for_it() -> None:
     config = config_of(PACKAGED)
     model = rotated()
-    groups = select(config, take_inventory(load_float32(PACKAGED)), EVERYTHING).resolved.groups
+    groups = select(config, structure_of(load_float32(PACKAGED)), EVERYTHING).resolved.groups
     assert descend(model, groups, plan_linears(config, STATIC), windows(2, 24)) == {}
 
 

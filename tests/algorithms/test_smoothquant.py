@@ -14,7 +14,7 @@ from autoquant.executor.operations import Axis
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, SmoothedSlot
 from autoquant.executor.scales import random_scales
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 
 INF, NAN = float("inf"), float("nan")
 
@@ -90,19 +90,19 @@ def test_alpha_can_be_replaced() -> None:
 def test_missing_maxima_and_query_key_groups_are_refused() -> None:
     model = build("llama", **LLAMA)
     config = llama_like(model)
-    resolved = resolve(config, take_inventory(model), only=["v_o"])
+    resolved = resolve(config, structure_of(model), only=["v_o"])
     with pytest.raises(AutoQuantError, match=r"v_o \(layer 0\): the calibration has no activation maxima"):
         group_scales(resolved, {}, model.get_parameter)
     groups = tuple(edited(g, kind=SmoothingKind.QUERY_KEY) for g in config.smoothing.groups)
     config = edited(config, smoothing=edited(config.smoothing, groups=groups))
-    resolved = resolve(config, take_inventory(model), only=["v_o"])
+    resolved = resolve(config, structure_of(model), only=["v_o"])
     with pytest.raises(AutoQuantError, match="query_key groups are scaled by cached keys"):
         group_scales(resolved, {}, model.get_parameter)
 
 
 def test_random_scales_are_reproducible_and_between_half_and_two() -> None:
     model = build("llama", **LLAMA)
-    resolved = resolve(llama_like(model), take_inventory(model), rotate=False)
+    resolved = resolve(llama_like(model), structure_of(model), rotate=False)
     first, again = random_scales(resolved, 1), random_scales(resolved, 1)
     assert first.keys() == {(g.name, g.layer) for g in resolved.groups}
     assert all(torch.equal(s, again[k]) and s.min() >= 0.5 and s.max() <= 2 for k, s in first.items())

@@ -28,8 +28,8 @@ from autoquant.config.format import Config, RotationMethod, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.resolved import ResolvedSpace
-from autoquant.models.inventory import take_inventory
 from autoquant.models.source import LoadedModel
+from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import Selected, needs_sweep, rotate_, select
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import prepare_
@@ -53,7 +53,7 @@ def learned(config: Config, kind: str = "R1") -> Config:
 def ready(preopt: str = "rotation") -> tuple[nn.Module, Selected, ResolvedSpace]:
     """The packaged model with its Hadamard rotations, and the space that is to be learned."""
     model = load_float32(PACKAGED)
-    selected = select(learned(config_of(PACKAGED)), take_inventory(model), Transforms.parse(preopt))
+    selected = select(learned(config_of(PACKAGED)), structure_of(model), Transforms.parse(preopt))
     rotate_(model, selected, learned_later=True)
     return model, selected, next(space for space in selected.resolved.spaces if space.kind == "R1")
 
@@ -79,7 +79,7 @@ def test_a_further_rotation_leaves_the_function_in_float64(online: bool) -> None
     if online:  # R4 puts a wrapper around a writer of the space
         places = tuple(edited(place, enable=place.kind == "R4") for place in config.rotation.online)
         config = edited(config, rotation=edited(config.rotation, online=places))
-    selected = select(config, take_inventory(model), Transforms.parse("rotation"))
+    selected = select(config, structure_of(model), Transforms.parse("rotation"))
     rotate_(model, selected, learned_later=True)
     space = next(space for space in selected.resolved.spaces if space.kind == "R1")
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -148,10 +148,10 @@ def test_a_rotation_that_is_no_better_is_not_used(rate: float) -> None:
 def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     config, model = config_of(PACKAGED), load_float32(PACKAGED)
     with pytest.raises(AutoQuantError, match="only R1 can be learned, this is R2"):
-        select(learned(config, "R2"), take_inventory(model), Transforms.parse("rotation"))
+        select(learned(config, "R2"), structure_of(model), Transforms.parse("rotation"))
     folder = gpt2(tmp_path / "gpt2")
     with pytest.raises(AutoQuantError, match="a space that a LayerNorm reads cannot be learned"):
-        select(learned(config_of(folder)), take_inventory(load_float32(folder)), Transforms.parse("rotation"))
+        select(learned(config_of(folder)), structure_of(load_float32(folder)), Transforms.parse("rotation"))
     model, _, space = ready()
     planned = plan_linears(config, TOKEN)
     with pytest.raises(AutoQuantError, match="at least two calibration windows"):
@@ -166,7 +166,7 @@ def test_rotation_method_learned_is_for_the_residual_only() -> None:
     config = config_of(PACKAGED)
     rotation = edited(config.rotation, method=RotationMethod.LEARNED)
     config = edited(config, rotation=rotation)
-    selected = select(config, take_inventory(load_float32(PACKAGED)), Transforms.parse("rotation"))
+    selected = select(config, structure_of(load_float32(PACKAGED)), Transforms.parse("rotation"))
     methods = {space.kind: space.method for space in selected.resolved.spaces}
     assert methods == {"R1": RotationMethod.LEARNED, "R2": RotationMethod.HADAMARD}
 
@@ -178,7 +178,7 @@ def test_whatever_sees_no_text_or_no_whole_model_refuses(tmp_path: Path) -> None
     with pytest.raises(AutoQuantError, match=message):
         apply_(model, config, smooth="none")
     with pytest.raises(AutoQuantError, match=message):
-        rotate_(model, select(config, take_inventory(model), Transforms.parse("rotation")))
+        rotate_(model, select(config, structure_of(model), Transforms.parse("rotation")))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     with pytest.raises(AutoQuantError, match=message):
         apply_checkpoint(PACKAGED, config, tmp_path / "out", smooth="none")
@@ -210,7 +210,7 @@ def test_the_pipeline_learns_and_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_calibration_is_needed_even_where_everything_is_dynamic() -> None:
     config = config_of(PACKAGED)
     for chosen, needed in ((config, False), (learned(config), True)):
-        selected = select(chosen, take_inventory(load_float32(PACKAGED)), Transforms.parse("rotation"))
+        selected = select(chosen, structure_of(load_float32(PACKAGED)), Transforms.parse("rotation"))
         assert needs_sweep(chosen, TOKEN, selected) is needed
 
 

@@ -12,13 +12,13 @@ from autoquant.calibration.group_maxima import collect_activation_maxima
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 
 IDS = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
 def collect(model: nn.Module, config: Config) -> dict[tuple[str, int | None], Tensor]:
-    resolved = resolve(config, take_inventory(model), rotate=False)
+    resolved = resolve(config, structure_of(model), rotate=False)
     return collect_activation_maxima(model, resolved, [IDS[:2], IDS[2:]])
 
 
@@ -79,7 +79,7 @@ def test_what_is_never_multiplied_is_named() -> None:
 
 def test_nothing_stays_on_the_model_after_an_error() -> None:
     model = build("llama", dtype=torch.float32, **LLAMA)
-    resolved = resolve(llama_like(model), take_inventory(model), rotate=False)
+    resolved = resolve(llama_like(model), structure_of(model), rotate=False)
     with pytest.raises(IndexError):
         collect_activation_maxima(model, resolved, [torch.tensor([[10_000]])])
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
@@ -88,7 +88,7 @@ def test_nothing_stays_on_the_model_after_an_error() -> None:
 
 def test_progress_counts_batches() -> None:
     model = build("llama", dtype=torch.float32, **LLAMA)
-    resolved = resolve(llama_like(model), take_inventory(model), rotate=False)
+    resolved = resolve(llama_like(model), structure_of(model), rotate=False)
     seen: list[tuple[int, int]] = []
     collect_activation_maxima(model, resolved, [IDS, IDS], progress=lambda *at: seen.append(at))
     assert seen == [(1, 2), (2, 2)]

@@ -18,7 +18,7 @@ from autoquant.calibration.runner import LayerByLayer, Observer, Progress, Runne
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Rounding, Strategy, edited
 from autoquant.errors import AutoQuantError
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 from autoquant.quantizer.strategies import plan_linears
 
 LINEARS = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(5)]
@@ -44,7 +44,7 @@ class Backwards:
 def layer_by_layer(model: nn.Module) -> tuple[nn.Module, Runner]:
     """The same model without weights, and the runner that brings them."""
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
-    inventory, empty = take_inventory(model), copy.deepcopy(model)
+    inventory, empty = structure_of(model), copy.deepcopy(model)
     shared = {name: nn.Parameter(torch.empty_like(weights[name], device="meta")) for name in inventory.shapes}
     for name in inventory.shapes:
         owner, _, last = name.rpartition(".")

@@ -36,8 +36,8 @@ from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
-from autoquant.models.inventory import take_inventory
 from autoquant.models.load import load_skeleton
+from autoquant.models.structure import structure_of
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Config]]] = {
     "llama": (LLAMA, llama_like),
@@ -71,7 +71,7 @@ def saved(folder: Path, name: str = "llama", shard: str = "20KB", dtype: torch.d
 
 
 def random_scales_for(folder: Path, config: Config) -> Any:
-    return random_scales(resolve(config, take_inventory(load_skeleton(folder))), 0)
+    return random_scales(resolve(config, structure_of(load_skeleton(folder))), 0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -120,5 +120,7 @@ def test_messages(tmp_path: Path, config: Path) -> None:
 def test_a_config_of_another_model_is_refused(tmp_path: Path, config: Path) -> None:
     other = DATA / "stories260K"
     error = refusal(other, config, "-o", tmp_path / "out", "--smooth", "none")
-    assert "does not fit the model" in error.message
-    assert any("the config is for a model of" in line for line in (*error.details, error.message))
+    assert error.message.startswith(
+        "the config does not fit the model: $.provenance.fingerprint: the model's is sha256:"
+    )
+    assert any("$.model.parameters: the model has" in line for line in error.details)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoquant.config.layers import did_you_mean, fill, layer_numbers, layer_set, nearest, template
+from autoquant.config.layers import fill, layer_numbers, layer_set, template
+from autoquant.config.spelling import did_you_mean, nearest
 from autoquant.errors import AutoQuantError
 
 

@@ -32,6 +32,7 @@ from autoquant.config.format import (
     Writer,
 )
 from autoquant.models.reduce import float64_throughout
+from autoquant.models.structure import structure_of
 
 NORM, FC, QK = SmoothingKind.NORM_LINEAR, SmoothingKind.LINEAR_LINEAR, SmoothingKind.QUERY_KEY
 
@@ -82,10 +83,12 @@ def make_config(
     linears: Sequence[Linear] = (),
     layers: int = 2,
 ) -> Config:
+    structure = structure_of(model)
+    provenance = Provenance(autoquant="0", torch="2", model="hand", capture="hand", fingerprint=structure.fingerprint)
     return Config(
         format_version=1,
-        provenance=Provenance(autoquant="0", torch="2", model="hand", capture="hand", fingerprint="hand"),
-        model=ModelFacts(layers=layers, parameters=sum(p.numel() for p in model.parameters()), linears=tuple(linears)),
+        provenance=provenance,
+        model=ModelFacts(layers=layers, parameters=structure.parameters, tied=structure.ties, linears=tuple(linears)),
         smoothing=Smoothing(groups=tuple(groups)),
         rotation=Rotation(spaces=tuple(spaces), online=tuple(online)),
         quantization=Quantization(),

@@ -30,7 +30,7 @@ from autoquant.executor.apply import Applied, apply_
 from autoquant.executor.plan import Scales
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ EVERY = ["attention_in", "v_o", "mlp_in", "up_down", "fc1_fc2", "residual", "hea
 
 
 def scales_for(model: nn.Module, config: Config, **options: Any) -> Scales:
-    return random_scales(resolve(config, take_inventory(model), **options), seed=3)
+    return random_scales(resolve(config, structure_of(model), **options), seed=3)
 
 
 def apply_random(model: nn.Module, config: Config, **options: Any) -> Applied:

@@ -17,8 +17,8 @@ from autoquant.executor.hadamard import hadamard_matrix
 from autoquant.executor.online import HadamardRotation, RotatedLinear, _beside
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
-from autoquant.models.inventory import take_inventory
 from autoquant.models.reduce import float64_throughout
+from autoquant.models.structure import structure_of
 
 R3, R4 = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp.down_proj"
 INPUT = "model.layers.{layer}.self_attn.q_proj"
@@ -126,7 +126,7 @@ def test_everything_together_with_smoothing() -> None:
     model = build("llama", **LLAMA)
     config = llama_like(model)
     names = [*(g.name for g in config.smoothing.groups), "residual", "heads", R3, R4, INPUT]
-    scales = random_scales(resolve(config, take_inventory(model), only=names), 0)
+    scales = random_scales(resolve(config, structure_of(model), only=names), 0)
     before = logits(model)
     apply_(model, config, only=names, scales=scales)
     assert change(before, logits(model)) < 1e-13

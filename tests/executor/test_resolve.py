@@ -24,11 +24,11 @@ from autoquant.config.format import (
     Writer,
     edited,
 )
+from autoquant.config.slots import channels_of
 from autoquant.errors import AutoQuantError
-from autoquant.executor.checker import channel_of_position
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 
 
 class TwoLinears(nn.Module):
@@ -55,7 +55,7 @@ SECOND = [cols("second.weight", 6)]
 
 def problems(model: nn.Module, config: Config, **options: Any) -> tuple[str, ...]:
     with pytest.raises(AutoQuantError) as caught:
-        resolve(config, take_inventory(model), **options)
+        resolve(config, structure_of(model), **options)
     message = caught.value.message
     assert message.startswith("the config does not fit the model: ") and message.endswith("; nothing was changed")
     first = message.removeprefix("the config does not fit the model: ").removesuffix("; nothing was changed")
@@ -66,7 +66,7 @@ def problems(model: nn.Module, config: Config, **options: Any) -> tuple[str, ...
 def test_a_fitting_config_resolves_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = TwoLinears()
-    resolved = resolve(fc(model, FIRST, SECOND), take_inventory(model))
+    resolved = resolve(fc(model, FIRST, SECOND), structure_of(model))
     (group,) = resolved.groups
     assert [s.name for s in group.sources] == ["first.weight", "first.bias"]
     assert group.alpha == 0.5 and group.layer is None
@@ -83,35 +83,41 @@ def strided(start: int, count: int, channel: int = 0, stride: int = 1) -> IndexM
 @pytest.mark.parametrize(
     ("wrong", "expected"),
     [
-        (slot("frist.weight", 6), "pair: no parameter 'frist.weight'; did you mean 'first.weight'?"),
-        (slot("first.weight", 7), "pair: first.weight: the axis has 6 positions (shape (6, 4)), the config says 7"),
-        (slot("first.weight", 6, dim=2), "pair: first.weight: has no dimension 2, its shape is (6, 4)"),
+        (slot("frist.weight", 6), ".path: the model has no parameter 'frist.weight'; did you mean 'first.weight'?"),
+        (
+            slot("first.weight", 7),
+            ": 'first.weight' is [6, 4] in the model; the config says 7 positions (size) along dimension 0",
+        ),
+        (
+            slot("first.weight", 6, dim=2),
+            ": 'first.weight' is [6, 4] in the model; it has no dimension 2 (dim)",
+        ),
         (
             slot("first.weight", 16, dim=1, stack=4),
-            "pair: first.weight: 4 matrices cannot be stacked along dimension 0 of (6, 4)",
+            ": 'first.weight' is [6, 4] in the model; the config says 4 matrices stacked along dimension 0 (stack)",
         ),
         (
             slot("first.weight", 6, index=(strided(2, 6),)),
-            "pair: first.weight: index: positions 2 to 7 do not fit the 6 of the axis",
+            ".index[0]: position 7 is out of range; expected 0 to 5",
         ),
         (
             slot("first.weight", 6, index=(strided(0, 3), strided(2, 3))),
-            "pair: first.weight: index: a position is named twice",
+            ".index: position 2 occurs more than once",
         ),
         (
             slot("first.weight", 6, index=(strided(0, 3, channel=5),)),
-            "pair: first.weight: channel 7 is beyond the 6 of the group",
+            ".index[0]: channel 7 is out of range; expected 0 to 5",
         ),
-        (slot("first.weight", 6, index=()), "pair: first.weight: no position carries a channel"),
+        (slot("first.weight", 6, index=()), ".index: expected at least one block, or null for the whole axis"),
         (
             slot("first.weight", 6, index=(IndexMap(shape=(3,), stride=(1, 1), channel_stride=(1,)),)),
-            "pair: first.weight: index: shape, stride and channel_stride have different lengths",
+            ".index[0]: shape, stride and channel_stride differ in length: 1, 2 and 1",
         ),
     ],
 )
 def test_a_wrong_slot_is_said(wrong: Slot, expected: str) -> None:
     model = TwoLinears()
-    assert problems(model, fc(model, [wrong], SECOND)) == (expected,)
+    assert problems(model, fc(model, [wrong], SECOND)) == ("$.smoothing.groups[0].sources[0]" + expected,)
 
 
 def test_all_problems_come_at_once() -> None:
@@ -130,7 +136,9 @@ def test_another_model_is_refused() -> None:
     model = TwoLinears()
     config = fc(model, FIRST, SECOND)
     model.third = nn.Linear(2, 2)
-    assert problems(model, config) == ("the config is for a model of 48 parameters, this one has 54",)
+    fingerprint, parameters = problems(model, config)
+    assert fingerprint.startswith("$.provenance.fingerprint: the model's is sha256:")
+    assert parameters == "$.model.parameters: the model has 54 parameters, not 48"
 
 
 def test_narrow_floats_are_refused() -> None:
@@ -138,20 +146,21 @@ def test_narrow_floats_are_refused() -> None:
     config = fc(model, FIRST, SECOND)
     model.second.weight = nn.Parameter(model.second.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     (found,) = problems(model, config)
-    assert found.startswith("pair: second.weight is torch.float8_e4m3fn; only float16")
+    at = "$.smoothing.groups[0].targets[0].path"
+    assert found.startswith(f"{at}: second.weight is torch.float8_e4m3fn; only float16")
 
 
 def test_unknown_names_in_only() -> None:
     model = TwoLinears()
-    found = problems(model, fc(model, FIRST, SECOND), only=["pear"])
-    assert found == ("the config has no group or space 'pear'; did you mean 'pair'?",)
+    with pytest.raises(AutoQuantError, match=r"the config has no group or space 'pear'; did you mean 'pair'\?"):
+        resolve(fc(model, FIRST, SECOND), structure_of(model), only=["pear"])
 
 
 @pytest.mark.parametrize("options", [{"smooth": "none"}, {"only": []}])
 def test_doing_nothing_is_an_error(options: dict[str, Any]) -> None:
     model = TwoLinears()
     with pytest.raises(AutoQuantError, match="nothing to do"):
-        resolve(fc(model, FIRST, SECOND), take_inventory(model), **options)
+        resolve(fc(model, FIRST, SECOND), structure_of(model), **options)
 
 
 def space(**changes: Any) -> Space:
@@ -168,23 +177,31 @@ def space(**changes: Any) -> Space:
 def test_a_position_in_two_spaces_is_refused() -> None:
     model = TwoLinears()
     config = make_config(model, (), (space(), space(name="again")))
-    assert problems(model, config)[0] == "again: first.weight: the same positions of dimension 0 are already in middle"
+    assert problems(model, config)[0] == (
+        "$.rotation.spaces[1].writers[0]: the same positions of dimension 0 of first.weight are already in "
+        "$.rotation.spaces[0].writers[0]"
+    )
 
 
 def test_a_position_twice_in_a_group_is_refused() -> None:
     model = TwoLinears()
     columns = slot("second.weight", 6, dim=1)
-    expected = "pair: {}: the group names the same positions of dimension {} twice"
-    assert problems(model, fc(model, FIRST, [columns, columns])) == (expected.format("second.weight", 1),)
-    half = slot("first.bias", 6, index=(strided(5, 1),))
-    assert problems(model, fc(model, [*FIRST, half], SECOND)) == (expected.format("first.bias", 0),)
-    assert problems(model, fc(model, FIRST, [*SECOND, FIRST[0]])) == (expected.format("first.weight", 0),)
+    expected = "$.smoothing.groups[0].{}: the group names positions of dimension {} of {} twice"
+    found = problems(model, fc(model, FIRST, [columns, columns]))
+    assert found == (expected.format("targets[1]", 1, "second.weight"),)
+    turned = slot("first.bias", 6, index=(strided(5, 6, stride=-1),))
+    found = problems(model, fc(model, [*FIRST, turned], SECOND))
+    assert found == (expected.format("sources[2]", 0, "first.bias"),)
+    found = problems(model, fc(model, FIRST, [*SECOND, FIRST[0]]))
+    assert found == (expected.format("targets[1]", 0, "first.weight"),)
 
 
 def test_a_group_may_name_a_parameter_in_parts() -> None:
+    """Each part carries every channel, as a file's slots have to: two heads that read the same six."""
     model = TwoLinears()
-    parts = [slot("second.weight", 6, dim=1, index=(strided(start, 3, channel=start),)) for start in (0, 3)]
-    (group,) = resolve(fc(model, FIRST, parts), take_inventory(model)).groups
+    model.second = nn.Linear(12, 3, bias=False)
+    parts = [slot("second.weight", 12, dim=1, index=(strided(start, 6),)) for start in (0, 6)]
+    (group,) = resolve(fc(model, FIRST, parts), structure_of(model)).groups
     assert [s.name for s in group.targets] == ["second.weight", "second.weight"]
 
 
@@ -194,29 +211,33 @@ def test_one_expert_and_all_of_them_is_twice() -> None:
     last = slot("down", 8, dim=1, stack=2, index=(strided(4, 4),))
     first = slot("down", 8, dim=1, stack=2, index=(strided(0, 4),))
     source = [slot("up", 4, dim=2)]
-    found = problems(model, fc(model, source, [every, last]))
-    assert found == ("pair: down: the group names the same positions of dimension 1 twice",)
-    assert len(resolve(fc(model, source, [first, last]), take_inventory(model)).groups[0].targets) == 2
+    found = problems(model, fc(model, source, [every, last], channels=4))
+    assert found == ("$.smoothing.groups[0].targets[1]: the group names positions of dimension 1 of down twice",)
+    assert len(resolve(fc(model, source, [first, last], channels=4), structure_of(model)).groups[0].targets) == 2
 
 
 def test_a_part_of_a_block_is_refused() -> None:
     model = TwoLinears()
     reads = (Read(readers=(Reader(path="second.weight", dim=1, size=6, index=(strided(0, 5),)),)),)
     found = problems(model, make_config(model, (), (space(reads=reads),)))
-    assert found == ("middle: second.weight: holds a part of block 0 only (channel 5 is short)",)
+    assert found == ("$.rotation.spaces[0].reads[0].readers[0].index: channel 5 of 6 is on no position",)
 
 
 def test_centring_without_a_layer_norm_is_refused() -> None:
     model = TwoLinears()
     (found,) = problems(model, make_config(model, (), (space(centre=True),)))
-    assert found == "middle: centre: second.weight reads the space without a LayerNorm, centring would change it"
+    assert found == (
+        "$.rotation.spaces[0].reads[0]: reads a centred space without a LayerNorm, "
+        "and centring would change it (centre)"
+    )
 
 
 def test_a_bias_of_another_shape_is_refused() -> None:
     model = TwoLinears()
     reads = (Read(readers=(Reader(path="second.weight", dim=1, size=6, bias="first.bias"),)),)
     (found,) = problems(model, make_config(model, (), (space(reads=reads),)))
-    assert found == "middle: first.bias: shape (6,) does not fit the linear's (3,)"
+    at = "$.rotation.spaces[0].reads[0].readers[0].bias"
+    assert found == f"{at}: 'first.bias' is [6] in the model; the linear's is [3]"
 
 
 def test_a_norm_in_two_reads_is_refused() -> None:
@@ -228,7 +249,9 @@ def test_a_norm_in_two_reads_is_refused() -> None:
     changed = edited(residual, reads=split + residual.reads[1:])
     config = edited(config, rotation=edited(config.rotation, spaces=(changed,)))
     found = problems(model, config, smooth="none")
-    assert "input_layernorm.weight: stands in two reads (residual); all its readers belong in one" in found[0]
+    assert (
+        "input_layernorm.weight is in $.rotation.spaces[0].reads[0].norm too; all its readers belong in one" in found[0]
+    )
 
 
 def test_a_norm_of_another_size_is_refused() -> None:
@@ -236,14 +259,17 @@ def test_a_norm_of_another_size_is_refused() -> None:
     model.norm = nn.LayerNorm(5)
     reads = (Read(norm=Norm(kind="layer", weight="norm.weight"), readers=space().reads[0].readers),)
     (found,) = problems(model, make_config(model, (), (space(reads=reads),)))
-    assert found == "middle: norm.weight: shape (5,), but the space has 6 channels"
+    at = "$.rotation.spaces[0].reads[0].norm.weight"
+    assert found == f"{at}: 'norm.weight' is [5] in the model; the config says 6 elements"
 
 
 def test_layers_missing_for_a_template_are_said() -> None:
     model = TwoLinears()
     writers = (Writer(path="layers.{layer}.weight", size=6),)
     found = problems(model, make_config(model, (), (space(writers=writers),)))
-    assert found == ("middle: layers.{layer}.weight: no layers are given for '{layer}'",)
+    assert found == (
+        "$.rotation.spaces[0].writers[0].path: 'layers.{layer}.weight' holds {layer}, and no layers are given",
+    )
 
 
 # What is selected.
@@ -255,7 +281,7 @@ def resolved_llama(update: dict[str, Any] | None = None, **options: Any) -> Reso
     if update:
         groups = tuple(edited(g, **update) if g.name == "v_o" else g for g in config.smoothing.groups)
         config = edited(config, smoothing=edited(config.smoothing, groups=groups))
-    return resolve(config, take_inventory(model), **options)
+    return resolve(config, structure_of(model), **options)
 
 
 def names(resolved: Resolved) -> list[tuple[str, int | None]]:
@@ -290,13 +316,12 @@ def test_one_residual_space_and_heads_per_layer() -> None:
 
 def test_experts_that_are_alike_need_no_stack() -> None:
     model = build("mixtral", **MIXTRAL)
-    resolved = resolve(mixtral_config(model), take_inventory(model))
+    resolved = resolve(mixtral_config(model), structure_of(model))
     axis = next(r.axis for read in resolved.spaces[0].reads for r in read.readers if "gate_up" in r.name)
     assert axis.stack is None and axis.dim == 2 and len(axis.channels) == 24
 
 
 def test_channels_of_a_grouped_query_projection() -> None:
     index = (IndexMap(shape=(2, 2, 3), stride=(6, 3, 1), channel_stride=(3, 0, 1)),)
-    found = channel_of_position(Slot(path="o", dim=1, size=12, index=index))
-    assert not isinstance(found, str)
+    found = channels_of(Slot(path="o", dim=1, size=12, index=index))
     assert found.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]

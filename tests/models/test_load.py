@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from autoquant.capture.identity import ties_of
 from autoquant.errors import AutoQuantError
 from autoquant.models.load import load_causal_lm, load_checkpoint, load_skeleton
-from autoquant.models.structure import ties_of
 from autoquant.models.tokenizer import load_tokenizer
 
 PACKAGED = Path(__file__).parents[2] / "autoquant" / "data" / "wikinano1m"

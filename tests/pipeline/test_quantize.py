@@ -12,7 +12,7 @@ from autoquant.calibration.observers import Sweep, sweep
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
-from autoquant.models.inventory import take_inventory
+from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import (
     Selected,
     needs_sweep,
@@ -32,7 +32,7 @@ PREOPTS = ["smooth:0.5+fc_fc:0.7", "fc_fc:0.5+rotation", "smooth:0.85"]
 def prepared(preopt: str) -> tuple[nn.Module, Selected, Sweep]:
     """The rotated model and its sweep."""
     model, config = load_float32(PACKAGED), config_of(PACKAGED)
-    selected = select(config, take_inventory(model), Transforms.parse(preopt))
+    selected = select(config, structure_of(model), Transforms.parse(preopt))
     rotate_(model, selected)
     return model, selected, sweep(model, swept_weights(config, selected), windows(), cache=True)
 
@@ -67,7 +67,7 @@ def test_values_that_may_be_scaled_by_an_unknown_rule_are_refused() -> None:
 
 
 def test_what_is_selected() -> None:
-    config, inventory = config_of(PACKAGED), take_inventory(load_float32(PACKAGED))
+    config, inventory = config_of(PACKAGED), structure_of(load_float32(PACKAGED))
 
     def kinds(preopt: str) -> tuple[set[str], set[str], set[float]]:
         resolved = select(config, inventory, Transforms.parse(preopt)).resolved
@@ -95,7 +95,7 @@ def test_every_strategy_runs_and_stays_near_the_float_model() -> None:
 
 
 def test_what_needs_a_sweep() -> None:
-    config, inventory = config_of(PACKAGED), take_inventory(load_float32(PACKAGED))
+    config, inventory = config_of(PACKAGED), structure_of(load_float32(PACKAGED))
     plain, fc_fc = (select(config, inventory, Transforms.parse(text)) for text in ("rotation", "fc_fc"))
     assert not needs_sweep(config, Strategy.PER_CHANNEL_PER_TOKEN_KV, plain)
     assert needs_sweep(config, Strategy.PER_CHANNEL_PER_TOKEN_KV, fc_fc)
@@ -107,7 +107,7 @@ def test_what_needs_a_sweep() -> None:
 def test_query_key_scales_flatten_the_cached_keys(kind: str, tmp_path: Path) -> None:
     source = PACKAGED if kind == "packaged" else gpt2(tmp_path)
     config, model = enabled(config_of(source)), load_float32(source)
-    selected = select(config, take_inventory(model), Transforms.parse("fc_fc"))
+    selected = select(config, structure_of(model), Transforms.parse("fc_fc"))
     logits = model(windows()[0]).logits
     before = sweep(model, swept_weights(config, selected), windows(), cache=True)
     after = smooth_(model, selected, before)
@@ -123,7 +123,7 @@ def test_query_key_scales_flatten_the_cached_keys(kind: str, tmp_path: Path) -> 
 
 def test_query_key_scales_and_an_online_rotation_of_the_keys_exclude_each_other() -> None:
     config, model = enabled(config_of(PACKAGED), "R3"), load_float32(PACKAGED)
-    selected = select(config, take_inventory(model), Transforms.parse("fc_fc+rotation"))
+    selected = select(config, structure_of(model), Transforms.parse("fc_fc+rotation"))
     rotate_(model, selected)
     swept = sweep(model, swept_weights(config, selected), windows(), cache=True)
     with pytest.raises(AutoQuantError, match="R3 rotates what the group scales"):

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from autoquant.config.check import json_path
+from autoquant.config.check import problems as check_problems
 from autoquant.config.file import save_config
-from autoquant.config.format import edited
+from autoquant.config.format import IndexMap, edited
 from autoquant.models.structure import fingerprint
 
 if TYPE_CHECKING:
     from autoquant.config.format import Config
-    from autoquant.executor.fit import Structure
+    from autoquant.models.structure import ModelStructure
 
 SHAPES = {
     "table.weight": (32, 8),
@@ -26,18 +27,21 @@ TIED = (("table.weight", "head.weight"),)
 PARAMETERS = 32 * 8 + 4 * (12 * 8 + 12 + 8 * 8 + 8)
 
 
-def structure(changes: dict[str, Any] | None = None, tied: tuple[tuple[str, ...], ...] = TIED) -> Structure:
-    from autoquant.executor.fit import Structure
+def structure(changes: dict[str, Any] | None = None, tied: tuple[tuple[str, ...], ...] = TIED) -> ModelStructure:
+    import torch
+
+    from autoquant.models.structure import ModelStructure
 
     shapes = {name: shape for name, shape in {**SHAPES, **(changes or {})}.items() if shape is not None}
     modules = {name.rpartition(".")[0] for name in shapes}
-    return Structure(shapes, tied, frozenset(modules))
+    canonical = {name: next((tie[0] for tie in tied if name in tie), name) for name in shapes}
+    return ModelStructure(shapes, dict.fromkeys(shapes, torch.float32), canonical, frozenset(modules))
 
 
-def messages(config: Config, model: Structure) -> list[str]:
-    from autoquant.executor.fit import model_problems
+def messages(config: Config, model: ModelStructure) -> list[str]:
+    from autoquant.models.fit import structure_problems
 
-    return [f"{json_path(problem.path)}: {problem.message}" for problem in model_problems(config, model)]
+    return [f"{json_path(problem.path)}: {problem.message}" for problem in structure_problems(config, model)]
 
 
 @pytest.fixture
@@ -101,23 +105,55 @@ def test_ties(config: Config) -> None:
 
 
 def test_stacked_matrices(config: Config) -> None:
-    from autoquant.executor.fit import _axis
+    from autoquant.models.fit import axis_problem
 
     slot = edited(config.smoothing.groups[0].targets[0], dim=2, stack=4, size=32)
-    assert _axis(slot, (4, 6, 8)) is None
-    assert _axis(slot, (5, 6, 8)) == "the config says 4 stacked matrices (stack)"
-    assert _axis(slot, (4, 6, 9)) == "the config says 32 positions (size) along dimension 2, 4 matrices together"
-    assert _axis(slot, (4, 6)) == "it has no dimension 2 (dim)"
-    assert _axis(slot, (4, 6, 8, 5)) is None  # a tensor of four dimensions, for each entry of the first
+    assert axis_problem(slot, (4, 6, 8)) is None
+    assert axis_problem(slot, (5, 6, 8)) == "the config says 4 matrices stacked along dimension 0 (stack)"
+    assert axis_problem(slot, (4, 6, 9)) == "the config says 32 positions (size) along dimension 2, 4 matrices together"
+    assert axis_problem(slot, (4, 6)) == "it has no dimension 2 (dim)"
+    assert axis_problem(slot, (4, 6, 8, 5)) is None  # a tensor of four dimensions, for each entry of the first
+    assert axis_problem(edited(slot, dim=1, size=16), (8, 4)) is None  # the matrices share dimension 0
 
 
 def test_every_problem_has_its_line(config: Config, tmp_path: Path) -> None:
-    from autoquant.executor.fit import model_problems, problems_error
+    from autoquant.models.fit import problems_error, structure_problems
 
     path = tmp_path / "c.json"
     save_config(config, path)
-    error = problems_error(path, "made-up", model_problems(config, structure({"net.0.out.weight": (8, 4)})))
+    error = problems_error(path, "made-up", structure_problems(config, structure({"net.0.out.weight": (8, 4)})))
     assert error.message == f"{path}: does not fit made-up: {len(error.details)} problems"
     assert error.details[0].startswith(f"{path}:10:20: $.provenance.fingerprint: ")
     lines = [int(detail.removeprefix(f"{path}:").partition(":")[0]) for detail in error.details]
     assert lines == sorted(lines)
+
+
+def test_a_space_of_two_blocks_fits(config: Config) -> None:
+    """R1 of 2 blocks: its norm has a gain for each block, or one for all channels."""
+    space = config.rotation.spaces[0]
+    index = tuple(
+        IndexMap(start=4 * block, shape=(4,), stride=(1,), channel_start=4 * block, channel_stride=(1,))
+        for block in range(2)
+    )
+    writers = (space.writers[0], edited(space.writers[1], index=index))
+    blocks = edited(space, size=4, blocks=2, writers=writers)
+    two = edited(config, rotation=edited(config.rotation, spaces=(blocks,)))
+    assert messages(two, structure()) == []
+    assert check_problems(two) == []
+
+
+def test_positions_are_checked_by_whatever_looks_at_a_model(config: Config) -> None:
+    group = config.smoothing.groups[1]
+    index = (IndexMap(start=9, shape=(4,), stride=(1,), channel_stride=(1,)),)
+    changed = edited(group, sources=(edited(group.sources[0], index=index), *group.sources[1:]))
+    wrong = edited(config, smoothing=edited(config.smoothing, groups=(config.smoothing.groups[0], changed)))
+    expected = "$.smoothing.groups[1].sources[0].index[0]: position 12 is out of range; expected 0 to 11"
+    assert messages(wrong, structure()) == [expected]
+
+
+def test_a_size_that_no_parameter_has_is_not_expanded(config: Config) -> None:
+    group = config.smoothing.groups[0]
+    targets = (edited(group.targets[0], size=3_000_000_000),)
+    changed = edited(group, targets=targets, channels=3_000_000_000)
+    wrong = edited(config, smoothing=edited(config.smoothing, groups=(changed, config.smoothing.groups[1])))
+    assert any("the config says 3000000000 positions (size)" in message for message in messages(wrong, structure()))

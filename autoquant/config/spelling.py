@@ -1,0 +1,21 @@
+"""The nearest name to a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of ``names``, or None where none is similar."""
+    lowered: dict[str, str] = {}
+    for candidate in names:
+        lowered.setdefault(candidate.lower(), candidate)
+    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    return lowered[matches[0]] if matches else None
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """The end of an error message: '; did you mean 'x'?', or nothing."""
+    match = nearest(name, names)
+    return f"; did you mean '{match}'?" if match is not None else ""
