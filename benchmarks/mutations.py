@@ -146,7 +146,7 @@ def case(model: str, tied: bool) -> tuple[LoadedModel, LoadedModel, Config]:
     source = resolve(model, layers=2)
     source.config.tie_word_embeddings = tied or source.config.tie_word_embeddings
     loaded = small(source, SEED)
-    with torch.random.fork_rng(), patch("autoquant.models.reduce.randomise_", lambda module, seed: None):
+    with torch.random.fork_rng(devices=()), patch("autoquant.models.reduce.randomise_", lambda module, seed: None):
         torch.manual_seed(SEED)
         default = small(source, SEED)
     return loaded, default, small_config(source, loaded)

@@ -34,7 +34,7 @@ def table() -> frozenset[str]:
     """All operators that some part of the analyzer knows by name."""
     names = {*SCALES.table, *ROTATIONS.table}
     for name, value in vars(operators).items():
-        if name.isupper() and isinstance(value, (frozenset, dict)):
+        if name.isupper() and name != "COUNTING" and isinstance(value, (frozenset, dict)):
             names.update(value)
     return frozenset(names - set(getattr(operators, "ALIASES", ())))
 
