@@ -288,13 +288,14 @@ def search(
     from autoquant.models.device import device_of
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Found
-    from autoquant.searcher.search import MEANS, Task
+    from autoquant.searcher.candidates.knobs import KNOBS as KNOWN
+    from autoquant.searcher.judge import Task
     from autoquant.searcher.search import search as find
 
     names = knobs.split(",") if isinstance(knobs, str) else list(knobs)
     for name in names:
-        if name not in MEANS:
-            raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(MEANS))}; there are {', '.join(MEANS)}")
+        if name not in KNOWN:
+            raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
     folder, text, place = Path(model), Path(calibration), device_of(device)
     tokenizer = load_tokenizer(folder)
     lower = "--sequences, --held-out or --length"
@@ -312,7 +313,7 @@ def search(
         per_token=per_token,
         bos=tokenizer.bos_token_id,
         offline=offline,
-        means=frozenset(names),
+        knobs=frozenset(names),
     )
     return Found(find(task, loaded, budget, tell))
 

@@ -15,12 +15,14 @@ from autoquant.cli.main import main
 from autoquant.config.file import load_config, save_config
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.pipeline.select import EVERYTHING
-from autoquant.searcher.search import MEANS, Judged, Searcher, Task, search
+from autoquant.searcher.candidates.knobs import KNOBS
+from autoquant.searcher.judge import Judged, Searcher, Task
+from autoquant.searcher.search import search
 
 STATIC = Strategy.PER_CHANNEL_STATIC
 
 
-def task(*means: str, strategy: Strategy = STATIC, per_token: int = 0) -> Task:
+def task(*knobs: str, strategy: Strategy = STATIC, per_token: int = 0) -> Task:
     found = windows(6, 40)
     return Task(
         load=lambda: load_float32(PACKAGED),
@@ -30,7 +32,7 @@ def task(*means: str, strategy: Strategy = STATIC, per_token: int = 0) -> Task:
         calibration="random tokens",
         per_token=per_token,
         bos=0,
-        means=frozenset(means),
+        knobs=frozenset(knobs),
     )
 
 
@@ -98,11 +100,11 @@ def test_offline_rotates_nothing_at_inference() -> None:
         ("spikes", STATIC, []),
     ],
 )
-def test_candidates_of_each_means(name: str, strategy: Strategy, expected: list[str]) -> None:
+def test_candidates_of_each_knob(name: str, strategy: Strategy, expected: list[str]) -> None:
     config = config_of(PACKAGED)
     searcher = Searcher(replace(task(strategy=strategy), held_out=()), lambda line: None)
     judged = Judged(config, (), (), ())
-    found = list(MEANS[name](searcher, judged))
+    found = list(KNOBS[name](searcher, judged))
     assert [candidate.choice for candidate in found] == expected
     assert all(candidate.config != config for candidate in found)
 
@@ -111,7 +113,7 @@ def test_spikes_go_to_the_linears_with_the_largest_error() -> None:
     config = config_of(PACKAGED)
     searcher = Searcher(replace(task(per_token=2), held_out=()), lambda line: None)
     errors = {f"model.layers.{i}.mlp.down_proj.weight": error for i, error in enumerate((0.1, 0.4, 0.2))}
-    one, two = MEANS["spikes"](searcher, Judged(config, (), (), (), errors))
+    one, two = KNOBS["spikes"](searcher, Judged(config, (), (), (), errors))
     assert [entry.path for entry in one.config.quantization.overrides] == ["model.layers.1.mlp.down_proj"]
     assert [entry.path for entry in two.config.quantization.overrides] == [
         "model.layers.1.mlp.down_proj",
@@ -124,7 +126,7 @@ def test_spikes_go_to_the_linears_with_the_largest_error() -> None:
 def test_alphas_of_groups_and_layers_are_overrides() -> None:
     config = config_of(PACKAGED)
     searcher = Searcher(replace(task(), held_out=()), lambda line: None)
-    *uniform, each = MEANS["alpha"](searcher, Judged(config, (), (), ()))
+    *uniform, each = KNOBS["alpha"](searcher, Judged(config, (), (), ()))
     assert [candidate.choice for candidate in uniform] == ["0.3", "0.4", "0.6", "0.7", "0.8", "0.9"]
     overrides = {group.name: group.overrides for group in each.config.smoothing.groups if group.overrides}
     assert {name.rpartition(".")[2] for name in overrides} == {"v_proj -> o_proj", "up_proj -> down_proj"}

@@ -1,0 +1,1 @@
+"""The settings that a search tries, one module for each family of knobs."""

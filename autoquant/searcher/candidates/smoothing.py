@@ -1,0 +1,70 @@
+"""Scales of smoothing groups: SmoothQuant's alpha, or descent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from autoquant.algorithms.scale_search import choose_alphas
+from autoquant.config.format import Config, SmoothingGroup, SmoothingMethod, SmoothingOverride, edited
+from autoquant.models.structure import structure_of
+from autoquant.pipeline.quantize import linear_groups, rotate_, select
+from autoquant.pipeline.select import EVERYTHING
+from autoquant.quantizer.prefix import prefixed
+from autoquant.quantizer.strategies import plan_linears
+from autoquant.searcher.candidates.candidate import Candidate
+from autoquant.searcher.judge import Judged, Searcher, Task
+
+
+def alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
+    """SmoothQuant's alpha: one for all groups, and one for each group and layer by its linears' output error."""
+    smoothing = best.config.smoothing
+    if not smoothing.groups:
+        return
+    for alpha in (0.3, 0.4, 0.6, 0.7, 0.8, 0.9):
+        if alpha != smoothing.alpha:
+            changed = edited(smoothing, alpha=alpha)
+            yield Candidate("smoothing.alpha", str(alpha), edited(best.config, smoothing=changed))
+    found = _alphas(searcher.task, best.config)
+    if found:
+        groups = tuple(_with_alphas(group, found) for group in smoothing.groups)
+        changed = edited(smoothing, groups=groups)
+        yield Candidate(
+            "smoothing.groups[*].overrides",
+            f"{len(found)} alphas, one for each group and layer, between {min(found.values())} and "
+            f"{max(found.values())}",
+            edited(best.config, smoothing=changed),
+        )
+
+
+@torch.no_grad()
+def _alphas(task: Task, config: Config) -> dict[tuple[str, int | None], float]:
+    """Alpha by (group, layer) on the rotated model, with upstream noise."""
+    model = task.load()
+    selected = select(config, structure_of(model), EVERYTHING)
+    rotate_(model, selected)
+    with prefixed(model, config.quantization.prefix):
+        chosen = choose_alphas(model, linear_groups(selected).groups, plan_linears(config, task.strategy), task.fit)
+    return {key: one.alpha for key, one in chosen.items() if one.alpha is not None}
+
+
+def _with_alphas(group: SmoothingGroup, found: Mapping[tuple[str, int | None], float]) -> SmoothingGroup:
+    mine = {layer: alpha for (name, layer), alpha in found.items() if name == group.name}
+    if not mine:
+        return group
+    if None in mine:
+        return edited(group, alpha=mine[None])
+    new = tuple(
+        SmoothingOverride(layers=str(layer), enable=None, alpha=alpha, method=None)
+        for layer, alpha in sorted((layer, alpha) for layer, alpha in mine.items() if layer is not None)
+    )
+    return edited(group, overrides=(*group.overrides, *new))
+
+
+def descent(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
+    """All scales of the groups that are in use, by coordinate descent."""
+    smoothing = best.config.smoothing
+    if smoothing.groups and smoothing.method is not SmoothingMethod.DESCENT:
+        changed = edited(smoothing, method=SmoothingMethod.DESCENT)
+        yield Candidate("smoothing.method", "descent", edited(best.config, smoothing=changed))

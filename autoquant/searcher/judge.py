@@ -1,0 +1,102 @@
+"""What a config costs: its quantized model's distance from the float model on held-out windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoquant.config.format import Config, Strategy
+from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
+from autoquant.pipeline.quantize import quantize_model_
+from autoquant.pipeline.select import EVERYTHING
+from autoquant.pipeline.transform import prepare_
+from autoquant.quantizer.strategies import scheme_of
+
+Load = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is searched: ``load`` makes the float model anew; ``fit`` are token ids [1, S] each, ``held_out`` [B, S].
+
+    ``per_token``: how many linears may get per-token scales; ``bos``: the token that each window starts with;
+    ``offline``: nothing is rotated at inference.
+    """
+
+    load: Load
+    strategy: Strategy
+    fit: tuple[Tensor, ...]
+    held_out: tuple[Tensor, ...]
+    calibration: str
+    seed: int = 0
+    per_token: int = 0
+    bos: int | None = None
+    offline: bool = False
+    knobs: frozenset[str] = frozenset()
+    """Names of the knobs to try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A config with what it costs on the held-out windows. ``kl`` and ``excess`` (negative log-likelihood above
+    float's) are sums per window, in nats; ``errors``: output error by weight, where linears were decided in sequence.
+    """
+
+    config: Config
+    kl: tuple[float, ...]
+    excess: tuple[float, ...]
+    counts: tuple[int, ...]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def divergence(self) -> float:
+        """KL divergence per token."""
+        return ratio_estimate(self.kl, self.counts).mean
+
+    @property
+    def perplexity_ratio(self) -> Estimate:
+        """Perplexity divided by float's, paired over windows."""
+        return exp_estimate(ratio_estimate(self.excess, self.counts))
+
+    def better_than(self, other: Judged) -> bool:
+        """By more than the standard error of the paired difference in KL divergence."""
+        gain = ratio_estimate([theirs - mine for mine, theirs in zip(self.kl, other.kl, strict=True)], self.counts)
+        return gain.mean > (0.0 if math.isnan(gain.standard_error) else gain.standard_error)
+
+
+class Searcher:
+    """Judges configs on one task. Holds the float model's held-out predictions, so that each is computed once."""
+
+    def __init__(self, task: Task, tell: Callable[[str], None]) -> None:
+        self.task, self.tell = task, tell
+        model = task.load()
+        self.reference = [_log_probabilities(model, ids) for ids in task.held_out]
+
+    def judge(self, config: Config) -> Judged:
+        """Quantize by ``config`` and compare with float on the held-out windows."""
+        task = self.task
+        model = task.load()
+        cache = scheme_of(task.strategy).kv_cache is not None
+        prepared = prepare_(model, config, task.strategy, EVERYTHING, task.fit, cache=cache)
+        quantized = quantize_model_(model, config, task.strategy, prepared.swept, task.fit)
+        kl: list[float] = []
+        excess: list[float] = []
+        counts: list[int] = []
+        for ids, expected in zip(task.held_out, self.reference, strict=True):
+            got = _log_probabilities(model, ids)
+            kl += (expected.exp() * (expected - got)).sum((-1, -2), dtype=torch.float64).tolist()
+            targets = ids[:, 1:, None].to(got.device)
+            excess += (expected - got).gather(-1, targets).sum((-1, -2), dtype=torch.float64).tolist()
+            counts += [ids.shape[1] - 1] * len(ids)
+        return Judged(config, tuple(kl), tuple(excess), tuple(counts), quantized.errors)
+
+
+@torch.no_grad()
+def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(ids.to(next(model.parameters()).device)).logits
+    return functional.log_softmax(logits[:, :-1].float(), -1)
