@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.analyze import analyze
-from autoquant.config.format import Config
+from autoquant.checkpoint.quantize import load_float32
+from autoquant.config.format import Config, Strategy
 from autoquant.models.reduce import randomise_
 from autoquant.models.repair import resolve
+from autoquant.searcher.judge import Task
 
 DATA = Path(__file__).parents[1] / "autoquant" / "data"
 PACKAGED = DATA / "wikinano1m"
+STATIC = Strategy.PER_CHANNEL_STATIC
 STATIC_KV = "w_int8_per_channel_a_int8_per_tensor_static_kv_cache_int8_per_tensor_static"
 
 
@@ -42,3 +45,18 @@ def gpt2(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(PACKAGED / name, folder / name)
     return folder
+
+
+def search_task(*knobs: str, strategy: Strategy = STATIC, per_token: int = 0) -> Task:
+    """What a search is about: windows of random tokens through the packaged model."""
+    found = windows(6, 40)
+    return Task(
+        load=lambda: load_float32(PACKAGED),
+        strategy=strategy,
+        fit=found[:3],
+        held_out=(torch.cat(found[3:]),),
+        calibration="random tokens",
+        per_token=per_token,
+        bos=0,
+        knobs=frozenset(knobs),
+    )
