@@ -434,15 +434,13 @@ def load(model: str | Path, dtype: str | torch.dtype | None = None, *, device: s
     """
     import torch
 
-    from autoquant.checkpoint.formats.native import is_quantized
     from autoquant.checkpoint.in_memory import saved_again_
     from autoquant.checkpoint.load import load as read
     from autoquant.models.device import device_of
 
     named = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     loaded = read(model, named).to(device_of(device))
-    if is_quantized(model):
-        saved_again_(loaded, Path(model))
+    saved_again_(loaded, Path(model))
     return loaded
 
 

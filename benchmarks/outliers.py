@@ -119,13 +119,13 @@ def main(model: str, config: Path, calibration: Path, output: Path, windows: int
     from transformers import AutoTokenizer
 
     from autoquant.calibration.windows import calibration_batches, cut_windows, tokenize
-    from autoquant.checkpoint.formats.native import load_model
+    from autoquant.checkpoint.load import load
     from autoquant.config.file import load_config
 
     if output.exists():
         raise click.ClickException(f"{output} exists already")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded: Any = load_model(model, torch.float32)
+    loaded: Any = load(model, torch.float32)
     ids = tokenize(tokenizer, calibration.read_text(encoding="utf-8"))
     batches = list(calibration_batches(cut_windows(ids, window, tokenizer.bos_token_id), windows))
     with torch.no_grad():

@@ -7,7 +7,6 @@ interrupts the work, no folder that looks finished is left.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
+from autoquant.checkpoint.provenance import CONFIG, make_provenance, write_provenance
+from autoquant.config.file import config_text
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, check_finite, execute_, summarise
@@ -27,14 +28,14 @@ from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
-from autoquant.io.folders import check_target, finished_folder
+from autoquant.io.folders import PROVENANCE, check_target, finished_folder
 from autoquant.io.safetensors_stream import INDEX, Shards, write_shard
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.load import load_checkpoint, load_skeleton
 from autoquant.models.structure import ModelStructure, structure_of
-from autoquant.version import __version__
 
-PROVENANCE = "autoquant.json"
+_OURS = (CONFIG, PROVENANCE, "autoquant.json")
+"""Files about an earlier run, which a new one does not copy."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json", ".ot")
 ALTERNATIVE = "disable it in the config, or use --no-rotate"
 
@@ -161,7 +162,7 @@ def check_plain_plan(plan: Plan) -> None:
 def copy_side_files(source: Path, folder: Path) -> None:
     """Everything but weights and config.json: tokenizer, generation config, chat template, licence, model code."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES) and path.name not in ("config.json", PROVENANCE):
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES) and path.name not in ("config.json", *_OURS):
             shutil.copyfile(path, folder / path.name)
 
 
@@ -276,20 +277,9 @@ def _write_config(source: Path, folder: Path, untied: bool, dtype: torch.dtype |
 def _write_provenance(
     folder: Path, source: Path, config: Config, applied: Applied, options: dict[str, Any] | None
 ) -> None:
-    digest = hashlib.sha256(config.model_dump_json(by_alias=True).encode()).hexdigest()
-    record = {
-        "autoquant": __version__,
-        "torch": torch.__version__,
-        "source": str(source),
-        "config_sha256": digest,
-        "fingerprint": config.provenance.fingerprint,
-        "options": options or {},
-        "rotations": applied.constructions,
-        "smoothed": list(applied.groups),
-        "untied": list(applied.untied),
-        "tensors_changed": applied.tensors,
-    }
-    _write_json(folder / PROVENANCE, record)
+    (folder / CONFIG).write_text(config_text(config), encoding="utf-8")
+    result = {"smoothed": list(applied.groups), "untied": list(applied.untied), "tensors_changed": applied.tensors}
+    write_provenance(folder, make_provenance("apply", source, config, options or {}, applied.constructions, result))
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from autoquant.checkpoint.formats.native import CONFIG, FACTS, save_quantized
-from autoquant.checkpoint.quantize import Recipe, has_static_cache, provenance, required_calibration, used_config
-from autoquant.config.file import load_config
+from autoquant.checkpoint.formats import NATIVE, Changes, format_of
+from autoquant.checkpoint.formats.native import read_config, read_facts, save_quantized
+from autoquant.checkpoint.provenance import read_provenance
+from autoquant.checkpoint.quantize import (
+    Recipe,
+    changes_of,
+    has_static_cache,
+    provenance,
+    required_calibration,
+    used_config,
+)
 from autoquant.config.format import Config
 from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import needs_sweep, quantize_model_, select
@@ -29,33 +36,36 @@ def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn
     prepared = prepare_(model, config, strategy, recipe.transforms, batches, recipe.seed, cache=cache, tell=progress)
     done = quantize_model_(model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at))
     options = {"strategy": strategy.value, "transforms": str(recipe.transforms), "seed": recipe.seed}
-    saveable_(model, used_config(recipe), provenance(recipe, prepared.plan, options, done))
+    made = provenance(type(model).__name__, recipe, prepared.plan, options, done)
+    saveable_(model, used_config(recipe), changes_of(prepared.plan, done), made)
     return model
 
 
-def saveable_(model: nn.Module, config: Config, made: Mapping[str, Any]) -> None:
+def saveable_(model: nn.Module, config: Config, changes: Changes, made: Mapping[str, Any]) -> None:
     """Let ``save_pretrained(folder, tokenizer=None, force=False)`` write a folder that ``autoquant.load`` reads.
 
     Models without ``save_pretrained``, which have no configuration to build them anew from, are left as they are.
     """
     if hasattr(model, "save_pretrained"):
-        saving: Any = partial(_save, model, config, made)
+        saving: Any = partial(_save, model, config, changes, made)
         model.save_pretrained = saving
 
 
 def saved_again_(model: nn.Module, folder: Path) -> None:
-    """The same for a model that was loaded from ``folder``."""
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    saveable_(model, load_config(folder / CONFIG), facts["provenance"])
+    """The same for a model that was loaded from ``folder``, where that is of the native format."""
+    found = format_of(folder)
+    if found is not None and found.name == NATIVE:
+        saveable_(model, read_config(folder), read_facts(folder).changes, read_provenance(folder))
 
 
 def _save(
     model: nn.Module,
     config: Config,
+    changes: Changes,
     made: Mapping[str, Any],
     save_directory: str | Path,
     *,
     tokenizer: Any = None,
     force: bool = False,
 ) -> None:
-    save_quantized(model, Path(save_directory), config, made, tokenizer, force=force)
+    save_quantized(model, Path(save_directory), config, made, tokenizer, changes=changes, force=force)

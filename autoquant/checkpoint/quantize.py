@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,16 @@ from torch import Tensor, nn
 
 from autoquant.calibration.idle_experts import idle_experts
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
-from autoquant.checkpoint.formats.native import ready, write_folder
+from autoquant.checkpoint.formats import NATIVE, Changes, Contents, check_format, format_named, write_checkpoint
+from autoquant.checkpoint.formats.native import ready
+from autoquant.checkpoint.provenance import make_provenance
 from autoquant.checkpoint.streamed import Streamed, check_streamable, open_weights, quantize_streamed
 from autoquant.config.file import load_config
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
-from autoquant.io.safetensors_stream import open_shards
+from autoquant.io.folders import check_target
+from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.load import load_causal_lm
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
@@ -27,7 +29,6 @@ from autoquant.pipeline.quantize import Quantized, needs_sweep, quantize_model_,
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import Progress, prepare_held_, silent
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
-from autoquant.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ def quantize_checkpoint(
     *,
     low_memory: bool = False,
     force: bool = False,
+    form: str = NATIVE,
     progress: Progress = silent,
 ) -> Quantized:
     """Rotate, calibrate, smooth and quantize ``source`` and write it to ``target``; returns what was done.
@@ -59,12 +61,15 @@ def quantize_checkpoint(
     AutoQuantError, with nothing left behind, where anything does not fit; in low memory also for what needs the whole
     model at once (see ``check_streamable``) and for checkpoints whose tensors transformers renames on loading.
     """
+    check_target(source, target, force)
+    format_named(form)  # a name that is none costs no loading
     progress("load", 0, 1)
-    shards = open_shards(source)
+    shards = open_checkpoint(source)
     held = Streamed(source, open_weights(source)) if low_memory else InMemory(load_float32(source))
     dtypes = stored_dtypes(shards, stored_names(held.inventory, shards))
     config, strategy = recipe.config, recipe.strategy
     selected = select(config, held.inventory, recipe.transforms, recipe.seed)
+    check_format(form, config, Changes(online=tuple(selected.resolved.online)))
     if low_memory:
         check_streamable(config, strategy, selected)
     batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
@@ -80,13 +85,18 @@ def quantize_checkpoint(
         narrow_(held.model, dtypes)
         made = ready(held.model)
     progress("write", 0, 1)
-    facts = {
-        "dtype": str(dtypes.most).removeprefix("torch."),
-        "shared": dict(made.shared),
-        "provenance": provenance(recipe, prepared.plan, options, quantized),
-    }
-    tokenizer = load_tokenizer(source)
-    write_folder(made.model, target, used_config(recipe), facts, made.described, made.tensors, tokenizer, force=force)
+    contents = Contents(
+        made.model,
+        used_config(recipe),
+        made.described,
+        made.tensors,
+        dtypes.most,
+        made.shared,
+        changes_of(prepared.plan, quantized),
+        provenance(source, recipe, prepared.plan, options, quantized),
+        load_tokenizer(source),
+    )
+    write_checkpoint(target, contents, form, force=force)
     return quantized
 
 
@@ -118,19 +128,23 @@ def used_config(recipe: Recipe) -> Config:
     return edited(recipe.config, quantization=section)
 
 
-def provenance(recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Quantized) -> dict[str, Any]:
-    """How a model was made, and what of its structure differs from its class: biases, norms, online rotations."""
-    return {
-        "versions": {"autoquant": __version__, "torch": torch.__version__, "transformers": version("transformers")},
-        "options": options,
-        "rotations": plan.constructions,
-        "created": list(dict.fromkeys((*plan.created, *quantized.created))),
-        "identities": list(plan.identities),
+def changes_of(plan: Plan, quantized: Quantized) -> Changes:
+    """What of a model's structure differs from its class: biases, norms, online rotations."""
+    created = tuple(dict.fromkeys((*plan.created, *quantized.created)))
+    return Changes(created, tuple(plan.identities), tuple(plan.online))
+
+
+def provenance(
+    source: Path | str, recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Quantized
+) -> dict[str, Any]:
+    """How a model was made."""
+    result = {
+        "strategy": recipe.strategy.value,
         "output_errors": {name: float(f"{error:.3g}") for name, error in quantized.errors.items()},
         "rounded_to_nearest": list(quantized.nearest),
         "idle_experts": {module: list(numbers) for module, numbers in quantized.idle.items()},
-        "online": [{"kind": o.kind, "path": o.path, "size": o.size} for o in plan.online],
     }
+    return make_provenance("quantize", source, recipe.config, options, plan.constructions, result)
 
 
 def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Config:

@@ -1,53 +1,158 @@
-"""A folder that is there whole or not at all."""
+"""The one writer of folders: a folder is there whole or not at all, and an old one stays until the new one is whole."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from autoquant.errors import AutoQuantError
+from autoquant.io.locks import claim, left_behind, release
+
+PROVENANCE = "autoquant_provenance.json"
+"""In every folder that is written here, and by that a folder is known as one that may be replaced."""
+_MARKERS = ({PROVENANCE}, {"quantized.json"}, {"autoquant.json", "config.json"})
+"""Files of which one set tells a folder of ours; the later two are those of version 0.1."""
+_EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
+_HERE = -100  # AT_FDCWD
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Raise AutoQuantError where the output folder cannot be written."""
+    """Raise, before the work, AutoQuantError where the output folder cannot be written; then keep other runs from it.
+
+    An empty folder is written into. ``force`` replaces one that was written here, and no other.
+    """
     if not source.is_dir():
         raise AutoQuantError(f"{source}: not a folder; expected a checkpoint of transformers")
-    if target.exists() and not target.is_dir():
-        raise AutoQuantError(f"{target}: is a file; name a folder")
-    if target.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
+    inside, outside = source.resolve(), target.resolve()
+    if outside in (inside, *inside.parents):
         raise AutoQuantError(f"{target}: holds the input; name another folder")
-    if target.exists() and any(target.iterdir()) and not force:
+    if inside in outside.parents:
+        raise AutoQuantError(f"{target}: lies within the input; name another folder")
+    check_replaceable(target, force)
+    claim(target)
+    probe = _beside(outside, "partial")
+    try:
+        sweep(target)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise AutoQuantError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def check_replaceable(target: Path, force: bool) -> None:
+    """Raise AutoQuantError where what stands at ``target`` may not be replaced, and where nothing can stand there."""
+    try:
+        target.lstat() if target.parent.is_dir() else None
+        if target.exists() and not target.is_dir():
+            raise AutoQuantError(f"{target}: is a file; name a folder")
+        there = sorted(path.name for path in target.iterdir()) if target.exists() else []
+    except FileNotFoundError:
+        there = []
+    except OSError as error:
+        raise AutoQuantError(f"{target}: cannot be written: {error.strerror}") from error
+    if there and not force:
         raise AutoQuantError(f"{target}: exists already; give --force to replace it")
-    if not target.absolute().parent.is_dir():
-        raise AutoQuantError(f"{target}: the folder {target.absolute().parent} does not exist")
+    if there and not any(marker <= set(there) for marker in _MARKERS):
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise AutoQuantError(
+            f"{target}: holds {there[0]}{more}, and autoquant did not write it; remove it yourself or name another"
+        )
+    parent = target.resolve().parent
+    if not parent.is_dir():
+        raise AutoQuantError(f"{target}: the folder {parent} does not exist")
+
+
+def sweep(target: Path) -> None:
+    """Remove what dead processes left beside ``target``; an old folder that one of them moved aside comes back."""
+    target = target.resolve()
+    for path in target.parent.glob(f".{_escaped(target.name)}.replaced-*"):
+        if left_behind(path.name):
+            if target.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(target)
+    for path in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
+        if left_behind(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def finished_folder(target: Path) -> Iterator[Path]:
+def finished_folder(target: Path, *, force: bool = True) -> Iterator[Path]:
     """A hidden folder beside ``target``, which takes its name when the block ends well and is removed otherwise.
 
-    An old ``target`` is moved aside first and removed last; where the new one cannot take its place it comes back. A
-    kill leaves a hidden folder at most. Raises AutoQuantError for what the operating system refuses (a full disk).
+    Behind a symbolic link, the folder that it points to is replaced and not the link. An old folder and the new one
+    change places in one step where the system can; a kill leaves one of them, whole, and a hidden folder at most, which
+    the next run removes. Raises AutoQuantError for what :func:`check_replaceable` refuses, and for what the operating
+    system does (a full disk).
     """
-    target = target.absolute()
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    check_replaceable(target, force)
+    claim(target)
+    place = target.resolve()
+    partial = _beside(place, "partial")
     try:
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-    except BaseException as error:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
+        try:
+            sweep(target)
+            partial.mkdir()
+            yield partial
+            _flush(partial)
+            check_replaceable(target, force)  # what came there meanwhile is kept
+            _put(partial, place)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise AutoQuantError(f"{target}: cannot be written: {reason}; nothing was left there") from error
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # the old folder, where the two changed places
+        release(target)
+
+
+def _put(partial: Path, place: Path) -> None:
+    """Give the new folder its name; the old one is under the other's name, or gone, afterwards."""
+    if not place.exists() or not any(place.iterdir()):
+        partial.rename(place)  # an empty folder is replaced in one step
+    elif not _exchange(partial, place):
+        replaced = _beside(place, "replaced")
+        place.rename(replaced)
+        try:
+            partial.rename(place)
+        except BaseException:
+            replaced.rename(place)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    _sync(place.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return int(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)) == 0
+
+
+def _beside(place: Path, state: str) -> Path:
+    return place.parent / f".{place.name}.{state}-{os.getpid()}"
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _flush(folder: Path) -> None:
+    """Have everything on disk before the name is: else a power cut could leave a whole folder of empty files."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,9 +10,9 @@ from torch import Tensor
 import autoquant
 from autoquant.analyzer.analyze import analyze
 from autoquant.calibration.idle_experts import idle_experts, idle_text
-from autoquant.checkpoint.formats.native import FACTS
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 from autoquant.config.format import Strategy
+from autoquant.io.folders import PROVENANCE
 from autoquant.models.repair import resolve
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.strategies import PlannedLinear, scheme_of
@@ -84,6 +84,6 @@ def test_experts_without_tokens_are_named_in_the_result_and_the_provenance(tmp_p
         owners = {f"model.layers.{layer}.mlp.experts" for layer in range(2)} if experts else set()
         assert set(done.idle) == owners
         assert all(experts <= set(numbers) for numbers in done.idle.values())
-        facts = json.loads((tmp_path / name / FACTS).read_text(encoding="utf-8"))
-        assert facts["provenance"]["idle_experts"] == {owner: list(numbers) for owner, numbers in done.idle.items()}
+        made = json.loads((tmp_path / name / PROVENANCE).read_text(encoding="utf-8"))
+        assert made["result"]["idle_experts"] == {owner: list(numbers) for owner, numbers in done.idle.items()}
         assert autoquant.load(tmp_path / name)(ids(32)[0]).logits.isfinite().all()

@@ -89,8 +89,8 @@ def test_the_result_loads_and_computes_the_same(tmp_path: Path, name: str, shard
     before, after = load(tmp_path / "in"), load(tmp_path / "out")
     assert change(logits(before), logits(after)) < 1e-13
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    provenance = json.loads((tmp_path / "out" / "autoquant.json").read_text())
-    assert provenance["options"] == {"alpha": 0.5} and provenance["untied"] == list(applied.untied)
+    provenance = json.loads((tmp_path / "out" / "autoquant_provenance.json").read_text())
+    assert provenance["options"] == {"alpha": 0.5} and provenance["result"]["untied"] == list(applied.untied)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
     if applied.untied:
         assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -176,6 +176,9 @@ def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
     (tmp_path / "out" / "old").write_text("old")
     with pytest.raises(AutoQuantError, match="exists already; give --force"):
         apply_checkpoint(tmp_path / "in", config, tmp_path / "out")
+    with pytest.raises(AutoQuantError, match="holds old, and autoquant did not write it"):
+        apply_checkpoint(tmp_path / "in", config, tmp_path / "out", force=True)
+    (tmp_path / "out" / "autoquant_provenance.json").write_text("{}")
     apply_checkpoint(tmp_path / "in", config, tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "old").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
@@ -271,11 +274,11 @@ def test_an_interruption_inside(tmp_path: Path, error: type[BaseException]) -> N
             raise error
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "autoquant_provenance.json").write_text("old")
     with pytest.raises(error):
         apply_checkpoint(tmp_path / "in", config, tmp_path / "out", force=True, progress=progress)
     assert left(tmp_path) == ["in", "out"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["autoquant_provenance.json"]
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -11,17 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoquant.calibration.observers import observe_cache, observe_linears
+from autoquant.checkpoint.formats import Changes, format_of
 from autoquant.checkpoint.formats.native import (
-    CONFIG,
     FACTS,
     TENSORS,
-    is_quantized,
-    load_model,
     load_quantized,
     save_quantized,
 )
+from autoquant.checkpoint.load import load
+from autoquant.checkpoint.provenance import CONFIG
 from autoquant.config.format import Config, Strategy
 from autoquant.errors import AutoQuantError
+from autoquant.io.folders import PROVENANCE
 from autoquant.models.load import parameters_on_meta
 from autoquant.quantizer.kv_cache import quantize_cache_
 from autoquant.quantizer.linear import quantize_
@@ -107,7 +108,7 @@ def quantized(strategy: Strategy) -> tuple[Any, Config]:
 @torch.no_grad()
 def test_a_loaded_model_computes_the_same_bits(strategy: Strategy, tmp_path: Path) -> None:
     model, config = quantized(strategy)
-    save_quantized(model, tmp_path / "out", config, {"seed": 3})
+    save_quantized(model, tmp_path / "out", config, {"options": {"seed": 3}})
     loaded = load_quantized(tmp_path / "out")
     assert torch.equal(loaded(ids()).logits, model(ids()).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -115,14 +116,14 @@ def test_a_loaded_model_computes_the_same_bits(strategy: Strategy, tmp_path: Pat
     assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {
         name: tensor.dtype for name, tensor in model.state_dict().items()
     }
-    assert json.loads((tmp_path / "out" / FACTS).read_text())["provenance"] == {"seed": 3}
+    assert json.loads((tmp_path / "out" / PROVENANCE).read_text()) == {"options": {"seed": 3}}
     assert loaded.generate(ids(), max_new_tokens=3, do_sample=False).shape == (1, 15)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_quantized(*quantized_into(tmp_path / name), {})
-    for file in (TENSORS, CONFIG, FACTS):
+    for file in (TENSORS, CONFIG, FACTS, PROVENANCE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -138,8 +139,11 @@ def test_an_existing_folder_is_kept_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(AutoQuantError, match="exists already; give --force"):
         save_quantized(*quantized_into(target), {})
     assert (target / "precious").exists()
-    save_quantized(*quantized_into(target), {}, force=True)
-    assert is_quantized(target) and not (target / "precious").exists()
+    with pytest.raises(AutoQuantError, match="holds precious, and autoquant did not write it"):
+        save_quantized(*quantized_into(target), {}, force=True)
+    (target / "precious").rename(target / PROVENANCE)
+    save_quantized(*quantized_into(target), {"new": 1}, force=True)
+    assert format_of(target) is not None and json.loads((target / PROVENANCE).read_text()) == {"new": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "a temporary folder was left behind"
 
 
@@ -198,28 +202,43 @@ def test_plain_transformers_does_not_load_it_as_noise(tmp_path: Path) -> None:
 
 def test_load_model_takes_both_kinds_of_folder_and_converts(tmp_path: Path) -> None:
     save_quantized(*quantized_into(tmp_path / "out"), {})
-    converted = load_model(tmp_path / "out", torch.float16)
+    converted = load(tmp_path / "out", torch.float16)
     assert converted.model.norm.weight.dtype == torch.float16
     assert converted.model.rotary_emb.inv_freq.dtype == torch.float32
     assert converted(ids()).logits.dtype == torch.float16
-    assert load_model(PACKAGED, torch.float32).model.norm.weight.dtype == torch.float32
+    assert load(PACKAGED, torch.float32).model.norm.weight.dtype == torch.float32
     with pytest.raises(AutoQuantError, match="no such folder; expected a checkpoint of transformers"):
-        load_model(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     with pytest.raises(AutoQuantError, match=f"not a quantized model, there is no {FACTS}"):
         load_quantized(PACKAGED)
 
 
-def test_modules_added_by_a_transformation_are_prepared_before_loading(tmp_path: Path) -> None:
+def test_what_differs_from_the_class_is_made_before_loading(tmp_path: Path) -> None:
     model, config = quantized(Strategy.PER_CHANNEL_PER_TOKEN)
 
-    def prepare(module: nn.Module, _: Config) -> None:
-        module.extra = nn.Linear(2, 2)
+    name = "model.layers.0.self_attn.o_proj"
+    bias = nn.Parameter(torch.arange(HIDDEN).bfloat16())
+    model.get_submodule(name).register_parameter("bias", bias)
+    model.model.layers[1].input_layernorm = nn.Identity()
+    changes = Changes((f"{name}.bias",), ("model.layers.1.input_layernorm",))
+    save_quantized(model, tmp_path / "out", config, {}, changes=changes)
+    loaded = load_quantized(tmp_path / "out")
+    assert torch.equal(loaded.get_parameter(f"{name}.bias"), bias)
+    assert isinstance(loaded.model.layers[1].input_layernorm, nn.Identity)
+    save_quantized(model, tmp_path / "without", config, {})
+    with pytest.raises(AutoQuantError, match=r"do not fit.*1\.input_layernorm\.weight"):
+        load_quantized(tmp_path / "without")
 
-    prepare(model, config)
+
+def test_a_folder_of_version_0_1_is_read(tmp_path: Path) -> None:
+    model, config = quantized(Strategy.PER_CHANNEL_PER_TOKEN)
     save_quantized(model, tmp_path / "out", config, {})
-    assert torch.equal(load_quantized(tmp_path / "out", prepare).extra.weight, model.extra.weight)
-    with pytest.raises(AutoQuantError, match=r"do not fit.*extra\.weight"):
-        load_quantized(tmp_path / "out")
+    (tmp_path / "out" / CONFIG).rename(tmp_path / "out" / "autoquant.json")
+    (tmp_path / "out" / PROVENANCE).unlink()
+    facts = json.loads((tmp_path / "out" / FACTS).read_text())
+    structure = {key: facts.pop(key) for key in ("created", "identities", "online")}
+    (tmp_path / "out" / FACTS).write_text(json.dumps(facts | {"provenance": structure}))
+    assert torch.equal(load_quantized(tmp_path / "out")(ids()).logits, model(ids()).logits)
 
 
 def test_parameters_are_on_meta_only_inside_the_context() -> None:

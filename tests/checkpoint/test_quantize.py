@@ -126,7 +126,7 @@ def test_a_prefix_is_stored_and_lowers_the_error(tmp_path: Path) -> None:
     shrunk = [stored[0][name].item() / stored[1][name].item() for name in stored[1] if name.endswith("input_scale")]
     assert min(shrunk) < 0.3 and max(shrunk) <= 1.001, "the prefix was left out of the calibration"
     other = edited(with_prefix, quantization=edited(section, prefix=(0, 5)))
-    save_config(other, tmp_path / "with" / "autoquant.json", force=True)
+    save_config(other, tmp_path / "with" / "autoquant_config.json", force=True)
     with pytest.raises(AutoQuantError, match=r"with: the stored prefix has 1 tokens, quantization\.prefix 2"):
         autoquant.load(tmp_path / "with")
     with pytest.raises(AutoQuantError, match=r"quantization\.prefix: --low-memory cannot compute a prefix"):

@@ -65,9 +65,9 @@ def test_the_trained_model_computes_the_same(tmp_path: Path, config: Path, smoot
     assert result.exit_code == 0, result.output
     after = load(out)
     assert nll(after) == pytest.approx(nll(load(MODEL)), rel=2e-6)
-    provenance = json.loads((out / "autoquant.json").read_text())
+    provenance = json.loads((out / "autoquant_provenance.json").read_text())
     norms = {"attention_in", "mlp_in"} if (smooth, rotate) == ("all", "--no-rotate") else set()
-    assert set(provenance["smoothed"]) == {"v_o", "up_down"} | norms
+    assert set(provenance["result"]["smoothed"]) == {"v_o", "up_down"} | norms
     assert ("residual: random signs x Sylvester 128" in result.output) is (rotate == "--rotate")
     assert after.config.tie_word_embeddings is (rotate == "--no-rotate")
     assert (out / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()

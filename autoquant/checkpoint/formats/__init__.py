@@ -1,1 +1,124 @@
-"""One module for each format of a quantized checkpoint."""
+"""Formats of quantized checkpoints: what one is, and which there are.
+
+A format is an object that fits :class:`CheckpointFormat`, registered by :func:`register`; nothing else names it. A
+driver makes :class:`Contents`, whose tensors may come one at a time, and calls :func:`write_checkpoint`. Tensors that
+stay in floating point come in their stored dtype (``checkpoint.dtypes`` says which that is, by ``Shards.entries``), and
+a format keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from autoquant.checkpoint.provenance import write_provenance
+from autoquant.config.format import Config
+from autoquant.config.spelling import did_you_mean
+from autoquant.errors import AutoQuantError
+from autoquant.executor.resolved import ResolvedOnline
+from autoquant.io.folders import finished_folder
+from autoquant.io.safetensors_writer import Described
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What of a model's structure differs from its class: biases that it lacks, norms that are gone, rotations."""
+
+    created: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
+    online: tuple[ResolvedOnline, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A quantized model as it is written.
+
+    ``model``: of it only the configs are used. ``config``: its strategy is the one used. ``tensors``: each described
+    one once, in any order, its dtype and shape as described; ``shared``: further names of some of them. ``dtype``: that
+    of most of what stays in floating point. ``provenance``: see ``checkpoint.provenance``.
+    """
+
+    model: Any
+    config: Config
+    described: Described
+    tensors: Iterable[tuple[str, Tensor]]
+    dtype: torch.dtype
+    shared: Mapping[str, str] = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+
+
+class CheckpointFormat(Protocol):
+    """One format. ``name``: what users call it."""
+
+    name: str
+
+    def reasons_against(self, config: Config, changes: Changes) -> tuple[str, ...]:
+        """Why the format cannot hold such a model, a sentence each; none where it can. Asked before the work."""
+
+    def write(self, folder: Path, contents: Contents) -> None:
+        """Write all files but the provenance into an empty folder. Raises OSError as the system does."""
+
+    def is_mine(self, folder: Path) -> bool:
+        """True if the folder is of this format."""
+
+    def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
+        """A runnable model in evaluation mode. Raises AutoQuantError where the folder is damaged."""
+
+
+_formats: dict[str, CheckpointFormat] = {}
+
+
+def register(checkpoint_format: CheckpointFormat) -> None:
+    """Make a format known by its name. Raises ValueError where there is one of that name."""
+    if checkpoint_format.name in _formats:
+        raise ValueError(f"there is a format {checkpoint_format.name!r} already")
+    _formats[checkpoint_format.name] = checkpoint_format
+
+
+def formats() -> Mapping[str, CheckpointFormat]:
+    """All formats by their names."""
+    import autoquant.checkpoint.formats.native  # noqa: F401  # it registers itself, and imports this module
+
+    return dict(_formats)
+
+
+def format_named(name: str) -> CheckpointFormat:
+    """A format by its name. Raises AutoQuantError with the nearest name where there is none."""
+    known = formats()
+    if name not in known:
+        raise AutoQuantError(f"no format '{name}'{did_you_mean(name, list(known))}; there are {', '.join(known)}")
+    return known[name]
+
+
+def format_of(folder: Path) -> CheckpointFormat | None:
+    """The format of a folder; None for what is no quantized checkpoint of ours."""
+    return next((known for known in formats().values() if known.is_mine(folder)), None)
+
+
+def check_format(name: str, config: Config, changes: Changes) -> CheckpointFormat:
+    """The format of that name. Raises AutoQuantError where it cannot hold such a model, with its reasons."""
+    found = format_named(name)
+    if reasons := found.reasons_against(config, changes):
+        raise AutoQuantError(f"the format '{name}' cannot hold the result; choose another or disable it", reasons[:20])
+    return found
+
+
+def write_checkpoint(target: Path, contents: Contents, name: str = NATIVE, *, force: bool = False) -> None:
+    """Write a quantized model so that the folder is there whole or not at all.
+
+    Raises AutoQuantError where the format cannot hold it, where the folder may not be replaced, and where it cannot be
+    written.
+    """
+    chosen = check_format(name, contents.config, contents.changes)
+    with finished_folder(target, force=force) as folder:
+        chosen.write(folder, contents)
+        write_provenance(folder, contents.provenance)

@@ -1,20 +1,16 @@
-"""Quantized models on disk, and models from disk.
+"""The native format: int8 values and float32 scales that ``autoquant.load`` makes a runnable model of.
 
 A folder holds ``autoquant.safetensors`` (int8 values, float32 scales, a prefix's keys, values and logits in the
-dtype that they were computed in, everything else in its own dtype),
-``autoquant.json`` (the AutoQuant config, its strategy being the one used), ``quantized.json`` (provenance and what
-else is needed to read the tensors), and transformers' own ``config.json`` and tokenizer files. The tensors' file has
-a name of its own so that plain transformers says that it finds no weights, instead of filling int8 linears with
-noise.
+dtype that they were computed in, everything else in its own dtype), ``autoquant_config.json`` (the AutoQuant config,
+its strategy being the one used), ``autoquant_provenance.json``, ``quantized.json`` (what else is needed to read the
+tensors), and transformers' own ``config.json`` and tokenizer files. The tensors' file has a name of its own so that
+plain transformers says that it finds no weights, instead of filling int8 linears with noise.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +20,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from autoquant.checkpoint.formats import NATIVE, Changes, Contents, register, write_checkpoint
+from autoquant.checkpoint.provenance import CONFIG
 from autoquant.config.file import config_text, load_config
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
+from autoquant.executor.online import install_ as install_rotations_
+from autoquant.executor.resolved import ResolvedOnline
 from autoquant.io.safetensors_writer import Described, write_tensors
-from autoquant.models.load import build_empty, load_causal_lm
+from autoquant.models.load import build_empty
 from autoquant.quantizer.kv_cache import MODULE, KVScales, install_
 from autoquant.quantizer.linear import replace_with_empty_
 from autoquant.quantizer.prefix import install_prefix_, stored_prefix
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 
 TENSORS = "autoquant.safetensors"
-CONFIG = "autoquant.json"
 FACTS = "quantized.json"
-
-Prepare = Callable[[nn.Module, Config], None]
+_OLD_CONFIG = "autoquant.json"
+"""The config's name up to 0.1; read for one release more. Its facts are what "provenance" held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,84 +66,98 @@ def save_quantized(
     provenance: Mapping[str, Any],
     tokenizer: Any = None,
     *,
+    changes: Changes | None = None,
     force: bool = False,
 ) -> None:
-    """Write a quantized transformers model so that the folder is there whole or not at all.
+    """Write a quantized transformers model that is in memory; see ``write_checkpoint``.
 
-    ``config`` is the one that :func:`plan_linears` was given, its ``quantization.strategy`` the one used. The folder
-    is written under a temporary name beside ``directory`` and renamed. Raises AutoQuantError where it exists and
-    ``force`` is false, and where it cannot be written.
+    ``config`` is the one that :func:`plan_linears` was given, its ``quantization.strategy`` the one used.
     """
     made = ready(model)
-    facts = {"dtype": _name(_float_dtype(model)), "shared": dict(made.shared), "provenance": dict(provenance)}
-    write_folder(model, directory, config, facts, made.described, made.tensors, tokenizer, force=force)
+    contents = Contents(
+        model,
+        config,
+        made.described,
+        made.tensors,
+        _float_dtype(model),
+        made.shared,
+        changes or Changes(),
+        provenance,
+        tokenizer,
+    )
+    write_checkpoint(directory, contents, force=force)
 
 
-def write_folder(
-    model: Any,
-    directory: Path,
-    config: Config,
-    facts: Mapping[str, Any],
-    described: Described,
-    tensors: Iterable[tuple[str, Tensor]],
-    tokenizer: Any = None,
-    *,
-    force: bool = False,
-) -> None:
-    """What :func:`save_quantized` does, for tensors that come one at a time; of ``model`` only the configs are used."""
-    if directory.exists() and not force:
-        raise AutoQuantError(f"{directory}: exists already; give --force to replace it")
-    temporary = None
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-        temporary.chmod(0o755)  # mkdtemp's is private
-        write_tensors(temporary / TENSORS, described, tensors)
-        (temporary / CONFIG).write_text(config_text(config), encoding="utf-8")
-        (temporary / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        model.config.save_pretrained(temporary)
-        if model.generation_config is not None:
+class Native:
+    """The format of this module. It holds every model."""
+
+    name = NATIVE
+
+    def reasons_against(self, config: Config, changes: Changes) -> tuple[str, ...]:
+        return ()
+
+    def write(self, folder: Path, contents: Contents) -> None:
+        changes = contents.changes
+        facts = {
+            "dtype": _name(contents.dtype),
+            "shared": dict(contents.shared),
+            "created": list(changes.created),
+            "identities": list(changes.identities),
+            "online": [{"kind": o.kind, "path": o.path, "size": o.size} for o in changes.online],
+        }
+        write_tensors(folder / TENSORS, contents.described, contents.tensors)
+        (folder / CONFIG).write_text(config_text(contents.config), encoding="utf-8")
+        (folder / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        contents.model.config.save_pretrained(folder)
+        if contents.model.generation_config is not None:
             # As it is: save_pretrained refuses what many released models have (sampling values without sampling).
-            model.generation_config.to_json_file(temporary / "generation_config.json")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
-    except OSError as error:
-        raise AutoQuantError(f"{directory}: cannot be written: {error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
+            contents.model.generation_config.to_json_file(folder / "generation_config.json")
+        if contents.tokenizer is not None:
+            contents.tokenizer.save_pretrained(folder)
+
+    def is_mine(self, folder: Path) -> bool:
+        return (folder / FACTS).is_file()
+
+    def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
+        model = load_quantized(folder)
+        # Buffers are left alone: rotary frequencies stay float32, as transformers has it.
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype or _loaded_dtype(model, name, parameter))
+        return model
 
 
-def is_quantized(directory: str | Path) -> bool:
-    """Whether the folder is one that :func:`save_quantized` wrote."""
-    return (Path(directory) / FACTS).is_file()
+register(Native())
 
 
-def load_quantized(directory: str | Path, prepare: Prepare | None = None) -> Any:
-    """A runnable model from a folder of :func:`save_quantized`, in evaluation mode.
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What ``quantized.json`` says."""
 
-    The architecture is built without weights; ``prepare(model, config)`` then makes the modules that a transformation
-    added (online rotations), and the tensors are put in. Raises AutoQuantError for a folder that is not one of these,
-    is damaged, or whose tensors do not fit.
+    dtype: torch.dtype
+    shared: Mapping[str, str]
+    changes: Changes
+
+
+def load_quantized(directory: str | Path) -> Any:
+    """A runnable model from a native folder, in evaluation mode, every tensor in the dtype that it is stored in.
+
+    The architecture is built without weights and changed as the folder says, then the tensors are put in. Raises
+    AutoQuantError for a folder that is not one of these, is damaged, or whose tensors do not fit.
     """
     directory = Path(directory)
-    if not is_quantized(directory):
+    if not (directory / FACTS).is_file():
         raise AutoQuantError(f"{directory}: not a quantized model, there is no {FACTS}")
-    config = load_config(directory / CONFIG)
+    config, facts = read_config(directory), read_facts(directory)
     try:
-        facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
         tensors = load_file(directory / TENSORS)
-        dtype = getattr(torch, facts["dtype"])
-        shared: dict[str, str] = facts["shared"]
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise AutoQuantError(f"{directory}: damaged: {error}") from error
-    model = build_empty(directory, dtype)
-    if prepare is not None:
-        prepare(model, config)
-    replace_with_empty_(model, plan_linears(config))
+    except (OSError, SafetensorError) as error:
+        raise AutoQuantError(f"{directory}: damaged: {' '.join(str(error).split())[:200]}") from error
+    model = build_empty(directory, facts.dtype)
+    try:
+        _change_(model, facts.changes)
+        replace_with_empty_(model, plan_linears(config))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise AutoQuantError(f"{directory}: damaged: its files do not belong together ({error})") from error
     granularity = kv_granularity(config)
     if granularity is not None:
         install_(model, KVScales(granularity, *(tensors.get(f"{MODULE}.{name}") for name in ("key", "value"))))
@@ -154,29 +167,49 @@ def load_quantized(directory: str | Path, prepare: Prepare | None = None) -> Any
         except AutoQuantError as error:
             raise AutoQuantError(f"{directory}: {error.message}") from error
     try:
-        model.load_state_dict({**tensors, **{name: tensors[source] for name, source in shared.items()}}, assign=True)
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        also = {name: tensors[source] for name, source in facts.shared.items()}
+        model.load_state_dict({**tensors, **also}, assign=True)
+        for name, source in facts.shared.items():  # one parameter again, not two that share memory
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, model.get_parameter(source))
+    except (RuntimeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise AutoQuantError(f"{directory}: its tensors do not fit its config: {reason}") from error
-    for name, source in shared.items():  # one parameter again, not two that share memory
-        path, _, last = name.rpartition(".")
-        setattr(model.get_submodule(path), last, model.get_parameter(source))
     return model.eval()
 
 
-def load_model(model: str | Path, dtype: torch.dtype | None = None, prepare: Prepare | None = None) -> Any:
-    """A quantized folder, or any causal LM that transformers loads from a folder or a hub id, in evaluation mode.
+def read_config(directory: Path) -> Config:
+    """The config in a native folder. Raises AutoQuantError."""
+    old = not (directory / CONFIG).is_file() and (directory / _OLD_CONFIG).is_file()
+    return load_config(directory / (_OLD_CONFIG if old else CONFIG))
 
-    ``dtype`` is that of everything that is not int8; None: the checkpoint's, as transformers loads it. Raises
-    AutoQuantError where there is no such model.
-    """
-    if is_quantized(model):
-        quantized = load_quantized(model, prepare)
-        # Buffers are left alone: rotary frequencies stay float32, as transformers has it.
-        for name, parameter in quantized.named_parameters():
-            parameter.data = parameter.data.to(dtype or _loaded_dtype(quantized, name, parameter))
-        return quantized
-    return load_causal_lm(model, dtype=dtype, quantized=True)
+
+def read_facts(directory: Path) -> Facts:
+    """What a native folder says of its tensors. Raises AutoQuantError."""
+    try:
+        facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+        dtype = getattr(torch, facts["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{facts['dtype']!r} is no dtype")
+        shared = {str(name): str(source) for name, source in facts["shared"].items()}
+        made = facts if "online" in facts else facts["provenance"]
+        online = tuple(ResolvedOnline(o["kind"], o["path"], int(o["size"]), None) for o in made.get("online", ()))
+        created, identities = (tuple(map(str, made.get(key, ()))) for key in ("created", "identities"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AutoQuantError(f"{directory / FACTS}: damaged: {' '.join(str(error).split())[:200]}") from error
+    return Facts(dtype, shared, Changes(created, identities, online))
+
+
+def _change_(model: nn.Module, changes: Changes) -> None:
+    """Give a model built by its class the structure of the quantized one."""
+    for name in changes.created:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        weight = owner.get_parameter("weight")
+        owner.register_parameter(name.rpartition(".")[2], nn.Parameter(weight.new_zeros(weight.shape[0])))
+    for path in changes.identities:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Identity())
+    install_rotations_(model, changes.online)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,68 @@
+"""One run at a time for each output, and whether the process that left something behind is still there."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from autoquant.errors import AutoQuantError
+
+_held: dict[Path, int] = {}
+"""Open lock files by target. The system lets go of a lock when its process ends, however it ends."""
+
+
+def claim(target: Path) -> None:
+    """Keep others from writing ``target`` until :func:`release` or the end of this process.
+
+    Locks are files of this user in the system's temporary folder, so that nothing lies beside the output; where that
+    cannot be written there is no lock. Raises AutoQuantError where another process has it.
+    """
+    target = target.resolve()
+    if target in _held:
+        return
+    folder = Path(tempfile.gettempdir(), f"autoquant-locks-{os.getuid()}")
+    name = hashlib.sha256(os.fsencode(target)).hexdigest()[:32]
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(descriptor, 20).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise AutoQuantError(
+            f"{target}: is being written by another run (process {holder or 'unknown'}); wait for it or name another"
+        ) from error
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    _held[target] = descriptor
+
+
+def release(target: Path) -> None:
+    """Let others write ``target``."""
+    descriptor = _held.pop(target.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def left_behind(name: str) -> bool:
+    """True if the process whose number ends a file's name is gone, or is this one."""
+    number = name.rpartition("-")[2]
+    if not number.isdigit():
+        return False
+    if int(number) == os.getpid():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
