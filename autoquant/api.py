@@ -158,7 +158,8 @@ def verify(
     else:
         source = _source(model, example_inputs, layers, task, trust_remote_code)
         verified = verify_small(source, loaded, dtype=precision, seed=seed, progress=tell)
-    return Verification(name, own, *verified)
+    proof = verified.proof
+    return Verification(name, own, proof.trials, verified.refused, proof.tolerance, proof.coverage)
 
 
 def apply(

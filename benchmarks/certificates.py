@@ -19,7 +19,8 @@ import torch
 from mutations import MUTATIONS, figures
 
 from autoquant.analyzer.analyze import analyze
-from autoquant.certificate.certify import TOLERANCE, certify
+from autoquant.certificate.certify import certify
+from autoquant.certificate.prove import TOLERANCE
 from autoquant.certificate.verify import verify_weights
 from autoquant.config.format import Blocked, Config
 from autoquant.models.repair import resolve
@@ -89,7 +90,7 @@ def random_row(model: str, name: str | None = None) -> tuple[Row, Config]:
 
 def weights_row(folder: Path, name: str, config: Config) -> Row:
     """The same claims on the checkpoint's own weights, as `autoquant verify` tries them."""
-    trials, _, _ = verify_weights(folder, config)
+    trials = verify_weights(folder, config).trials
     return Row(name, "float64", tuple((trial.kind, trial.change, 1) for trial in trials))
 
 

@@ -16,8 +16,11 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from autoquant.certificate import certify
-from autoquant.certificate.certify import changed, keep, logits, small_config
+from autoquant.certificate import prove
+from autoquant.certificate.certify import small_config
+from autoquant.certificate.claims import keep
+from autoquant.certificate.prove import changed
+from autoquant.certificate.runs import refer
 from autoquant.config.format import Config, IndexMap, Norm, Slot, edited
 from autoquant.executor.apply import apply_
 from autoquant.models.reduce import float64_throughout, small
@@ -136,7 +139,7 @@ def figures(mutation: Mutation) -> tuple[float, float, float]:
         mutation.after(model)
 
     intact = measure(loaded, right)
-    with patch.object(certify, "apply_", faulty):
+    with patch.object(prove, "apply_", faulty):
         return intact, measure(loaded, wrong), measure(default, wrong)
 
 
@@ -162,4 +165,4 @@ def mutate(config: Config, change: Callable[[Claim], Claim]) -> Config:
 def measure(loaded: LoadedModel, config: Config) -> float:
     """The relative change of the logits when all of ``config`` is applied."""
     with float64_throughout():
-        return changed(loaded, logits(loaded.module, loaded), config, SEED)
+        return changed(loaded, refer(loaded), config, SEED)

@@ -1,145 +1,149 @@
 """The certificate: no config is written that was not proved by the code that will apply it.
 
-The same architecture is built small, with random norm weights, biases and routers, and analysed in the same way. Its
-findings must be those of the full-size model, sizes apart. Then each group and each space is applied alone, and all of
-them together, by the real executor, with random scales and rotations, and the logits are compared.
+The same architecture is built small, with random norm weights, biases, routers and buffers, and analysed in the same
+way. The claims of the full-size model are carried over to it, layer sets included, and applied by the real executor
+with random scales and rotations; the outputs of several runs are compared.
 
-Right configs land below 1e-6 relative and wrong ones above 1e-2, so that 1e-5 separates them.
+Right configs land below 1e-6 relative and wrong ones above 1e-2, so that 1e-5 separates them. A claim that fails is
+taken out and listed as blocked; the rest is proved again and written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.analyze import Analyzed, build_config, captured_from, stacks_length
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.analyzer.templates import fold, name_across_layers
-from autoquant.capture.routes import check_against_eager
-from autoquant.config.format import Blocked, Certificate, CertificateRow, Config, RotationMethod, Slot, edited
-from autoquant.config.layers import LAYER
+from autoquant.capture.routes import Captured, check_against_eager
+from autoquant.certificate.claims import REFUSED, Claim, claims, digest_of, keep, plain
+from autoquant.certificate.depth import DEEP, hangs_on_depth
+from autoquant.certificate.match import match
+from autoquant.certificate.prove import TOLERANCE, Proof, Trial, dtype_of, fitting, placeable, prove
+from autoquant.certificate.runs import with_short_windows
+from autoquant.certificate.state import randomise_buffers_
+from autoquant.config.format import Blocked, Certificate, CertificateRow, Config, edited
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import apply_, check_finite
-from autoquant.executor.online import check_installable
-from autoquant.executor.plan import Plan, make_plan
-from autoquant.executor.resolve import resolve
-from autoquant.executor.scales import random_scales
-from autoquant.library_patches import pytree
-from autoquant.models.reduce import float64_throughout, grouped_experts, runs_in_float64, small, widened
-from autoquant.models.source import LoadedModel, ModelSource
-from autoquant.models.structure import ModelStructure, structure_of
+from autoquant.models.reduce import grouped_experts, small, widened
+from autoquant.models.source import LoadedModel, ModelSource, layer_count, sub_configs
 from autoquant.threads import one_thread
-
-TOLERANCE = 1e-5
-
-
-TOLERANCES = {torch.float64: TOLERANCE, torch.float32: 1e-4}
-"""Per dtype of the model that is compared: rounding alone changes float32 logits by 1e-6 and more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """One claim, applied alone (or all of them): the relative change of the logits."""
+class SmallClaims:
+    """A small random model, the claims of a full-size one carried over to it, and those that could not be."""
 
-    name: str
-    kind: str
-    change: float
-
-    def holds(self, tolerance: float = TOLERANCE) -> bool:
-        """Whether the logits stayed the same; a NaN did not."""
-        return self.change <= tolerance
+    loaded: LoadedModel
+    config: Config
+    refused: Mapping[Claim, str]
 
 
 @one_thread()
 def certify(
     analyzed: Analyzed, source: ModelSource, *, seed: int = 0, progress: Callable[[str], None] = lambda step: None
 ) -> Config:
-    """The config with its certificate; online rotations that the executor cannot place are listed as blocked instead.
+    """The config of all claims that hold, with its certificate. The others are listed as blocked (:data:`REFUSED`), as
+    are online rotations that the executor cannot place.
 
-    Raises AutoQuantError, naming the group, where a claim changes the logits by more than ``TOLERANCE``, where the
-    small model allows other groups than the large one, or where its graph does not compute what the model does.
+    Raises AutoQuantError where no claim holds, and where the small model cannot be built or captured.
     """
-    loaded, config = small_claims(analyzed, source, seed, progress)
-    config, refused = placeable(loaded.module, config)
-    trials = prove(loaded, config, seed=seed, progress=progress)
-    for trial in trials:
-        if not trial.holds():
-            raise AutoQuantError(
-                f"{source.name}: '{trial.name}' ({trial.kind}) changes the logits of the small model by "
-                f"{trial.change:.2g}, more than {TOLERANCE:g}: it is not proved, so nothing is written"
-            )
-    return _with_certificate(analyzed.config, refused, trials, dtype_of(loaded.module), seed)
+    carried = small_claims(analyzed, source, seed, progress)
+    refused = dict(carried.refused)
+    config, unfit = fitting(carried.loaded.module, carried.config)
+    config, unplaceable = placeable(carried.loaded.module, config)
+    proof = prove(carried.loaded, config, seed=seed, progress=progress)
+    refused |= unfit | {(trial.name, trial.kind): _too_much(trial) for trial in proof.failed()}
+    gone = {(plain(name), kind): why for (name, kind), why in refused.items()}
+    config = analyzed.config
+    held = [claim for claim in claims(config) if (plain(claim[0]), claim[1]) not in gone]
+    if gone and not any(name not in unplaceable for name, _ in held):
+        (name, kind), why = next(iter(refused.items()))
+        raise AutoQuantError(f"{source.name}: '{name}' ({kind}) {_said(why, name)}; no claim holds, nothing is written")
+    blocked = [
+        *_unplaceable(config, unplaceable),
+        *_refused(config, gone),
+    ]
+    kept = keep(config, [claim for claim in held if claim[0] not in unplaceable])
+    kept = edited(kept, blocked=(*config.blocked, *blocked))
+    return edited(kept, certificate=_certificate(proof, dtype_of(carried.loaded.module), seed, digest_of(kept)))
 
 
-def small_claims(
-    analyzed: Analyzed, source: ModelSource, seed: int, progress: Callable[[str], None]
-) -> tuple[LoadedModel, Config]:
-    """A small random model and its own config, which claims what the full-size one does. Raises AutoQuantError.
+def _too_much(trial: Trial) -> str:
+    return f"changes the logits of the small model by {trial.change:.2g}, more than {TOLERANCE:g}"
 
-    Where one layer of every kind is too few, two are taken: layers that share parameters, or that all read one tensor
-    from outside, make a claim across them, which one of them alone does not show.
+
+def _said(why: str, name: str) -> str:
+    return why.removeprefix(f"'{name}' ")
+
+
+def small_claims(analyzed: Analyzed, source: ModelSource, seed: int, progress: Callable[[str], None]) -> SmallClaims:
+    """A small random model and the claims of the full-size one, carried over. Raises AutoQuantError.
+
+    Its windows are shorter than its longest run. Where one layer of every kind is too few, two are taken: layers that
+    share parameters, or that all read one tensor from outside, make a claim across them, which one of them alone does
+    not show. Where what a layer does may hang on its number, there are eight.
     """
     progress("building the small model")
-    try:
-        return _same_claims(analyzed, source, small(source, seed))
-    except AutoQuantError as error:
-        progress("building a deeper small model")
+    first, failure = None, None
+    for tried in dict.fromkeys((1, 2)):
+        if tried > 1:
+            progress("building a deeper small model")
         try:
-            return _same_claims(analyzed, source, small(source, seed, each=2))
-        except AutoQuantError:
-            raise error from None
+            found = _carried(analyzed, source, tried, seed)
+        except AutoQuantError as error:
+            failure = failure or error
+            continue
+        if not found.refused:
+            return found
+        first = found if first is None or len(found.refused) < len(first.refused) else first
+        if source.config is None:
+            break
+    if first is None:
+        assert failure is not None
+        raise failure
+    return first
 
 
-def _same_claims(analyzed: Analyzed, source: ModelSource, loaded: LoadedModel) -> tuple[LoadedModel, Config]:
-    config = small_config(source, loaded)
+def _carried(analyzed: Analyzed, source: ModelSource, each: int, seed: int) -> SmallClaims:
+    loaded = _small(source, seed, each)
+    if source.config is not None and hangs_on_depth(loaded):
+        loaded = _small(source, seed, max(each, DEEP))
+    config, captured = _analysed(source, loaded)
+    randomise_buffers_(loaded, captured, seed)
     held = [name for name, _ in loaded.module.named_parameters(remove_duplicate=False)]
-    _check_same_claims(analyzed.config, config, held)
-    return widened(loaded), config
+    matched = match(analyzed.config, config, held, aligned=_aligned(source, loaded))
+    return SmallClaims(widened(loaded), matched.config, matched.refused)
 
 
-def prove(
-    loaded: LoadedModel,
-    config: Config,
-    *,
-    seed: int = 0,
-    progress: Callable[[str], None] = lambda step: None,
-) -> tuple[Trial, ...]:
-    """Apply each claim alone and then all together, with random scales and rotations, and compare the logits.
+def _small(source: ModelSource, seed: int, each: int) -> LoadedModel:
+    shorter = with_short_windows(source)
+    if shorter is not source:
+        try:
+            return small(shorter, seed, each=each)
+        except AutoQuantError:  # a class may want its windows as long as they were
+            pass
+    return small(source, seed, each=each)
 
-    In float64 the model's own casts to float32 are widened. Raises AutoQuantError where
-    the config does not fit the model or a weight is not finite.
-    """
-    widen = float64_throughout() if runs_in_float64(loaded) else contextlib.nullcontext()
-    chosen = list(claims(config))
-    trials = []
-    with widen:
-        if chosen:  # all problems, before any work
-            resolve(config, structure_of(loaded.module), only=[name for name, _ in chosen], seed=seed)
-        reference = logits(loaded.module, loaded)
-        if not bool(reference.isfinite().all()):
-            for name, parameter in loaded.module.named_parameters():
-                check_finite(name, parameter)
-            raise AutoQuantError("the model's own logits hold a NaN or an infinity")
-        for name, kind in chosen:
-            progress(f"proving {name} ({kind})")
-            trials.append(Trial(name, kind, changed(loaded, reference, keep(config, [(name, kind)]), seed)))
-        if chosen:
-            progress("proving all together")
-            trials.append(Trial("all", "all", changed(loaded, reference, config, seed)))
-    return tuple(trials)
+
+def _aligned(source: ModelSource, loaded: LoadedModel) -> bool:
+    """True if layer i of the small model stands for layer i: not where the last ones share what earlier ones made."""
+    if source.config is None:
+        return True
+    fields = [name for part in sub_configs(source.config).values() for name, v in vars(part).items() if v]
+    shared = any(name.endswith("shared_layers") for name in fields)
+    return not shared or layer_count(source.config) == layer_count(loaded.config)
 
 
 def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
     """Analyse a small model with real weights, every layer of it; its graph is checked against eager execution."""
+    return _analysed(source, loaded)[0]
+
+
+def _analysed(source: ModelSource, loaded: LoadedModel) -> tuple[Config, Captured]:
     with grouped_experts(loaded):
         captured = captured_from(loaded, loaded.module)
     difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
@@ -150,203 +154,65 @@ def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
     analysis = analyse(captured)
     maps = whole(find_stacks(loaded.module))
     findings = name_across_layers(fold(analysis.findings, maps), maps)
-    return build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
+    config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
+    return config, captured
 
 
-def claims(config: Config) -> Iterator[tuple[str, str]]:
-    """(name, kind) of every group, space and online rotation; online ones go by their path."""
-    for group in config.smoothing.groups:
-        yield group.name, group.kind.value
-    for space in config.rotation.spaces:
-        yield space.name, space.kind
-    for online in config.rotation.online:
-        yield online.path, online.kind
-
-
-def keep(config: Config, chosen: Collection[tuple[str, str]]) -> Config:
-    """The config with the claims (name, kind) of ``chosen`` only. A group and a space may share a name."""
-    smoothing, rotation = config.smoothing, config.rotation
-    groups = tuple(group for group in smoothing.groups if (group.name, group.kind.value) in chosen)
-    spaces = tuple(space for space in rotation.spaces if (space.name, space.kind) in chosen)
-    online = tuple(online for online in rotation.online if (online.path, online.kind) in chosen)
-    return edited(
-        config, smoothing=edited(smoothing, groups=groups), rotation=edited(rotation, spaces=spaces, online=online)
+def _certificate(proof: Proof, dtype: torch.dtype, seed: int, digest: str) -> Certificate:
+    failed = proof.failed()
+    trials = [trial for trial in proof.trials if trial not in failed]
+    return Certificate(
+        proved=True,
+        tolerance=TOLERANCE,
+        dtype=str(dtype).removeprefix("torch."),
+        seed=seed,
+        rows=tuple(_rows(trials)),
+        coverage=proof.coverage,
+        digest=digest,
     )
 
 
-@torch.no_grad()
-def changed(loaded: LoadedModel, reference: Tensor, config: Config, seed: int) -> float:
-    """Relative change of the logits when all of ``config`` is applied to a copy: ``|new - old| / |old|``, Euclidean.
-
-    The copy shares the parameters that stay as they are.
-    """
-    names = [name for name, _ in claims(config)]
-    config = _drawn(config)
-    inventory = structure_of(loaded.module)
-    resolved = resolve(config, inventory, only=names, seed=seed)
-    scales = random_scales(resolved, seed)
-    plan = make_plan(resolved, inventory, loaded.module.get_parameter, scales)
-    copied = _copy_sharing(loaded.module, inventory, plan)
-    apply_(copied, config, only=names, scales=scales, seed=seed)
-    difference = logits(copied, loaded) - reference
-    return float(difference.norm() / reference.norm())
-
-
-def _drawn(config: Config) -> Config:
-    """The config with random rotations where they are to be learned: any proves the space."""
-    rotation = config.rotation
-    spaces = tuple(
-        edited(space, method=RotationMethod.HADAMARD) if space.method is RotationMethod.LEARNED else space
-        for space in rotation.spaces
-    )
-    method = RotationMethod.HADAMARD if rotation.method is RotationMethod.LEARNED else rotation.method
-    changes = {"spaces": spaces, "method": method}
-    return edited(config, rotation=edited(rotation, **changes))
-
-
-def _copy_sharing(module: nn.Module, inventory: ModelStructure, plan: Plan) -> nn.Module:
-    """A deep copy, but for the parameters that ``plan`` does not write."""
-    written = {inventory.canonical[name] for name in plan.operations if name in inventory.canonical}
-    kept = [
-        parameter
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if inventory.canonical[name] not in written
-    ]
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in kept})
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """Of the first floating-point parameter."""
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-
-
-@torch.no_grad()
-def logits(module: nn.Module, loaded: LoadedModel) -> Tensor:
-    """The first floating-point tensor that the model returns, on the loaded model's own inputs."""
-    output: Any = module(*loaded.args, **loaded.kwargs)
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    if not tensors:
-        raise AutoQuantError(f"{type(module).__name__} returns no tensor to compare")
-    return tensors[0]
-
-
-def placeable(module: nn.Module, config: Config) -> tuple[Config, dict[str, str]]:
-    """Without the online rotations that the executor refuses, and why it does, by path."""
-    inventory = structure_of(module)
-    refused: dict[str, str] = {}
-    for online in config.rotation.online:
-        try:
-            resolved = resolve(config, inventory, only=[online.path])
-            check_installable(module, resolved.online)
-            make_plan(resolved, inventory, module.get_parameter, None)
-        except AutoQuantError as error:
-            refused[online.path] = error.message
-    return keep(config, [(name, kind) for name, kind in claims(config) if name not in refused]), refused
-
-
-def _with_certificate(
-    config: Config, refused: dict[str, str], trials: Sequence[Trial], dtype: torch.dtype, seed: int
-) -> Config:
+def _rows(trials: Sequence[Trial]) -> list[CertificateRow]:
     rows = []
     for kind in dict.fromkeys(trial.kind for trial in trials):
         same = [trial for trial in trials if trial.kind == kind]
         worst = max(same, key=lambda trial: trial.change)
         name = worst.name if kind != "all" else None
         rows.append(CertificateRow(kind=kind, count=len(same), worst=float(f"{worst.change:.1e}"), worst_name=name))
-    certificate = Certificate(
-        proved=True, tolerance=TOLERANCE, dtype=str(dtype).removeprefix("torch."), seed=seed, rows=tuple(rows)
-    )
-    kept = tuple(online for online in config.rotation.online if online.path not in refused)
-    blocked = tuple(
+    return rows
+
+
+def _unplaceable(config: Config, refused: Mapping[str, str]) -> list[Blocked]:
+    return [
         Blocked(path=o.path, layers=o.layers, what="rotation", reason=refused[o.path], operator=o.kind, at=o.path)
         for o in config.rotation.online
         if o.path in refused
-    )
-    return edited(
-        config,
-        certificate=certificate,
-        rotation=edited(config.rotation, online=kept),
-        blocked=(*config.blocked, *blocked),
-    )
+    ]
 
 
-def _check_same_claims(large: Config, reduced: Config, held: Collection[str] = ()) -> None:
-    """The small model must allow what the large one does: the same axes of the same parameters to the same powers.
-
-    ``held``: the small model's parameters. Of parts that are numbered within a layer (adapters, experts) it has the
-    first ones only: what is said of a further one has to be what is said of one of these.
-    """
-    both = {_plain(name) for name, _ in claims(large)} & {_plain(name) for name, _ in claims(reduced)}
-    mine, theirs = _shape_of_claims(large, both), _shape_of_claims(reduced, both)
-    proved = _shape_of_claims(reduced, ())
-    apart = [claim for claim in claims(large) if _plain(claim[0]) not in both]
-    shown = _shape_of_claims(keep(large, [claim for claim in apart if not held or _shows(large, claim, held)]), both)
-    for name in dict.fromkeys(chain(mine, theirs)):
-        further = name not in theirs and name not in shown and set(mine[name]) <= set(proved.get(name, ()))
-        if mine.get(name) != theirs.get(name) and not further:
-            raise AutoQuantError(
-                f"{large.provenance.model}: '{name}' is found in the {'full-size' if name in mine else 'small'} model "
-                f"{'with other members than' if name in mine and name in theirs else 'but not'} in the "
-                f"{'small' if name in mine else 'full-size'} one: it cannot be proved (--no-verify skips the proof)"
-            )
-
-
-def _shows(large: Config, claim: tuple[str, str], held: Collection[str]) -> bool:
-    """Whether a claim of ``large`` starts at one of a small model's parameters ``held``, in whatever layer."""
-    alone = keep(large, [claim])
-    paths = [group.sources[0].path for group in alone.smoothing.groups]
-    paths += [space.writers[0].path for space in alone.rotation.spaces]
-    pattern = "|".join(re.escape(path).replace(re.escape(LAYER), r"\d+") for path in paths)
-    return any(re.fullmatch(pattern, name) for name in held)
-
-
-def _plain(name: str) -> str:
-    return name.partition(" @")[0]
-
-
-def _shape_of_claims(config: Config, both: Collection[str]) -> dict[str, list[object]]:
-    """Each claim with its members but without sizes and layer numbers; kinds of layers that share a name are one entry
-    each. A name that is not one of ``both`` models' is taken without the numbers in it.
-    """
-
-    def key(name: str, members: Sequence[tuple[object, ...]]) -> str:
-        return _plain(name) if _plain(name) in both else _name(_plain(name), members)
-
-    found: dict[str, list[object]] = {}
+def _refused(config: Config, gone: Mapping[Claim, str]) -> list[Blocked]:
+    """An entry for each claim of ``config`` whose plain name and kind are ``gone``, at the first that reads it."""
+    found = []
     for group in config.smoothing.groups:
-        sources, targets = _slots(group.sources), _slots(group.targets)
-        members: object = (group.kind, _any_layer(sources), _any_layer(targets))
-        found.setdefault(key(group.name, (*sources, *targets)), []).append(members)
+        why = gone.get((plain(group.name), group.kind.value))
+        if why is not None:
+            path = group.targets[0].path.rpartition(".")[0]
+            found.append(_entry(path, group.layers, "smoothing", group.name, group.kind.value, why))
     for space in config.rotation.spaces:
-        reads = sorted({(_any_layer_in(repr(read.norm)), _any_layer(_slots(read.readers))) for read in space.reads})
-        writers = _slots(space.writers)
-        slots = (*writers, *(slot for read in space.reads for slot in _slots(read.readers)))
-        found.setdefault(key(space.name, slots), []).append(
-            (space.kind, space.centre, frozenset(_any_layer(writers)), tuple(reads))
-        )
-    return {name: sorted(set(members), key=repr) for name, members in found.items()}
+        why = gone.get((plain(space.name), space.kind))
+        if why is not None:
+            read = space.reads[0]
+            path = read.readers[0].path.rpartition(".")[0]
+            found.append(_entry(path, read.layers or space.layers, "rotation", space.name, space.kind, why))
+    for online in config.rotation.online:
+        why = gone.get((plain(online.path), online.kind))
+        if why is not None:
+            found.append(_entry(online.path, online.layers, "rotation", online.path, online.kind, why))
+    return found
 
 
-def _name(name: str, members: Sequence[tuple[object, ...]]) -> str:
-    """A claim's name without the numbers of layers, which are others in a model of other depth (its last, or those
-    that share what another made); what is said of several layers is told apart from what is said of one.
-    """
-    sources, arrow, targets = name.partition(" -> ")
-    without = [re.sub(r"(?<![\w-])\d+(?!\w)", LAYER, part) for part in (*sources.split(", "), *targets.split(", "))]
-    count = len(sources.split(", "))
-    short = ", ".join(dict.fromkeys(without[:count])) + arrow + ", ".join(dict.fromkeys(without[count:]))
-    several = LAYER in short and len(_any_layer(members)) < len(set(members))
-    return f"{short} (across layers)" if several and short != name else short
-
-
-def _any_layer(slots: Iterable[tuple[object, ...]]) -> tuple[tuple[object, ...], ...]:
-    """Slots that are written out for several layers, each once: the small model has fewer layers."""
-    return tuple(dict.fromkeys((_any_layer_in(str(path)), *rest) for path, *rest in slots))
-
-
-def _any_layer_in(text: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", LAYER, text)
-
-
-def _slots(slots: Iterable[Slot]) -> tuple[tuple[object, ...], ...]:
-    return tuple(dict.fromkeys((s.path, s.dim, s.stack is None, s.power, s.offset, s.index is None) for s in slots))
+def _entry(path: str, layers: str | None, what: str, name: str, kind: str, why: str) -> Blocked:
+    reason = f"{REFUSED} ('{name}' {_said(why, name)}): please report"
+    return Blocked.model_validate(
+        {"path": path, "layers": layers, "what": what, "reason": reason, "operator": kind, "at": path}
+    )

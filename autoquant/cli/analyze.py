@@ -9,6 +9,9 @@ from autoquant.cli import options
 from autoquant.cli.output import remark, show, show_text, width
 from autoquant.cli.progress import steps
 
+PARTLY_REFUSED = 3
+"""Exit code where the proof refused a claim of the analysis and the rest was written."""
+
 
 @click.command()
 @click.argument("model")
@@ -36,8 +39,11 @@ def command(
 
     MODEL is a model type of transformers ('llama'), a folder or config.json, a hub id, or package.module:factory, a
     callable that returns a module and its example inputs. Without -o nothing is written.
+
+    Exit code 3: a claim of the analysis was refused by the proof and left out; the rest was proved and written.
     """
     from autoquant import api
+    from autoquant.certificate.claims import refused_claims
     from autoquant.config.file import config_text
     from autoquant.io.files import check_target
 
@@ -57,3 +63,6 @@ def command(
         show(found.lines(width(), proof=kept) if lines is None else lines)
     if not quiet:
         remark([found.timing(), "nothing was written; -o FILE writes the config" if not kept else f"wrote {output}"])
+    if refused := refused_claims(found.config):
+        remark(f"left out: {blocked.path}: {blocked.reason}" for blocked in refused)
+        raise click.exceptions.Exit(PARTLY_REFUSED)

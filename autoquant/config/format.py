@@ -383,6 +383,19 @@ class CertificateRow(Strict):
     worst_name: str | None = Field(None, description="The group or space that it belongs to.")
 
 
+class Coverage(Strict):
+    """What the runs of a proof reached."""
+
+    lengths: tuple[int, ...] = Field((), description="Lengths in tokens of the inputs that were compared.")
+    padding: bool = Field(False, description="Whether one of them was padded on the left.")
+    offset: bool = Field(False, description="Whether one of them began at a later position.")
+    decode: bool = Field(False, description="Whether single tokens were decoded with a cache.")
+    experts: int = Field(0, ge=0, description="Weights of single experts that the linears name.")
+    experts_reached: int | None = Field(
+        None, ge=0, description="Those of them that had a part in an output that was compared; null: not measured."
+    )
+
+
 class Certificate(Strict):
     """What was proved before the file was written: the real executor on a small model of the same structure."""
 
@@ -391,6 +404,12 @@ class Certificate(Strict):
     dtype: str = Field("float64", description="Floating-point type of the small model.")
     seed: int = Field(0, description="Seed of its parameters, inputs, scales and rotations.")
     rows: tuple[CertificateRow, ...] = Field((), description="What was measured, one row a kind.")
+    coverage: Coverage | None = Field(None, description="What was run; null: not recorded.")
+    digest: str | None = Field(
+        None,
+        description="Digest of everything that is claimed (groups, spaces, online rotations, linears), knobs apart: "
+        "tells whether the claims were edited since they were proved; null: not recorded.",
+    )
 
 
 class Decision(Strict):

@@ -9,13 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoquant.config.format import Config, edited
+from autoquant.config.format import Config, Coverage, edited
 from autoquant.report.columns import columns, wrapped
 from autoquant.report.inert import inert
-from autoquant.report.table import summary_lines
+from autoquant.report.table import ran, summary_lines
 
 if TYPE_CHECKING:
-    from autoquant.certificate.certify import Trial
+    from autoquant.certificate.prove import Trial
     from autoquant.evaluation.perplexity import Estimate, Evaluation
 
 WIDTH = 100
@@ -100,6 +100,7 @@ class Verification:
     trials: tuple[Trial, ...]
     refused: Mapping[str, str]
     tolerance: float
+    coverage: Coverage | None = None
 
     @property
     def failed(self) -> tuple[Trial, ...]:
@@ -120,6 +121,7 @@ class Verification:
         return [
             *columns(("claim", "kind", "change of the logits", ""), rows, width),
             *(line for path, why in self.refused.items() for line in wrapped(f"not tried: {path}: {why}", width)),
+            *([] if self.coverage is None else wrapped(f"run: {ran(self.coverage)}", width)),
             f"{held} of {len(self.trials)} hold (at most {self.tolerance:.0e}) on {self.model}: {subject}",
         ]
 
@@ -130,7 +132,14 @@ class Verification:
             for t in self.trials
         ]
         weights = "own" if self.own_weights else "random"
-        return {"weights": weights, "tolerance": self.tolerance, "trials": rows, "not_tried": dict(self.refused)}
+        coverage = None if self.coverage is None else self.coverage.model_dump(mode="json")
+        return {
+            "weights": weights,
+            "tolerance": self.tolerance,
+            "trials": rows,
+            "not_tried": dict(self.refused),
+            "coverage": coverage,
+        }
 
     def __repr__(self) -> str:
         return "\n".join(map(inert, self.lines()))

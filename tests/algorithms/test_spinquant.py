@@ -21,7 +21,8 @@ from autoquant.algorithms.spinquant import (
     turn_,
 )
 from autoquant.calibration.observers import sweep
-from autoquant.certificate.certify import keep, prove
+from autoquant.certificate.claims import keep
+from autoquant.certificate.prove import prove
 from autoquant.checkpoint.apply import apply_checkpoint
 from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint
 from autoquant.config.format import Config, RotationMethod, Strategy, edited
@@ -219,5 +220,5 @@ def test_a_learned_space_is_proved_by_a_random_rotation() -> None:
     model = build("llama", **LLAMA)
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
     loaded = LoadedModel(model, (ids,), {"use_cache": False})
-    trials = prove(loaded, keep(learned(llama_like(model)), [("residual", "R1")]))
+    trials = prove(loaded, keep(learned(llama_like(model)), [("residual", "R1")])).trials
     assert [trial.name for trial in trials] == ["residual", "all"] and all(trial.change < 1e-12 for trial in trials)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import cache
@@ -14,19 +15,14 @@ from click.testing import CliRunner
 from torch import nn
 
 from autoquant.analyzer.analyze import Analyzed, analyze
-from autoquant.certificate.certify import (
-    TOLERANCE,
-    _check_same_claims,
-    certify,
-    changed,
-    claims,
-    keep,
-    logits,
-    placeable,
-    prove,
-    small_config,
-)
+from autoquant.capture.routes import Captured
+from autoquant.certificate.certify import _analysed, certify, small_config
+from autoquant.certificate.claims import claims, digest_of, keep, refused_claims
+from autoquant.certificate.match import match
+from autoquant.certificate.prove import TOLERANCE, changed, logits, placeable, prove
+from autoquant.certificate.runs import departure, refer
 from autoquant.cli.main import main
+from autoquant.config.file import load_config
 from autoquant.config.format import Config, Slot, Smoothing, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.reduce import float64_throughout, small
@@ -81,6 +77,11 @@ def test_a_right_config_gets_its_certificate() -> None:
     assert [row.kind for row in config.certificate.rows] == KINDS
     assert [row.count for row in config.certificate.rows] == [3, 1, 2, 1, 1, 1, 1, 1]
     assert all(0 < row.worst < 1e-13 for row in config.certificate.rows)
+    coverage = config.certificate.coverage
+    assert coverage is not None
+    assert coverage.lengths == (1, 8, 12, 14, 64)
+    assert (coverage.padding, coverage.offset, coverage.decode, coverage.experts) == (True, True, True, 0)
+    assert config.certificate.digest == digest_of(found.config)
     assert edited(config, certificate=None) == found.config
     assert certify(found, source) == config
 
@@ -104,19 +105,35 @@ def test_a_default_initialised_model_is_blind() -> None:
     ]
 
 
-def test_a_wrong_claim_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An analyzer that forgets a target in the full-size and in the small model: only the figure can tell."""
+def analysed_wrongly(source: ModelSource, loaded: LoadedModel) -> tuple[Config, Captured]:
+    """An analyzer that forgets a target in the small model too: only the figure can tell."""
+    config, captured = _analysed(source, loaded)
+    return forgetful(config), captured
+
+
+def test_a_wrong_claim_is_left_out_by_name_and_the_rest_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     source, found = analyzed("llama")
-
-    def wrong(source: ModelSource, loaded: LoadedModel) -> Config:
-        return forgetful(small_config(source, loaded))
-
-    monkeypatch.setattr("autoquant.certificate.certify.small_config", wrong)
+    monkeypatch.setattr("autoquant.certificate.certify._analysed", analysed_wrongly)
     name = found.config.smoothing.groups[0].name
-    with pytest.raises(AutoQuantError) as caught:
-        certify(replace(found, config=forgetful(found.config)), source)
-    assert caught.value.message.startswith(f"llama: '{name}' (norm_linear) changes the logits of the small model by ")
-    assert caught.value.message.endswith("it is not proved, so nothing is written")
+    config = certify(replace(found, config=forgetful(found.config)), source)
+    assert list(claims(config)) == [claim for claim in claims(found.config) if claim[0] != name]
+    (blocked,) = refused_claims(config)
+    assert blocked.reason.startswith(
+        f"claimed by the analysis, refused by the proof ('{name}' changes the logits of the small model by "
+    )
+    assert blocked.reason.endswith("): please report")
+    assert (blocked.path, blocked.what) == ("model.layers.{layer}.self_attn.k_proj", "smoothing")
+    assert config.certificate is not None and config.certificate.proved
+    assert config.certificate.digest == digest_of(config)
+    assert all(row.worst < 1e-13 for row in config.certificate.rows)
+
+
+def test_a_model_none_of_whose_claims_hold_gets_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, found = analyzed("llama")
+    only = forgetful(keep(found.config, list(claims(found.config))[:1]))
+    monkeypatch.setattr("autoquant.certificate.certify._analysed", analysed_wrongly)
+    with pytest.raises(AutoQuantError, match="no claim holds, nothing is written"):
+        certify(replace(found, config=only), source)
 
 
 def test_a_deeper_small_model_is_tried_where_one_layer_of_a_kind_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,34 +144,37 @@ def test_a_deeper_small_model_is_tried_where_one_layer_of_a_kind_is_too_few(monk
         tried.append(each)
         return small(source, seed, each=each)
 
-    def wrong_at_first(source: ModelSource, loaded: LoadedModel) -> Config:
-        config = small_config(source, loaded)
-        return forgetful(config) if tried[-1] < enough else config
+    def wrong_at_first(source: ModelSource, loaded: LoadedModel) -> tuple[Config, Captured]:
+        config, captured = _analysed(source, loaded)
+        return forgetful(config) if tried[-1] < enough else config, captured
 
     monkeypatch.setattr("autoquant.certificate.certify.small", counted)
-    monkeypatch.setattr("autoquant.certificate.certify.small_config", wrong_at_first)
+    monkeypatch.setattr("autoquant.certificate.certify._analysed", wrong_at_first)
     enough = 2
     assert certify(found, source).certificate is not None
     assert tried == [1, 2]
     enough = 3
-    with pytest.raises(AutoQuantError, match="with other members than in the small one: it cannot be proved"):
-        certify(found, source)
+    (blocked,) = refused_claims(certify(found, source))
+    assert "with other members than in the small one: it cannot be proved" in blocked.reason
     assert tried == [1, 2, 1, 2]
 
 
-def test_the_command_writes_nothing_that_is_not_proved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_leaves_out_what_is_not_proved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, found = analyzed("llama")
-
-    monkeypatch.setattr(
-        "autoquant.analyzer.analyze.analyze", lambda *_, **__: replace(found, config=forgetful(found.config))
-    )
-    monkeypatch.setattr("autoquant.certificate.certify.small_config", lambda *given: forgetful(small_config(*given)))
+    wrong = forgetful(found.config)
+    monkeypatch.setattr("autoquant.analyzer.analyze.analyze", lambda *_, **__: replace(found, config=wrong))
+    monkeypatch.setattr("autoquant.certificate.certify._analysed", analysed_wrongly)
     target = tmp_path / "c.json"
     result = CliRunner().invoke(main, ["analyze", "llama", "--layers", "2", "-o", str(target)])
-    assert result.exit_code == 1
-    assert f"'{found.config.smoothing.groups[0].name}' (norm_linear) changes the logits" in result.stderr
-    assert list(tmp_path.iterdir()) == []
-    unproved = CliRunner().invoke(main, ["analyze", "llama", "--layers", "2", "-o", str(target), "--no-verify"])
+    assert result.exit_code == 3
+    name = found.config.smoothing.groups[0].name
+    assert f"refused by the proof ('{name}' changes the logits" in result.stderr
+    written = load_config(target)
+    assert name not in [claim for claim, _ in claims(written)]
+    assert len(refused_claims(written)) == 1
+    unproved = CliRunner().invoke(
+        main, ["analyze", "llama", "--layers", "2", "-o", str(target), "--no-verify", "--force"]
+    )
     assert unproved.exit_code == 0
     assert json.loads(target.read_text(encoding="utf-8"))["certificate"]["proved"] is False
 
@@ -166,19 +186,26 @@ def test_the_command_writes_nothing_that_is_not_proved(monkeypatch: pytest.Monke
         ({"sources": None}, "is found in the full-size model with other members than in the small one"),
     ],
 )
-def test_a_claim_that_the_small_model_does_not_make_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_claim_that_the_small_model_does_not_make_is_left_out(changes: dict[str, Any], message: str) -> None:
     source, found = analyzed("llama")
     if "sources" in changes:
         changes = {"sources": found.config.smoothing.groups[1].sources}
-    with pytest.raises(AutoQuantError, match=message):
-        certify(replace(found, config=with_groups(found.config, **changes)), source)
+    (blocked,) = refused_claims(certify(replace(found, config=with_groups(found.config, **changes)), source))
+    name = changes.get("name", found.config.smoothing.groups[0].name)
+    assert f"('{name}' " in blocked.reason
+    assert message.partition("' ")[2] in blocked.reason
 
 
-def test_a_claim_that_only_the_small_model_makes_is_refused() -> None:
+def test_a_claim_that_only_the_small_model_makes_is_not_written() -> None:
     source, found = analyzed("llama")
     rest = keep(found.config, list(claims(found.config))[1:])
-    with pytest.raises(AutoQuantError, match="is found in the small model but not in the full-size one"):
-        certify(replace(found, config=rest), source)
+    config = certify(replace(found, config=rest), source)
+    assert list(claims(config)) == list(claims(rest))
+    assert refused_claims(config) == ()
+
+
+def refusals(large: Config, small: Config, held: tuple[str, ...] | list[str] = ()) -> list[str]:
+    return list(match(large, small, held, aligned=False).refused.values())
 
 
 def two_claims(one: Config, other: Config) -> Smoothing:
@@ -196,14 +223,16 @@ def test_the_number_of_a_last_layer_does_not_count() -> None:
         name = f"norms.{number} -> proj"
         return keep(with_groups(found.config, name=name, layers=None, sources=sources), [(name, first.kind.value)])
 
-    _check_same_claims(last(11), last(1))
-    _check_same_claims(last(11, 12, 13), last(1, 2))
+    assert refusals(last(11), last(1)) == []
+    assert refusals(last(11, 12, 13), last(1, 2)) == []
     heads = edited(last(1), smoothing=two_claims(last(1), last(2)))
-    _check_same_claims(heads, heads)
-    with pytest.raises(AutoQuantError, match=r"'norms\.{layer} -> proj' is found in the full-size model but not in"):
-        _check_same_claims(heads, last(1))  # a number that both have is no other layer's
-    with pytest.raises(AutoQuantError, match=r"'norms\.{layer} -> proj \(across layers\)' is found in the full-size"):
-        _check_same_claims(last(11, 12), last(1))  # what several layers share is not proved by one
+    assert refusals(heads, heads) == []
+    assert re.search(
+        r"'norms\.{layer} -> proj' is found in the full-size model but not in", refusals(heads, last(1))[0]
+    )  # a number that both have is no other layer's
+    assert re.search(
+        r"'norms\.{layer} -> proj \(across layers\)' is found in the full-size", refusals(last(11, 12), last(1))[0]
+    )  # what several layers share is not proved by one
 
 
 def test_a_further_part_of_a_layer_is_like_those_that_the_small_model_has() -> None:
@@ -220,18 +249,22 @@ def test_a_further_part_of_a_layer_is_like_those_that_the_small_model_has() -> N
         smoothing = edited(found.config.smoothing, groups=tuple(made))
         return edited(keep(found.config, []), smoothing=smoothing)
 
-    _check_same_claims(
-        adapters(0, 1, 2, 3), adapters(0, 1), [f"layers.{i}.adapters.{j}.a.weight" for i in (0, 1) for j in (0, 1)]
+    assert (
+        refusals(
+            adapters(0, 1, 2, 3), adapters(0, 1), [f"layers.{i}.adapters.{j}.a.weight" for i in (0, 1) for j in (0, 1)]
+        )
+        == []
     )
     missing = r"'layers\.{layer}\.adapters\.{layer}\.a -> b' is found in the full-size model but not in"
-    with pytest.raises(AutoQuantError, match=missing):  # a part that the small model has, and says nothing of
-        _check_same_claims(adapters(0, 1, 2), adapters(0, 1), [f"layers.0.adapters.{j}.a.weight" for j in (0, 1, 2)])
-    with pytest.raises(AutoQuantError, match=missing):  # nothing is known of what it has
-        _check_same_claims(adapters(0, 1, 2), adapters(0, 1))
-    with pytest.raises(AutoQuantError, match=missing):  # one that is not like those
-        other = adapters(2, targets=(Slot(path="layers.{layer}.adapters.2.c.weight", dim=1, size=8),))
-        both = edited(other, smoothing=two_claims(adapters(0, 1), other))
-        _check_same_claims(both, adapters(0, 1), ["layers.0.adapters.0.a.weight", "layers.0.adapters.1.a.weight"])
+    assert re.search(
+        missing, refusals(adapters(0, 1, 2), adapters(0, 1), [f"layers.0.adapters.{j}.a.weight" for j in (0, 1, 2)])[0]
+    )  # a part that the small model has, and says nothing of
+    assert re.search(missing, refusals(adapters(0, 1, 2), adapters(0, 1))[0])  # nothing is known of what it has
+    other = adapters(2, targets=(Slot(path="layers.{layer}.adapters.2.c.weight", dim=1, size=8),))
+    both = edited(other, smoothing=two_claims(adapters(0, 1), other))
+    assert re.search(
+        missing, refusals(both, adapters(0, 1), ["layers.0.adapters.0.a.weight", "layers.0.adapters.1.a.weight"])[0]
+    )  # one that is not like those
 
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +276,7 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
 
 def test_a_nan_is_not_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     source, found = analyzed("llama")
-    monkeypatch.setattr("autoquant.certificate.certify.changed", lambda *_: float("nan"))
+    monkeypatch.setattr("autoquant.certificate.prove.changed", lambda *_, **__: float("nan"))
     with pytest.raises(AutoQuantError, match="changes the logits of the small model by nan"):
         certify(found, source)
 
@@ -256,7 +289,7 @@ def test_a_group_and_a_space_of_one_name_are_tried_apart() -> None:
         alone = keep(config, [(name, kind)])
         assert (len(alone.smoothing.groups), len(alone.rotation.spaces)) == kept
         assert alone.rotation.online == ()
-    trials = {(trial.name, trial.kind): trial.change for trial in prove(loaded, config)}
+    trials = {(trial.name, trial.kind): trial.change for trial in prove(loaded, config).trials}
     assert list(trials) == [*claims(config), ("all", "all")]
     assert trials[group.name, group.kind.value] != trials[space.name, space.kind]
 
@@ -277,13 +310,13 @@ def test_copies_share_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     (space,) = [space for space in config.rotation.spaces if space.kind == "R2"]
     copies: list[nn.Module] = []
 
-    def kept_logits(module: nn.Module, loaded: LoadedModel) -> torch.Tensor:
+    def kept(module: nn.Module, *given: Any) -> float:
         copies.append(module)
-        return logits(module, loaded)
+        return departure(module, *given)
 
-    monkeypatch.setattr("autoquant.certificate.certify.logits", kept_logits)
+    monkeypatch.setattr("autoquant.certificate.prove.departure", kept)
     with float64_throughout():
-        changed(loaded, logits(loaded.module, loaded), keep(config, [(space.name, "R2")]), 0)
+        changed(loaded, refer(loaded), keep(config, [(space.name, "R2")]), 0)
     originals = dict(loaded.module.named_parameters())
     own = {n.rpartition("layers.")[2][2:] for n, p in copies[0].named_parameters() if p is not originals[n]}
     assert own == {"self_attn.v_proj.weight", "self_attn.o_proj.weight"}

@@ -1,0 +1,253 @@
+"""Each claim applied by the real executor, alone and with all others, with random scales and rotations.
+
+All that is claimed is applied at once and every run is compared: with independent random scales and rotations two
+wrong claims make up for each other with probability 0. A rotation takes the gains that some smoothing groups scale,
+so the groups are also applied without the rotations. Only where that fails is each claim tried on every run alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.certificate.claims import Claim, claims, keep
+from autoquant.certificate.experts import choices_of, reached, units_of
+from autoquant.certificate.runs import Reference, departure, further_runs, given, refer
+from autoquant.config.format import Config, Coverage, RotationMethod, edited
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import apply_, check_finite
+from autoquant.executor.online import check_installable
+from autoquant.executor.plan import Plan, make_plan
+from autoquant.executor.resolve import resolve
+from autoquant.executor.scales import random_scales
+from autoquant.models.reduce import float64_throughout, runs_in_float64
+from autoquant.models.source import LoadedModel
+from autoquant.models.structure import ModelStructure, structure_of
+
+TOLERANCE = 1e-5
+
+TOLERANCES = {torch.float64: TOLERANCE, torch.float32: 1e-4}
+"""Per dtype of the model that is compared: rounding alone changes float32 logits by 1e-6 and more."""
+
+_MOST_MEASURED = 400_000_000
+"""Parameters of a model whose experts are counted by gradients, which take as much memory again."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One claim, applied alone (or all of them): the largest relative change of an output in any run."""
+
+    name: str
+    kind: str
+    change: float
+
+    def holds(self, tolerance: float = TOLERANCE) -> bool:
+        """True if the outputs stayed the same; a NaN did not."""
+        return self.change <= tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Every trial, those that failed included, and what the runs reached."""
+
+    trials: tuple[Trial, ...]
+    tolerance: float
+    coverage: Coverage
+
+    def failed(self) -> tuple[Trial, ...]:
+        """The claims that changed an output."""
+        return tuple(trial for trial in self.trials if not trial.holds(self.tolerance))
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """What claims are tried on."""
+
+    loaded: LoadedModel
+    reference: Reference
+    seed: int
+    tolerance: float
+
+    def change(self, config: Config, runs: int | None = None) -> float:
+        return changed(self.loaded, self.reference, config, self.seed, runs)
+
+    def holds(self, config: Config) -> bool:
+        return self.change(config) <= self.tolerance
+
+
+def prove(loaded: LoadedModel, config: Config, *, seed: int = 0, progress: Progress = lambda step: None) -> Proof:
+    """Apply each claim alone and then all that hold together, and compare the outputs of every run.
+
+    In float64 the model's own casts to float32 are widened. Raises AutoQuantError where the config does not fit the
+    model, the model's own outputs are not finite, or a weight is not.
+    """
+    widen = float64_throughout() if runs_in_float64(loaded) else contextlib.nullcontext()
+    chosen = list(claims(config))
+    tolerance = TOLERANCES[dtype_of(loaded.module)]
+    with widen:
+        if chosen:  # all problems, before any work
+            resolve(config, structure_of(loaded.module), only=[name for name, _ in chosen], seed=seed)
+        reference = refer(loaded, further_runs(loaded, choices_of(config), seed) if chosen else ())
+        if not all(bool(tensor.isfinite().all()) for tensor in reference.outputs[0]):
+            for name, parameter in loaded.module.named_parameters():
+                check_finite(name, parameter)
+            raise AutoQuantError("the model's own logits hold a NaN or an infinity")
+        bench = _Bench(loaded, reference, seed, tolerance)
+        trials = {}
+        for claim in chosen:
+            progress(f"proving {claim[0]} ({claim[1]})")
+            trials[claim] = bench.change(keep(config, [claim]), 1)
+        if chosen:
+            progress("proving all together")
+            trials |= _together(bench, config, trials, progress)
+        coverage = _coverage(loaded, config, reference)
+    return Proof(tuple(Trial(*claim, change) for claim, change in trials.items()), tolerance, coverage)
+
+
+def _together(bench: _Bench, config: Config, alone: dict[Claim, float], progress: Progress) -> dict[Claim, float]:
+    """The trial of all claims at once, and those of claims that fail in some run though not in the given one."""
+    found: dict[Claim, float] = {}
+    holding = [claim for claim, change in alone.items() if change <= bench.tolerance]
+    change = _all_at_once(bench, config, holding)
+    if not change <= bench.tolerance:
+        for claim in holding:
+            progress(f"proving {claim[0]} ({claim[1]}) in every run")
+            one = bench.change(keep(config, [claim]))
+            if not one <= bench.tolerance:
+                found[claim] = one
+        holding = [claim for claim in holding if claim not in found]
+        change = _all_at_once(bench, config, holding)
+    if not change <= bench.tolerance:  # each holds alone: one after the other, as long as it goes well
+        together: list[Claim] = []
+        for claim in holding:
+            one = _all_at_once(bench, config, [*together, claim])
+            if one <= bench.tolerance:
+                together.append(claim)
+            else:
+                found[claim] = one
+        change = _all_at_once(bench, config, together)
+    return {**found, ("all", "all"): change}
+
+
+def _all_at_once(bench: _Bench, config: Config, chosen: Sequence[Claim]) -> float:
+    """The largest change with all of ``chosen``, and with its smoothing groups alone where there are rotations too."""
+    everything = keep(config, chosen)
+    if not chosen:
+        return 0.0
+    change = bench.change(everything)
+    groups = [(group.name, group.kind.value) for group in everything.smoothing.groups]
+    if groups and len(groups) < len(chosen) and change <= bench.tolerance:
+        change = max(change, bench.change(keep(config, groups)))
+    return change
+
+
+@torch.no_grad()
+def changed(loaded: LoadedModel, reference: Reference, config: Config, seed: int, runs: int | None = None) -> float:
+    """The :func:`departure` of a copy to which all of ``config`` is applied, in the first ``runs`` runs.
+
+    The copy shares the parameters that stay as they are.
+    """
+    names = [name for name, _ in claims(config)]
+    config = _drawn(config)
+    inventory = structure_of(loaded.module)
+    resolved = resolve(config, inventory, only=names, seed=seed)
+    scales = random_scales(resolved, seed)
+    plan = make_plan(resolved, inventory, loaded.module.get_parameter, scales)
+    copied = _copy_sharing(loaded.module, inventory, plan)
+    apply_(copied, config, only=names, scales=scales, seed=seed)
+    return departure(copied, reference, runs)
+
+
+def _drawn(config: Config) -> Config:
+    """The config with random rotations where they are to be learned: any proves the space."""
+    rotation = config.rotation
+    spaces = tuple(
+        edited(space, method=RotationMethod.HADAMARD) if space.method is RotationMethod.LEARNED else space
+        for space in rotation.spaces
+    )
+    method = RotationMethod.HADAMARD if rotation.method is RotationMethod.LEARNED else rotation.method
+    return edited(config, rotation=edited(rotation, spaces=spaces, method=method))
+
+
+def _copy_sharing(module: nn.Module, inventory: ModelStructure, plan: Plan) -> nn.Module:
+    """A deep copy, but for the parameters that ``plan`` does not write."""
+    written = {inventory.canonical[name] for name in plan.operations if name in inventory.canonical}
+    kept = [
+        parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if inventory.canonical[name] not in written
+    ]
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in kept})
+
+
+def _coverage(loaded: LoadedModel, config: Config, reference: Reference) -> Coverage:
+    """What the runs were, and how many experts of all that the config names had a part in them."""
+    names = [run.name for run in reference.runs]
+    units = units_of(config, loaded.module)
+    size = sum(parameter.numel() for parameter in loaded.module.parameters())
+    hit = None
+    if units and size <= _MOST_MEASURED:
+        seen: set[tuple[str, int]] = set()
+        with contextlib.suppress(RuntimeError), torch.enable_grad():  # a kernel may have no derivative
+            for run in reference.runs:
+                seen |= reached(run(loaded.module), loaded.module, units)
+            hit = len(seen)
+    return Coverage(
+        lengths=tuple(sorted({run.length for run in reference.runs if run.length})),
+        padding="left padding" in names,
+        offset="offset" in names,
+        decode="decode" in names,
+        experts=len(units),
+        experts_reached=hit,
+    )
+
+
+def logits(module: nn.Module, loaded: LoadedModel) -> Tensor:
+    """The first floating-point tensor that the model returns, on the loaded model's own inputs."""
+    with torch.no_grad():
+        return given(loaded)(module)[0]
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def placeable(module: nn.Module, config: Config) -> tuple[Config, dict[str, str]]:
+    """Without the online rotations that the executor refuses, and why it does, by path."""
+    inventory = structure_of(module)
+    refused: dict[str, str] = {}
+    for online in config.rotation.online:
+        try:
+            resolved = resolve(config, inventory, only=[online.path])
+            check_installable(module, resolved.online)
+            make_plan(resolved, inventory, module.get_parameter, None)
+        except AutoQuantError as error:
+            refused[online.path] = error.message
+    return keep(config, [(name, kind) for name, kind in claims(config) if name not in refused]), refused
+
+
+def fitting(module: nn.Module, config: Config) -> tuple[Config, dict[Claim, str]]:
+    """Without the groups and spaces that do not fit the module, and why they do not."""
+    inventory = structure_of(module)
+
+    def problem(chosen: Collection[Claim]) -> str | None:
+        part = keep(config, chosen)
+        try:
+            resolve(part, inventory, only=[name for name, _ in claims(part)])
+        except AutoQuantError as error:
+            return error.details[0] if error.details else error.message
+        return None
+
+    chosen = list(claims(config))
+    if not chosen or problem(chosen) is None:
+        return config, {}
+    refused = {claim: why for claim in chosen if (why := problem([claim])) is not None}
+    return keep(config, [claim for claim in chosen if claim not in refused]), refused

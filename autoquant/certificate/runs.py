@@ -1,0 +1,302 @@
+"""The calls that a claim must leave unchanged: several lengths, batches and offsets, padding, decoding with a cache."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autoquant.certificate.experts import force_choices
+from autoquant.errors import AutoQuantError
+from autoquant.models.build import changed
+from autoquant.models.inputs import make_inputs, reads_text, takes_media
+from autoquant.models.source import LoadedModel, ModelSource, quiet, sub_configs
+
+LENGTHS = (1, 64)
+"""Tokens of the runs beside the given one: the shortest, and more than any window of a small model."""
+FACTORY_LENGTHS = (1, 12, 64, 160)
+WINDOW = 12
+"""Tokens of a small model's windows: fewer than its longest run, and than a prefill with its decoded tokens."""
+PREFILL, DECODED = 10, 4
+OFFSET, PADDING = 29, 3
+_WINDOWS = re.compile(
+    r"(^|_)window(_size)?$|^attention_chunk_size$|^original_max_position_embeddings$|local_attention$"
+)
+_SPAN = re.compile(r"window|chunk|local|context|position|len|span|block|period|stride")
+_LONGEST = 1024
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One way to call a model; ``call`` returns what is compared. ``length``: tokens, 0 where they are not counted."""
+
+    name: str
+    length: int
+    call: Callable[[nn.Module], Outputs]
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __call__(self, module: nn.Module) -> Outputs:
+        with quiet(), torch.random.fork_rng(devices=()), self.within():
+            return self.call(module)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a model returns in each run: the given inputs first."""
+
+    runs: tuple[Run, ...]
+    outputs: tuple[Outputs, ...] = field(repr=False)
+
+
+@torch.no_grad()
+def refer(loaded: LoadedModel, further: Collection[Run] = ()) -> Reference:
+    """The outputs of a model on its own inputs and on those ``further`` runs that it can be run on."""
+    first = given(loaded)
+    runs, outputs = [first], [first(loaded.module)]
+    for run in further:
+        try:
+            made = run(loaded.module)
+        except Exception:  # the architecture's code: it may have no more positions, or take no such input
+            continue
+        if made and all(bool(tensor.isfinite().all()) for tensor in made):
+            runs.append(run)
+            outputs.append(made)
+    return Reference(tuple(runs), tuple(outputs))
+
+
+@torch.no_grad()
+def departure(module: nn.Module, reference: Reference, count: int | None = None) -> float:
+    """The largest relative change of an output in the first ``count`` runs: ``|new - old| / |old|``, Euclidean.
+
+    Infinite where the module cannot be run any more or returns other shapes.
+    """
+    worst = 0.0
+    for run, before in zip(reference.runs[:count], reference.outputs, strict=False):
+        try:
+            after = run(module)
+        except AutoQuantError:
+            raise
+        except Exception:  # the architecture's code, which ran before
+            return float("inf")
+        if [tensor.shape for tensor in after] != [tensor.shape for tensor in before]:
+            return float("inf")
+        for new, old in zip(after, before, strict=True):
+            change = _relative(new, old)
+            if not change <= worst:  # a NaN too
+                worst = change
+            if worst != worst:
+                return worst
+    return worst
+
+
+def _relative(new: Tensor, old: Tensor) -> float:
+    if old.numel() == 0:
+        return 0.0
+    difference, size = float((new - old).norm()), float(old.norm())
+    if size == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return difference / size
+
+
+def given(loaded: LoadedModel) -> Run:
+    """The run on the model's own inputs."""
+    tokens = [
+        t for t in pytree.tree_leaves((loaded.args, dict(loaded.kwargs))) if isinstance(t, Tensor) and t.dim() > 1
+    ]
+    return Run("given", tokens[0].shape[1] if tokens else 0, partial(_call, loaded, loaded.args, loaded.kwargs))
+
+
+def _call(loaded: LoadedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Outputs:
+    return compared(module, module(*args, **kwargs), loaded.config is not None)
+
+
+def compared(module: nn.Module, output: object, first: bool) -> Outputs:
+    """The floating-point tensors that a model returns, the first one alone where the others are states of a library's
+    model. Raises AutoQuantError where there is none.
+    """
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not tensors:
+        raise AutoQuantError(f"{type(module).__name__} returns no tensor to compare")
+    return tuple(tensors[:1] if first else tensors)
+
+
+def further_runs(loaded: LoadedModel, experts: Collection[int], seed: int) -> tuple[Run, ...]:
+    """Every run beside the given one; ``experts``: how many a router chooses among, for each router."""
+    made = _factory_runs if loaded.config is None else _text_runs
+    runs = list(made(loaded, seed))
+    if experts:
+        runs.append(_forced(loaded, experts, seed))
+    return tuple(runs)
+
+
+def _forced(loaded: LoadedModel, experts: Collection[int], seed: int) -> Run:
+    """All experts are chosen in turn, by whatever input the model is given; enough tokens for each of them."""
+    run = given(loaded)
+    if loaded.config is not None and not loaded.known:
+        tokens = max(8, -(-max(experts) // 2))
+        made = _text(loaded, 2, tokens, seed)
+        if made is not None:
+            run = Run("forced", tokens, partial(_call, loaded, (), made))
+    return replace(run, name="forced", within=partial(force_choices, frozenset(experts)))
+
+
+def _text(loaded: LoadedModel, sequences: int, tokens: int, seed: int) -> dict[str, Tensor] | None:
+    dtype = next(p.dtype for p in loaded.module.parameters() if p.is_floating_point())
+    try:
+        with torch.no_grad():
+            made = make_inputs(loaded.module, torch.device("cpu"), (sequences, tokens), dtype, seed, media=False)
+    except Exception:  # the architecture's code: it cannot be called with text alone
+        return None
+    return dict(made.kwargs)
+
+
+def _text_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
+    module: Any = loaded.module
+    if takes_media(module) and not reads_text(module):
+        return
+    for tokens in LENGTHS:
+        made = _text(loaded, 1, tokens, seed + tokens)
+        if made is not None:
+            yield Run(f"{tokens} tokens", tokens, partial(_call, loaded, (), made))
+    names = inspect.signature(module.forward).parameters
+    made = _text(loaded, 2, WINDOW, seed)
+    ids = None if made is None else made.get("input_ids")
+    if made is None or ids is None or ids.dim() != 2:
+        return
+    if "attention_mask" in names:
+        mask = torch.ones_like(ids)
+        mask[0, :PADDING] = 0
+        yield Run("left padding", ids.shape[1], partial(_padded, loaded, {**made, "attention_mask": mask}))
+    if "position_ids" in names and ids.shape[0] == 2:
+        positions = torch.arange(ids.shape[1])[None].expand(ids.shape) + OFFSET
+        yield Run("offset", ids.shape[1], partial(_call, loaded, (), {**made, "position_ids": positions}))
+    if list(made) == ["input_ids"]:
+        longer = _text(loaded, 1, PREFILL + DECODED, seed)
+        if longer is not None:
+            yield Run("decode", PREFILL + DECODED, partial(_decoded, longer["input_ids"]))
+
+
+def _padded(loaded: LoadedModel, kwargs: Mapping[str, Tensor], module: nn.Module) -> Outputs:
+    """The outputs at the tokens that count."""
+    found, mask = _call(loaded, (), kwargs, module), kwargs["attention_mask"].bool()
+    return tuple(tensor[mask] if tensor.shape[:2] == mask.shape else tensor for tensor in found)
+
+
+def _decoded(ids: Tensor, module: nn.Module) -> Outputs:
+    """The logits of a prefill, and of single tokens after it with the cache that the model made.
+
+    Raises AutoQuantError where it makes none.
+    """
+    output: Any = module(input_ids=ids[:, :PREFILL], use_cache=True)
+    found = list(compared(module, output, True))
+    name = next((n for n in ("past_key_values", "cache_params") if getattr(output, n, None) is not None), None)
+    if name is None:
+        raise AutoQuantError(f"{type(module).__name__} makes no cache")
+    for token in range(PREFILL, ids.shape[1]):
+        output = module(input_ids=ids[:, token : token + 1], use_cache=True, **{name: getattr(output, name)})
+        found += compared(module, output, True)
+    return tuple(found)
+
+
+def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
+    """The given inputs at other lengths, where one extent of theirs is that of tokens, and with other values."""
+    leaves, tree = pytree.tree_flatten((loaded.args, dict(loaded.kwargs)))
+    sequences = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
+    if not sequences:
+        return
+    length = sequences[0].shape[1]
+    words = _words(loaded, sequences)
+    generator = torch.Generator().manual_seed(seed)
+
+    def fresh(leaf: object, sizes: tuple[int, ...]) -> object:
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.is_complex():
+            return leaf
+        if leaf.dtype is torch.bool:
+            return torch.ones(sizes, dtype=torch.bool)
+        if leaf.is_floating_point():
+            return torch.randn(sizes, generator=generator, dtype=torch.float64).to(leaf.dtype)
+        high = max(words, int(leaf.max()) + 1)
+        return torch.randint(min(0, int(leaf.min())), high, sizes, generator=generator, dtype=leaf.dtype)
+
+    def other(tokens: int) -> tuple[Any, Any]:
+        made = []
+        for leaf in leaves:
+            sizes = tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
+            if len(sizes) > 1 and sizes[1] == length:
+                sizes = (sizes[0], tokens, *sizes[2:])
+            made.append(fresh(leaf, sizes))
+        args, kwargs = pytree.tree_unflatten(made, tree)
+        return args, kwargs
+
+    for tokens in dict.fromkeys((length, *FACTORY_LENGTHS, *_spans(loaded.module))):
+        args, kwargs = other(tokens)
+        yield Run(f"{tokens} tokens", tokens, partial(_call, loaded, args, kwargs))
+
+
+def _spans(module: nn.Module) -> list[int]:
+    """A little more than the largest extent that a module's attributes name, as far as it can be afforded."""
+    found = [
+        value
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if type(value) is int and _SPAN.search(name) and max(FACTORY_LENGTHS) <= value < _LONGEST
+    ]
+    return [max(found) + 9] if found else []
+
+
+def _words(loaded: LoadedModel, sequences: Collection[Tensor]) -> int:
+    """How many token ids there are: rows of the smallest table that is read by an input itself, 0 where none is."""
+    rows: list[int] = []
+
+    def look(part: nn.Module, args: tuple[Any, ...]) -> None:
+        read = args and isinstance(args[0], Tensor) and isinstance(part, nn.Embedding)
+        if read and any(args[0].shape == ids.shape and torch.equal(args[0], ids) for ids in sequences):
+            rows.append(len(cast(Tensor, part.weight)))
+
+    hooks = [part.register_forward_pre_hook(look) for part in loaded.module.modules() if isinstance(part, nn.Embedding)]
+    try:
+        given(loaded)(loaded.module)
+    except AutoQuantError:
+        return 0
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(rows, default=0)
+
+
+def with_short_windows(source: ModelSource) -> ModelSource:
+    """``source`` with windows that its small model's longest run exceeds; the same where its configuration has none."""
+    if source.config is None:
+        return source
+    found: dict[str, Any] = {}
+    for path, part in sub_configs(source.config).items():
+        for name, value in vars(part).items():
+            where = f"{path}.{name}" if path else name
+            if _WINDOWS.search(name) and type(value) is int and value > WINDOW:
+                found[where] = WINDOW
+            elif name.startswith("rope") and isinstance(value, Mapping):
+                shorter = _short_in(value)
+                if shorter != value:
+                    found[where] = shorter
+    return replace(source, config=changed(source.config, found)) if found else source
+
+
+def _short_in(value: Mapping[str, Any]) -> dict[str, Any]:
+    short: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            short[key] = _short_in(entry)
+        else:
+            long = _WINDOWS.search(str(key)) and type(entry) is int and entry > WINDOW
+            short[key] = WINDOW if long else entry
+    return short
