@@ -115,11 +115,18 @@ def _float_state(buffer: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _integers(buffer: Tensor, generator: torch.Generator) -> Tensor:
-    """Of the range of the values that are there; of 0 and 1 at least, where all of them are one value."""
+    """Of the range of the values that are there; where all are one value, as before a checkpoint is loaded, the first
+    is another one at least, and no integer is what it was.
+    """
     if buffer.dtype is torch.bool:
-        return torch.randint(0, 2, buffer.shape, generator=generator).bool()
+        value = torch.randint(0, 2, buffer.shape, generator=generator).bool()
+        if bool((value == buffer).all()):
+            value.view(-1)[0] = ~value.view(-1)[0]
+        return value
     low, high = int(buffer.min()), int(buffer.max())
-    return torch.randint(low, max(high, low + 1) + 1, buffer.shape, generator=generator)
+    if low == high:
+        low, high = low + 1, high + 3
+    return torch.randint(low, high + 1, buffer.shape, generator=generator)
 
 
 def _used_as_numbers(captured: Captured) -> frozenset[str]:

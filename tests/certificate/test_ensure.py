@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from autoquant.analyzer.analyze import analyze
+from autoquant.certificate.certify import certify
+from autoquant.certificate.claims import digest_of
+from autoquant.certificate.ensure import ensure_proved, standing
+from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy, edited
+from autoquant.errors import AutoQuantError
+from autoquant.models.repair import resolve
+from autoquant.models.source import ModelSource
+
+
+@cache
+def proved() -> tuple[ModelSource, Config]:
+    source = resolve("llama", layers=2)
+    return source, certify(analyze(source), source)
+
+
+def first(config: Config, section: str, field: str, **changes: Any) -> Config:
+    """The config with the first entry of ``section.field`` changed."""
+    held = getattr(config, section)
+    entry, *rest = getattr(held, field)
+    return edited(config, **{section: edited(held, **{field: (edited(entry, **changes), *rest)})})
+
+
+def knobs(config: Config) -> dict[str, Config]:
+    override = {"path": config.model.linears[0].path, "strategy": Strategy.PER_TENSOR_STATIC}
+    return {
+        "smoothing.enable": edited(config, smoothing=edited(config.smoothing, enable=False)),
+        "smoothing.alpha": edited(config, smoothing=edited(config.smoothing, alpha=0.9)),
+        "group.enable": first(config, "smoothing", "groups", enable=False),
+        "group.alpha": first(config, "smoothing", "groups", alpha=0.3),
+        "group.overrides": first(config, "smoothing", "groups", overrides=({"layers": "1", "enable": False},)),
+        "group.name": first(config, "smoothing", "groups", name="another"),
+        "rotation.method": edited(config, rotation=edited(config.rotation, method=RotationMethod.ORTHOGONAL)),
+        "rotation.seed": edited(config, rotation=edited(config.rotation, seed=7)),
+        "space.enable": first(config, "rotation", "spaces", enable=False),
+        "space.seed": first(config, "rotation", "spaces", seed=3),
+        "online.enable": first(config, "rotation", "online", enable=True),
+        "linear.role": first(config, "model", "linears", role="router"),
+        "strategy": edited(config, quantization=edited(config.quantization, strategy=Strategy.PER_TENSOR_STATIC)),
+        "exclude": edited(config, quantization=edited(config.quantization, exclude=())),
+        "quantization.overrides": edited(config, quantization=edited(config.quantization, overrides=(override,))),
+    }
+
+
+def edits(config: Config) -> dict[str, Config]:
+    group, space, online = config.smoothing.groups[0], config.rotation.spaces[0], config.rotation.online[0]
+    source = group.sources[0]
+    return {
+        "group.targets": first(config, "smoothing", "groups", targets=group.targets[1:]),
+        "group.kind": first(config, "smoothing", "groups", kind=SmoothingKind.LINEAR_LINEAR),
+        "source.power": first(config, "smoothing", "groups", sources=(edited(source, power=2),)),
+        "source.offset": first(config, "smoothing", "groups", sources=(edited(source, offset=1),)),
+        "space.writers": first(config, "rotation", "spaces", writers=space.writers[1:]),
+        "space.reads": first(config, "rotation", "spaces", reads=space.reads[1:]),
+        "space.centre": first(config, "rotation", "spaces", centre=not space.centre),
+        "online.size": first(config, "rotation", "online", size=online.size // 2),
+        "linear.in_dim": first(config, "model", "linears", in_dim=0),
+        "linear.weight": first(config, "model", "linears", weight="model.layers.{layer}.mlp.up_proj.weight"),
+    }
+
+
+def test_a_knob_is_no_claim() -> None:
+    source, config = proved()
+    assert standing(config) == "proved"
+    for what, other in knobs(config).items():
+        assert digest_of(other) == digest_of(config), what
+        note = ensure_proved(other, source)
+        assert (note.proved, note.how) == (True, "by the certificate of the config")
+
+
+def test_a_wrong_edit_is_refused() -> None:
+    source, config = proved()
+    for what, other in edits(config).items():
+        assert digest_of(other) != digest_of(config), what
+        assert standing(other) == "edited"
+        with pytest.raises(AutoQuantError, match="the config claims what the model does not"):
+            ensure_proved(other, source)
+        note = ensure_proved(other, source, unproved=True)
+        assert (note.proved, note.how) == (False, "unproved, as asked for: edited since it was proved")
+
+
+def test_fewer_claims_and_fewer_layers_are_proved_again() -> None:
+    source, config = proved()
+    fewer = edited(config, smoothing=edited(config.smoothing, groups=config.smoothing.groups[1:]))
+    fewer = first(fewer, "smoothing", "groups", layers="1")
+    assert standing(fewer) == "edited"
+    note = ensure_proved(fewer, source)
+    assert (note.proved, note.how) == (True, "proved now: edited since it was proved")
+
+
+def test_a_proof_of_an_earlier_version_is_not_known_to_hold() -> None:
+    _, config = proved()
+    assert config.certificate is not None
+    assert standing(edited(config, certificate=edited(config.certificate, digest=None))) == "unknown"
+    assert standing(edited(config, certificate=edited(config.certificate, proved=False))) == "unproved"
+    assert standing(edited(config, certificate=None)) == "unproved"

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoquant.analyzer.analyze import analyze
+from autoquant.certificate.prove import prove
+from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, with_short_windows
+from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind, edited
+from autoquant.models.repair import resolve
+from autoquant.models.source import ModelSource
+from tests.certificate.modules import INNER, Unit, loaded
+
+
+def relu(unit: Unit, hidden: Tensor) -> Tensor:
+    return hidden.relu()
+
+
+def relu_of_the_first_eight(unit: Unit, hidden: Tensor) -> Tensor:
+    """Beyond eight tokens the scale does not pass."""
+    return torch.cat([hidden[:, :8].relu(), hidden[:, 8:].tanh()], 1)
+
+
+def relu_with_a_distance(unit: Unit, hidden: Tensor) -> Tensor:
+    far = (torch.arange(hidden.shape[1]) - 8).clamp(min=0)
+    return hidden.relu() + 0.1 * far[:, None]
+
+
+def up_to_down() -> Config:
+    """Of a unit: what an analysis claims that has seen three tokens."""
+    config = analyze(ModelSource("unit", factory=lambda: (Unit(relu), (torch.arange(3)[None],)))).config
+    sources = tuple(Slot(path=f"up.{name}", dim=0, size=INNER) for name in ("weight", "bias"))
+    group = SmoothingGroup(
+        name="up -> down",
+        kind=SmoothingKind.LINEAR_LINEAR,
+        channels=INNER,
+        sources=sources,
+        targets=(Slot(path="down.weight", dim=1, size=INNER),),
+    )
+    smoothing = edited(config.smoothing, groups=(group,))
+    return edited(config, smoothing=smoothing, rotation=edited(config.rotation, spaces=(), online=()))
+
+
+def test_a_claim_that_holds_does_so_in_every_run() -> None:
+    proof = prove(loaded(Unit(relu)), up_to_down())
+    assert [(trial.name, trial.kind) for trial in proof.trials] == [("up -> down", "linear_linear"), ("all", "all")]
+    assert all(0 < trial.change < 1e-13 for trial in proof.trials)
+    assert proof.coverage.lengths == (1, 3, 12, 64, 160)
+
+
+@pytest.mark.parametrize("act", [relu_of_the_first_eight, relu_with_a_distance])
+def test_what_matters_beyond_eight_tokens_only_is_refused(act: object) -> None:
+    """The given three tokens alone do not tell: this is the trap."""
+    module = loaded(Unit(act))  # type: ignore[arg-type]  # one of the two above
+    proof = prove(module, up_to_down())
+    (failed,) = proof.failed()
+    assert (failed.name, failed.kind) == ("up -> down", "linear_linear")
+    assert failed.change > 1e-3
+    only = refer(module)
+    assert [run.name for run in only.runs] == ["given"]
+
+
+def test_the_departure_of_a_module_from_itself_is_nothing_and_of_a_broken_one_is_infinite() -> None:
+    module = loaded(Unit(relu))
+    reference = refer(module, further_runs(module, (), 0))
+    assert departure(module.module, reference) == 0
+    short = loaded(Unit(lambda unit, hidden: hidden.relu()[:, :1].expand_as(hidden)))
+    assert departure(short.module, reference) > 1e-2
+    broken = loaded(Unit(lambda unit, hidden: hidden.missing))
+    assert departure(broken.module, reference) == float("inf")
+
+
+def test_a_library_model_is_padded_moved_and_decoded() -> None:
+    from autoquant.models.reduce import small
+
+    module = small(resolve("mistral", layers=2))
+    names = [run.name for run in refer(module, further_runs(module, (), 0)).runs]
+    assert names == ["given", "1 tokens", "64 tokens", "left padding", "offset", "decode"]
+    assert [tensor.shape[1] for tensor in further_runs(module, (), 0)[-1](module.module)] == [10, 1, 1, 1, 1]
+    assert given(module).length == 8
+
+
+def test_windows_are_shorter_than_the_longest_run() -> None:
+    source = resolve("mistral")
+    assert source.config.sliding_window == 4096
+    shorter = with_short_windows(source)
+    assert (shorter.config.sliding_window, source.config.sliding_window) == (WINDOW, 4096)
+    assert with_short_windows(shorter) is shorter
+    plain = resolve("gpt2")
+    assert with_short_windows(plain) is plain
