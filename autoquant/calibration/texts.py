@@ -201,12 +201,12 @@ def _column(records: Iterable[Record], field: str, tokenizer: Any) -> Iterator[s
             raise AutoQuantError(f"{where}: expected an object with a '{field}'")
         text = record.get(field)
         if text is None and isinstance(record.get("messages"), list):
-            text = _conversation(record["messages"], where, tokenizer)
+            text = _conversation(record["messages"], field, where, tokenizer)
         elif field not in record:
             names = ", ".join(f"'{name}'" for name in list(record)[:8])
             raise AutoQuantError(
                 f"{where}: no text in '{field}'{did_you_mean(field, list(record))}; "
-                f"it has {names or 'no columns'}: choose one with --field"
+                f"it has {names or 'no columns'}: rename the one to read"
             )
         if text is not None and not isinstance(text, str):
             raise AutoQuantError(f"{where}: no text in '{field}', but a {type(text).__name__}")
@@ -222,9 +222,9 @@ def _encodable(text: str, where: str) -> str:
     return text
 
 
-def _conversation(messages: list[Any], where: str, tokenizer: Any) -> str:
+def _conversation(messages: list[Any], field: str, where: str, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
-        raise AutoQuantError(f"{where}: 'messages' need a tokenizer with a chat template; choose a column with --field")
+        raise AutoQuantError(f"{where}: 'messages' need a tokenizer with a chat template, or give a '{field}'")
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is the checkpoint's own code, which raises what it likes

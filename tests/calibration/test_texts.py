@@ -94,7 +94,7 @@ def test_cells_may_be_long_and_of_several_lines(tmp_path: Path) -> None:
 def test_another_column(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.jsonl", '{"content": "One.", "id": 1}')
     assert read_text(path, "content") == "One."
-    with pytest.raises(AutoQuantError, match=r"no text in 'text'.*; it has 'content', 'id': choose one with --field"):
+    with pytest.raises(AutoQuantError, match=r"no text in 'text'.*; it has 'content', 'id': rename the one to read"):
         read_text(path)
 
 
@@ -158,7 +158,7 @@ def test_what_is_no_prose_is_not_read_as_prose(tmp_path: Path, name: str, conten
         ("a.jsonl", 100_000 * "[", "a.jsonl:1: not JSON"),
         ("a.json", '[{"text": "a"}, 3]', "a.json: item 1: expected an object"),
         ("a.json", '[{"text": "a"}', "a.json: not JSON"),
-        ("a.json", '[{"instruction": "a", "output": "b"}]', "it has 'instruction', 'output': choose one with --field"),
+        ("a.json", '[{"instruction": "a", "output": "b"}]', "it has 'instruction', 'output': rename the one to read"),
         ("a.json", "", "holds no text"),
         ("a.csv", "id,text\n1,One.\n2\n", "row 2 has 1 cells; the first line names 2"),
         ("a.csv", "id,content\n1,One.\n", "row 1: no text in 'text'"),
