@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autoquant.config.file import load_config as _load_config
 from autoquant.config.file import save_config as _save_config
+from autoquant.config.format import SCHEMA_NAME
+from autoquant.config.jsonschema import schema_text
 from autoquant.config.spelling import did_you_mean
 from autoquant.config.strategies import parse_strategies, parse_strategy
 from autoquant.errors import AutoQuantError
+from autoquant.io.files import write_text
 from autoquant.models.tasks import Kind
 from autoquant.steps import Progress, silent
 
@@ -42,8 +45,14 @@ def load_config(path: str | Path) -> Config:
 
 
 def save_config(config: Config, path: str | Path, *, force: bool = False) -> None:
-    """Write a config, whole or not at all; ``force`` replaces a file. Raises AutoQuantError."""
-    _save_config(config, Path(path), force=force)
+    """Write a config, whole or not at all; ``force`` replaces a file. Raises AutoQuantError.
+
+    The schema is put beside it where its ``$schema`` says so: an editor completes and checks the file offline.
+    """
+    path = Path(path)
+    _save_config(config, path, force=force)
+    if config.schema_ in (None, SCHEMA_NAME):
+        write_text(path.parent / SCHEMA_NAME, schema_text(), force=True)
 
 
 def analyze(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -19,6 +20,8 @@ from torch import nn
 
 import autoquant as aq
 from autoquant.cli.main import COMMANDS
+from autoquant.config.format import edited
+from autoquant.config.jsonschema import schema_text
 
 if TYPE_CHECKING:
     from autoquant.config.format import Config
@@ -176,3 +179,14 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "perplexity" in result.stdout
+
+
+def test_a_config_that_is_saved_has_its_schema_beside_it(example_config: Config, tmp_path: Path) -> None:
+    aq.save_config(example_config, tmp_path / "c.json")
+    written = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+    assert written["$schema"] == "autoquant-config.v1.schema.json"
+    assert (tmp_path / written["$schema"]).read_text(encoding="utf-8") == schema_text()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    aq.save_config(edited(example_config, schema_="../mine.json"), elsewhere / "c.json")
+    assert [path.name for path in elsewhere.iterdir()] == ["c.json"]

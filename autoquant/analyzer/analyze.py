@@ -40,7 +40,6 @@ from autoquant.models.structure import structure_of
 from autoquant.threads import one_thread
 from autoquant.version import __version__
 
-SCHEMA_URL = f"https://raw.githubusercontent.com/autoquant/autoquant/main/schemas/{SCHEMA_NAME}"
 How = Literal["auto", "dynamo", "export"]
 
 
@@ -185,7 +184,7 @@ def build_config(
     )
     return Config.model_validate(
         {
-            "$schema": SCHEMA_URL,
+            "$schema": SCHEMA_NAME,
             "format_version": FORMAT_VERSION,
             "provenance": Provenance(
                 autoquant=__version__,

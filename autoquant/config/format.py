@@ -15,7 +15,8 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT_VERSION = 1
-SCHEMA_NAME = "autoquant-config.schema.json"
+SCHEMA_NAME = f"autoquant-config.v{FORMAT_VERSION}.schema.json"
+"""Of the file beside a config, which an editor reads through the config's ``$schema``; one for each format version."""
 
 
 class Strict(BaseModel):

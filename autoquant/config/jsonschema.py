@@ -24,7 +24,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The file ``schemas/autoquant-config.schema.json``."""
+    """The file ``schemas/autoquant-config.v1.schema.json``."""
     return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
 
 

@@ -29,14 +29,14 @@ def lines(text: str) -> list[str]:
 def test_round_trip(example_config: Config, tmp_path: Path) -> None:
     save_config(example_config, tmp_path / "c.json")
     loaded = load_config(tmp_path / "c.json")
-    assert loaded.schema_ == "autoquant-config.schema.json"
+    assert loaded.schema_ == "autoquant-config.v1.schema.json"
     assert edited(loaded, schema_=None) == example_config
     assert config_text(loaded) == (tmp_path / "c.json").read_text(encoding="utf-8")
 
 
 def test_layout(example_config: Config) -> None:
     text = config_text(example_config)
-    assert text.startswith('{\n  "$schema": "autoquant-config.schema.json",\n  "format_version": 1,\n')
+    assert text.startswith('{\n  "$schema": "autoquant-config.v1.schema.json",\n  "format_version": 1,\n')
     assert text.endswith('\n  "certificate": null,\n  "search": null\n}\n')
     assert '\n              {"shape": [2, 4], "stride": [4, 1], "channel_stride": [0, 1]}\n' in text
     assert max(map(len, text.splitlines())) <= 120
