@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from autoquant.certificate.experts import force_choices
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import pytree
 from autoquant.models.build import changed
 from autoquant.models.inputs import make_inputs, reads_text, takes_media
 from autoquant.models.source import LoadedModel, ModelSource, quiet, sub_configs

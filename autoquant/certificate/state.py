@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from autoquant.aten import operator_name
 from autoquant.capture.routes import Captured
+from autoquant.library_patches import pytree
 from autoquant.models.reduce import failure_of
 from autoquant.models.source import LoadedModel, quiet
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from autoquant.analyzer.analyze import Analyzed, analyze
 from autoquant.certificate.certify import SmallClaims, small_claims
@@ -18,6 +17,7 @@ from autoquant.certificate.prove import Proof, Trial, dtype_of, placeable, prove
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import open_shards
+from autoquant.library_patches import pytree
 from autoquant.models.load import load_weights
 from autoquant.models.repair import resolve
 from autoquant.models.source import LoadedModel, ModelSource
@@ -90,7 +90,7 @@ def verify_small(
     loaded = carried.loaded
     if dtype_of(loaded.module) is torch.float64:
         loaded.module.to(dtype)
-        args, kwargs = tree_map_only(Tensor, partial(_in_dtype, dtype), (loaded.args, dict(loaded.kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, partial(_in_dtype, dtype), (loaded.args, dict(loaded.kwargs)))
         loaded = replace(loaded, args=args, kwargs=kwargs)
     return _verify(loaded, carried.config, seed, progress)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autoquant.config.format import Config, edited
 from autoquant.errors import AutoQuantError
+from autoquant.models.structure import structure_of
 
 LAYERS, HIDDEN, INNER = 4, 24, 40
 
@@ -57,7 +58,8 @@ def config(groups: tuple[str, ...] = ("attention", "mlp", "down")) -> Config:
         "mlp": group("mlp", "norm_linear", HIDDEN, "post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"]),
         "down": group("down", "linear_linear", INNER, "mlp.up_proj", ["mlp.down_proj"]),
     }
-    versions = {"autoquant": "0", "torch": "0", "model": "test", "capture": "hand", "fingerprint": "0"}
+    fingerprint = structure_of(model()).fingerprint
+    versions = {"autoquant": "0", "torch": "0", "model": "test", "capture": "hand", "fingerprint": fingerprint}
     content = {
         "format_version": 1,
         "provenance": versions,
