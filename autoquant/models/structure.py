@@ -104,6 +104,18 @@ class ModelStructure:
         numbered = (re.sub(r"(?<=\.)\d+(?=\.)", LAYER, name, count=1) for name in (*self.shapes, *self.modules))
         return tuple(dict.fromkeys((*self.shapes, *self.modules, *numbered)))
 
+    @cached_property
+    def stack_lengths(self) -> frozenset[int]:
+        """How many numbered modules each list of the model holds, lists inside of layers included."""
+        last: dict[str, int] = {}
+        for name in (*self.shapes, *self.modules):
+            parts = name.split(".")
+            for i, part in enumerate(parts):
+                if part.isdecimal():
+                    head = ".".join(parts[:i])
+                    last[head] = max(last.get(head, 0), int(part) + 1)
+        return frozenset(last.values())
+
     def depth(self, path: str) -> int:
         """How many layers there are where ``path`` has ``{layer}``; 0 where it has none."""
         head, layer, _ = path.partition(LAYER)

@@ -157,3 +157,18 @@ def test_a_size_that_no_parameter_has_is_not_expanded(config: Config) -> None:
     changed = edited(group, targets=targets, channels=3_000_000_000)
     wrong = edited(config, smoothing=edited(config.smoothing, groups=(changed, config.smoothing.groups[1])))
     assert any("the config says 3000000000 positions (size)" in message for message in messages(wrong, structure()))
+
+
+def test_the_longest_stack_may_hold_no_linear(config: Config) -> None:
+    """Seven convolutions before an encoder of four layers: the config says seven."""
+    model = structure({"convs.6.weight": (3,)})
+    assert {config.model.layers, 7} <= model.stack_lengths
+
+    def said(layers: int) -> list[str]:
+        found = messages(edited(config, model=edited(config.model, layers=layers)), model)
+        return [
+            message for message in found if message.startswith("the model has") and message.endswith(f"not {layers}")
+        ]
+
+    assert said(config.model.layers) == said(7) == []
+    assert said(9) == ["$.model.layers: the model has 4 layers, not 9"]
