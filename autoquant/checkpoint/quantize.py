@@ -111,7 +111,7 @@ def required_calibration(recipe: Recipe) -> tuple[Tensor, ...]:
     if not recipe.calibration:
         raise AutoQuantError(
             f"{recipe.strategy.value} after '{recipe.transforms}' needs --calibration FILE; "
-            "only dynamic strategies with --smooth none go without"
+            "only dynamic strategies with --transforms rotation or none go without"
         )
     return recipe.calibration
 

@@ -108,7 +108,7 @@ def _scales(
 ) -> Scales:
     """Scales of the groups, by the activations that the rotated model has."""
     if options.calibration.text is None and options.maxima is None:
-        raise AutoQuantError("smoothing needs --calibration FILE (or --maxima FILE); --smooth none goes without")
+        raise AutoQuantError("smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without")
     found: GroupMaxima | None = None if options.maxima is None else load_maxima(options.maxima)
     windows = () if found else calibration_windows(load_tokenizer(stored.source), options.calibration)
     progress("load", 0, 1)
@@ -137,7 +137,7 @@ def _load(source: Path) -> nn.Module:
     if name != "AutoModelForCausalLM":
         raise AutoQuantError(
             f"{source}: smoothing is calibrated on text, which does not reach all of a model of {name}; "
-            "use --smooth none"
+            "use --transforms rotation"
         )
     model = load_float32(source)
     return model.cuda() if torch.cuda.is_available() else model

@@ -49,7 +49,7 @@ def test_r1_alone_leaves_the_heads(tmp_path: Path) -> None:
     ("transforms", "options", "message"),
     [
         ("none", {}, "nothing to do"),
-        ("fc_fc", {}, "smoothing needs --calibration FILE"),
+        ("fc_fc", {}, "smoothing needs --calibration TEXT"),
         ("fc_fc", {"maxima": Path("no-such")}, "no-such: no activation maxima"),
         ("rotation", {"save_maxima": Path("no/such/folder")}, "the folder .* does not exist"),
     ],

@@ -63,6 +63,7 @@ def test_the_trained_model_computes_the_same(tmp_path: Path, config: Path, smoot
     options = ["--calibration", text, "--sequences", 4, "--length", 64, "--dtype", "float32"]
     result = run(MODEL, config, "-o", out, "--smooth", smooth, rotate, *options)
     assert result.exit_code == 0, result.output
+    assert "warning: --rotate, --smooth and --alpha are now --transforms " in result.output
     after = load(out)
     assert nll(after) == pytest.approx(nll(load(MODEL)), rel=2e-6)
     provenance = json.loads((out / "autoquant_provenance.json").read_text())
@@ -100,15 +101,17 @@ def test_maxima_can_be_kept_and_used_again(tmp_path: Path, config: Path) -> None
 
 
 def test_rotation_alone_needs_no_calibration(tmp_path: Path, config: Path) -> None:
-    assert run(MODEL, config, "-o", tmp_path / "out", "--smooth", "none").exit_code == 0
+    assert run(MODEL, config, "-o", tmp_path / "out", "--transforms", "rotation").exit_code == 0
     error = refusal(MODEL, config, "-o", tmp_path / "out2")
-    assert error.message == "smoothing needs --calibration FILE (or --maxima FILE); --smooth none goes without"
+    assert error.message == "smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without"
 
 
 def test_messages(tmp_path: Path, config: Path) -> None:
     out = tmp_path / "out"
-    assert "nothing to do" in refusal(MODEL, config, "-o", out, "--smooth", "none", "--no-rotate").message
-    assert "not to be had from the hub" in refusal("no-such/model", config, "-o", out, "--smooth", "none").message
+    assert "nothing to do" in refusal(MODEL, config, "-o", out, "--transforms", "none").message
+    assert (
+        "not to be had from the hub" in refusal("no-such/model", config, "-o", out, "--transforms", "rotation").message
+    )
     assert "expected a checkpoint" in refusal("./none", config, "-o", out).message
     assert "exists already" in refusal(MODEL, config, "-o", tmp_path.parent).message
     short = tmp_path / "short.txt"
@@ -119,7 +122,7 @@ def test_messages(tmp_path: Path, config: Path) -> None:
 
 def test_a_config_of_another_model_is_refused(tmp_path: Path, config: Path) -> None:
     other = DATA / "stories260K"
-    error = refusal(other, config, "-o", tmp_path / "out", "--smooth", "none")
+    error = refusal(other, config, "-o", tmp_path / "out", "--transforms", "rotation")
     assert error.message.startswith(
         "the config does not fit the model: $.provenance.fingerprint: the model's is sha256:"
     )
