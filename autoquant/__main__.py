@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 from types import FrameType
 from typing import NoReturn
 
+from autoquant.errors import INTERRUPTED
+
 
 def main() -> None:
     """Run the command line; Ctrl-C ends it in one line wherever it comes, imports of other libraries included."""
-    interrupted = False
+    interrupted = ended = False
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         nonlocal interrupted
@@ -18,19 +22,28 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is to be cleaned up is cleaned up once
         raise KeyboardInterrupt
 
+    def leave() -> None:
+        # An interruption of Python text that a library runs from C leaves a mark in the interpreter, with which it ends
+        # by the signal itself and not with the exit code. Registered first, this runs last.
+        if ended:
+            os._exit(INTERRUPTED)
+
+    atexit.register(leave)
     signal.signal(signal.SIGINT, interrupt)
     try:
         from autoquant.cli.main import main as command_line
 
         command_line()
-    except SystemExit:
+    except SystemExit as end:
+        ended = interrupted and end.code == INTERRUPTED
         raise
     except BaseException:
         if not interrupted:
             raise
         # Libraries that are being imported make errors of their own of it.
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("error: interrupted", file=sys.stderr, flush=True)
+        ended = True
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

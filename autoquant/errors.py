@@ -1,6 +1,8 @@
-"""The one exception that a user sees."""
+"""The one exception that a user sees, and the exit code of an interruption."""
 
 from __future__ import annotations
+
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells have it
 
 
 class AutoQuantError(Exception):

@@ -17,14 +17,13 @@ import click
 
 from autoquant.cli.output import remark
 from autoquant.config.spelling import did_you_mean
-from autoquant.errors import AutoQuantError
+from autoquant.errors import INTERRUPTED, AutoQuantError
 from autoquant.report.inert import inert
 from autoquant.version import __version__
 
 # In the order of --help, which is that of the work. `name` is the object `command` of autoquant/cli/name.py.
 COMMANDS = ("analyze", "apply", "check", "search", "quantize", "eval", "compare", "schema", "verify", "survey")
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 

@@ -63,3 +63,20 @@ def test_every_dimension_of_tokens_grows() -> None:
 
 def test_a_batch_of_vectors_has_no_length() -> None:
     assert list(longer_inputs(LoadedModel(nn.Identity(), (torch.randn(4, 8),)))) == []
+
+
+class Positions(nn.Module):
+    """Positions are chosen from a table by numbers, and not by a module."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.up, self.down, self.table = nn.Linear(6, 10), nn.Linear(10, 6), nn.Parameter(torch.randn(rows, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x + self.table.index_select(0, torch.arange(x.shape[1]))).relu())
+
+
+@pytest.mark.parametrize("rows", [LONGER - 3, LONGER])
+def test_a_table_that_ends_before_the_longer_inputs_is_read_off_at_the_given_length(rows: int) -> None:
+    source = ModelSource("positions", factory=lambda: (Positions(rows), (torch.randn(2, 5, 6),)))
+    assert [group.name for group in analyze(source).config.smoothing.groups] == ["up -> down"]

@@ -89,3 +89,14 @@ def test_windows_are_shorter_than_the_longest_run() -> None:
     assert with_short_windows(shorter) is shorter
     plain = resolve("gpt2")
     assert with_short_windows(plain) is plain
+
+
+def relu_without_derivative(unit: Unit, hidden: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise NotImplementedError("this kernel has no derivative")
+    return hidden.relu()
+
+
+def test_a_kernel_without_derivative_runs_at_all_lengths() -> None:
+    lengths = [len(further_runs(loaded(Unit(function)), (), 0)) for function in (relu_without_derivative, relu)]
+    assert lengths[0] == lengths[1] > 1

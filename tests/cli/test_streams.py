@@ -58,3 +58,16 @@ def test_an_interruption_that_a_library_dresses_up_is_one_line(tmp_path: Path) -
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     result = subprocess.run([*RUN, "analyze", "llama"], capture_output=True, text=True, check=False, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_an_interruption_of_text_that_a_library_runs_is_an_exit_code(tmp_path: Path) -> None:
+    """Without care the interpreter ends by the signal then, exit code -2 to who waits for it."""
+    (tmp_path / "torch.py").write_text(
+        "import ctypes\n"
+        "run = ctypes.pythonapi.PyRun_String\n"
+        "run.restype, run.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object)\n"
+        "run(b'import os, signal; os.kill(os.getpid(), signal.SIGINT); list(range(9))', 257, {}, {})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    result = subprocess.run([*RUN, "analyze", "llama"], capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
