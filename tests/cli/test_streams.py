@@ -64,8 +64,8 @@ def test_an_interruption_of_text_that_a_library_runs_is_an_exit_code(tmp_path: P
     """Without care the interpreter ends by the signal then, exit code -2 to who waits for it."""
     (tmp_path / "torch.py").write_text(
         "import ctypes\n"
-        "run = ctypes.pythonapi.PyRun_String\n"
-        "run.restype, run.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object)\n"
+        "run, value = ctypes.pythonapi.PyRun_String, ctypes.py_object\n"
+        "run.restype, run.argtypes = value, (ctypes.c_char_p, ctypes.c_int, value, value)\n"
         "run(b'import os, signal; os.kill(os.getpid(), signal.SIGINT); list(range(9))', 257, {}, {})\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
