@@ -23,7 +23,7 @@ LAYERS = tuple(
 ALSO = {("survey", "report")}
 """Imports against the order: the survey writes its pages as it goes."""
 
-AT_THE_TOP = {"__init__", "__main__", "errors", "version", "threads", "steps", "aten", "library_patches", "api"}
+AT_THE_TOP = {"__init__", "__main__", "errors", "version", "threads", "steps", "aten", "library_patches"}
 """The only modules that lie loose in autoquant/."""
 
 MODULE_LINES, FUNCTION_LINES, INNER_FUNCTIONS = 500, 80, 8

@@ -1,0 +1,71 @@
+"""What users may give in several forms, as the one form that is worked with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoquant.api.configs import load_config
+from autoquant.errors import AutoQuantError
+from autoquant.models.tasks import Kind
+from autoquant.steps import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from autoquant.config.format import Config
+    from autoquant.models.source import ModelSource
+    from autoquant.pipeline.select import Transforms
+
+IMPORTING = "importing torch and transformers"
+
+
+def config_of(config: str | Path | Config) -> Config:
+    """The config of a file, or the one given."""
+    return load_config(config) if isinstance(config, str | Path) else config
+
+
+def name_of(given: object, otherwise: str) -> str:
+    """What was given by name or path, in words; ``otherwise`` for all else."""
+    return str(given) if isinstance(given, str | Path) else otherwise
+
+
+def transforms_of(transforms: str | Transforms) -> Transforms:
+    """The transforms of an expression, or those given."""
+    from autoquant.pipeline.select import Transforms
+
+    return Transforms.parse(transforms) if isinstance(transforms, str) else transforms
+
+
+def steps_of(progress: Progress) -> Callable[[str], None]:
+    """What is told of a step alone, where a progress wants the step and how far it is."""
+    return lambda step: progress(step, 0, 0)
+
+
+def source_of(
+    model: str | Path | nn.Module, example_inputs: Any, layers: int | None, task: Kind | None, trust_remote_code: bool
+) -> ModelSource:
+    """The model to analyze: one named, or a module with inputs to call it by."""
+    if isinstance(model, str | Path):
+        from autoquant.models.repair import resolve
+
+        return resolve(str(model), layers=layers, trust_remote_code=trust_remote_code, kind=task)
+    from autoquant.models.example import module_source
+
+    return module_source(model, example_inputs)
+
+
+def batches_of(
+    calibration: str | Path | Sequence[Tensor] | None, tokenizer: Any, sequences: int, length: int, seed: int | None
+) -> tuple[Tensor, ...]:
+    """Calibration windows of a text, or the batches that were given."""
+    if calibration is None:
+        return ()
+    if not isinstance(calibration, str | Path):
+        return tuple(calibration)
+    if tokenizer is None:
+        raise AutoQuantError(f"{calibration}: a text needs the tokenizer that reads it; or give batches of token ids")
+    from autoquant.calibration.windows import CalibrationOptions, calibration_windows
+
+    return calibration_windows(tokenizer, CalibrationOptions(Path(calibration), sequences, length, seed))

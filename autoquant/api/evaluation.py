@@ -1,0 +1,191 @@
+"""What a strategy costs, measured, and the settings with which it costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoquant.api.arguments import IMPORTING, config_of, steps_of, transforms_of
+from autoquant.api.checkpoints import load
+from autoquant.config.spelling import did_you_mean
+from autoquant.config.strategies import parse_strategies, parse_strategy
+from autoquant.errors import AutoQuantError
+from autoquant.steps import Progress, silent
+
+if TYPE_CHECKING:
+    from autoquant.config.format import Config
+    from autoquant.report.results import Compared, Evaluated, Found
+
+COMPARED_TRANSFORMS = "none,smooth:0.85,smooth:0.5,smooth:0.5+fc_fc,fc_fc:0.5+rotation"
+KNOBS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
+JUDGED_TOGETHER = 8
+"""Held-out windows in one forward pass, where no scale spans them."""
+
+
+def search(
+    model: str | Path,
+    config: str | Path | Config,
+    *,
+    calibration: str | Path,
+    strategy: str | None = None,
+    budget: float = 30.0,
+    sequences: int = 64,
+    held_out: int = 32,
+    length: int = 512,
+    knobs: str | Collection[str] = KNOBS,
+    per_token: int = 0,
+    offline: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    tell: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """Set a config's knobs for one strategy by what they do on held-out calibration text.
+
+    ``model`` is a folder. ``sequences`` windows of ``length`` tokens are fitted on, ``held_out`` further ones judge;
+    ``budget``: minutes. ``tell`` is told of each candidate. Raises AutoQuantError.
+    """
+    loaded = config_of(config)
+    chosen = loaded.quantization.strategy if strategy is None else parse_strategy(strategy)
+    from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, rebatched
+    from autoquant.checkpoint.quantize import load_float32
+    from autoquant.evaluation.compare import shares_scale
+    from autoquant.models.device import device_of
+    from autoquant.models.tokenizer import load_tokenizer
+    from autoquant.report.results import Found
+    from autoquant.searcher.candidates.knobs import KNOBS as KNOWN
+    from autoquant.searcher.judge import Task
+    from autoquant.searcher.search import search as find
+
+    names = knobs.split(",") if isinstance(knobs, str) else list(knobs)
+    for name in names:
+        if name not in KNOWN:
+            raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
+    folder, text, place = Path(model), Path(calibration), device_of(device)
+    tokenizer = load_tokenizer(folder)
+    lower = "--sequences, --held-out or --length"
+    windows = calibration_windows(tokenizer, CalibrationOptions(text, sequences + held_out, length, seed, lower=lower))
+    judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
+    if not shares_scale(chosen):
+        judging = rebatched(judging, JUDGED_TOGETHER)
+    task = Task(
+        load=lambda: load_float32(folder).to(place),
+        strategy=chosen,
+        fit=windows[:sequences],
+        held_out=judging.batches,
+        calibration=text.name,
+        seed=seed,
+        per_token=per_token,
+        bos=tokenizer.bos_token_id,
+        offline=offline,
+        knobs=frozenset(names),
+    )
+    return Found(find(task, loaded, budget, tell))
+
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    data: str | Path,
+    *,
+    reference: str | Path | None = None,
+    length: int = 512,
+    tokens: int | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Evaluated:
+    """Perplexity of models on a text, with standard errors over windows of ``length`` tokens.
+
+    ``models``: folders of :func:`quantize` or whatever transformers loads; ``reference``: also compare the logits with
+    this model's; ``tokens``: use the first so many only. Raises AutoQuantError where tokenizers differ.
+    """
+    from autoquant.calibration.texts import read_text
+
+    text = read_text(Path(data))
+    progress(IMPORTING, 0, 0)
+    from autoquant.calibration.windows import cut_windows, tokenize
+    from autoquant.evaluation.perplexity import Evaluation, logits_of
+    from autoquant.evaluation.perplexity import evaluate as measure
+    from autoquant.models.tokenizer import load_tokenizer
+    from autoquant.report.results import Evaluated
+
+    def tokens_of(name: str) -> tuple[list[int], int | None]:
+        tokenizer = load_tokenizer(name)
+        return tokenize(tokenizer, text), tokenizer.bos_token_id
+
+    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
+    wanted = None if reference is None else tokens_of(str(reference))
+    expected = None if reference is None else logits_of(load(reference, dtype, device=device))
+    results: dict[str, Evaluation] = {}
+    for name in names:
+        ids, bos = tokens_of(name)
+        if wanted is not None and wanted != (ids, bos):
+            raise AutoQuantError(f"{name}: its tokenizer differs from that of {reference}, so their logits do too")
+        windows = cut_windows(ids, length, bos, tokens, batch)
+        model, done, total = logits_of(load(name, dtype, device=device)), 0, len(windows.counts)
+
+        def advance(count: int, name: str = name, total: int = total) -> None:
+            nonlocal done
+            done += count
+            progress(name, done, total)
+
+        progress(name, 0, total)
+        results[name] = measure(model, windows, expected, advance)
+    settings = {"data": str(data), "length": length, "tokens": tokens, "batch": batch}
+    return Evaluated(results, {**settings, "reference": None if reference is None else str(reference)})
+
+
+def compare(
+    model: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path,
+    calibration: str | Path,
+    config: str | Path | Config | None = None,
+    strategies: str = "all",
+    transforms: str = COMPARED_TRANSFORMS,
+    sequences: int = 16,
+    length: int = 512,
+    tokens: int | None = None,
+    batch: int = 1,
+    seed: int | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Compared:
+    """Perplexity of every strategy after every combination of transforms, as one table.
+
+    The folder ``output`` takes report.md, report.json and a file for each finished cell: after an interruption the
+    same call goes on where it stopped. ``strategies`` and ``transforms`` are lists with commas. Raises AutoQuantError.
+    """
+    chosen = parse_strategies(strategies)
+    folder, target, text = Path(model), Path(output), Path(calibration)
+    wanted = tuple(transforms_of(part) for part in transforms.split(","))
+    if not (folder / "config.json").is_file():
+        raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
+    progress(IMPORTING, 0, 0)
+    import json
+
+    from autoquant.calibration.texts import read_text
+    from autoquant.calibration.windows import CalibrationOptions, calibration_windows, cut_windows, tokenize
+    from autoquant.checkpoint.quantize import config_for, load_float32
+    from autoquant.evaluation.compare import Task, describe_inputs, markdown, report
+    from autoquant.evaluation.compare import compare as measure
+    from autoquant.io.files import write_text
+    from autoquant.models.device import device_of
+    from autoquant.models.tokenizer import load_tokenizer
+    from autoquant.report.results import Compared
+
+    place, tokenizer = device_of(device), load_tokenizer(folder)
+    windows = cut_windows(tokenize(tokenizer, read_text(Path(data))), length, tokenizer.bos_token_id, tokens)
+    batches = calibration_windows(tokenizer, CalibrationOptions(text, sequences, length, seed))
+    loaded = config_of(config) if config is not None else config_for(str(folder), None, steps_of(progress))
+    settings = {"tokens": tokens, "window": length, "sequences": sequences, "seed": seed, "device": str(place)}
+    inputs = describe_inputs(folder, Path(data), text, **settings)
+    task = Task(loaded, wanted, chosen, windows, batches, seed, inputs, batch)
+    cells = measure(task, lambda: load_float32(folder).to(place), target / "cells", tell)
+    found = Compared(markdown(task, cells), report(task, cells))
+    write_text(target / "report.json", json.dumps(found.as_dict(), indent=2) + "\n", force=True)
+    write_text(target / "report.md", found.markdown, force=True)
+    return found
