@@ -48,9 +48,9 @@ def source_of(
 ) -> ModelSource:
     """The model to analyze: one named, or a module with inputs to call it by."""
     if isinstance(model, str | Path):
-        from autoquant.models.repair import resolve
+        from autoquant.models.repair import find_source
 
-        return resolve(str(model), layers=layers, trust_remote_code=trust_remote_code, kind=task)
+        return find_source(str(model), layers=layers, trust_remote_code=trust_remote_code, kind=task)
     from autoquant.models.example import module_source
 
     return module_source(model, example_inputs)

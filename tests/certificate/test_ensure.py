@@ -11,13 +11,13 @@ from autoquant.certificate.claims import digest_of
 from autoquant.certificate.ensure import ensure_proved, standing
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy, edited
 from autoquant.errors import AutoQuantError
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import ModelSource
 
 
 @cache
 def proved() -> tuple[ModelSource, Config]:
-    source = resolve("llama", layers=2)
+    source = find_source("llama", layers=2)
     return source, certify(analyze(source), source)
 
 
