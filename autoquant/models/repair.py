@@ -80,7 +80,7 @@ def find_source(
     Raises :class:`AutoQuantError` with what was tried and the nearest model type.
     """
     try:
-        source = replace(naming.source_of(model, trust_remote_code=trust_remote_code), kind=kind)
+        source = replace(naming.named_source(model, trust_remote_code=trust_remote_code), kind=kind)
     except AutoQuantError as error:
         made = _as_demanded(model, error)
         if made is None:
@@ -149,7 +149,7 @@ def _literal(text: str) -> Any:
 @functools.cache
 def _type_repairs(model: str, kind: Kind | None) -> tuple[Repair, ...]:
     """Repairs of a model type's default configuration, found once in a process."""
-    return find_repairs(replace(naming.source_of(model), kind=kind))
+    return find_repairs(replace(naming.named_source(model), kind=kind))
 
 
 def find_repairs(source: ModelSource) -> tuple[Repair, ...]:
