@@ -12,6 +12,7 @@ from autoquant.models.tasks import Kind
 from autoquant.steps import Progress
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from autoquant.config.format import Config
@@ -36,6 +37,18 @@ def transforms_of(transforms: str | Transforms) -> Transforms:
     from autoquant.pipeline.select import Transforms
 
     return Transforms.parse(transforms) if isinstance(transforms, str) else transforms
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name in torch; None for 'auto' and 'as-stored', which leave it."""
+    import torch
+
+    if not isinstance(dtype, str):
+        return dtype
+    found = None if dtype in ("auto", "as-stored") else getattr(torch, dtype, dtype)
+    if isinstance(found, str):
+        raise AutoQuantError(f"dtype '{found}': expected a floating-point dtype of torch, as 'bfloat16'")
+    return found
 
 
 def steps_of(progress: Progress) -> Callable[[str], None]:
