@@ -12,9 +12,9 @@ from autoquant.models.tasks import Kind
 from autoquant.steps import Progress
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
+    from autoquant.certificate.claims import ProofNote
     from autoquant.config.format import Config
     from autoquant.models.source import ModelSource
     from autoquant.pipeline.select import Transforms
@@ -39,18 +39,6 @@ def transforms_of(transforms: str | Transforms) -> Transforms:
     return Transforms.parse(transforms) if isinstance(transforms, str) else transforms
 
 
-def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by its name in torch; None for 'auto' and 'as-stored', which leave it."""
-    import torch
-
-    if not isinstance(dtype, str):
-        return dtype
-    found = None if dtype in ("auto", "as-stored") else getattr(torch, dtype, dtype)
-    if isinstance(found, str):
-        raise AutoQuantError(f"dtype '{found}': expected a floating-point dtype of torch, as 'bfloat16'")
-    return found
-
-
 def steps_of(progress: Progress) -> Callable[[str], None]:
     """What is told of a step alone, where a progress wants the step and how far it is."""
     return lambda step: progress(step, 0, 0)
@@ -61,12 +49,36 @@ def source_of(
 ) -> ModelSource:
     """The model to analyze: one named, or a module with inputs to call it by."""
     if isinstance(model, str | Path):
-        from autoquant.models.repair import find_source
+        from autoquant.models.repair import resolve
 
-        return find_source(str(model), layers=layers, trust_remote_code=trust_remote_code, kind=task)
+        return resolve(str(model), layers=layers, trust_remote_code=trust_remote_code, kind=task)
     from autoquant.models.example import module_source
 
     return module_source(model, example_inputs)
+
+
+def proof_of(
+    config: Config, model: str | Path | nn.Module, example_inputs: Any, unproved: bool, progress: Progress
+) -> ProofNote:
+    """How the claims of a config that is about to be applied to ``model`` stand, a folder or a module; they are proved
+    now where they were edited. Raises AutoQuantError where they do not hold, unless ``unproved`` asks for them anyway.
+    """
+    from autoquant.certificate.ensure import ensure_proved
+    from autoquant.models.source import named_type
+
+    if isinstance(model, str | Path):
+        found = named_type(str(model))
+    else:
+        found = getattr(getattr(model, "config", None), "model_type", None)
+
+    def source() -> ModelSource:
+        if not isinstance(model, str | Path):
+            return source_of(model, example_inputs, None, None, False)
+        from autoquant.models.repair import of_structure
+
+        return of_structure(str(model), config.provenance.fingerprint)
+
+    return ensure_proved(config, source, found, unproved=unproved, progress=steps_of(progress))
 
 
 def batches_of(

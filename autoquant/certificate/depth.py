@@ -1,4 +1,4 @@
-"""Layers that do something of their own by their number, or hold code that cannot be compared with another's."""
+"""Does a layer do something of its own by its number, or hold code that cannot be compared with another layer's?"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import open_shards
 from autoquant.library_patches import pytree
 from autoquant.models.load import load_weights
-from autoquant.models.repair import find_source
+from autoquant.models.repair import resolve
 from autoquant.models.source import LoadedModel, ModelSource
 from autoquant.models.structure import structure_of
 from autoquant.threads import one_thread
@@ -65,7 +65,7 @@ def verify_weights(
     loaded = load_weights(folder, dtype, seed, trust_remote_code=trust_remote_code)
     structure = structure_of(loaded.module)
     check_structure(config, str(folder), structure.fingerprint, structure.parameters)
-    source = find_source(str(folder), trust_remote_code=trust_remote_code)
+    source = resolve(str(folder), trust_remote_code=trust_remote_code)
     check_claims(config, analyze(source, progress=progress).config)
     return _verify(loaded, config, seed, progress)
 
@@ -85,7 +85,7 @@ def verify_small(
     from the analysis, naming the nearest one, and where the config is for another structure.
     """
     analyzed = analyze(source, progress=progress)
-    check_claims(config, analyzed.config)
+    config = check_claims(config, analyzed.config)
     carried = carried_over(analyzed, source, config, seed, progress)
     loaded = carried.loaded
     if dtype_of(loaded.module) is torch.float64:
@@ -100,7 +100,7 @@ def carried_over(analyzed: Analyzed, source: ModelSource, config: Config, seed: 
 
     Raises AutoQuantError where the small model does not allow one of them.
     """
-    carried = small_claims(replace(analyzed, config=config), source, seed, progress)
+    carried = small_claims(replace(analyzed, config=config), source, seed, progress, some=True)
     for why in carried.refused.values():
         raise AutoQuantError(f"{source.name}: {why}")
     return carried

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.idle_experts import idle_experts
+from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
 from autoquant.checkpoint.formats import NATIVE, Changes, Contents, check_format, format_named, write_checkpoint
 from autoquant.checkpoint.formats.native import ready
@@ -33,13 +34,16 @@ from autoquant.quantizer.strategies import kv_granularity, plan_linears
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the result. ``calibration``: token ids [1, S] each; ``seed``: of the rotations."""
+    """Everything that decides the result. ``calibration``: token ids [1, S] each; ``seed``: of the rotations;
+    ``proof``: how the config's claims stand, which is recorded.
+    """
 
     config: Config
     strategy: Strategy
     transforms: Transforms
     calibration: tuple[Tensor, ...] = ()
     seed: int | None = None
+    proof: ProofNote | None = None
 
 
 @torch.no_grad()
@@ -144,7 +148,7 @@ def provenance(
         "rounded_to_nearest": list(quantized.nearest),
         "idle_experts": {module: list(numbers) for module, numbers in quantized.idle.items()},
     }
-    return make_provenance("quantize", source, recipe.config, options, plan.constructions, result)
+    return make_provenance("quantize", source, recipe.config, options, plan.constructions, result, recipe.proof)
 
 
 def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Config:
@@ -153,7 +157,7 @@ def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Co
         return load_config(path)
     from autoquant.analyzer.analyze import analyze
     from autoquant.certificate.certify import certify
-    from autoquant.models.repair import find_source
+    from autoquant.models.repair import resolve
 
-    source = find_source(model)
+    source = resolve(model)
     return certify(analyze(source, progress=tell), source, progress=tell)

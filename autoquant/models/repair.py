@@ -23,16 +23,19 @@ import torch
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import DataDependentOutputException, FakeTensorMode
 from autoquant.models import source as naming
+from autoquant.models.auto_classes import kinds_of
 from autoquant.models.inputs import make_inputs, reads_text
 from autoquant.models.source import (
     ModelSource,
     build_module,
+    build_structure,
     layer_count,
     limit_layers,
     quiet,
     standard_field,
     text_config,
 )
+from autoquant.models.structure import structure_of
 from autoquant.models.tasks import Kind
 
 _MOST = 8  # repairs of one configuration
@@ -67,7 +70,7 @@ class Repair:
         return changed
 
 
-def find_source(
+def resolve(
     model: str, *, layers: int | None = None, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> ModelSource:
     """Find out what ``model`` names.
@@ -80,7 +83,7 @@ def find_source(
     Raises :class:`AutoQuantError` with what was tried and the nearest model type.
     """
     try:
-        source = replace(naming.named_source(model, trust_remote_code=trust_remote_code), kind=kind)
+        source = replace(naming.resolve(model, trust_remote_code=trust_remote_code), kind=kind)
     except AutoQuantError as error:
         made = _as_demanded(model, error)
         if made is None:
@@ -94,6 +97,17 @@ def find_source(
                 repairs={**source.repairs, repair.name: repair.value},
             )
     return source if layers is None else naming.limited(source, layers)
+
+
+def of_structure(folder: str, fingerprint: str) -> ModelSource:
+    """The model of a checkpoint, of that kind whose structure has the ``fingerprint``; the preferred where none has."""
+    source = resolve(folder)
+    for kind in kinds_of(source.config):
+        with contextlib.suppress(AutoQuantError):
+            one = replace(source, kind=kind)
+            if structure_of(build_structure(one)).fingerprint == fingerprint:
+                return one
+    return source
 
 
 def _is_type(model: str) -> bool:
@@ -149,7 +163,7 @@ def _literal(text: str) -> Any:
 @functools.cache
 def _type_repairs(model: str, kind: Kind | None) -> tuple[Repair, ...]:
     """Repairs of a model type's default configuration, found once in a process."""
-    return find_repairs(replace(naming.named_source(model), kind=kind))
+    return find_repairs(replace(naming.resolve(model), kind=kind))
 
 
 def find_repairs(source: ModelSource) -> tuple[Repair, ...]:

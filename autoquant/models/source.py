@@ -68,14 +68,26 @@ class LoadedModel:
     """The same model with fewer positions, for which the inputs are; None: the module itself."""
 
 
-def named_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """What ``model`` names, as it is; see ``repair.find_source``. Nothing is built yet."""
+def resolve(model: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """What ``model`` names, as it is; see ``repair.resolve``. Nothing is built yet."""
     path = Path(model).expanduser()
     if path.is_file() or (path / "config.json").is_file():
         return _from_path(model, path, trust_remote_code)
     if ":" in model:
         return ModelSource(model, factory=_import_factory(model))
     return _from_name(model, trust_remote_code)
+
+
+def named_type(model: str) -> str | None:
+    """The model type that MODEL names, None where it is to be had from the hub alone, or is a factory."""
+    from transformers import CONFIG_MAPPING
+
+    path = Path(model).expanduser()
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+        found = content.get("model_type") if isinstance(content, dict) else None
+        return found if isinstance(found, str) else None
+    return model if model in CONFIG_MAPPING else None
 
 
 def limited(source: ModelSource, layers: int) -> ModelSource:
