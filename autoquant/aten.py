@@ -156,7 +156,7 @@ def einsum_letters(equation: str, shapes: Sequence[Sequence[int]]) -> tuple[list
 
 
 def rescales(node: fx.Node) -> bool:
-    """Is it something times a finite number but 0, for products (and as a result of the graph) alone?
+    """True if it is something times a finite number but 0, for products (and as a result of the graph) alone.
 
     The scales of a weight's rows and columns are then the same before and after.
     """

@@ -50,9 +50,9 @@ def measure(folder: str) -> None:
 
     start = time.perf_counter()
     from autoquant.analyzer.analyze import analyze
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
 
-    analyzed = analyze(resolve(folder))
+    analyzed = analyze(find_source(folder))
     total = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_SELF)
     figures = {"total": total, "cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss / 1024}

@@ -23,7 +23,7 @@ from autoquant.certificate.certify import certify
 from autoquant.certificate.prove import TOLERANCE
 from autoquant.certificate.verify import verify_weights
 from autoquant.config.format import Blocked, Config
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.report.summary import because
 
 HERE = Path(__file__).parent
@@ -81,7 +81,7 @@ def main(output: Path, types: tuple[str, ...]) -> None:
 
 def random_row(model: str, name: str | None = None) -> tuple[Row, Config]:
     """The certificate on the small random model, as `autoquant analyze` makes it."""
-    source = resolve(model)
+    source = find_source(model)
     config = certify(analyze(source), source)
     assert config.certificate is not None
     trials = tuple((row.kind, row.worst, row.count) for row in config.certificate.rows)

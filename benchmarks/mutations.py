@@ -24,7 +24,7 @@ from autoquant.certificate.runs import refer
 from autoquant.config.format import Config, IndexMap, Norm, Slot, edited
 from autoquant.executor.apply import apply_
 from autoquant.models.reduce import float64_throughout, small
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel
 
 SEED = 0
@@ -146,7 +146,7 @@ def figures(mutation: Mutation) -> tuple[float, float, float]:
 @cache
 def case(model: str, tied: bool) -> tuple[LoadedModel, LoadedModel, Config]:
     """A small model with random parameters, the same as initialised by default, and their config."""
-    source = resolve(model, layers=2)
+    source = find_source(model, layers=2)
     source.config.tie_word_embeddings = tied or source.config.tie_word_embeddings
     loaded = small(source, SEED)
     with torch.random.fork_rng(devices=()), patch("autoquant.models.reduce.randomise_", lambda module, seed: None):

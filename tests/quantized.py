@@ -14,7 +14,7 @@ from autoquant.analyzer.analyze import analyze
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Config, Strategy
 from autoquant.models.reduce import randomise_
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.searcher.judge import Task
 
 DATA = Path(__file__).parents[1] / "autoquant" / "data"
@@ -25,7 +25,7 @@ STATIC_KV = "w_int8_per_channel_a_int8_per_tensor_static_kv_cache_int8_per_tenso
 
 @cache
 def config_of(folder: Path) -> Config:
-    return analyze(resolve(str(folder)), how="export").config
+    return analyze(find_source(str(folder)), how="export").config
 
 
 def windows(count: int = 2, length: int = 24) -> tuple[Tensor, ...]:

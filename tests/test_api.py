@@ -19,6 +19,7 @@ from syrupy.assertion import SnapshotAssertion
 from torch import nn
 
 import autoquant as aq
+from autoquant.api.arguments import IMPORTING
 from autoquant.cli.main import COMMANDS
 from autoquant.config.format import edited
 from autoquant.config.jsonschema import schema_text
@@ -75,7 +76,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         aq.analyse  # type: ignore[attr-defined]  # noqa: B018  # that is what is tested
 
 
-@pytest.mark.parametrize("command", ["analyze", "check", "verify", "quantize", "search", "eval", "compare"])
+@pytest.mark.parametrize("command", ["analyze", "apply", "check", "verify", "quantize", "search", "eval", "compare"])
 def test_an_option_has_the_name_of_its_parameter(command: str) -> None:
     assert command in COMMANDS
     own = {"output", "force", "form", "quiet", "explain", "no_verify", "config", "model", "models", "data"}
@@ -131,6 +132,27 @@ def test_apply_in_memory_changes_a_copy_that_computes_the_same(config: Config) -
     assert aq.apply(model, config, transforms="rotation:R1", inplace=True) is model
 
 
+def test_apply_writes_a_folder_that_computes_the_same(config: Config, tmp_path: Path) -> None:
+    before = logits(aq.load(PACKAGED, "float64"))
+    batches = [torch.arange(64)[None]]
+    told: list[str] = []
+    written = aq.apply(
+        PACKAGED, config, tmp_path / "out", calibration=batches, progress=lambda step, *at: told.append(step)
+    )
+    assert list(dict.fromkeys(told)) == [IMPORTING, "load", "calibrate", "apply"]
+    assert repr(written).splitlines()[-1].startswith(f"{tmp_path / 'out'}: ")
+    assert "tensors changed, 10 groups smoothed" in repr(written)
+    facts = written.as_dict()
+    assert facts["groups_smoothed"] == 10 and facts["transforms"] == "smooth+fc_fc+rotation"
+    assert {"output", "tensors_changed", "untied", "rotations", "calibration", "dtype"} <= facts.keys()
+    difference = (logits(aq.load(tmp_path / "out", "float64")) - before).abs().max() / before.abs().max()
+    assert difference < 1e-2  # weights are stored in float16 again
+    again = aq.apply(PACKAGED, config, tmp_path / "wide", calibration=batches, dtype=torch.float64)
+    assert again.as_dict()["dtype"] == "float64"
+    difference = (logits(aq.load(tmp_path / "wide")) - before).abs().max() / before.abs().max()
+    assert difference < 1e-5  # the model's norms are in float32
+
+
 def test_a_model_quantized_in_memory_saves_what_loads(config: Config, tmp_path: Path) -> None:
     model = aq.load(PACKAGED, "float32")
     quantized = aq.quantize(model, config, strategy=STATIC, calibration=[torch.arange(64)[None]])
@@ -148,6 +170,12 @@ def test_a_model_quantized_in_memory_saves_what_loads(config: Config, tmp_path: 
 def test_what_is_refused_says_so(config: Config) -> None:
     with pytest.raises(aq.AutoQuantError, match="needs an output"):
         aq.quantize(PACKAGED, config)
+    with pytest.raises(aq.AutoQuantError, match="needs an output"):
+        aq.apply(PACKAGED, config)
+    with pytest.raises(aq.AutoQuantError, match="takes no output, maxima"):
+        aq.apply(Block(), config, "out")
+    with pytest.raises(aq.AutoQuantError, match="dtype 'float31': expected"):
+        aq.load(PACKAGED, "float31")
     with pytest.raises(aq.AutoQuantError, match="needs the tokenizer that reads it"):
         aq.apply(Block(), config, calibration="a.txt")
     with pytest.raises(aq.AutoQuantError, match="device 'tpu:0:1': expected auto, cpu"):

@@ -47,7 +47,7 @@ from autoquant.quantizer import int8
 from autoquant.quantizer.strategies import Granularity, PlannedLinear
 
 # Function -> positions of the input and of the weight, which has [O, I] in the first and [I, O] in the others.
-PRODUCTS: Mapping[Any, tuple[int, int]] = {
+ARGUMENTS: Mapping[Any, tuple[int, int]] = {
     functional.linear: FACTORS["linear"],
     torch.addmm: FACTORS["addmm"],
     torch.matmul: FACTORS["matmul"],
@@ -246,8 +246,8 @@ class RoundedProducts(TorchFunctionMode):
         self.seen: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and len(args) > PRODUCTS[func][1]:
-            at_x, at_weight = PRODUCTS[func]
+        if func in ARGUMENTS and len(args) > ARGUMENTS[func][1]:
+            at_x, at_weight = ARGUMENTS[func]
             entry = self.planned.get(id(args[at_weight]))
             if entry is not None:
                 self.seen.add(entry.weight)

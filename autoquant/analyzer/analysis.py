@@ -225,7 +225,7 @@ def _busy_modules(scales: Scales) -> set[str]:
 
 
 def _follows_product(use: Use) -> bool:
-    """Is the input an elementwise product or an activation, up to casts and reshapes?"""
+    """True if the input is an elementwise product or an activation, up to casts and reshapes."""
     node = use.site.node.all_input_nodes[0]
     arguments = [n for n in use.site.node.all_input_nodes if n.op == "call_function"]
     node = arguments[0] if arguments else node

@@ -40,7 +40,7 @@ class Param:
 
     @property
     def is_table(self) -> bool:
-        """Is it a matrix as it is stored, whose rows can be looked up?"""
+        """True if it is a matrix as it is stored, whose rows can be looked up."""
         return len(self.full_shape) == 2 and not self.views
 
     def viewed(self, move: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Param:

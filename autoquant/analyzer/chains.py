@@ -95,7 +95,7 @@ class Chains:
         return next((reason for reason in self.reasons.values() if reason.order == order), None)
 
     def carries(self, node: fx.Node, exact: int | None = None) -> bool:
-        """Does what ``node`` makes hold the component (or the very label ``exact``)?"""
+        """True if what ``node`` makes holds the component (or the very label ``exact``)."""
         value = self.interpreter.values.get(node)
         for part in value if isinstance(value, tuple | list) else (value,):
             found = self.labels(part)
@@ -191,7 +191,7 @@ class Chains:
         return way
 
     def _is_source(self, node: fx.Node, any_component: bool = False) -> bool:
-        """Is the channel made here: by the rows of a weight, a table, or a gain?"""
+        """True if the channel is made here: by the rows of a weight, a table, or a gain."""
         params = self.params(node)
         if not params:
             return False

@@ -68,7 +68,7 @@ MAX_FOLLOWED = 1 << 25
 
 
 def unwieldy(fake: Tensor) -> bool:
-    """Is this a tensor that cannot be followed?"""
+    """True if this is a tensor that cannot be followed."""
     return any(not isinstance(size, int) for size in fake.shape) or fake.numel() > MAX_FOLLOWED
 
 

@@ -62,7 +62,7 @@ def analyse_rotations(captured: Captured) -> Rotations:
 
 
 def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied: Collection[str]) -> bool:
-    """End the spaces whose norms cannot be folded although each reader alone would allow it; were there any?
+    """End the spaces whose norms cannot be folded although each reader alone would allow it; True if there were any.
 
     Writers may be centred only where every reader subtracts the mean, and nothing depends on it before. A gain may be
     folded only where all that is behind it reads one and the same space, and no other norm holds it.
@@ -107,7 +107,7 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
 def _fix_copies_paired_otherwise(
     analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution, blocks: Ints
 ) -> bool:
-    """End the blocks whose copies are not always the same; were there any?
+    """End the blocks whose copies are not always the same; True if there were any.
 
     Where several channels have one coordinate, as in two halves that are added, a writer or reader rotates the first
     channels of all coordinates together, then the second ones, and so on. Those have to be one vector: wherever a

@@ -280,7 +280,7 @@ def seen_along(vector: Vector, dims: Sequence[int], keepdim: bool, shape: Sequen
 
 
 def whole_rows(node: object, mask: Value) -> bool:
-    """Does the mask choose whole vectors of the last axis? Of one that depends on the data the graph says so."""
+    """True if the mask chooses whole vectors of the last axis. Of one that depends on the data the graph says so."""
     if isinstance(mask, Constant):
         return bool((mask.value == mask.value[..., :1]).all())
     while isinstance(node, torch.fx.Node) and node.op == "call_function":
@@ -293,7 +293,7 @@ def whole_rows(node: object, mask: Value) -> bool:
 
 
 def varies(labels: Tensor, dim: int) -> bool:
-    """Do the labels change along ``dim``?"""
+    """True if the labels change along ``dim``."""
     return labels.shape[dim] > 1 and bool((labels != labels.narrow(dim, 0, 1)).any())
 
 
@@ -370,7 +370,7 @@ def shape_of(value: Value) -> tuple[int, ...]:
 
 
 def _is_run_of_rows(param: Param) -> bool:
-    """Is it seen as two or more consecutive rows of a matrix that has more of them?"""
+    """True if it is seen as two or more consecutive rows of a matrix that has more of them."""
     if len(param.full_shape) != 2 or param.key or len(param.shape) < 2:
         return False
     rows, width = (torch.arange(size) for size in param.full_shape)

@@ -155,7 +155,7 @@ class ScaleAnalysis:
     def _keeps_rows(
         self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
     ) -> bool:
-        """Is every row (dimension 0) of the result made of the same row of the argument?"""
+        """True if every row (dimension 0) of the result is made of the same row of the argument."""
         if not isinstance(args[0], Tensor) or args[0].ndim == 0:
             return False
         rows = torch.arange(args[0].shape[0]).view(-1, *(1,) * (args[0].ndim - 1)).expand(args[0].shape)

@@ -392,7 +392,7 @@ def _paths(item: BaseModel) -> Iterator[str]:
 
 
 def _binds(read: Read) -> bool:
-    """Do the readers share a gain or a bias that is folded into all of them?"""
+    """True if the readers share a gain or a bias that is folded into all of them."""
     return read.norm is not None and (read.norm.weight is not None or read.norm.bias is not None)
 
 

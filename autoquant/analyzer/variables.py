@@ -111,7 +111,7 @@ class Variables:
         return torch.from_numpy(self._fixed_cache)[labels]
 
     def all_fixed(self, labels: Tensor) -> bool:
-        """Is every label known to be fixed already?"""
+        """True if every label is known to be fixed already."""
         return bool(self.is_fixed(*without_repeats(labels)).all())
 
     def equal(self, left: Tensor, right: Tensor, order: int, ratio: float = 1.0) -> None:

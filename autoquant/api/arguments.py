@@ -12,6 +12,7 @@ from autoquant.models.tasks import Kind
 from autoquant.steps import Progress
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from autoquant.certificate.claims import ProofNote
@@ -39,6 +40,18 @@ def transforms_of(transforms: str | Transforms) -> Transforms:
     return Transforms.parse(transforms) if isinstance(transforms, str) else transforms
 
 
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name in torch; None for 'auto' and 'as-stored', which leave it."""
+    import torch
+
+    if not isinstance(dtype, str):
+        return dtype
+    found = None if dtype in ("auto", "as-stored") else getattr(torch, dtype, dtype)
+    if isinstance(found, str):
+        raise AutoQuantError(f"dtype '{found}': expected a floating-point dtype of torch, as 'bfloat16'")
+    return found
+
+
 def steps_of(progress: Progress) -> Callable[[str], None]:
     """What is told of a step alone, where a progress wants the step and how far it is."""
     return lambda step: progress(step, 0, 0)
@@ -49,9 +62,9 @@ def source_of(
 ) -> ModelSource:
     """The model to analyze: one named, or a module with inputs to call it by."""
     if isinstance(model, str | Path):
-        from autoquant.models.repair import resolve
+        from autoquant.models.repair import find_source
 
-        return resolve(str(model), layers=layers, trust_remote_code=trust_remote_code, kind=task)
+        return find_source(str(model), layers=layers, trust_remote_code=trust_remote_code, kind=task)
     from autoquant.models.example import module_source
 
     return module_source(model, example_inputs)

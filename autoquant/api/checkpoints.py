@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoquant.api.arguments import IMPORTING, batches_of, config_of, proof_of, steps_of, transforms_of
+from autoquant.api.arguments import IMPORTING, batches_of, config_of, dtype_of, proof_of, steps_of, transforms_of
 from autoquant.config.strategies import parse_strategy
 from autoquant.errors import AutoQuantError
 from autoquant.steps import Progress, silent
@@ -16,48 +17,109 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from autoquant.checkpoint.transform import TransformOptions
     from autoquant.config.format import Config
     from autoquant.pipeline.select import Transforms
+    from autoquant.report.results import Written
 
 ALL_TRANSFORMS = "smooth+fc_fc+rotation"
 """Everything that the config enables."""
 
 
 def apply(
-    module: nn.Module,
+    model: str | Path | nn.Module,
     config: str | Path | Config,
+    output: str | Path | None = None,
     *,
     transforms: str | Transforms = ALL_TRANSFORMS,
     calibration: str | Path | Sequence[Tensor] | None = None,
     tokenizer: Any = None,
+    maxima: str | Path | None = None,
+    save_maxima: str | Path | None = None,
     sequences: int = 16,
     length: int = 512,
     seed: int | None = None,
+    dtype: str | torch.dtype | None = None,
     inplace: bool = False,
+    force: bool = False,
     example_inputs: Any = None,
     unproved: bool = False,
     progress: Progress = silent,
-) -> nn.Module:
-    """A module rotated and smoothed by a config, its function unchanged; a copy unless ``inplace``.
+) -> Any:
+    """Rotate and smooth by a config, the function unchanged: a checkpoint to the folder ``output``, or a module.
 
-    ``calibration``: batches of token ids [1, S], or a text with the ``tokenizer`` that reads it; only smoothing needs
-    one. Claims that were edited since they were proved are proved again, on a small model of what ``example_inputs``
-    call (as for :func:`analyze`); ``unproved`` goes on without. Raises AutoQuantError where the config does not fit or
-    is not proved, and where smoothing has nothing to calibrate on.
+    Of a folder or hub id the result says what was written, which loads with plain transformers; of a module it is the
+    changed module, a copy unless ``inplace``. ``calibration``: batches of token ids [1, S], or a text, for a module
+    with the ``tokenizer`` that reads it; only smoothing needs one. For folders alone: ``maxima`` kept by an earlier
+    ``save_maxima``, in place of calibration, and the ``dtype`` of the weights written (None: as stored).
+
+    Claims that were edited since they were proved are proved again, of a module on what ``example_inputs`` call (as for
+    :func:`analyze`); ``unproved`` goes on without, which is recorded.
+
+    Raises AutoQuantError, with nothing written, where anything does not fit or is not proved, and where smoothing has
+    nothing to calibrate on.
     """
-    loaded, chosen = config_of(config), transforms_of(transforms)
+    loaded = config_of(config)
+    progress(IMPORTING, 0, 0)
+    chosen = transforms_of(transforms)
+    if isinstance(model, str | Path):
+        if output is None:
+            raise AutoQuantError(f"{model}: a folder needs an output")
+        from autoquant.calibration.windows import CalibrationOptions
+        from autoquant.checkpoint.transform import TransformOptions
+
+        text = Path(calibration) if isinstance(calibration, str | Path) else None
+        given: CalibrationOptions | Sequence[Tensor] = CalibrationOptions(text, sequences, length, seed)
+        if calibration is not None and not isinstance(calibration, str | Path):
+            given = calibration
+        kept, keep = (None if path is None else Path(path) for path in (maxima, save_maxima))
+        wanted = TransformOptions(chosen, given, kept, keep, seed, dtype_of(dtype))
+        recorded = {"calibration": text, "maxima": maxima, "sequences": sequences, "length": length, "seed": seed}
+        return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, progress)
+    if output is not None or maxima is not None or save_maxima is not None or dtype is not None:
+        raise AutoQuantError("a module in memory takes no output, maxima, save_maxima or dtype")
     from autoquant.models.structure import structure_of
     from autoquant.pipeline.quantize import select
     from autoquant.pipeline.transform import prepare_
 
     batches = batches_of(calibration, tokenizer, sequences, length, seed)
-    selected = select(loaded, structure_of(module), chosen, seed)
+    selected = select(loaded, structure_of(model), chosen, seed)
     if selected.resolved.groups and not batches:
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
-    proof_of(loaded, module, example_inputs, unproved, progress)
-    changed = module if inplace else copy.deepcopy(module)
+    proof_of(loaded, model, example_inputs, unproved, progress)
+    changed = model if inplace else copy.deepcopy(model)
     prepare_(changed, loaded, loaded.quantization.strategy, chosen, batches, seed, cache=False, tell=progress)
     return changed
+
+
+def _applied(
+    model: str,
+    target: Path,
+    config: Config,
+    wanted: TransformOptions,
+    recorded: dict[str, Any],
+    force: bool,
+    unproved: bool,
+    progress: Progress,
+) -> Written:
+    from autoquant.checkpoint.transform import transform_checkpoint
+    from autoquant.io.folders import check_target
+    from autoquant.models.checkpoint_source import checkpoint_folder
+    from autoquant.report.results import Written
+
+    dtype = "as-stored" if wanted.dtype is None else str(wanted.dtype).removeprefix("torch.")
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in recorded.items()}
+    options |= {"transforms": str(wanted.transforms), "dtype": dtype}
+    folder = checkpoint_folder(model)
+    check_target(folder, target, force)
+    wanted = replace(wanted, proof=proof_of(config, folder, None, unproved, progress))
+    done = transform_checkpoint(folder, config, target, wanted, recorded=options, force=force, progress=progress)
+    applied = done.applied
+    untied = f", untied: {', '.join(applied.untied)}" if applied.untied else ""
+    counts = f"{target}: {applied.tensors} tensors changed, {done.smoothed} groups smoothed{untied}"
+    said = (*(f"{space}: {text}" for space, text in applied.constructions.items()), counts)
+    facts = {"tensors_changed": applied.tensors, "groups_smoothed": done.smoothed, "untied": list(applied.untied)}
+    return Written(target, said, {**options, "rotations": dict(applied.constructions), **facts})
 
 
 def quantize(
@@ -137,13 +199,10 @@ def load(model: str | Path, dtype: str | torch.dtype | None = None, *, device: s
     ``dtype`` is that of everything that is not int8, None or 'auto': as stored. ``save_pretrained`` of a quantized one
     writes such a folder again. Raises AutoQuantError where there is no such model.
     """
-    import torch
-
     from autoquant.checkpoint.in_memory import saved_again_
     from autoquant.checkpoint.load import load as read
     from autoquant.models.device import device_of
 
-    named = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    loaded = read(model, named).to(device_of(device))
+    loaded = read(model, dtype_of(dtype)).to(device_of(device))
     saved_again_(loaded, Path(model))
     return loaded

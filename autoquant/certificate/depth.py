@@ -1,4 +1,4 @@
-"""Does a layer do something of its own by its number, or hold code that cannot be compared with another layer's?"""
+"""Layers that do something of their own by their number, or hold code that cannot be compared with another's."""
 
 from __future__ import annotations
 

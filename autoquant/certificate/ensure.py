@@ -1,4 +1,4 @@
-"""A config that is about to be applied: are its claims the ones that were proved?"""
+"""A config that is about to be applied: its claims are the ones that were proved, or are proved now."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def changed(loaded: LoadedModel, reference: Reference, config: Config, seed: int
     The copy shares the parameters that stay as they are.
     """
     names = [name for name, _ in claims(config)]
-    config = _drawn(config)
+    config = _with_random_rotations(config)
     inventory = structure_of(loaded.module)
     resolved = resolve(config, inventory, only=names, seed=seed)
     scales = random_scales(resolved, seed)
@@ -165,7 +165,7 @@ def changed(loaded: LoadedModel, reference: Reference, config: Config, seed: int
     return departure(copied, reference, runs)
 
 
-def _drawn(config: Config) -> Config:
+def _with_random_rotations(config: Config) -> Config:
     """The config with random rotations where they are to be learned: any proves the space."""
     rotation = config.rotation
     spaces = tuple(

@@ -19,7 +19,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import open_shards
 from autoquant.library_patches import pytree
 from autoquant.models.load import load_weights
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource
 from autoquant.models.structure import structure_of
 from autoquant.threads import one_thread
@@ -65,7 +65,7 @@ def verify_weights(
     loaded = load_weights(folder, dtype, seed, trust_remote_code=trust_remote_code)
     structure = structure_of(loaded.module)
     check_structure(config, str(folder), structure.fingerprint, structure.parameters)
-    source = resolve(str(folder), trust_remote_code=trust_remote_code)
+    source = find_source(str(folder), trust_remote_code=trust_remote_code)
     check_claims(config, analyze(source, progress=progress).config)
     return _verify(loaded, config, seed, progress)
 

@@ -157,7 +157,7 @@ def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Co
         return load_config(path)
     from autoquant.analyzer.analyze import analyze
     from autoquant.certificate.certify import certify
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
 
-    source = resolve(model)
+    source = find_source(model)
     return certify(analyze(source, progress=tell), source, progress=tell)

@@ -5,14 +5,13 @@ Resolve once, load the model and rotate it, run the calibration text, make scale
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import GroupMaxima, collect_activation_maxima, load_maxima, save_maxima
@@ -39,13 +38,13 @@ from autoquant.pipeline.transform import Progress, silent
 class TransformOptions:
     """What is applied and how its scales are found.
 
-    ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None: as stored. ``maxima``: activation
-    maxima kept by an earlier ``save_maxima``, in place of calibration text; ``proof``: how the config's claims stand,
-    which is recorded.
+    ``calibration``: which part of which text, or batches of token ids [1, S]; ``maxima``: activation maxima kept by an
+    earlier ``save_maxima``, in its place. ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None:
+    as stored. ``proof``: how the config's claims stand, which is recorded.
     """
 
     transforms: Transforms = EVERYTHING
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    calibration: CalibrationOptions | Sequence[Tensor] = field(default_factory=CalibrationOptions)
     maxima: Path | None = None
     save_maxima: Path | None = None
     seed: int | None = None
@@ -70,13 +69,12 @@ def transform_checkpoint(
     recorded: dict[str, Any] | None = None,
     force: bool = False,
     progress: Progress = silent,
-    warn: Callable[[str], None] = lambda message: None,
 ) -> Transformed:
     """Write ``source`` rotated and smoothed by ``config`` to the folder ``target``, loadable with plain transformers.
 
-    ``recorded`` is kept in the provenance file; ``warn`` is told of dead channels. Raises AutoQuantError, with nothing
-    left behind, where anything does not fit, where the result cannot be held by the model's class, and where a group
-    needs maxima and there is neither text nor a file of them.
+    ``recorded`` is kept in the provenance file. Warns of dead channels. Raises AutoQuantError, with nothing left
+    behind, where anything does not fit, where the result cannot be held by the model's class, and where a group needs
+    maxima and there is neither text nor a file of them.
     """
     check_target(source, target, force)
     if options.save_maxima is not None:
@@ -87,7 +85,7 @@ def transform_checkpoint(
     if not (resolved.spaces or resolved.groups or resolved.online):
         raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")
     check_plain_resolved(resolved)
-    scales = _scales(stored, resolved, options, progress, warn) if resolved.groups else None
+    scales = _scales(stored, resolved, options, progress) if resolved.groups else None
     applied = write_changed(
         stored,
         target,
@@ -108,13 +106,12 @@ def _scales(
     resolved: Resolved,
     options: TransformOptions,
     progress: Progress,
-    warn: Callable[[str], None],
 ) -> Scales:
     """Scales of the groups, by the activations that the rotated model has."""
-    if options.calibration.text is None and options.maxima is None:
-        raise AutoQuantError("smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without")
     found: GroupMaxima | None = None if options.maxima is None else load_maxima(options.maxima)
-    windows = () if found else calibration_windows(load_tokenizer(stored.source), options.calibration)
+    windows = () if found is not None else _windows(stored.source, options.calibration)
+    if found is None and not windows:
+        raise AutoQuantError("smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without")
     progress("load", 0, 1)
     held = InMemory(_load(stored.source))
     plan = make_plan(replace(resolved, groups=()), structure_of(held.model), held.read, None)
@@ -127,12 +124,13 @@ def _scales(
         )
     if options.save_maxima is not None:
         save_maxima(options.save_maxima, found)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scales = group_scales(resolved, found, held.read)
-    for warning in caught:
-        warn(str(warning.message))
-    return scales
+    return group_scales(resolved, found, held.read)
+
+
+def _windows(source: Path, calibration: CalibrationOptions | Sequence[Tensor]) -> Sequence[Tensor]:
+    if not isinstance(calibration, CalibrationOptions):
+        return calibration
+    return () if calibration.text is None else calibration_windows(load_tokenizer(source), calibration)
 
 
 def _load(source: Path) -> nn.Module:

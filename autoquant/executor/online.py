@@ -63,7 +63,7 @@ def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> Non
     """Raise AutoQuantError where an online rotation would not be reached, by an attention that calls no exchangeable
     function, or where exchanging it would change what some attention of the model computes.
     """
-    asking = _that_ask(model)
+    asking = _attention_by_name(model)
     for rotation in online:
         module = model.get_submodule(rotation.path)
         if isinstance(module, RotatedLinear) or ROTATION_NAME in dict(module.named_children()):
@@ -88,7 +88,7 @@ def _calls_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def _that_ask(model: nn.Module) -> str | None:
+def _attention_by_name(model: nn.Module) -> str | None:
     """The first attention whose code compares the name of its function, which the rotating one does not have."""
     for path, module in model.named_modules():
         if _calls_interface(module) and "sdpa" in _texts(unwrap(type(module).forward).__code__.co_consts):

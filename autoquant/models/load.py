@@ -26,7 +26,15 @@ from autoquant.models.auto_classes import auto_class, kinds_of
 from autoquant.models.build import with_inputs
 from autoquant.models.checkpoint_source import ADAPTER, checkpoint_folder, open_checkpoint, read_settings
 from autoquant.models.reduce import failure_of
-from autoquant.models.source import LoadedModel, ModelSource, build_structure, one_line, quiet, resolve, sub_configs
+from autoquant.models.source import (
+    LoadedModel,
+    ModelSource,
+    build_structure,
+    named_source,
+    one_line,
+    quiet,
+    sub_configs,
+)
 from autoquant.models.structure import record_untied_
 from autoquant.models.tasks import Kind
 
@@ -109,7 +117,7 @@ def load_settings(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     settings = read_settings(folder)
     _check_code(folder, settings, trust_remote_code)
-    config = resolve(str(folder), trust_remote_code=trust_remote_code).config
+    config = named_source(str(folder), trust_remote_code=trust_remote_code).config
     for part in sub_configs(config).values():
         named = getattr(part, "_attn_implementation", None)
         if named not in (None, "sdpa", "eager"):

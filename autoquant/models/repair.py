@@ -70,7 +70,7 @@ class Repair:
         return changed
 
 
-def resolve(
+def find_source(
     model: str, *, layers: int | None = None, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> ModelSource:
     """Find out what ``model`` names.
@@ -83,7 +83,7 @@ def resolve(
     Raises :class:`AutoQuantError` with what was tried and the nearest model type.
     """
     try:
-        source = replace(naming.resolve(model, trust_remote_code=trust_remote_code), kind=kind)
+        source = replace(naming.named_source(model, trust_remote_code=trust_remote_code), kind=kind)
     except AutoQuantError as error:
         made = _as_demanded(model, error)
         if made is None:
@@ -101,7 +101,7 @@ def resolve(
 
 def of_structure(folder: str, fingerprint: str) -> ModelSource:
     """The model of a checkpoint, of that kind whose structure has the ``fingerprint``; the preferred where none has."""
-    source = resolve(folder)
+    source = find_source(folder)
     for kind in kinds_of(source.config):
         with contextlib.suppress(AutoQuantError):
             one = replace(source, kind=kind)
@@ -163,7 +163,7 @@ def _literal(text: str) -> Any:
 @functools.cache
 def _type_repairs(model: str, kind: Kind | None) -> tuple[Repair, ...]:
     """Repairs of a model type's default configuration, found once in a process."""
-    return find_repairs(replace(naming.resolve(model), kind=kind))
+    return find_repairs(replace(naming.named_source(model), kind=kind))
 
 
 def find_repairs(source: ModelSource) -> tuple[Repair, ...]:

@@ -68,8 +68,8 @@ class LoadedModel:
     """The same model with fewer positions, for which the inputs are; None: the module itself."""
 
 
-def resolve(model: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """What ``model`` names, as it is; see ``repair.resolve``. Nothing is built yet."""
+def named_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """What ``model`` names, as it is; see ``repair.find_source``. Nothing is built yet."""
     path = Path(model).expanduser()
     if path.is_file() or (path / "config.json").is_file():
         return _from_path(model, path, trust_remote_code)

@@ -1,14 +1,15 @@
 """Symmetric int8 arithmetic: tensors in, tensors out.
 
 A tensor x is stored as ``q = clamp(round(x / scale), -127, 127)`` with ``scale = max|x| / 127`` and no zero point, so
-that ``x ~ q * scale`` (Jacob et al. 2018, section 2.1, with Z = 0). Rounding is half to even. -128 is never used:
-negation stays exact and the product of two int8 values never exceeds 127**2.
+that ``x ~ q * scale`` (Jacob et al. 2018, section 2.1, with Z = 0). Rounding is half to even. Weights, keys and values
+never use -128, so that negation stays exact. Activations saturate at -128 and 127, as vLLM and compressed-tensors do:
+only behind a static scale can one get there, and with it a static checkpoint gives the same bits there and here.
 
 What a scale is for awkward groups of values:
 
 - all zeros, or so small that ``max|x| / 127`` is no normal float32: the smallest normal float32, q = round(x / scale);
 - with a NaN or an infinity among them: NaN, and q = 0. Whatever is computed from that group is NaN, as it would be in
-  floating point. A *static* scale cannot know: infinities saturate to +-127 and NaN becomes 0.
+  floating point. A *static* scale cannot know: infinities saturate and NaN becomes 0.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from autoquant.errors import AutoQuantError
 from autoquant.library_patches import int_mm
 
 QMAX = 127
+QMIN = -128
+"""Of activations, and of the weights of other tools; ours end at -127."""
 TINY = torch.finfo(torch.float32).tiny
-# All partial sums of 1040 products of int8 values are integers of at most 127**2 * 1040 = 16,774,160 < 2**24,
+# All partial sums of 1024 products of int8 values, -128 among both, are integers of at most 128**2 * 1024 = 2**24,
 # hence exact in float32 in any order of summation.
-EXACT_FLOAT32_DEPTH = 1040
-# 127**2 * 133,145 > 2**31 - 1: beyond this an int32 accumulator can overflow.
-EXACT_INT32_DEPTH = 133_144
+EXACT_FLOAT32_DEPTH = 1024
+# 128**2 * 131,072 = 2**31: beyond this an int32 accumulator can overflow.
+EXACT_INT32_DEPTH = 131_071
 
 
 def absmax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
@@ -69,8 +72,17 @@ def mse_scale(x: Tensor, dims: tuple[int, ...] | None = None, *, steps: int = 60
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """int8 tensor of x's shape; ``scale`` is float32 and broadcasts. NaN becomes 0, what is out of range saturates."""
-    return (x.float() / scale).round_().clamp_(-QMAX, QMAX).nan_to_num_(0.0).to(torch.int8)
+    """int8 tensor of x's shape; ``scale`` is float32 and broadcasts. NaN becomes 0, what is out of range +-127."""
+    return _rounded(x, scale, -QMAX)
+
+
+def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:
+    """What :func:`quantize` gives, but that what is out of range becomes -128 or 127."""
+    return _rounded(x, scale, QMIN)
+
+
+def _rounded(x: Tensor, scale: Tensor, least: int) -> Tensor:
+    return (x.float() / scale).round_().clamp_(least, QMAX).nan_to_num_(0.0).to(torch.int8)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
@@ -79,8 +91,8 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """The float32 values that :func:`quantize` keeps of x."""
-    return dequantize(quantize(x, scale), scale)
+    """The float32 values that :func:`quantize_activations` keeps of x."""
+    return dequantize(quantize_activations(x, scale), scale)
 
 
 def matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
@@ -117,8 +129,9 @@ def probe_int_mm(device: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     for m, k, n in ((1, 64, 64), (3, 70, 5), (32, 2048, 64), (65, 1100, 33)):
         ones = torch.ones(m, k, dtype=torch.int8), torch.ones(k, n, dtype=torch.int8)
-        random = [torch.randint(-QMAX, QMAX + 1, s, generator=generator, dtype=torch.int8) for s in ((m, k), (k, n))]
-        for a, b in ((ones[0] * QMAX, ones[1] * QMAX), (ones[0] * QMAX, ones[1] * -QMAX), random):
+        random = [torch.randint(QMIN, QMAX + 1, s, generator=generator, dtype=torch.int8) for s in ((m, k), (k, n))]
+        extreme = [(ones[0] * a, ones[1] * b) for a in (QMIN, QMAX) for b in (QMIN, QMAX)]
+        for a, b in (*extreme, random):
             try:
                 product = _int_mm(a.to(device), b.to(device)).cpu()
             except (RuntimeError, NotImplementedError):  # no kernel for this device or these shapes

@@ -233,7 +233,9 @@ def linear(x: Tensor, weight: WeightView, bias: Tensor | None = None) -> Tensor:
     if weight.mode == "fake":
         out_TO = int8.fake_quantize(x_TI, scale) @ weight.dequantize().t()
     else:
-        out_TO = int8.matmul(int8.quantize(x_TI, scale), weight.values.t()).float() * scale * weight.scale.t()
+        out_TO = (
+            int8.matmul(int8.quantize_activations(x_TI, scale), weight.values.t()).float() * scale * weight.scale.t()
+        )
     if bias is not None:
         out_TO = out_TO + bias.float()
     return out_TO.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)

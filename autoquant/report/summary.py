@@ -43,7 +43,7 @@ def because(blocked: Blocked) -> str:
 
 
 def reached(config: Config, linear: Linear) -> dict[int | None, bool]:
-    """Per layer of ``linear`` (None where it is in none): do smoothing groups reach every column?
+    """Per layer of ``linear`` (None where it is in none): True if smoothing groups reach every column.
 
     Query-key groups do not count: they scale keys in the cache, not what a linear reads.
     """
@@ -189,7 +189,7 @@ def _numbers(layers: str | None) -> tuple[int | None, ...]:
 
 
 def _overlap(one: str | None, other: str | None) -> bool:
-    """Have they a layer in common, or is one of them in no layer?"""
+    """True if they have a layer in common, or one of them is in no layer."""
     return one is None or other is None or bool(set(layer_numbers(one)) & set(layer_numbers(other)))
 
 

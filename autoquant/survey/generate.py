@@ -27,10 +27,10 @@ def generate(name: str) -> Config:
     """The config of a model type by its full name, with its certificate and the path of the committed schema."""
     from autoquant.analyzer.analyze import analyze
     from autoquant.certificate.certify import certify
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
 
     model_type, kind = split_name(name)
-    source = resolve(model_type, kind=kind)
+    source = find_source(model_type, kind=kind)
     return with_schema(certify(analyze(source), source), name)
 
 

@@ -78,7 +78,7 @@ def examine(name: str, configs: Path | None = None) -> Row:
     """
     from autoquant.analyzer.analyze import analyze
     from autoquant.certificate.certify import certify
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
     from autoquant.report.summary import because
     from autoquant.survey.generate import offers, save
 
@@ -86,7 +86,7 @@ def examine(name: str, configs: Path | None = None) -> Row:
     model_type, kind = split_name(name)
     start = time.perf_counter()
     try:
-        source = resolve(model_type, kind=kind)
+        source = find_source(model_type, kind=kind)
         analyzed = analyze(source)
     except AutoQuantError as error:
         return row | {"captured": None, "reason": error.message, "seconds": round(time.perf_counter() - start, 1)}

@@ -15,7 +15,7 @@ from autoquant.analyzer.analysis import qualified
 from autoquant.analyzer.analyze import analyze
 from autoquant.errors import AutoQuantError
 from autoquant.models.build import build_meta, changed
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource, build_module
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -59,7 +59,7 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_model_with_names_that_nobody_uses(odd: str) -> None:
-    analyzed = analyze(resolve(odd))
+    analyzed = analyze(find_source(odd))
     lines = [line for line in text(analyzed.findings).splitlines() if not line.startswith("online")]
     assert "\n".join(lines) == ODD
     assert analyzed.findings.blocked == ()
@@ -67,7 +67,7 @@ def test_a_model_with_names_that_nobody_uses(odd: str) -> None:
 
 
 def test_its_claims_hold(odd: str) -> None:
-    module, args = resolve(odd).factory()
+    module, args = find_source(odd).factory()
     module = randomised(module)
     for outcome in outcomes(module, lambda m: m(*args), analysed(module, *args)):
         assert outcome.change < 1e-9, outcome
@@ -110,7 +110,7 @@ def test_operators_are_named_in_full() -> None:
 
 
 def test_what_is_read_off_a_shorter_version_has_to_fit_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = resolve("llama")
+    source = find_source("llama")
     changes = {"num_hidden_layers": 2, "intermediate_size": 64}
     short = build_module(source, changed(source.config, changes), torch.device("meta"), torch.float32)
 

@@ -20,7 +20,7 @@ from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.templates import canonical, unfold
 from autoquant.capture.routes import capture
 from autoquant.models.reduce import float64_throughout, grouped_experts, small
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 
 LAYERS = {"deepseek_v3": 4, "gemma3_text": 7, "bamba": 11}  # enough for one of every kind of layer
 TYPES = [*TABLE, "gpt_oss"]
@@ -36,7 +36,7 @@ def marked(names: list[str]) -> list[object]:
 
 @functools.cache
 def found(name: str) -> Findings:
-    return analyze(resolve(name, layers=LAYERS.get(name, 2))).findings
+    return analyze(find_source(name, layers=LAYERS.get(name, 2))).findings
 
 
 def groups(name: str) -> list[str]:
@@ -57,7 +57,7 @@ def test_findings(name: str, snapshot: SnapshotAssertion) -> None:
 def test_proof(name: str) -> None:
     """Every group and space of the small model, alone and together, leaves its logits where they were."""
     torch.set_num_threads(1)
-    loaded = small(resolve(name))
+    loaded = small(find_source(name))
     with grouped_experts(loaded):
         captured = capture(loaded.module, loaded.args, loaded.kwargs, "export")
     findings = analyse(captured).findings
@@ -257,7 +257,7 @@ DEEP = {"mamba": 6, "gemma2": 6, "deepseek_v3": 6, "jamba": 9, "falcon_h1": 3, "
 
 @pytest.mark.parametrize("name", BOTH)
 def test_both_captures_lead_to_the_same_findings(name: str) -> None:
-    source = resolve(name, layers=2)
+    source = find_source(name, layers=2)
     dynamo, export = (analyze(source, how=how) for how in ("dynamo", "export"))
     assert dynamo.captured.how == "dynamo"
     assert canonical(dynamo.findings) == canonical(export.findings)
@@ -266,15 +266,16 @@ def test_both_captures_lead_to_the_same_findings(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEEP)
 def test_every_layer_traced_gives_what_representatives_give(name: str) -> None:
-    source = resolve(name, layers=DEEP[name])
+    source = find_source(name, layers=DEEP[name])
     few, all_ = analyze(source), analyze(source, full=True)
     assert canonical(unfold(few.findings)) == canonical(unfold(all_.findings))
 
 
 def test_findings_do_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import hashlib\nfrom autoquant.analyzer.analyze import analyze\nfrom autoquant.models.repair import resolve\n"
-        "config = analyze(resolve('qwen2_moe', layers=1), how='export').config\n"
+        "import hashlib\nfrom autoquant.analyzer.analyze import analyze\n"
+        "from autoquant.models.repair import find_source\n"
+        "config = analyze(find_source('qwen2_moe', layers=1), how='export').config\n"
         "print(hashlib.sha256(config.model_dump_json().encode()).hexdigest())"
     )
     digests = {

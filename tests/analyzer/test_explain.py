@@ -16,11 +16,11 @@ TINY = Path(__file__).parents[1] / "report"
 
 def analyzed(name: str) -> Iterator[Analyzed]:
     from autoquant.analyzer.analyze import analyze
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TINY))
-        yield analyze(resolve(name), how="export")
+        yield analyze(find_source(name), how="export")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from autoquant.calibration.idle_experts import idle_experts, idle_text
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 from autoquant.config.format import Strategy
 from autoquant.io.folders import PROVENANCE
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.strategies import PlannedLinear, scheme_of
 
@@ -77,7 +77,7 @@ def test_experts_without_tokens_are_named_in_the_result_and_the_provenance(tmp_p
 
     mixture(tmp_path / "model")
     AutoTokenizer.from_pretrained(PACKAGED).save_pretrained(tmp_path / "model")
-    config = analyze(resolve(str(tmp_path / "model")), how="export").config
+    config = analyze(find_source(str(tmp_path / "model")), how="export").config
     for name, largest, experts in (("some", 16, {3}), ("all", 32, set())):
         recipe = Recipe(config, STATIC, Transforms.parse("none"), ids(largest))
         done = quantize_checkpoint(tmp_path / "model", tmp_path / name, recipe, {})

@@ -12,7 +12,7 @@ from autoquant.capture.routes import Captured, GraphInput, capture, check_agains
 from autoquant.errors import AutoQuantError
 from autoquant.models.build import build_meta
 from autoquant.models.reduce import grouped_experts, small
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 
 TYPES = [
     "llama",
@@ -132,7 +132,7 @@ def parameters(captured: Captured) -> set[str]:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_both_captures_see_the_same_operators_in_the_same_modules(model_type: str) -> None:
-    model = build_meta(resolve(model_type, layers=2))
+    model = build_meta(find_source(model_type, layers=2))
     dynamo = capture(model.module, model.args, model.kwargs, "dynamo")
     export = capture(model.module, model.args, model.kwargs, "export")
     assert (dynamo.how, export.how) == ("dynamo", "export")
@@ -151,14 +151,14 @@ def test_both_captures_see_the_same_operators_in_the_same_modules(model_type: st
 @pytest.mark.parametrize("how", ["dynamo", "export"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "mamba", "falcon", "deepseek_v3"])
 def test_captured_graph_computes_what_the_module_computes(model_type: str, how: str) -> None:
-    model = small(resolve(model_type))
+    model = small(find_source(model_type))
     with grouped_experts(model):
         captured = capture(model.module, model.args, model.kwargs, how)  # type: ignore[arg-type]
     assert check_against_eager(model.module, model.args, model.kwargs, captured) < 1e-7
 
 
 def test_check_against_eager_notices_a_changed_graph() -> None:
-    model = small(resolve("llama"))
+    model = small(find_source("llama"))
     captured = capture(model.module, model.args, model.kwargs)
     graph = captured.subgraphs[0].graph
     silu = next(node for node in graph.graph.nodes if node.target is torch.ops.aten.silu.default)
@@ -168,7 +168,7 @@ def test_check_against_eager_notices_a_changed_graph() -> None:
 
 
 def test_composite_operators_stay_whole() -> None:
-    model = build_meta(resolve("opt", layers=1))
+    model = build_meta(find_source("opt", layers=1))
     seen = operators(capture(model.module, model.args, model.kwargs))
     layer = "model.decoder.layers.0"
     assert seen["aten.linear.default", f"{layer}.self_attn.v_proj"] == 1
@@ -335,7 +335,7 @@ def test_nothing_is_left_behind(how: str, make: type[nn.Module]) -> None:
 
 
 def test_shape_of_a_node_and_its_refusal() -> None:
-    model = build_meta(resolve(ONE_TYPE, layers=1))
+    model = build_meta(find_source(ONE_TYPE, layers=1))
     nodes = list(capture(model.module, model.args, model.kwargs).subgraphs[0].graph.graph.nodes)
     embedding = next(node for node in nodes if node.target is torch.ops.aten.embedding.default)
     assert shape(embedding) == (1, 3, 768)

@@ -26,7 +26,7 @@ from autoquant.config.file import load_config
 from autoquant.config.format import Config, Slot, Smoothing, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.reduce import float64_throughout, small
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource
 
 KINDS = ["norm_linear", "query_key", "linear_linear", "R1", "R2", "R3", "R4", "all"]
@@ -46,13 +46,13 @@ def mutations() -> Any:
 
 @cache
 def analyzed(model: str) -> tuple[ModelSource, Analyzed]:
-    source = resolve(model, layers=2)
+    source = find_source(model, layers=2)
     return source, analyze(source)
 
 
 @cache
 def proved(model: str) -> tuple[LoadedModel, Config]:
-    source = resolve(model, layers=2)
+    source = find_source(model, layers=2)
     loaded = small(source)
     return loaded, small_config(source, loaded)
 
@@ -323,7 +323,7 @@ def test_copies_share_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
-    loaded = small(resolve("llama", layers=2))
+    loaded = small(find_source("llama", layers=2))
     config = proved("llama")[1]
     with torch.no_grad():
         loaded.module.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] = float("nan")

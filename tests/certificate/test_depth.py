@@ -7,12 +7,12 @@ import torch
 
 from autoquant.certificate.depth import hangs_on_depth
 from autoquant.models.reduce import small
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel
 
 
 def model() -> tuple[LoadedModel, Any]:
-    loaded = small(resolve("llama", layers=2))
+    loaded = small(find_source("llama", layers=2))
     return loaded, loaded.module.get_submodule("model.layers.1.mlp")
 
 

@@ -11,14 +11,14 @@ from autoquant.certificate.claims import digest_of, standing
 from autoquant.certificate.ensure import ensure_proved
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy, edited
 from autoquant.errors import AutoQuantError
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import ModelSource, build_structure
 from autoquant.models.structure import structure_of
 
 
 @cache
 def proved() -> tuple[ModelSource, Config]:
-    source = resolve("llama", layers=2)
+    source = find_source("llama", layers=2)
     return source, certify(analyze(source), source)
 
 
@@ -120,7 +120,7 @@ def test_other_names_and_another_order_are_no_other_claims() -> None:
 def test_the_proof_of_another_type_is_none_of_this_one() -> None:
     """Llama and Gemma have the same parameters, and other gains."""
     source, config = proved()
-    other = resolve("gemma", layers=2)
+    other = find_source("gemma", layers=2)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         setattr(other.config, name, getattr(source.config, name))
     other.config.vocab_size, other.config.tie_word_embeddings = source.config.vocab_size, False

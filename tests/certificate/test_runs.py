@@ -8,7 +8,7 @@ from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.prove import prove
 from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, with_short_windows
 from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind, edited
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import ModelSource
 from tests.certificate.modules import INNER, Unit, loaded
 
@@ -74,7 +74,7 @@ def test_the_departure_of_a_module_from_itself_is_nothing_and_of_a_broken_one_is
 def test_a_library_model_is_padded_moved_and_decoded() -> None:
     from autoquant.models.reduce import small
 
-    module = small(resolve("mistral", layers=2))
+    module = small(find_source("mistral", layers=2))
     names = [run.name for run in refer(module, further_runs(module, (), 0)).runs]
     assert names == ["given", "1 tokens", "64 tokens", "left padding", "offset", "decode"]
     assert [tensor.shape[1] for tensor in further_runs(module, (), 0)[-1](module.module)] == [10, 1, 1, 1, 1]
@@ -82,12 +82,12 @@ def test_a_library_model_is_padded_moved_and_decoded() -> None:
 
 
 def test_windows_are_shorter_than_the_longest_run() -> None:
-    source = resolve("mistral")
+    source = find_source("mistral")
     assert source.config.sliding_window == 4096
     shorter = with_short_windows(source)
     assert (shorter.config.sliding_window, source.config.sliding_window) == (WINDOW, 4096)
     assert with_short_windows(shorter) is shorter
-    plain = resolve("gpt2")
+    plain = find_source("gpt2")
     assert with_short_windows(plain) is plain
 
 

@@ -20,7 +20,7 @@ from autoquant.cli.main import main
 from autoquant.config.file import config_text
 from autoquant.config.format import Config, edited
 from autoquant.errors import AutoQuantError
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 
 PACKAGED = Path(__file__).parents[2] / "autoquant" / "data" / "wikinano1m"
 DYNAMIC = "w_int8_per_channel_a_int8_per_token_dynamic"
@@ -30,12 +30,12 @@ BEFORE_THE_PROOF = "error: the config is edited since it was proved, and the con
 
 @pytest.fixture(scope="module")
 def analyzed() -> Analyzed:
-    return analyze(resolve(str(PACKAGED)))
+    return analyze(find_source(str(PACKAGED)))
 
 
 @pytest.fixture(scope="module")
 def config(analyzed: Analyzed) -> Config:
-    return certify(analyzed, resolve(str(PACKAGED)))
+    return certify(analyzed, find_source(str(PACKAGED)))
 
 
 @pytest.fixture(autouse=True)

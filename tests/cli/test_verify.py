@@ -41,9 +41,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def analysis(model: str) -> Config:
     from autoquant.analyzer.analyze import analyze
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
 
-    return analyze(resolve(model)).config
+    return analyze(find_source(model)).config
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from autoquant.models.build import build_meta
 from autoquant.models.inputs import make_inputs, masks_beside
 from autoquant.models.load import load_weights
 from autoquant.models.reduce import small
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.sizes import fewer_positions, reductions
 from autoquant.models.source import ModelSource
 from autoquant.models.tasks import KINDS
@@ -59,14 +59,14 @@ def test_a_type_of_no_kind_is_one_line() -> None:
 
 
 def test_the_kind_can_be_chosen() -> None:
-    whole, decoder = (build_meta(resolve("bart", layers=1, kind=kind)) for kind in (None, "causal-lm"))
+    whole, decoder = (build_meta(find_source("bart", layers=1, kind=kind)) for kind in (None, "causal-lm"))
     assert set(whole.kwargs) == {"input_ids", "decoder_input_ids"}
     assert set(decoder.kwargs) == {"input_ids"}
     assert (whole.config.encoder_layers, whole.config.decoder_layers) == (1, 1)
 
 
 def test_an_image_takes_as_many_tokens_as_it_has_features() -> None:
-    model = build_meta(resolve("llava", layers=1))
+    model = build_meta(find_source("llava", layers=1))
     ids, pixels = model.kwargs["input_ids"], model.kwargs["pixel_values"]
     assert pixels.is_meta and pixels.shape == (1, 3, 56, 56)
     assert int((ids == model.config.image_token_id).sum()) == 16, "four patches by four"
@@ -79,19 +79,19 @@ def test_an_image_takes_as_many_tokens_as_it_has_features() -> None:
 
 
 def test_attention_in_both_directions_is_told_the_types_of_tokens() -> None:
-    source = resolve("paligemma", layers=1)
+    source = find_source("paligemma", layers=1)
     made = build_meta(source)
     assert made.known == ("input_ids", "token_type_ids")
     types, ids = made.kwargs["token_type_ids"], made.kwargs["input_ids"]
     assert torch.equal(types == 1, ids == made.config.image_token_id)
     assert int(types.sum()) == 16
-    causal = resolve("paligemma", layers=1)
+    causal = find_source("paligemma", layers=1)
     causal.config.text_config.use_bidirectional_attention = False
     assert set(build_meta(causal).kwargs) == {"input_ids", "pixel_values"}
 
 
 def test_sound_is_as_long_as_the_encoder_takes() -> None:
-    model = small(resolve("whisper"))
+    model = small(find_source("whisper"))
     assert model.config.max_source_positions == 16
     assert model.kwargs["input_features"].shape == (1, 80, 32)
     assert model.kwargs["input_features"].dtype is torch.float64
@@ -100,7 +100,7 @@ def test_sound_is_as_long_as_the_encoder_takes() -> None:
 
 def test_sound_in_a_text_takes_as_many_tokens_as_it_has_features() -> None:
     """The outer method says nothing of what it takes; the mask of its tokens is spread over their channels."""
-    model = build_meta(resolve("voxtral", layers=1))
+    model = build_meta(find_source("voxtral", layers=1))
     ids, sound = model.kwargs["input_ids"], model.kwargs["input_features"]
     assert sound.is_meta and sound.shape == (1, 128, 32)
     assert int((ids == model.config.audio_token_id).sum()) == 4
@@ -133,7 +133,7 @@ def test_what_is_too_large_with_a_layer_of_every_kind_is_refused(monkeypatch: py
     with pytest.raises(
         AutoQuantError, match=r"^llama: its small model has [\d,]+ parameters in 2 layers, more than 10,000$"
     ):
-        small(resolve("llama"))
+        small(find_source("llama"))
 
 
 def test_weights_are_loaded_by_the_class_that_made_them(tmp_path: Any) -> None:
@@ -146,7 +146,7 @@ def test_weights_are_loaded_by_the_class_that_made_them(tmp_path: Any) -> None:
 
 
 def test_a_model_need_not_say_where_its_tables_are_but_must_have_a_vocabulary() -> None:
-    model = build_meta(resolve("llama", layers=1)).module
+    model = build_meta(find_source("llama", layers=1)).module
 
     def nowhere() -> None:
         raise NotImplementedError
@@ -163,7 +163,7 @@ def test_a_model_need_not_say_where_its_tables_are_but_must_have_a_vocabulary() 
 def known_type(name: str) -> ModelSource:
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
-    return resolve(name, layers=1)
+    return find_source(name, layers=1)
 
 
 def test_patches_lie_in_rows_behind_their_places() -> None:

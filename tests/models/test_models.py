@@ -18,7 +18,7 @@ from autoquant.models import reduce as reduction
 from autoquant.models import sizes as model_sizes
 from autoquant.models.build import build_meta
 from autoquant.models.reduce import float64_throughout, grouped_experts, layer_kinds, randomise_, small
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource, layer_count, limit_layers, one_line
 
 TYPES = [*TABLE, "gpt_oss"]
@@ -69,17 +69,17 @@ def write_config(directory: Path, **changes: object) -> Path:
 
 
 def test_a_model_type_means_its_default_configuration() -> None:
-    source = resolve("llama")
+    source = find_source("llama")
     assert (source.config.model_type, source.config.hidden_size, source.checkpoint) == ("llama", 4096, None)
-    assert resolve("llama", layers=2).config.num_hidden_layers == 2
-    assert resolve("gpt2", layers=2).config.n_layer == 2
-    assert len(resolve("gemma2", layers=3).config.layer_types) == 3
+    assert find_source("llama", layers=2).config.num_hidden_layers == 2
+    assert find_source("gpt2", layers=2).config.n_layer == 2
+    assert len(find_source("gemma2", layers=3).config.layer_types) == 3
 
 
 def test_a_directory_or_file_is_read(tmp_path: Path) -> None:
     file = write_config(tmp_path)
     for model in (file, tmp_path):
-        source = resolve(str(model))
+        source = find_source(str(model))
         assert (source.config.hidden_size, source.checkpoint) == (32, tmp_path)
 
 
@@ -96,7 +96,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, content: str, message: str
     file = tmp_path / "config.json"
     file.write_text(content)
     with pytest.raises(AutoQuantError) as error:
-        resolve(str(file))
+        find_source(str(file))
     assert str(error.value).startswith(str(file))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -110,31 +110,31 @@ def test_an_unknown_name_says_what_was_tried_and_the_nearest_type(tmp_path: Path
         ("zzzzz", ""),
     ):
         with pytest.raises(AutoQuantError) as error:
-            resolve(name)
+            find_source(name)
         assert str(error.value).startswith(
             f"{name}: not a directory, not a model type{nearest}, and not to be had from"
         )
         assert "\n" not in str(error.value)
     with pytest.raises(AutoQuantError, match="no such file or directory"):
-        resolve(str(tmp_path / "nowhere"))
+        find_source(str(tmp_path / "nowhere"))
     with pytest.raises(AutoQuantError, match=r"expected a config.json in this directory"):
-        resolve(str(tmp_path))
+        find_source(str(tmp_path))
     with pytest.raises(AutoQuantError, match="--layers: expected a positive number, got 0"):
-        resolve("llama", layers=0)
+        find_source("llama", layers=0)
 
 
 def test_a_type_that_is_no_causal_language_model() -> None:
     with pytest.raises(AutoQuantError, match=r"^vit: type 'vit' is no language model: [^\n]*$"):
-        build_meta(resolve("vit"))
+        build_meta(find_source("vit"))
 
 
 def test_factories(factories: str) -> None:
     path = list(sys.path)
-    model = build_meta(resolve(f"{factories}:positional"))
+    model = build_meta(find_source(f"{factories}:positional"))
     assert {parameter.device.type for parameter in model.module.parameters()} == {"meta"}
     assert (len(model.args), model.kwargs, model.args[0].device.type) == (1, {}, "meta")
     assert not model.module.training
-    model = small(resolve(f"{factories}:named"))
+    model = small(find_source(f"{factories}:named"))
     assert model.module(*model.args, **model.kwargs).dtype is torch.float64
     assert sys.path == path
 
@@ -153,15 +153,15 @@ def test_factories(factories: str) -> None:
 @pytest.mark.usefixtures("factories")
 def test_a_bad_factory_is_one_clear_line(factory: str, message: str) -> None:
     with pytest.raises(AutoQuantError) as error:
-        small(resolve(factory))
+        small(find_source(factory))
     assert str(error.value).startswith(factory)
     assert message in str(error.value)
     with pytest.raises(AutoQuantError, match="a factory, which alone decides"):
-        resolve("made_for_tests:named", layers=2)
+        find_source("made_for_tests:named", layers=2)
 
 
 def test_build_meta_takes_no_memory_and_changes_nothing() -> None:
-    source = resolve("llama")
+    source = find_source("llama")
     before, state = source.config.to_dict(), torch.get_rng_state()
     model = build_meta(source)
     assert all(parameter.is_meta for parameter in model.module.parameters())
@@ -173,12 +173,12 @@ def test_build_meta_takes_no_memory_and_changes_nothing() -> None:
     assert source.config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() is torch.float32
-    assert build_meta(resolve("mamba", layers=1)).config._attn_implementation == "eager"
+    assert build_meta(find_source("mamba", layers=1)).config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_small_models_run_in_float64_and_depend_on_every_token(model_type: str) -> None:
-    model = small(resolve(model_type))
+    model = small(find_source(model_type))
     parameters = list(model.module.parameters())
     assert {parameter.dtype for parameter in parameters} == {torch.float64}
     assert sum(parameter.numel() for parameter in parameters) < 2_500_000
@@ -191,8 +191,8 @@ def test_small_models_run_in_float64_and_depend_on_every_token(model_type: str) 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "deepseek_v3", "falcon", "mamba"])
 def test_small_models_have_the_graph_of_the_large_one(model_type: str) -> None:
-    little = small(resolve(model_type))
-    large = build_meta(resolve(model_type, layers=little.config.num_hidden_layers))
+    little = small(find_source(model_type))
+    large = build_meta(find_source(model_type, layers=little.config.num_hidden_layers))
 
     def operators(model: LoadedModel) -> Counter[tuple[str, str]]:
         inputs = {name: tokens[:1, :3] for name, tokens in model.kwargs.items()}
@@ -207,22 +207,22 @@ def test_small_models_have_the_graph_of_the_large_one(model_type: str) -> None:
 
 
 def test_reduced_sizes_keep_their_relations() -> None:
-    config = small(resolve("qwen3_moe")).config
+    config = small(find_source("qwen3_moe")).config
     assert config.num_attention_heads == 2 * config.num_key_value_heads
     assert (config.num_experts_per_tok, config.num_local_experts) == (2, 8)
-    config = small(resolve("gemma")).config
+    config = small(find_source("gemma")).config
     assert config.hidden_size != config.num_attention_heads * config.head_dim
-    config = small(resolve("bamba")).config
+    config = small(find_source("bamba")).config
     assert config.mamba_n_heads * config.mamba_d_head == config.mamba_expand * config.hidden_size
-    sizes = reduction.reductions(resolve("zamba2").config)
+    sizes = reduction.reductions(find_source("zamba2").config)
     assert sizes["n_mamba_heads"] * sizes["mamba_headdim"] == 2 * sizes["hidden_size"]
-    config = small(resolve("deepseek_v3")).config
+    config = small(find_source("deepseek_v3")).config
     assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
 
 
 def test_windows_that_become_one_token_are_short_in_what_is_traced_and_proved() -> None:
     """With three tokens a window of four is never full, and what reads it would not be in the graph."""
-    source = resolve("deepseek_v4")
+    source = find_source("deepseek_v4")
     assert model_sizes.shorter_windows(source.config) == {
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 2}
     }
@@ -234,7 +234,7 @@ def test_windows_that_become_one_token_are_short_in_what_is_traced_and_proved() 
     assert [tuple(loaded.short.get_parameter(name).shape) for name in names] == [(2, 512), (512, 4096)]
     assert small(source).config.compress_rates["heavily_compressed_attention"] == 2
     assert small(source).config.index_topk == 2  # of four windows: what chooses them counts
-    assert build_meta(resolve("llama")).short is None
+    assert build_meta(find_source("llama")).short is None
 
 
 def test_a_window_is_a_number_or_one_for_each_kind_of_layer() -> None:
@@ -251,24 +251,24 @@ def test_queries_still_share_keys_where_a_layer_has_twice_as_many() -> None:
     assert heads(64, 4) == (8, 2)
     assert heads(32, 4) == (4, 2)  # no more than eight queries each: the smallest that is grouped
     assert "num_key_value_heads" not in reduction.reductions(CONFIG_MAPPING["llama"](num_key_value_heads=1))
-    model = small(resolve("mimo_v2_flash"))
+    model = small(find_source("mimo_v2_flash"))
     attention = [layer.self_attn for layer in model.module.model.layers]
     assert {part.num_key_value_groups for part in attention} == {4, 2}  # of two kinds of layers, neither is 1
 
 
 def test_every_kind_of_layer_stays() -> None:
-    model = small(resolve("gemma3_text"))
+    model = small(find_source("gemma3_text"))
     assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
-    model = small(resolve("deepseek_v3"))  # three dense layers, then experts
+    model = small(find_source("deepseek_v3"))  # three dense layers, then experts
     assert layer_kinds(model.module, model.config) == [0, 0, 0, 3]
-    model = build_meta(resolve("gemma2", layers=4))
+    model = build_meta(find_source("gemma2", layers=4))
     assert layer_kinds(model.module, model.config) == [0, 1, 0, 1]
-    model = build_meta(resolve("qwen3_next", layers=8))  # every fourth layer attends, and numbers itself
+    model = build_meta(find_source("qwen3_next", layers=8))  # every fourth layer attends, and numbers itself
     assert layer_kinds(model.module, model.config) == [0, 0, 0, 3, 0, 0, 0, 3]
 
 
 def test_two_layers_of_every_kind_stay_where_they_are_asked_for() -> None:
-    assert small(resolve("deepseek_v3"), each=2).config.num_hidden_layers == 5
+    assert small(find_source("deepseek_v3"), each=2).config.num_hidden_layers == 5
     kinds = [0, 0, 2, 0, 0, 0, 2, 0, 2]
     assert [reduction._shown(kinds, each) for each in (1, 2, 3, 4)] == [3, 7, 9, 9]
     assert reduction._shown([0, 1, 0, 0], 2) == 3  # of the second kind there is one
@@ -329,7 +329,7 @@ def test_what_cannot_be_reduced_keeps_its_size(monkeypatch: pytest.MonkeyPatch) 
     assert config.hidden_size < 4096
     monkeypatch.setattr(reduction, "_LARGEST", 10)
     with pytest.raises(AutoQuantError, match=r"^llama: no small model of it can be built: .*more than 10$"):
-        small(resolve("llama"))
+        small(find_source("llama"))
 
 
 def test_randomise_is_reproducible_and_leaves_no_constant() -> None:
@@ -357,7 +357,7 @@ def test_randomise_is_reproducible_and_leaves_no_constant() -> None:
 
 
 def test_float64_throughout_takes_the_rounding_out() -> None:
-    model = small(resolve("llama"))
+    model = small(find_source("llama"))
 
     def change() -> float:
         with torch.no_grad():
@@ -376,14 +376,14 @@ def test_float64_throughout_takes_the_rounding_out() -> None:
 def test_a_directory_named_like_a_type_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "opt").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert resolve("opt").config.model_type == "opt"
+    assert find_source("opt").config.model_type == "opt"
     CONFIG_MAPPING["gpt2"]().save_pretrained(tmp_path / "opt")
-    assert resolve("opt").config.model_type == "gpt2"
+    assert find_source("opt").config.model_type == "gpt2"
 
 
 def test_a_configuration_without_a_layer_count_is_refused_by_layers() -> None:
     with pytest.raises(AutoQuantError, match=r"^--layers: a configuration of type 'blt' has no num_hidden_layers$"):
-        resolve("blt", layers=2)
+        find_source("blt", layers=2)
 
 
 def test_a_type_whose_defaults_are_refused_by_its_own_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +394,7 @@ def test_a_type_whose_defaults_are_refused_by_its_own_checks(monkeypatch: pytest
     with pytest.raises(
         AutoQuantError, match=r"^contrary: has no valid default configuration: ValueError: widths differ$"
     ):
-        resolve("contrary")
+        find_source("contrary")
 
 
 def default_of_several_parts() -> PreTrainedConfig:
@@ -406,7 +406,7 @@ def default_of_several_parts() -> PreTrainedConfig:
 
 def test_of_several_language_models_the_one_that_the_registered_class_takes_is_meant() -> None:
     default_of_several_parts()
-    source = resolve("musicgen", layers=2)
+    source = find_source("musicgen", layers=2)
     made = build_meta(source)
     assert type(made.module).__name__ == "MusicgenForCausalLM"
     assert made.module.config.model_type == source.config.decoder.model_type

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from autoquant.errors import AutoQuantError
 from autoquant.models import repair as repairing
 from autoquant.models.build import build_meta
-from autoquant.models.repair import Repair, find_repairs, resolve
+from autoquant.models.repair import Repair, find_repairs, find_source
 from autoquant.models.source import ModelSource
 
 KINDS = [
@@ -36,17 +36,17 @@ def test_a_default_that_cannot_be_built_is_repaired_and_says_so(model_type: str,
         pytest.skip(f"this transformers has no {model_type}")
     with pytest.raises(AutoQuantError, match="cannot be built"):
         build_meta(ModelSource(model_type, CONFIG_MAPPING[model_type]()))
-    source = resolve(model_type, layers=2)
+    source = find_source(model_type, layers=2)
     assert source.repairs == repairs
     assert sum(parameter.numel() for parameter in build_meta(source).module.parameters()) > 0
 
 
 def test_a_choice_that_is_not_made_is_the_first_of_the_choices() -> None:
-    assert resolve("xmod").repairs == {"default_language": "en_XX"}
+    assert find_source("xmod").repairs == {"default_language": "en_XX"}
 
 
 def test_kinds_of_layers_are_those_that_the_code_names() -> None:
-    source = resolve("lfm2_moe")
+    source = find_source("lfm2_moe")
     assert set(source.repairs["layer_types"]) == {"full_attention", "conv"}
     assert len(source.config.layer_types) == source.config.num_hidden_layers
 
@@ -55,7 +55,7 @@ def test_a_check_that_demands_a_value_gets_it() -> None:
     with contextlib.suppress(Exception):
         CONFIG_MAPPING["gemma4_assistant"]()
         pytest.skip("this transformers' gemma4_assistant demands nothing of its defaults")
-    source = resolve("gemma4_assistant")
+    source = find_source("gemma4_assistant")
     assert source.repairs["hidden_size_per_layer_input"] == 0
     assert source.config.text_config.hidden_size_per_layer_input == 0
 
@@ -71,7 +71,7 @@ def test_a_value_that_the_configuration_itself_refuses_is_passed_over(monkeypatc
 
 
 def test_what_can_be_built_is_left_alone() -> None:
-    source = resolve("mixtral")
+    source = find_source("mixtral")
     assert source.repairs == {}
     assert source.config.to_dict() == CONFIG_MAPPING["mixtral"]().to_dict()
 
@@ -79,7 +79,7 @@ def test_what_can_be_built_is_left_alone() -> None:
 def test_a_configuration_that_was_given_is_never_repaired(tmp_path: Path) -> None:
     config = CONFIG_MAPPING["dots1"](num_hidden_layers=2)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    source = resolve(str(tmp_path))
+    source = find_source(str(tmp_path))
     assert source.repairs == {}
     assert source.config.n_routed_experts is None
     with pytest.raises(AutoQuantError, match=r"cannot be built \(causal-lm\): TypeError"):
@@ -107,7 +107,7 @@ def test_where_nothing_helps_the_first_reason_stays() -> None:
     ],
 )
 def test_what_the_parts_of_a_model_have_in_common(model_type: str, repairs: dict[str, object]) -> None:
-    assert resolve(model_type).repairs == repairs
+    assert find_source(model_type).repairs == repairs
 
 
 ROTARY = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -135,7 +135,7 @@ IMAGES = [
 def test_what_a_model_of_several_parts_lacks(model_type: str, repairs: dict[str, object]) -> None:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
-    source = resolve(model_type, kind="image-text-to-text")
+    source = find_source(model_type, kind="image-text-to-text")
     if not source.repairs and Version(version("transformers")) < Version("5.23"):
         pytest.skip(f"{model_type} has other parts by default before transformers 5.23")
     assert source.repairs == repairs

@@ -56,6 +56,20 @@ def test_rounding_is_half_to_even_and_saturates_at_127() -> None:
     assert int8.quantize(x, torch.tensor(1.0)).tolist() == [0, 2, 2, 0, -2, 126, 127, 127, 127, -127]
 
 
+def test_activations_saturate_at_minus_128_as_servers_have_it() -> None:
+    x, one = torch.tensor([126.5, 127.5, 1e30, -127.5, -127.4, -128.6, -1e30]), torch.tensor(1.0)
+    assert int8.quantize_activations(x, one).tolist() == [126, 127, 127, -128, -127, -128, -128]
+    assert int8.fake_quantize(x, one).tolist() == [126.0, 127.0, 127.0, -128.0, -127.0, -128.0, -128.0]
+
+
+@given(seeds, exponents)
+@settings(max_examples=50, deadline=None)
+def test_activations_under_their_own_scale_never_get_to_minus_128(seed: int, exponent: int) -> None:
+    x = values(seed, exponent)
+    scale = int8.absmax_scale(x, (1,))
+    assert torch.equal(int8.quantize_activations(x, scale), int8.quantize(x, scale))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_scales_are_float32_whatever_the_input(dtype: torch.dtype) -> None:
     x = torch.tensor([[1.0, -2.0], [3.0, 0.5]], dtype=dtype)
@@ -93,6 +107,7 @@ def test_a_group_with_nan_or_infinity_becomes_nan_and_no_other_does(bad: float) 
 def test_with_a_static_scale_infinity_saturates_and_nan_is_zero() -> None:
     x = torch.tensor([torch.inf, -torch.inf, torch.nan])
     assert int8.quantize(x, torch.tensor(0.1)).tolist() == [127, -127, 0]
+    assert int8.quantize_activations(x, torch.tensor(0.1)).tolist() == [127, -128, 0]
 
 
 def test_no_elements_have_a_scale() -> None:
@@ -113,7 +128,7 @@ def test_mse_search_is_never_worse_and_clips_outliers() -> None:
     assert error(best)[0] < 0.8 * error(full)[0]
 
 
-SHAPES = [(1, 1, 1), (1, 64, 8), (3, 70, 5), (17, 1040, 24), (16, 1041, 7), (40, 4100, 16)]
+SHAPES = [(1, 1, 1), (1, 64, 8), (3, 70, 5), (17, 1024, 24), (16, 1025, 7), (40, 4100, 16)]
 
 
 @pytest.mark.parametrize("device", BACKENDS)
@@ -123,8 +138,9 @@ def test_products_are_bit_exact(device: str, shape: tuple[int, int, int], produc
     m, k, n = shape
     generator = torch.Generator().manual_seed(m + k + n)
     ones = torch.ones(m, k, dtype=torch.int8), torch.ones(k, n, dtype=torch.int8)
-    random = [torch.randint(-127, 128, s, generator=generator, dtype=torch.int8) for s in ((m, k), (k, n))]
-    cases = [(ones[0] * 127, ones[1] * 127), (ones[0] * -127, ones[1] * 127), (random[0], random[1])]
+    random = [torch.randint(-128, 128, s, generator=generator, dtype=torch.int8) for s in ((m, k), (k, n))]
+    cases = [(ones[0] * a, ones[1] * b) for a in (-128, 127) for b in (-128, 127)]
+    cases.append((random[0], random[1]))
     cases.append((random[0], random[1].t().contiguous().t()))  # column-major, as a linear's weight comes
     for a, b in cases:
         got = product(a.to(device), b.to(device)).cpu()  # type: ignore[operator]  # one of the two functions
@@ -133,13 +149,13 @@ def test_products_are_bit_exact(device: str, shape: tuple[int, int, int], produc
 
 
 def test_one_more_product_would_not_be_exact_in_float32() -> None:
-    assert 127**2 * int8.EXACT_FLOAT32_DEPTH < 2**24 <= 127**2 * (int8.EXACT_FLOAT32_DEPTH + 1)
-    assert 127**2 * int8.EXACT_INT32_DEPTH < 2**31 <= 127**2 * (int8.EXACT_INT32_DEPTH + 1)
+    assert 128**2 * int8.EXACT_FLOAT32_DEPTH <= 2**24 < 128**2 * (int8.EXACT_FLOAT32_DEPTH + 1)
+    assert 128**2 * int8.EXACT_INT32_DEPTH < 2**31 <= 128**2 * (int8.EXACT_INT32_DEPTH + 1)
 
 
 def test_a_sum_that_could_overflow_is_refused() -> None:
     a = torch.ones(1, int8.EXACT_INT32_DEPTH + 1, dtype=torch.int8)
-    with pytest.raises(AutoQuantError, match="133145 channels can overflow int32: at most 133144"):
+    with pytest.raises(AutoQuantError, match="131072 channels can overflow int32: at most 131071"):
         int8.matmul(a, a.t())
 
 

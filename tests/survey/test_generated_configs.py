@@ -62,11 +62,11 @@ def test_the_index_is_that_of_the_configs() -> None:
 def drift_of(name: str, *, proved: bool = True) -> str:
     """What a fresh config of a type, proved or not, has otherwise than the committed one."""
     from autoquant.analyzer.analyze import analyze
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
     from autoquant.survey.generate import generate, with_schema
 
     model_type, kind = split_name(name)
-    fresh = generate(name) if proved else with_schema(analyze(resolve(model_type, kind=kind)).config, name)
+    fresh = generate(name) if proved else with_schema(analyze(find_source(model_type, kind=kind)).config, name)
     return drift(load_config(FOLDER / f"{name}.json"), fresh)
 
 

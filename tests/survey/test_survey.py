@@ -19,7 +19,7 @@ import pytest
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.errors import AutoQuantError
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.tasks import KINDS, full_name, split_name
 from autoquant.report.coverage import coverage_text, offers, rows_text, totals
 from autoquant.survey.survey import Row, chosen_names, examine, finished, name_of, registered, stacks_of, survey
@@ -282,7 +282,7 @@ def test_a_row_that_claims_nothing_says_why() -> None:
 
 def test_stacks_tell_encoder_and_decoder_apart() -> None:
     """T5: the encoder's and the decoder's residual stream start at one table, so that one space is in both."""
-    stacks = stacks_of(analyze(resolve("t5", layers=2)).config)
+    stacks = stacks_of(analyze(find_source("t5", layers=2)).config)
     assert list(stacks) == ["encoder.block", "decoder.block", ""]
     assert [(stack["linears"], stack["smoothable"]) for stack in stacks.values()] == [(12, 12), (20, 20), (1, 1)]
 

@@ -129,7 +129,7 @@ def rotate_norm(
 
 
 def rotate_folds_into_table(a: RotationAnalysis, site: Site, table: str) -> bool:
-    """Is it the only use of the table's only lookup, and does more than linears depend on it?"""
+    """True if it is the only use of the table's only lookup, and more than linears depend on it."""
     others = (user for user in site.node.users if operator_name(user) not in PRODUCTS)
     return a.lookups[table] == 1 and table not in a.folded and _read_nowhere_else(site.node.args[0]) and any(others)
 
