@@ -77,6 +77,13 @@ def open_shards(folder: Path) -> Shards:
     return Shards(folder, tuple(files), entries, metadata, prefix)
 
 
+def open_file(path: Path) -> Shards:
+    """Open one file of tensors that is no checkpoint of transformers. Raises AutoQuantError where it is damaged."""
+    metadata: dict[str, str] = {}
+    entries = _read_header(path.parent, path.name, metadata)
+    return Shards(path.parent, (path.name,), entries, metadata)
+
+
 def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The files that transformers reads, in its order, and the index of tensors where there are several."""
     if (folder / SINGLE).is_file():

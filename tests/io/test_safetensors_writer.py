@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autoquant.io.safetensors_writer import write_tensors
+from autoquant.io.safetensors_stream import INDEX, open_shards
+from autoquant.io.safetensors_writer import write_checkpoint_tensors, write_tensors
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.int8).view(2, 3),
@@ -38,3 +39,14 @@ def test_what_is_missing_or_of_another_shape_is_refused(tmp_path: Path) -> None:
         write_tensors(tmp_path / "x", DESCRIBED, [item for item in TENSORS.items() if item[0] != "e"])
     with pytest.raises(AssertionError, match="a"):
         write_tensors(tmp_path / "x", DESCRIBED, [("a", torch.ones(6))])
+
+
+def test_what_is_more_than_one_file_holds_becomes_shards_with_an_index(tmp_path: Path) -> None:
+    for most, files in ((1000, 1), (20, 3), (1, 5)):
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        write_checkpoint_tensors(folder, DESCRIBED, reversed(TENSORS.items()), most)
+        assert len(list(folder.glob("*.safetensors"))) == files and (folder / INDEX).exists() == (files > 1)
+        shards = open_shards(folder)
+        assert set(shards.entries) == set(TENSORS)
+        assert all(torch.equal(shards.read(name), tensor) for name, tensor in TENSORS.items())
