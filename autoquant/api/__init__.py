@@ -4,7 +4,7 @@ torch and transformers are imported when a function needs them.
 """
 
 from autoquant.api.analysis import analyze, check, verify
-from autoquant.api.checkpoints import apply, load, quantize
+from autoquant.api.checkpoints import apply, convert, load, quantize
 from autoquant.api.configs import load_config, save_config
 from autoquant.api.evaluation import compare, evaluate, search
 
@@ -13,6 +13,7 @@ __all__ = [
     "apply",
     "check",
     "compare",
+    "convert",
     "evaluate",
     "load",
     "load_config",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoquant.api.arguments import IMPORTING, batches_of, config_of, dtype_of, proof_of, steps_of, transforms_of
+from autoquant.api.arguments import IMPORTING, batches_of, config_of, dtype_of, steps_of, transforms_of
 from autoquant.config.strategies import parse_strategy
 from autoquant.errors import AutoQuantError
 from autoquant.steps import Progress, silent
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 ALL_TRANSFORMS = "smooth+fc_fc+rotation"
 """Everything that the config enables."""
+_REASONS = 3
+"""Why the format is another than the usual one: so many sentences at most."""
 
 
 def apply(
@@ -42,8 +43,6 @@ def apply(
     dtype: str | torch.dtype | None = None,
     inplace: bool = False,
     force: bool = False,
-    example_inputs: Any = None,
-    unproved: bool = False,
     progress: Progress = silent,
 ) -> Any:
     """Rotate and smooth by a config, the function unchanged: a checkpoint to the folder ``output``, or a module.
@@ -53,11 +52,7 @@ def apply(
     with the ``tokenizer`` that reads it; only smoothing needs one. For folders alone: ``maxima`` kept by an earlier
     ``save_maxima``, in place of calibration, and the ``dtype`` of the weights written (None: as stored).
 
-    Claims that were edited since they were proved are proved again, of a module on what ``example_inputs`` call (as for
-    :func:`analyze`); ``unproved`` goes on without, which is recorded.
-
-    Raises AutoQuantError, with nothing written, where anything does not fit or is not proved, and where smoothing has
-    nothing to calibrate on.
+    Raises AutoQuantError, with nothing written, where anything does not fit or smoothing has nothing to calibrate on.
     """
     loaded = config_of(config)
     progress(IMPORTING, 0, 0)
@@ -75,7 +70,7 @@ def apply(
         kept, keep = (None if path is None else Path(path) for path in (maxima, save_maxima))
         wanted = TransformOptions(chosen, given, kept, keep, seed, dtype_of(dtype))
         recorded = {"calibration": text, "maxima": maxima, "sequences": sequences, "length": length, "seed": seed}
-        return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, progress)
+        return _applied(str(model), Path(output), loaded, wanted, recorded, force, progress)
     if output is not None or maxima is not None or save_maxima is not None or dtype is not None:
         raise AutoQuantError("a module in memory takes no output, maxima, save_maxima or dtype")
     from autoquant.models.structure import structure_of
@@ -86,7 +81,6 @@ def apply(
     selected = select(loaded, structure_of(model), chosen, seed)
     if selected.resolved.groups and not batches:
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
-    proof_of(loaded, model, example_inputs, unproved, progress)
     changed = model if inplace else copy.deepcopy(model)
     prepare_(changed, loaded, loaded.quantization.strategy, chosen, batches, seed, cache=False, tell=progress)
     return changed
@@ -99,21 +93,18 @@ def _applied(
     wanted: TransformOptions,
     recorded: dict[str, Any],
     force: bool,
-    unproved: bool,
     progress: Progress,
 ) -> Written:
     from autoquant.checkpoint.transform import transform_checkpoint
-    from autoquant.io.folders import check_target
     from autoquant.models.checkpoint_source import checkpoint_folder
     from autoquant.report.results import Written
 
     dtype = "as-stored" if wanted.dtype is None else str(wanted.dtype).removeprefix("torch.")
     options = {name: str(value) if isinstance(value, Path) else value for name, value in recorded.items()}
     options |= {"transforms": str(wanted.transforms), "dtype": dtype}
-    folder = checkpoint_folder(model)
-    check_target(folder, target, force)
-    wanted = replace(wanted, proof=proof_of(config, folder, None, unproved, progress))
-    done = transform_checkpoint(folder, config, target, wanted, recorded=options, force=force, progress=progress)
+    done = transform_checkpoint(
+        checkpoint_folder(model), config, target, wanted, recorded=options, force=force, progress=progress
+    )
     applied = done.applied
     untied = f", untied: {', '.join(applied.untied)}" if applied.untied else ""
     counts = f"{target}: {applied.tensors} tensors changed, {done.smoothed} groups smoothed{untied}"
@@ -134,32 +125,38 @@ def quantize(
     sequences: int = 16,
     length: int = 512,
     seed: int | None = None,
+    format: str | None = None,
+    target: str | None = None,
     low_memory: bool = False,
     inplace: bool = False,
     force: bool = False,
-    example_inputs: Any = None,
-    unproved: bool = False,
     progress: Progress = silent,
 ) -> Any:
     """Rotate, smooth and quantize to int8: a folder to the folder ``output``, or a module in memory.
 
     Of a folder the result says what was written (``load`` makes a runnable model of it); of a module it is the changed
-    module, a copy unless ``inplace``, whose ``save_pretrained`` writes such a folder. Without a ``config`` a folder is
-    analyzed first. Claims that were edited since they were proved are proved again, of a module on what
-    ``example_inputs`` call; ``unproved`` goes on without, which is recorded. Raises AutoQuantError, with nothing
-    written, where anything does not fit or is not proved.
+    module, a copy unless ``inplace``, whose ``save_pretrained`` writes a native folder. Without a ``config`` a folder
+    is analyzed first.
+
+    ``format``: 'compressed-tensors', which servers load, or 'native', which holds everything; None: the first where it
+    can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers' or 'any'; None: vllm, if it
+    can. Raises AutoQuantError, with nothing written, where anything does not fit.
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
+    from autoquant.checkpoint.formats import Wish
     from autoquant.checkpoint.quantize import Recipe, config_for, quantize_checkpoint
 
+    wish = Wish(format, target)
+
     if not isinstance(model, str | Path):
-        if config is None or output is not None:
-            raise AutoQuantError("a module in memory needs a config and takes no output; save_pretrained writes it")
+        if config is None or output is not None or wish != Wish():
+            raise AutoQuantError(
+                "a module in memory needs a config and takes no output, format or target; save_pretrained writes it"
+            )
         loaded = config_of(config)
         batches = batches_of(calibration, tokenizer, sequences, length, seed)
-        proof = proof_of(loaded, model, example_inputs, unproved, progress)
-        recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
+        recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
         from autoquant.checkpoint.in_memory import quantize_module_
 
         return quantize_module_(model if inplace else copy.deepcopy(model), recipe, progress)
@@ -170,13 +167,12 @@ def quantize(
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Written
 
-    source, target = Path(model), Path(output)
-    check_target(source, target, force)
+    source, folder = Path(model), Path(output)
+    check_target(source, folder, force)
     loaded = config_of(config) if config is not None else config_for(str(source), None, steps_of(progress))
     reads = isinstance(calibration, str | Path)
     batches = batches_of(calibration, load_tokenizer(source) if reads else None, sequences, length, seed)
-    proof = proof_of(loaded, source, None, unproved, progress)
-    recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
+    recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
     options = {
         "strategy": recipe.strategy.value,
         "transforms": str(chosen),
@@ -185,12 +181,32 @@ def quantize(
         "length": length,
         "calibration": Path(calibration).name if isinstance(calibration, str | Path) else None,
     }
-    done = quantize_checkpoint(source, target, recipe, options, low_memory=low_memory, force=force, progress=progress)
-    before, after = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (source, target))
-    said = f"{target}: {recipe.strategy.value} after {chosen}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB"
-    idle = (idle_text(done.idle),) if done.idle else ()
-    facts = {"bytes_before": before, "bytes_after": after, "idle_experts": dict(done.idle)}
-    return Written(target, (said, *idle), {**options, **facts})
+    done = quantize_checkpoint(
+        source, folder, recipe, options, low_memory=low_memory, force=force, wish=wish, progress=progress
+    )
+    idle, form = done.quantized.idle, done.chosen.form
+    before, after = (sum(path.stat().st_size for path in place.glob("*.safetensors")) for place in (source, folder))
+    said = [f"{folder}: {recipe.strategy.value} after {chosen}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB, {form}"]
+    said += [f"format native, not compressed-tensors: {reason}" for reason in done.chosen.against[:_REASONS]]
+    said += [idle_text(idle)] if idle else []
+    facts = {"format": form, "bytes_before": before, "bytes_after": after, "idle_experts": dict(idle)}
+    return Written(folder, tuple(said), {**options, **facts})
+
+
+def convert(
+    model: str | Path, output: str | Path, *, to: str, target: str | None = None, force: bool = False
+) -> Written:
+    """Write a folder of :func:`quantize` in another format, where nothing is lost; back again gives the same bytes.
+
+    ``target``: what is to serve it, as for :func:`quantize`. Raises AutoQuantError, with nothing written, where it is
+    no such folder or the format or the target cannot take it.
+    """
+    from autoquant.checkpoint.convert import convert_checkpoint
+    from autoquant.checkpoint.formats import Wish
+    from autoquant.report.results import Written
+
+    was = convert_checkpoint(Path(model), Path(output), Wish(to, target), force=force)
+    return Written(Path(output), (f"{output}: {was} -> {to}",), {"source": str(model), "format": to})
 
 
 def load(model: str | Path, dtype: str | torch.dtype | None = None, *, device: str = "cpu") -> Any:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
 from autoquant.checkpoint.provenance import CONFIG, make_provenance, write_provenance
 from autoquant.config.file import config_text
@@ -103,13 +102,12 @@ def write_changed(
     *,
     dtype: torch.dtype | None = None,
     options: dict[str, Any] | None = None,
-    proof: ProofNote | None = None,
     progress: Progress | None = None,
 ) -> Applied:
     """Carry out what was resolved, tensor by tensor, into the folder ``target``; errors as of ``apply_checkpoint``."""
     source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
     if names is None:
-        return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, proof, progress)
+        return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, progress)
     stored_as = names
 
     def read(name: str) -> Tensor:
@@ -123,7 +121,7 @@ def write_changed(
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
         _write_shards(folder, shards, plan, inventory, stored_as, read, dtype, progress)
-        _write_provenance(folder, source, config, applied, options, proof)
+        _write_provenance(folder, source, config, applied, options)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
 
@@ -232,7 +230,6 @@ def _apply_loaded(
     scales: Scales | None,
     dtype: torch.dtype | None,
     options: dict[str, Any] | None,
-    proof: ProofNote | None,
     progress: Progress | None,
 ) -> Applied:
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
@@ -252,7 +249,7 @@ def _apply_loaded(
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
         model.save_pretrained(folder)
-        _write_provenance(folder, source, config, applied, options, proof)
+        _write_provenance(folder, source, config, applied, options)
         _write_config(source, folder, bool(applied.untied), dtype)
     return applied
 
@@ -278,17 +275,11 @@ def _write_config(source: Path, folder: Path, untied: bool, dtype: torch.dtype |
 
 
 def _write_provenance(
-    folder: Path,
-    source: Path,
-    config: Config,
-    applied: Applied,
-    options: dict[str, Any] | None,
-    proof: ProofNote | None,
+    folder: Path, source: Path, config: Config, applied: Applied, options: dict[str, Any] | None
 ) -> None:
     (folder / CONFIG).write_text(config_text(config), encoding="utf-8")
     result = {"smoothed": list(applied.groups), "untied": list(applied.untied), "tensors_changed": applied.tensors}
-    made = make_provenance("apply", source, config, options or {}, applied.constructions, result, proof)
-    write_provenance(folder, made)
+    write_provenance(folder, make_provenance("apply", source, config, options or {}, applied.constructions, result))
 
 
 def _write_json(path: Path, value: object) -> None:

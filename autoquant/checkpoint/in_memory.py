@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from autoquant.checkpoint.formats import NATIVE, Changes, format_of
+from autoquant.checkpoint.formats import COMPRESSED_TENSORS, NATIVE, Changes, format_of
 from autoquant.checkpoint.formats.native import read_config, read_facts, save_quantized
-from autoquant.checkpoint.provenance import read_provenance
+from autoquant.checkpoint.provenance import CONFIG, read_provenance
 from autoquant.checkpoint.quantize import (
     Recipe,
     changes_of,
@@ -20,7 +20,9 @@ from autoquant.checkpoint.quantize import (
     required_calibration,
     used_config,
 )
+from autoquant.config.file import load_config
 from autoquant.config.format import Config
+from autoquant.errors import AutoQuantError
 from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import needs_sweep, quantize_model_, select
 from autoquant.pipeline.transform import prepare_
@@ -41,21 +43,30 @@ def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn
     return model
 
 
-def saveable_(model: nn.Module, config: Config, changes: Changes, made: Mapping[str, Any]) -> None:
+def saveable_(model: nn.Module, config: Config, changes: Changes, made: Mapping[str, Any], form: str = NATIVE) -> None:
     """Let ``save_pretrained(folder, tokenizer=None, force=False)`` write a folder that ``autoquant.load`` reads.
 
     Models without ``save_pretrained``, which have no configuration to build them anew from, are left as they are.
     """
     if hasattr(model, "save_pretrained"):
-        saving: Any = partial(_save, model, config, changes, made)
+        saving: Any = partial(_save, model, config, changes, made, form)
         model.save_pretrained = saving
 
 
 def saved_again_(model: nn.Module, folder: Path) -> None:
-    """The same for a model that was loaded from ``folder``, where that is of the native format."""
+    """The same for a model that was loaded from ``folder``, in the format of that; AutoQuantError where it says too
+    little of itself, as another tool's does.
+    """
     found = format_of(folder)
-    if found is not None and found.name == NATIVE:
+    if found is None:
+        return
+    if found.name == NATIVE:
         saveable_(model, read_config(folder), read_facts(folder).changes, read_provenance(folder))
+    elif (folder / CONFIG).is_file():
+        saveable_(model, load_config(folder / CONFIG), Changes(), read_provenance(folder), found.name)
+    elif found.name == COMPRESSED_TENSORS:
+        refusing: Any = partial(_refuse, folder)
+        model.save_pretrained = refusing
 
 
 def _save(
@@ -63,9 +74,14 @@ def _save(
     config: Config,
     changes: Changes,
     made: Mapping[str, Any],
+    form: str,
     save_directory: str | Path,
     *,
     tokenizer: Any = None,
     force: bool = False,
 ) -> None:
-    save_quantized(model, Path(save_directory), config, made, tokenizer, changes=changes, force=force)
+    save_quantized(model, Path(save_directory), config, made, tokenizer, changes=changes, form=form, force=force)
+
+
+def _refuse(folder: Path, *_: Any, **__: Any) -> None:
+    raise AutoQuantError(f"{folder}: has no {CONFIG}, so that a copy of it cannot be written; copy the folder")

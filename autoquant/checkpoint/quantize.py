@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.idle_experts import idle_experts
-from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
-from autoquant.checkpoint.formats import NATIVE, Changes, Contents, check_format, format_named, write_checkpoint
+from autoquant.checkpoint.formats import NATIVE, Changes, Chosen, Contents, Wish, choose_format, write_checkpoint
 from autoquant.checkpoint.formats.native import ready
 from autoquant.checkpoint.provenance import make_provenance
 from autoquant.checkpoint.streamed import Streamed, check_streamable, open_weights, quantize_streamed
@@ -23,27 +22,34 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
 from autoquant.io.folders import check_target
 from autoquant.models.checkpoint_source import open_checkpoint
-from autoquant.models.load import load_causal_lm
+from autoquant.models.load import load_causal_lm, load_skeleton
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
-from autoquant.pipeline.quantize import Quantized, needs_sweep, quantize_model_, select
+from autoquant.pipeline.quantize import Quantized, Selected, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import Progress, prepare_held_, silent
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 
+IN_NATIVE = Wish(NATIVE)
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the result. ``calibration``: token ids [1, S] each; ``seed``: of the rotations;
-    ``proof``: how the config's claims stand, which is recorded.
-    """
+    """Everything that decides the result. ``calibration``: token ids [1, S] each; ``seed``: of the rotations."""
 
     config: Config
     strategy: Strategy
     transforms: Transforms
     calibration: tuple[Tensor, ...] = ()
     seed: int | None = None
-    proof: ProofNote | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What was done, and the format that it was written in."""
+
+    quantized: Quantized
+    chosen: Chosen
 
 
 @torch.no_grad()
@@ -55,9 +61,9 @@ def quantize_checkpoint(
     *,
     low_memory: bool = False,
     force: bool = False,
-    form: str = NATIVE,
+    wish: Wish = IN_NATIVE,
     progress: Progress = silent,
-) -> Quantized:
+) -> Done:
     """Rotate, calibrate, smooth and quantize ``source`` and write it to ``target``; returns what was done.
 
     Rotations are computed in float64 and everything else in float32; what stays in floating point is written in its own
@@ -66,14 +72,14 @@ def quantize_checkpoint(
     model at once (see ``check_streamable``) and for checkpoints whose tensors transformers renames on loading.
     """
     check_target(source, target, force)
-    format_named(form)  # a name that is none costs no loading
     progress("load", 0, 1)
     shards = open_checkpoint(source)
     held = Streamed(source, open_weights(source)) if low_memory else InMemory(load_float32(source))
     dtypes = stored_dtypes(shards, stored_names(held.inventory, shards))
     config, strategy = recipe.config, recipe.strategy
     selected = select(config, held.inventory, recipe.transforms, recipe.seed)
-    check_format(form, config, Changes(online=tuple(selected.resolved.online)))
+    used, structure = used_config(recipe), load_skeleton(source) if wish.form != NATIVE else None
+    chosen = choose_format(wish, used, foreseen(selected, used), structure)
     if low_memory:
         check_streamable(config, strategy, selected)
     batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
@@ -89,19 +95,34 @@ def quantize_checkpoint(
         narrow_(held.model, dtypes)
         made = ready(held.model)
     progress("write", 0, 1)
+    changes = changes_of(prepared.plan, quantized)
+    if chosen.form != NATIVE:  # some biases are found to be needed on the way
+        chosen = choose_format(wish, used, changes)
     contents = Contents(
         made.model,
-        used_config(recipe),
+        used,
         made.described,
         made.tensors,
         dtypes.most,
         made.shared,
-        changes_of(prepared.plan, quantized),
+        changes,
         provenance(source, recipe, prepared.plan, options, quantized),
         load_tokenizer(source),
     )
-    write_checkpoint(target, contents, form, force=force)
-    return quantized
+    write_checkpoint(target, contents, chosen.form, force=force)
+    return Done(quantized, chosen)
+
+
+def foreseen(selected: Selected, config: Config) -> Changes:
+    """What of a model's structure will differ from its class, as far as the config tells."""
+    tables = [writer.fold_norm for space in selected.resolved.spaces for writer in space.writers]
+    owners = [norm.weight or norm.bias for norm in tables if norm is not None]
+    corrected = [one for one in plan_linears(config) if one.weights.bias_correction and one.bias is None]
+    return Changes(
+        tuple(f"{linear.path}.bias" for linear in corrected),
+        tuple(name.rpartition(".")[0] for name in owners if name is not None),
+        tuple(selected.resolved.online),
+    )
 
 
 def load_float32(source: Path) -> nn.Module:
@@ -148,7 +169,7 @@ def provenance(
         "rounded_to_nearest": list(quantized.nearest),
         "idle_experts": {module: list(numbers) for module, numbers in quantized.idle.items()},
     }
-    return make_provenance("quantize", source, recipe.config, options, plan.constructions, result, recipe.proof)
+    return make_provenance("quantize", source, recipe.config, options, plan.constructions, result)
 
 
 def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Config:

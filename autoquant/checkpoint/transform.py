@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import GroupMaxima, collect_activation_maxima, load_maxima, save_maxima
 from autoquant.calibration.windows import CalibrationOptions, calibration_windows
-from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.apply import Stored, check_plain_resolved, open_stored, write_changed
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Config, SmoothingKind
@@ -40,7 +39,7 @@ class TransformOptions:
 
     ``calibration``: which part of which text, or batches of token ids [1, S]; ``maxima``: activation maxima kept by an
     earlier ``save_maxima``, in its place. ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None:
-    as stored. ``proof``: how the config's claims stand, which is recorded.
+    as stored.
     """
 
     transforms: Transforms = EVERYTHING
@@ -49,7 +48,6 @@ class TransformOptions:
     save_maxima: Path | None = None
     seed: int | None = None
     dtype: torch.dtype | None = None
-    proof: ProofNote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,6 @@ def transform_checkpoint(
         scales,
         dtype=options.dtype,
         options=recorded,
-        proof=options.proof,
         progress=lambda *at: progress("apply", *at),
     )
     return Transformed(applied, len(resolved.groups))

@@ -22,7 +22,19 @@ from autoquant.report.inert import inert
 from autoquant.version import __version__
 
 # In the order of --help, which is that of the work. `name` is the object `command` of autoquant/cli/name.py.
-COMMANDS = ("analyze", "apply", "check", "search", "quantize", "eval", "compare", "schema", "verify", "survey")
+COMMANDS = (
+    "analyze",
+    "apply",
+    "check",
+    "search",
+    "quantize",
+    "convert",
+    "eval",
+    "compare",
+    "schema",
+    "verify",
+    "survey",
+)
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 

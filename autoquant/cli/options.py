@@ -34,9 +34,6 @@ length = click.option(
     "--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of text in a window, BOS apart."
 )
 force = click.option("--force", is_flag=True, help="Replace what is there.")
-unproved = click.option(
-    "--unproved", is_flag=True, help="Go on with claims that were edited and do not hold or cannot be proved; recorded."
-)
 quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors and, as JSON, results.")
 layers = click.option("--layers", type=click.IntRange(1), help="Take a model with so many layers only.")
 trust_remote_code = click.option(
@@ -99,6 +96,33 @@ def format(help: str = "Of the result on standard output.") -> Decorator:
     return click.option(
         "--format", "form", default="text", show_default=True, metavar="[text|json]", callback=known, help=help
     )
+
+
+def checkpoint_format(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--format`` of a folder that is written, and ``--result`` of what is printed, which once was ``--format``."""
+
+    @functools.wraps(function)
+    def wrapper(format: str | None, form: str, **options: Any) -> Any:
+        if format in ("text", "table", "json"):
+            remark([f"warning: --format {format} is now --result {format}; the old option goes with the next release"])
+            format, form = None, "json" if format == "json" else "text"
+        return function(format=format, form=form, **options)
+
+    choice = click.Choice(["text", "json"])
+    said = "Of the result on standard output."
+    text = click.option("--result", "form", type=choice, default="text", show_default=True, help=said)(wrapper)
+    return click.option(
+        "--format",
+        metavar="[compressed-tensors|native]",
+        help="Of the folder.  [default: compressed-tensors where it holds the result, else native]",
+    )(text)
+
+
+target = click.option(
+    "--target",
+    metavar="[vllm|sglang|transformers|any]",
+    help="What is to serve the folder; what it does not take is refused.  [default: vllm, if it takes the result]",
+)
 
 
 def renamed(old: str, new: str, type: Any = None) -> Decorator:

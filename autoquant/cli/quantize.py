@@ -19,14 +19,15 @@ from autoquant.cli import options
 @options.length
 @options.seed()
 @click.option("--low-memory", is_flag=True, help="Hold one decoder layer at a time; the same bytes are written.")
-@options.unproved
+@options.checkpoint_format
+@options.target
 @options.force
-@options.format()
 @options.quiet
 def command(model: Path, config: Path | None, output: Path, form: str, quiet: bool, **how: Any) -> None:
-    """Rotate, smooth and quantize a checkpoint to int8; autoquant.load makes a runnable model of the result.
+    """Rotate, smooth and quantize a checkpoint to int8, for vLLM and others to serve.
 
-    MODEL is a folder with safetensors. Without CONFIG the model is analyzed first.
+    MODEL is a folder with safetensors. Without CONFIG the model is analyzed first. autoquant.load makes a runnable
+    model of the result, `autoquant eval` measures it.
     """
     from autoquant import api
     from autoquant.cli.progress import steps

@@ -80,7 +80,7 @@ def test_experts_without_tokens_are_named_in_the_result_and_the_provenance(tmp_p
     config = analyze(find_source(str(tmp_path / "model")), how="export").config
     for name, largest, experts in (("some", 16, {3}), ("all", 32, set())):
         recipe = Recipe(config, STATIC, Transforms.parse("none"), ids(largest))
-        done = quantize_checkpoint(tmp_path / "model", tmp_path / name, recipe, {})
+        done = quantize_checkpoint(tmp_path / "model", tmp_path / name, recipe, {}).quantized
         owners = {f"model.layers.{layer}.mlp.experts" for layer in range(2)} if experts else set()
         assert set(done.idle) == owners
         assert all(experts <= set(numbers) for numbers in done.idle.values())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -153,9 +154,14 @@ def test_the_command(tmp_path: Path) -> None:
     arguments += ["--calibration", str(DATA / "sample.calibration.txt"), "--sequences", "2", "--length", "32"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path / 'out'}: {DYNAMIC} after fc_fc+rotation, 2.38 MB -> 2.01 MB\n"
+    assert (
+        result.stdout == f"{tmp_path / 'out'}: {DYNAMIC} after fc_fc+rotation, 2.38 MB -> 2.01 MB, compressed-tensors\n"
+    )
     assert "exists already; give --force" in CliRunner().invoke(main, arguments).stderr
     assert CliRunner().invoke(main, [*arguments, "--force", "--quiet"]).output == ""
+    renamed = CliRunner().invoke(main, [*arguments, "--force", "--format", "json"])
+    assert json.loads(renamed.stdout)["format"] == "compressed-tensors"
+    assert "warning: --format json is now --result json" in renamed.stderr
     wrong = CliRunner().invoke(main, [*arguments, "--force", "--strategy", DYNAMIC[:-1]])
     assert (wrong.exit_code, wrong.stdout) == (1, "")
     assert f"no strategy '{DYNAMIC[:-1]}'; did you mean '{DYNAMIC}'?" in wrong.stderr

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autoquant.checkpoint.provenance import write_provenance
+from autoquant.checkpoint.targets import DEFAULT_TARGET, reasons_against, target_named
 from autoquant.config.format import Config
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
@@ -25,6 +26,9 @@ from autoquant.io.folders import finished_folder
 from autoquant.io.safetensors_writer import Described
 
 NATIVE = "native"
+COMPRESSED_TENSORS = "compressed-tensors"
+PREFERRED = (COMPRESSED_TENSORS, NATIVE)
+"""Without a wish, the first of these that can hold the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +60,42 @@ class Contents:
     tokenizer: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a user asks for: ``form``, a format by its name, and ``target``, what is to serve it; None: no wish."""
+
+    form: str | None = None
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise AutoQuantError for names that are none, and for a target of a format that nothing serves."""
+        if self.form is not None:
+            format_named(self.form)
+        if self.target is not None:
+            target_named(self.target)
+            if self.form not in (None, COMPRESSED_TENSORS):
+                raise AutoQuantError(f"the format '{self.form}' runs in autoquant alone: leave the target out")
+
+
 class CheckpointFormat(Protocol):
     """One format. ``name``: what users call it."""
 
     name: str
 
-    def reasons_against(self, config: Config, changes: Changes) -> tuple[str, ...]:
-        """Why the format cannot hold such a model, a sentence each; none where it can. Asked before the work."""
+    def reasons_against(self, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
+        """Why the format cannot hold such a model, a sentence each; none where it can.
+
+        Asked before the work, with the model's structure in ``model``, and again with all changes before the writing.
+        """
 
     def write(self, folder: Path, contents: Contents) -> None:
         """Write all files but the provenance into an empty folder. Raises OSError as the system does."""
 
     def is_mine(self, folder: Path) -> bool:
         """True if the folder is of this format."""
+
+    def contents(self, folder: Path) -> Contents:
+        """What a folder holds, as it would be written. Raises AutoQuantError where that cannot be told."""
 
     def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
         """A runnable model in evaluation mode. Raises AutoQuantError where the folder is damaged."""
@@ -86,7 +113,8 @@ def register(checkpoint_format: CheckpointFormat) -> None:
 
 def formats() -> Mapping[str, CheckpointFormat]:
     """All formats by their names."""
-    import autoquant.checkpoint.formats.native  # noqa: F401  # it registers itself, and imports this module
+    import autoquant.checkpoint.formats.compressed_tensors
+    import autoquant.checkpoint.formats.native  # noqa: F401  # they register themselves, and import this module
 
     return dict(_formats)
 
@@ -104,12 +132,40 @@ def format_of(folder: Path) -> CheckpointFormat | None:
     return next((known for known in formats().values() if known.is_mine(folder)), None)
 
 
-def check_format(name: str, config: Config, changes: Changes) -> CheckpointFormat:
+def check_format(name: str, config: Config, changes: Changes, model: Any = None) -> CheckpointFormat:
     """The format of that name. Raises AutoQuantError where it cannot hold such a model, with its reasons."""
     found = format_named(name)
-    if reasons := found.reasons_against(config, changes):
+    if reasons := found.reasons_against(config, changes, model):
         raise AutoQuantError(f"the format '{name}' cannot hold the result; choose another or disable it", reasons[:20])
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A format by its name, and why none that is preferred to it can be had."""
+
+    form: str
+    against: tuple[str, ...] = ()
+
+
+def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = None) -> Chosen:
+    """The format that was wished for, or the best one that can hold the result for the target.
+
+    Raises AutoQuantError where the wish cannot be met, with the reasons and the nearest thing that could be.
+    """
+    if wish.form is not None and wish.form != COMPRESSED_TENSORS:
+        check_format(wish.form, config, changes, model)
+        return Chosen(wish.form)
+    served = reasons_against(wish.target or DEFAULT_TARGET, config)
+    reasons = (*served, *format_named(COMPRESSED_TENSORS).reasons_against(config, changes, model))
+    if not reasons:
+        return Chosen(COMPRESSED_TENSORS)
+    if wish.form is None and wish.target is None:
+        return Chosen(NATIVE, reasons)
+    what = f"the target '{wish.target}'" if wish.target is not None else f"the format '{wish.form}'"
+    raise AutoQuantError(
+        f"{what} cannot take the result; change this, or go without it (--format native)", reasons[:20]
+    )
 
 
 def write_checkpoint(target: Path, contents: Contents, name: str = NATIVE, *, force: bool = False) -> None:

@@ -21,12 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoquant.checkpoint.formats import NATIVE, Changes, Contents, register, write_checkpoint
-from autoquant.checkpoint.provenance import CONFIG
-from autoquant.config.file import config_text, load_config
+from autoquant.checkpoint.formats.assembled import as_loaded_, fill_
+from autoquant.checkpoint.formats.surroundings import stored_tokenizer, write_surroundings
+from autoquant.checkpoint.provenance import CONFIG, read_provenance
+from autoquant.config.file import load_config
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.online import install_ as install_rotations_
 from autoquant.executor.resolved import ResolvedOnline
+from autoquant.io.safetensors_stream import open_file
 from autoquant.io.safetensors_writer import Described, write_tensors
 from autoquant.models.load import build_empty
 from autoquant.quantizer.kv_cache import MODULE, KVScales, install_
@@ -67,6 +70,7 @@ def save_quantized(
     tokenizer: Any = None,
     *,
     changes: Changes | None = None,
+    form: str = NATIVE,
     force: bool = False,
 ) -> None:
     """Write a quantized transformers model that is in memory; see ``write_checkpoint``.
@@ -85,7 +89,7 @@ def save_quantized(
         provenance,
         tokenizer,
     )
-    write_checkpoint(directory, contents, force=force)
+    write_checkpoint(directory, contents, form, force=force)
 
 
 class Native:
@@ -93,7 +97,7 @@ class Native:
 
     name = NATIVE
 
-    def reasons_against(self, config: Config, changes: Changes) -> tuple[str, ...]:
+    def reasons_against(self, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
         return ()
 
     def write(self, folder: Path, contents: Contents) -> None:
@@ -106,24 +110,29 @@ class Native:
             "online": [{"kind": o.kind, "path": o.path, "size": o.size} for o in changes.online],
         }
         write_tensors(folder / TENSORS, contents.described, contents.tensors)
-        (folder / CONFIG).write_text(config_text(contents.config), encoding="utf-8")
         (folder / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        contents.model.config.save_pretrained(folder)
-        if contents.model.generation_config is not None:
-            # As it is: save_pretrained refuses what many released models have (sampling values without sampling).
-            contents.model.generation_config.to_json_file(folder / "generation_config.json")
-        if contents.tokenizer is not None:
-            contents.tokenizer.save_pretrained(folder)
+        write_surroundings(folder, contents)
 
     def is_mine(self, folder: Path) -> bool:
         return (folder / FACTS).is_file()
 
     def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
-        model = load_quantized(folder)
-        # Buffers are left alone: rotary frequencies stay float32, as transformers has it.
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype or _loaded_dtype(model, name, parameter))
-        return model
+        return as_loaded_(load_quantized(folder), dtype)
+
+    def contents(self, folder: Path) -> Contents:
+        facts, shards = read_facts(folder), open_file(folder / TENSORS)
+        described = {name: (entry.dtype, entry.shape) for name, entry in shards.entries.items()}
+        return Contents(
+            build_empty(folder, facts.dtype),
+            read_config(folder),
+            described,
+            ((name, shards.read(name)) for name in described),
+            facts.dtype,
+            facts.shared,
+            facts.changes,
+            read_provenance(folder),
+            stored_tokenizer(folder),
+        )
 
 
 register(Native())
@@ -166,16 +175,7 @@ def load_quantized(directory: str | Path) -> Any:
             install_prefix_(model, stored_prefix(tensors, config.quantization.prefix))
         except AutoQuantError as error:
             raise AutoQuantError(f"{directory}: {error.message}") from error
-    try:
-        also = {name: tensors[source] for name, source in facts.shared.items()}
-        model.load_state_dict({**tensors, **also}, assign=True)
-        for name, source in facts.shared.items():  # one parameter again, not two that share memory
-            path, _, last = name.rpartition(".")
-            setattr(model.get_submodule(path), last, model.get_parameter(source))
-    except (RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise AutoQuantError(f"{directory}: its tensors do not fit its config: {reason}") from error
-    return model.eval()
+    return fill_(model, tensors, facts.shared, directory)
 
 
 def read_config(directory: Path) -> Config:
@@ -223,16 +223,6 @@ def _unshared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
         else:
             shared[name] = source
     return kept, shared
-
-
-def _loaded_dtype(model: Any, name: str, parameter: Tensor) -> torch.dtype:
-    """What transformers loads a parameter as: the checkpoint's dtype, whatever the tensor's own, since the code around
-    may take one dtype only; its own where the class keeps the module in float32.
-    """
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    own: torch.dtype = parameter.dtype
-    wanted: torch.dtype = model.config.dtype
-    return own if kept.intersection(name.split(".")) or not own.is_floating_point else wanted
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 import autoquant
 from autoquant.checkpoint import formats
-from autoquant.checkpoint.formats import Changes, Contents, check_format, format_named, format_of, register
+from autoquant.checkpoint.formats import Changes, Contents, Wish, check_format, format_named, format_of, register
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 from autoquant.config.format import Config, Strategy
 from autoquant.errors import AutoQuantError
@@ -29,7 +29,7 @@ class Plain:
 
     name = "plain"
 
-    def reasons_against(self, config: Config, changes: Changes) -> tuple[str, ...]:
+    def reasons_against(self, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
         return tuple(f"{rotation.path}: no rotation at inference" for rotation in changes.online)
 
     def write(self, folder: Path, contents: Contents) -> None:
@@ -37,6 +37,9 @@ class Plain:
 
     def is_mine(self, folder: Path) -> bool:
         return (folder / "plain.safetensors").is_file()
+
+    def contents(self, folder: Path) -> Contents:
+        raise AutoQuantError("plain tensors say nothing of a model")
 
     def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
         module: Any = nn.Module()
@@ -57,7 +60,7 @@ def recipe() -> Recipe:
 
 def test_a_second_format_is_one_class(tmp_path: Path, plain: None) -> None:
     for form in ("plain", "native"):
-        quantize_checkpoint(PACKAGED, tmp_path / form, recipe(), {"seed": 1}, form=form)
+        quantize_checkpoint(PACKAGED, tmp_path / form, recipe(), {"seed": 1}, wish=Wish(form))
         found = format_of(tmp_path / form)
         assert found is not None and found.name == form
         assert json.loads((tmp_path / form / PROVENANCE).read_text())["options"] == {"seed": 1}

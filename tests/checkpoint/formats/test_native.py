@@ -28,7 +28,7 @@ from autoquant.quantizer.kv_cache import quantize_cache_
 from autoquant.quantizer.linear import quantize_
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 
-PACKAGED = Path(__file__).parents[2] / "autoquant" / "data" / "wikinano1m"
+PACKAGED = Path(__file__).parents[3] / "autoquant" / "data" / "wikinano1m"
 HIDDEN, INNER, EXPERTS = 32, 24, 4
 
 
