@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
+from autoquant.checkpoint.finite import UnusedRows, find_unused, hide_unused_, show_unused_
 from autoquant.checkpoint.provenance import CONFIG, make_provenance, write_provenance
+from autoquant.checkpoint.side_files import check_links, copy_side_files
+from autoquant.checkpoint.unplaced import buffer_names, check_unturned, listed, unplaced, weights_among
 from autoquant.config.file import config_text
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
@@ -28,15 +31,13 @@ from autoquant.executor.operations import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
-from autoquant.io.folders import PROVENANCE, check_target, finished_folder
+from autoquant.io.folders import check_target, finished_folder
 from autoquant.io.safetensors_stream import INDEX, Shards, write_shard
 from autoquant.models.checkpoint_source import open_checkpoint
-from autoquant.models.load import load_checkpoint, load_skeleton
+from autoquant.models.load import load_skeleton, load_with_unplaced
 from autoquant.models.structure import ModelStructure, structure_of
+from autoquant.models.vocabulary import token_tables
 
-_OURS = (CONFIG, PROVENANCE, "autoquant.json")
-"""Files about an earlier run, which a new one does not copy."""
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json", ".ot")
 ALTERNATIVE = "disable it in the config, or use --no-rotate"
 
 Progress = Callable[[int, int], None]
@@ -67,30 +68,55 @@ def apply_checkpoint(
     check_target(source, target, force)
     stored = open_stored(source)
     resolved = resolve(config, stored.inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
-    check_plain_resolved(resolved)
-    return write_changed(stored, target, config, resolved, scales, dtype=dtype, options=options, progress=progress)
+    unused = check_stored(stored, resolved)
+    return write_changed(
+        stored, target, config, resolved, scales, unused, dtype=dtype, options=options, progress=progress
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A checkpoint folder and what its model is. ``names``: the stored names by the model's, None where transformers
-    converts tensors on loading.
+    converts tensors on loading; ``tables``: the parameters with a row for each token; ``unplaced``: tensors that the
+    class has no place for, unknown without names.
     """
 
     source: Path
     shards: Shards
     inventory: ModelStructure
     names: dict[str, str] | None
+    tables: frozenset[str] = frozenset()
+    unplaced: tuple[str, ...] = ()
 
 
 def open_stored(source: Path) -> Stored:
     """A checkpoint folder, from headers alone. Raises AutoQuantError where there is none that can be changed."""
     shards = open_checkpoint(source)
-    inventory = structure_of(load_skeleton(source))
+    check_links(source)
+    skeleton = load_skeleton(source)
+    inventory = structure_of(skeleton)
     names = match_names(inventory, shards)
+    left: tuple[str, ...] = ()
     if names is not None:
         inventory = _with_stored_dtypes(inventory, shards, names)
-    return Stored(source, shards, inventory, names)
+        left = unplaced(shards, {*names.values(), *buffer_names(skeleton)})
+    return Stored(source, shards, inventory, names, token_tables(skeleton), left)
+
+
+def check_stored(stored: Stored, resolved: Resolved) -> UnusedRows:
+    """What can be told of the weights before the work; errors as of :func:`check_plain_resolved`, and for tensors that
+    are not finite or would not be changed with the others (of a converted checkpoint the latter when it is loaded).
+    """
+    check_plain_resolved(resolved)
+    source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
+    if names is None:
+        return find_unused(source, shards.entries, shards.read, stored.tables)
+    check_unturned(source, shards, stored.unplaced, resolved)
+    if left := weights_among(shards, stored.unplaced):
+        warnings.warn(f"{source}: the model's class has no place for {listed(left)}: copied as is", stacklevel=2)
+    first = [name for name in inventory.shapes if inventory.canonical[name] == name]
+    unused = find_unused(source, first, lambda name: shards.read(names[name]), stored.tables)
+    return unused.tied(inventory.canonical)
 
 
 def write_changed(
@@ -99,28 +125,30 @@ def write_changed(
     config: Config,
     resolved: Resolved,
     scales: Scales | None,
+    unused: UnusedRows,
     *,
     dtype: torch.dtype | None = None,
     options: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Applied:
-    """Carry out what was resolved, tensor by tensor, into the folder ``target``; errors as of ``apply_checkpoint``."""
+    """Carry out what was resolved, tensor by tensor, into the folder ``target``; errors as of ``apply_checkpoint``.
+
+    ``unused``: what :func:`check_stored` found.
+    """
     source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
     if names is None:
         return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, progress)
     stored_as = names
 
     def read(name: str) -> Tensor:
-        tensor = shards.read(stored_as[name])
-        check_finite(name, tensor)
-        return tensor
+        return unused.hidden(name, shards.read(stored_as[name]))
 
     plan = make_plan(resolved, inventory, read, scales)
     check_plain_plan(plan)
     applied = summarise(plan, resolved)
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
-        _write_shards(folder, shards, plan, inventory, stored_as, read, dtype, progress)
+        _write_shards(folder, shards, plan, inventory, stored_as, read, unused, dtype, progress)
         _write_provenance(folder, source, config, applied, options)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
@@ -159,13 +187,6 @@ def check_plain_plan(plan: Plan) -> None:
         raise AutoQuantError(f"plain transformers cannot hold new biases; {ALTERNATIVE}", details[:20])
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Everything but weights and config.json: tokenizer, generation config, chat template, licence, model code."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES) and path.name not in ("config.json", *_OURS):
-            shutil.copyfile(path, folder / path.name)
-
-
 def _write_shards(
     folder: Path,
     shards: Shards,
@@ -173,6 +194,7 @@ def _write_shards(
     inventory: ModelStructure,
     names: dict[str, str],
     read: Callable[[str], Tensor],
+    unused: UnusedRows,
     dtype: torch.dtype | None,
     progress: Progress | None,
 ) -> None:
@@ -203,6 +225,7 @@ def _write_shards(
             if name:
                 tensor = execute(operations, tensor, dtype) if operations else tensor.to(dtype or tensor.dtype)
                 check_finite(name, tensor, f"overflows {tensor.dtype} when transformed; choose a wider dtype")
+                tensor = unused.restored(name, tensor)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -233,10 +256,11 @@ def _apply_loaded(
     progress: Progress | None,
 ) -> Applied:
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
-    for name in shards.entries:
-        check_finite(name, shards.read(name))
-    model = load_checkpoint(source)
+    loaded = load_with_unplaced(source, None)
+    model = loaded.model
     restore_dtypes_(model, shards)
+    check_unturned(source, shards, loaded.unplaced, resolved)
+    unused = hide_unused_(source, model)
     if dtype is not None:  # widened before the folding, narrowed after it
         model.to(torch.promote_types(model.dtype, dtype))
     plan = make_plan(resolved, structure_of(model), model.get_parameter, scales)
@@ -246,6 +270,7 @@ def _apply_loaded(
     applied = summarise(plan, resolved)
     if dtype is not None:
         model.to(dtype)
+    show_unused_(model, unused)
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
         model.save_pretrained(folder)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from autoquant.calibration.idle_experts import idle_experts
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
+from autoquant.checkpoint.finite import hide_unused_, show_unused_
 from autoquant.checkpoint.formats import NATIVE, Changes, Chosen, Contents, Wish, choose_format, write_checkpoint
 from autoquant.checkpoint.formats.native import ready
 from autoquant.checkpoint.provenance import make_provenance
+from autoquant.checkpoint.side_files import check_links
 from autoquant.checkpoint.streamed import Streamed, check_streamable, open_weights, quantize_streamed
 from autoquant.config.file import load_config
 from autoquant.config.format import Config, Strategy, edited
@@ -22,8 +24,8 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
 from autoquant.io.folders import check_target
 from autoquant.models.checkpoint_source import open_checkpoint
-from autoquant.models.load import load_causal_lm, load_skeleton
-from autoquant.models.tokenizer import load_tokenizer
+from autoquant.models.load import load_causal_lm, load_skeleton, load_with_unplaced
+from autoquant.models.tokenizer import has_tokenizer, load_tokenizer
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.quantize import Quantized, Selected, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
@@ -74,7 +76,15 @@ def quantize_checkpoint(
     check_target(source, target, force)
     progress("load", 0, 1)
     shards = open_checkpoint(source)
-    held = Streamed(source, open_weights(source)) if low_memory else InMemory(load_float32(source))
+    check_links(source)
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    held: Streamed | InMemory
+    if low_memory:
+        weights = open_weights(source)
+        held, left, unused = Streamed(source, weights), weights.unplaced, weights.unused
+    else:
+        loaded = load_with_unplaced(source, "causal-lm", torch.float32)
+        held, left, unused = InMemory(loaded.model), loaded.unplaced, hide_unused_(source, loaded.model)
     dtypes = stored_dtypes(shards, stored_names(held.inventory, shards))
     config, strategy = recipe.config, recipe.strategy
     selected = select(config, held.inventory, recipe.transforms, recipe.seed)
@@ -83,6 +93,7 @@ def quantize_checkpoint(
     if low_memory:
         check_streamable(config, strategy, selected)
     batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
+    unused.check(batches)
     prepared = prepare_held_(held, selected, config, strategy, batches, cache=has_static_cache(recipe), tell=progress)
     if isinstance(held, Streamed):
         quantized = Quantized(idle=idle_experts(plan_linears(config, strategy), prepared.swept.inputs))
@@ -93,6 +104,7 @@ def quantize_checkpoint(
             held.model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at)
         )
         narrow_(held.model, dtypes)
+        show_unused_(held.model, unused)
         made = ready(held.model)
     progress("write", 0, 1)
     changes = changes_of(prepared.plan, quantized)
@@ -106,8 +118,8 @@ def quantize_checkpoint(
         dtypes.most,
         made.shared,
         changes,
-        provenance(source, recipe, prepared.plan, options, quantized),
-        load_tokenizer(source),
+        provenance(source, recipe, prepared.plan, options, quantized, left),
+        tokenizer,
     )
     write_checkpoint(target, contents, chosen.form, force=force)
     return Done(quantized, chosen)
@@ -160,14 +172,20 @@ def changes_of(plan: Plan, quantized: Quantized) -> Changes:
 
 
 def provenance(
-    source: Path | str, recipe: Recipe, plan: Plan, options: dict[str, Any], quantized: Quantized
+    source: Path | str,
+    recipe: Recipe,
+    plan: Plan,
+    options: dict[str, Any],
+    quantized: Quantized,
+    left: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """How a model was made."""
+    """How a model was made; ``left``: the tensors of its source that the class has no place for."""
     result = {
         "strategy": recipe.strategy.value,
         "output_errors": {name: float(f"{error:.3g}") for name, error in quantized.errors.items()},
         "rounded_to_nearest": list(quantized.nearest),
         "idle_experts": {module: list(numbers) for module, numbers in quantized.idle.items()},
+        "left_behind": list(left),
     }
     return make_provenance("quantize", source, recipe.config, options, plan.constructions, result)
 

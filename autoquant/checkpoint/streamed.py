@@ -9,6 +9,7 @@ quantized and written.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from autoquant.calibration.observers import Sweep, sweep
 from autoquant.calibration.runner import LayerByLayer, Progress, silent
 from autoquant.checkpoint.apply import match_names
 from autoquant.checkpoint.dtypes import Dtypes
+from autoquant.checkpoint.finite import UnusedRows, find_unused
 from autoquant.checkpoint.formats.native import Ready
+from autoquant.checkpoint.unplaced import buffer_names, listed, unplaced
 from autoquant.config.format import Config, SmoothingMethod, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite
@@ -35,6 +38,7 @@ from autoquant.io.safetensors_writer import Described
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.load import build_empty, load_skeleton
 from autoquant.models.structure import ModelStructure, record_untied_, structure_of
+from autoquant.models.vocabulary import token_tables
 from autoquant.pipeline.quantize import Selected, linear_groups
 from autoquant.quantizer.kv_cache import install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
@@ -101,7 +105,7 @@ class Streamed:
 class Weights:
     """A checkpoint's parameters in float32 with plans carried out, computed when asked for.
 
-    ``inventory`` describes them as they are after the plans.
+    ``inventory`` describes them as they are after the plans; ``unplaced`` are stored tensors without a place.
     """
 
     shards: Shards
@@ -109,6 +113,8 @@ class Weights:
     inventory: ModelStructure
     plans: tuple[Plan, ...] = ()
     inventories: tuple[ModelStructure, ...] = field(default=())
+    unused: UnusedRows = field(default_factory=UnusedRows)
+    unplaced: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """One parameter, float32."""
@@ -116,7 +122,7 @@ class Weights:
 
     def _read(self, name: str, plans: int) -> Tensor:
         if not plans:
-            return self.shards.read(self.stored[name]).float()
+            return self.unused.hidden(name, self.shards.read(self.stored[name]).float())
         plan, before = self.plans[plans - 1], self.inventories[plans - 1]
         if name in plan.created:
             tensor = torch.zeros(before.shapes[plan.created[name]][0])
@@ -150,15 +156,23 @@ class Weights:
 
 
 def open_weights(source: Path) -> Weights:
-    """The parameters of a checkpoint folder. Raises AutoQuantError where their names are not the model's own."""
+    """The parameters of a checkpoint folder. Warns of tensors that are not used, and as ``find_unused`` does.
+
+    Raises AutoQuantError where their names are not the model's own, and where they are not finite.
+    """
     shards = open_checkpoint(source)
-    inventory = structure_of(load_skeleton(source))
+    skeleton = load_skeleton(source)
+    inventory = structure_of(skeleton)
     stored = match_names(inventory, shards)
     if stored is None:
         raise AutoQuantError(f"{source}: transformers renames its tensors on loading; go without --low-memory")
-    return Weights(
-        shards, stored, dataclasses.replace(inventory, dtypes=dict.fromkeys(inventory.shapes, torch.float32))
-    )
+    left = unplaced(shards, {*stored.values(), *buffer_names(skeleton)})
+    if left:
+        warnings.warn(f"{source}: the model's class has no place for {listed(left)}: not loaded", stacklevel=2)
+    first = [name for name in inventory.shapes if inventory.canonical[name] == name]
+    unused = find_unused(source, first, lambda name: shards.read(stored[name]), token_tables(skeleton))
+    float32 = dataclasses.replace(inventory, dtypes=dict.fromkeys(inventory.shapes, torch.float32))
+    return Weights(shards, stored, float32, unused=unused.tied(inventory.canonical), unplaced=left)
 
 
 def _build(source: Path, weights: Weights) -> Any:
@@ -231,6 +245,6 @@ def _tensors(
         if name in weights.inventory.shapes:
             tensor = weights.read(name).to(dtype)
             check_finite(name, tensor, f"overflows {dtype}")
-            yield name, tensor
+            yield name, weights.unused.restored(name, tensor)
         elif not state[name].is_meta:
             yield name, state[name]

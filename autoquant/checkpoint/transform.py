@@ -5,6 +5,7 @@ Resolve once, load the model and rotate it, run the calibration text, make scale
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import GroupMaxima, collect_activation_maxima, load_maxima, save_maxima
 from autoquant.calibration.windows import CalibrationOptions, calibration_windows
-from autoquant.checkpoint.apply import Stored, check_plain_resolved, open_stored, write_changed
+from autoquant.checkpoint.apply import Stored, check_stored, open_stored, write_changed
+from autoquant.checkpoint.finite import hide_unused_
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.config.format import Config, SmoothingKind
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import Applied, check_finite
+from autoquant.executor.apply import Applied
 from autoquant.executor.plan import Scales, make_plan
 from autoquant.executor.resolved import Resolved
 from autoquant.io.files import check_target as check_file
@@ -82,7 +84,7 @@ def transform_checkpoint(
     resolved = resolve_transforms(config, stored.inventory, options.transforms, options.seed, keys=keys)
     if not (resolved.spaces or resolved.groups or resolved.online):
         raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")
-    check_plain_resolved(resolved)
+    unused = check_stored(stored, resolved)
     scales = _scales(stored, resolved, options, progress) if resolved.groups else None
     applied = write_changed(
         stored,
@@ -90,6 +92,7 @@ def transform_checkpoint(
         config,
         resolved,
         scales,
+        unused,
         dtype=options.dtype,
         options=recorded,
         progress=lambda *at: progress("apply", *at),
@@ -110,10 +113,12 @@ def _scales(
     if found is None and not windows:
         raise AutoQuantError("smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without")
     progress("load", 0, 1)
-    held = InMemory(_load(stored.source))
+    with warnings.catch_warnings():  # what is to be said of the stored weights was said
+        warnings.simplefilter("ignore")
+        model = _load(stored.source)
+        hide_unused_(stored.source, model).check(windows)
+    held = InMemory(model)
     plan = make_plan(replace(resolved, groups=()), structure_of(held.model), held.read, None)
-    for name in plan.operations:
-        check_finite(name, held.read(name))
     held.execute_(plan)
     if found is None:
         found = collect_activation_maxima(

@@ -7,11 +7,13 @@ quantized already, code of their own that is not trusted, pickles, adapters with
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,20 @@ from autoquant.models.structure import record_untied_
 from autoquant.models.tasks import Kind
 
 BATCH, TOKENS = 2, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model, and the stored tensors that its class has no place for."""
+
+    model: Any
+    unplaced: tuple[str, ...]
+
+
 _NAMED = 5
 """Weights named in a message; of the others the number is said."""
+OLD_BUFFER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Names of what classes kept in checkpoints once and now compute."""
 _LEFT_OUT = (ADAPTER, ".metadata", "*.distcp")
 """What transformers would load in place of the weights, or beside them, and what of it is a pickle."""
 
@@ -61,12 +75,19 @@ def load_causal_lm(
     Raises AutoQuantError where it cannot be loaded, and where a weight is missing or has another shape.
     """
     folder = checkpoint_folder(source, trust_remote_code=trust_remote_code)
-    return _load(folder, "causal-lm", dtype, device, trust_remote_code, quantized)
+    return _load(folder, "causal-lm", dtype, device, trust_remote_code, quantized).model
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
     """What :func:`load_causal_lm` does, by the checkpoint's own auto class."""
-    return _load(folder, None, dtype, None, trust_remote_code, False)
+    return load_with_unplaced(folder, None, dtype, trust_remote_code=trust_remote_code).model
+
+
+def load_with_unplaced(
+    folder: Path, task: Kind | None, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> Loaded:
+    """The model of a folder, and which of its tensors the class has no place for; ``task`` None: its own."""
+    return _load(folder, task, dtype, None, trust_remote_code, False)
 
 
 def load_weights(
@@ -99,15 +120,50 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module
     shards = open_checkpoint(folder)
     config = load_settings(folder, trust_remote_code=trust_remote_code)
     module = build_structure(ModelSource(str(folder), config, None, folder, trust_remote_code))
+    for name in _differing(module, shards):
+        owner, _, last = name.rpartition(".")
+        empty = torch.empty_like(module.get_parameter(name))
+        module.get_submodule(owner)._parameters[last] = nn.Parameter(empty, requires_grad=False)
+        _say_untied_(module, folder, name)
+    return module
+
+
+def as_stored(source: ModelSource) -> ModelSource:
+    """A checkpoint's source whose configuration ties embeddings only where the file holds no different ones.
+
+    Any other source, and a folder without readable weights, is returned as it is.
+    """
+    folder = source.checkpoint
+    parts = sub_configs(source.config).values() if source.config is not None else ()
+    if folder is None or not any(vars(part).get("tie_word_embeddings") for part in parts):
+        return source
+    try:
+        shards = open_checkpoint(folder)
+    except AutoQuantError:  # a configuration alone, or weights that only their reader has to understand
+        return source
+    differing = _differing(build_structure(source), shards)
+    if not differing:
+        return source
+    config = copy.deepcopy(source.config)
+    for part in sub_configs(config).values():
+        if hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = False
+    _warn_untied(folder, differing[0])
+    return replace(source, config=config)
+
+
+def _differing(module: nn.Module, shards: Shards) -> list[str]:
+    """Names of tied parameters of which the file holds other values than of the first of their group."""
+    found: list[str] = []
     for group in ties_of(module):
         first, *others = [name for name in group if name in shards.entries] or [""]
-        for name in others:
-            if not torch.equal(shards.read(first), shards.read(name)):
-                owner, _, last = name.rpartition(".")
-                empty = torch.empty_like(module.get_parameter(name))
-                module.get_submodule(owner)._parameters[last] = nn.Parameter(empty, requires_grad=False)
-                _say_untied_(module, folder, name)
-    return module
+        found += [name for name in others if not _same(shards.read(first), shards.read(name))]
+    return found
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if two tensors hold the same values, NaNs included, in whatever dtypes."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def load_settings(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -182,7 +238,7 @@ def _load(
     device: torch.device | str | None,
     trust_remote_code: bool,
     quantized: bool,
-) -> Any:
+) -> Loaded:
     shards = open_checkpoint(folder, quantized=quantized)
     config = load_settings(folder, trust_remote_code=trust_remote_code)
     tasks = kinds_of(config)
@@ -209,8 +265,8 @@ def _load(
         kept = [c for c in model._weight_conversions if prefix.keys().isdisjoint(c.source_patterns)]
         model._weight_conversions = kept
     model.config.name_or_path = model.name_or_path = str(folder)
-    _check_weights(folder, shards, model, info, quantized)
-    return model.eval() if device is None else model.eval().to(device)
+    left = _check_weights(folder, shards, model, info, quantized)
+    return Loaded(model.eval() if device is None else model.eval().to(device), left)
 
 
 def _check_code(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
@@ -242,8 +298,12 @@ def _plain_view(folder: Path) -> Iterator[Path]:
         yield view
 
 
-def _check_weights(folder: Path, shards: Shards, model: Any, info: Mapping[str, Any], quantized: bool) -> None:
-    """Raise AutoQuantError for weights that would be random numbers; warn of tensors that are not used."""
+def _check_weights(
+    folder: Path, shards: Shards, model: Any, info: Mapping[str, Any], quantized: bool
+) -> tuple[str, ...]:
+    """Raise AutoQuantError for weights that would be random numbers; warn of tensors that are not used, and return
+    their names.
+    """
     stored = shards.entries
     unused = sorted(info["unexpected_keys"])
     wrong = {
@@ -265,12 +325,13 @@ def _check_weights(folder: Path, shards: Shards, model: Any, info: Mapping[str, 
                     "folded: start from the original model"
                 )
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    patterns.append(re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$"))
+    patterns.append(OLD_BUFFER)
     own = model.state_dict().keys()
     dropped = [name for name in stored if name not in own and any(p.search(name) for p in patterns)]
-    if left := sorted({*unused, *dropped}):
-        warnings.warn(f"{folder}: the model's class has no place for {_listed(left)}: left behind", stacklevel=2)
+    if left := sorted({*unused, *dropped}, key=lambda name: (OLD_BUFFER.search(name) is not None, name)):
+        warnings.warn(f"{folder}: the model's class has no place for {_listed(left)}: not loaded", stacklevel=2)
     _check_ties_(folder, shards, model)
+    return tuple(left)
 
 
 def _check_ties_(folder: Path, shards: Shards, model: Any) -> None:
@@ -289,7 +350,11 @@ def _check_ties_(folder: Path, shards: Shards, model: Any) -> None:
 
 def _say_untied_(model: nn.Module, folder: Path, name: str) -> None:
     record_untied_(model)
-    warnings.warn(f"{folder}: config.json ties {name}, the file holds another one: taken as untied", stacklevel=3)
+    _warn_untied(folder, name)
+
+
+def _warn_untied(folder: Path, name: str) -> None:
+    warnings.warn(f"{folder}: config.json ties {name}, the file holds another one: taken as untied", stacklevel=4)
 
 
 def _listed(names: list[str]) -> str:

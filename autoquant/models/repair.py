@@ -24,6 +24,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.library_patches import DataDependentOutputException, FakeTensorMode
 from autoquant.models import source as naming
 from autoquant.models.inputs import make_inputs, reads_text
+from autoquant.models.load import as_stored
 from autoquant.models.source import (
     ModelSource,
     build_module,
@@ -86,6 +87,7 @@ def find_source(
         if made is None:
             raise
         source = replace(made, kind=kind)
+    source = as_stored(source)
     if source.config is not None and source.checkpoint is None and _is_type(model):
         for repair in find_repairs(source) if source.repairs else _type_repairs(model, kind):
             source = replace(

@@ -9,6 +9,13 @@ from autoquant.errors import AutoQuantError
 from autoquant.models.checkpoint_source import checkpoint_folder
 from autoquant.models.source import one_line, quiet
 
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "spiece*", "sentencepiece*", "tekken.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if any file of a tokenizer is there."""
+    return any(True for pattern in _FILES for _ in folder.glob(pattern))
+
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint's folder or of a hub id.
@@ -18,6 +25,11 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     folder = checkpoint_folder(source, weights=False, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer
 
+    if not has_tokenizer(folder):
+        raise AutoQuantError(
+            f"{source}: has no tokenizer, which calibration texts need: put its files there, or use dynamic "
+            "activations without smoothing"
+        )
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

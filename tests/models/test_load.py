@@ -19,6 +19,8 @@ from torch import Tensor
 from autoquant.capture.identity import ties_of
 from autoquant.errors import AutoQuantError
 from autoquant.models.load import load_causal_lm, load_checkpoint, load_skeleton
+from autoquant.models.repair import resolve
+from autoquant.models.source import build_structure
 from autoquant.models.tokenizer import load_tokenizer
 
 PACKAGED = Path(__file__).parents[2] / "autoquant" / "data" / "wikinano1m"
@@ -100,7 +102,7 @@ def test_another_shape_is_said(folder: Path) -> None:
 def test_tensors_without_a_place_are_named(folder: Path) -> None:
     mtp = {"mtp.fc.weight": torch.ones(2, 2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
     change(folder, lambda tensors: tensors.update(mtp))
-    with pytest.warns(UserWarning, match=r"no place for model.layers.0.self_attn.rotary_emb.inv_freq, mtp.fc.weight"):
+    with pytest.warns(UserWarning, match=r"no place for mtp.fc.weight, model.layers.0.self_attn.rotary_emb.inv_freq"):
         assert torch.equal(logits(load_causal_lm(folder, dtype=torch.float32)), wanted())
 
 
@@ -114,6 +116,25 @@ def test_tied_by_the_config_yet_different(folder: Path) -> None:
     with pytest.warns(UserWarning, match="taken as untied"):
         assert ties_of(load_skeleton(folder)) == ()
     assert ties_of(load_skeleton(PACKAGED)) == ((EMBEDDING, "lm_head.weight"),)
+
+
+def test_the_analysis_takes_it_as_untied_too(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING] * 2}))
+    with pytest.warns(UserWarning, match="taken as untied"):
+        source = resolve(str(folder))
+    assert ties_of(build_structure(source)) == ()
+    assert ties_of(build_structure(resolve(str(PACKAGED)))) == ((EMBEDDING, "lm_head.weight"),)
+    (folder / "model.safetensors").unlink()
+    assert resolve(str(folder)).config.tie_word_embeddings is True, "a configuration alone says what is tied"
+
+
+def test_rows_that_are_no_numbers_stay_tied(folder: Path) -> None:
+    def copied(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EMBEDDING][5] = torch.nan
+        tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+
+    change(folder, copied)
+    assert ties_of(load_skeleton(folder)) == ((EMBEDDING, "lm_head.weight"),)
 
 
 def test_tied_and_equal_stays_tied(folder: Path) -> None:
@@ -243,7 +264,7 @@ def test_no_tokenizer_is_one_line(folder: Path) -> None:
     assert load_tokenizer(folder).bos_token_id is not None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(AutoQuantError, match="no tokenizer can be loaded") as caught:
+    with pytest.raises(AutoQuantError, match="has no tokenizer, which calibration texts need: put its") as caught:
         load_tokenizer(folder)
     assert "\n" not in caught.value.message
 

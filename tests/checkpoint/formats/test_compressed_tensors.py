@@ -325,7 +325,7 @@ def test_another_tools_folder_runs_and_is_not_converted(made: Path, tmp_path: Pa
     assert model(windows()[0]).logits.isfinite().all()
     with pytest.raises(AutoQuantError, match=r"has no autoquant_config.json: another tool wrote it"):
         convert_checkpoint(folder, tmp_path / "native", Wish(NATIVE))
-    with pytest.raises(AutoQuantError, match="has no autoquant_config.json, so that a copy of it cannot be written"):
+    with pytest.raises(AutoQuantError, match=r"has no autoquant_config.json, so that a copy of it cannot be written"):
         model.save_pretrained(tmp_path / "copy")
     with pytest.raises(AutoQuantError, match="is quantized already"):
         quantize_checkpoint(folder, tmp_path / "again", recipe(TOKEN), {})
