@@ -19,7 +19,7 @@ from torch import Tensor
 from autoquant.capture.identity import ties_of
 from autoquant.errors import AutoQuantError
 from autoquant.models.load import load_causal_lm, load_checkpoint, load_skeleton
-from autoquant.models.repair import resolve
+from autoquant.models.repair import find_source
 from autoquant.models.source import build_structure
 from autoquant.models.tokenizer import load_tokenizer
 
@@ -121,11 +121,11 @@ def test_tied_by_the_config_yet_different(folder: Path) -> None:
 def test_the_analysis_takes_it_as_untied_too(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING] * 2}))
     with pytest.warns(UserWarning, match="taken as untied"):
-        source = resolve(str(folder))
+        source = find_source(str(folder))
     assert ties_of(build_structure(source)) == ()
-    assert ties_of(build_structure(resolve(str(PACKAGED)))) == ((EMBEDDING, "lm_head.weight"),)
+    assert ties_of(build_structure(find_source(str(PACKAGED)))) == ((EMBEDDING, "lm_head.weight"),)
     (folder / "model.safetensors").unlink()
-    assert resolve(str(folder)).config.tie_word_embeddings is True, "a configuration alone says what is tied"
+    assert find_source(str(folder)).config.tie_word_embeddings is True, "a configuration alone says what is tied"
 
 
 def test_rows_that_are_no_numbers_stay_tied(folder: Path) -> None:
