@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from autoquant.certificate.claims import ProofNote
     from autoquant.config.format import Config
     from autoquant.models.source import ModelSource
     from autoquant.pipeline.select import Transforms
@@ -67,6 +68,30 @@ def source_of(
     from autoquant.models.example import module_source
 
     return module_source(model, example_inputs)
+
+
+def proof_of(
+    config: Config, model: str | Path | nn.Module, example_inputs: Any, unproved: bool, progress: Progress
+) -> ProofNote:
+    """How the claims of a config that is about to be applied to ``model`` stand, a folder or a module; they are proved
+    now where they were edited. Raises AutoQuantError where they do not hold, unless ``unproved`` asks for them anyway.
+    """
+    from autoquant.certificate.ensure import ensure_proved
+    from autoquant.models.source import named_type
+
+    if isinstance(model, str | Path):
+        found = named_type(str(model))
+    else:
+        found = getattr(getattr(model, "config", None), "model_type", None)
+
+    def source() -> ModelSource:
+        if not isinstance(model, str | Path):
+            return source_of(model, example_inputs, None, None, False)
+        from autoquant.models.repair import of_structure
+
+        return of_structure(str(model), config.provenance.fingerprint)
+
+    return ensure_proved(config, source, found, unproved=unproved, progress=steps_of(progress))
 
 
 def batches_of(

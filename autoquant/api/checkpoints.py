@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoquant.api.arguments import IMPORTING, batches_of, config_of, dtype_of, steps_of, transforms_of
+from autoquant.api.arguments import IMPORTING, batches_of, config_of, dtype_of, proof_of, steps_of, transforms_of
 from autoquant.config.strategies import parse_strategy
 from autoquant.errors import AutoQuantError
 from autoquant.steps import Progress, silent
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from autoquant.checkpoint.quantize import Done
     from autoquant.checkpoint.transform import TransformOptions
     from autoquant.config.format import Config
     from autoquant.pipeline.select import Transforms
@@ -43,6 +45,8 @@ def apply(
     dtype: str | torch.dtype | None = None,
     inplace: bool = False,
     force: bool = False,
+    example_inputs: Any = None,
+    unproved: bool = False,
     progress: Progress = silent,
 ) -> Any:
     """Rotate and smooth by a config, the function unchanged: a checkpoint to the folder ``output``, or a module.
@@ -52,7 +56,11 @@ def apply(
     with the ``tokenizer`` that reads it; only smoothing needs one. For folders alone: ``maxima`` kept by an earlier
     ``save_maxima``, in place of calibration, and the ``dtype`` of the weights written (None: as stored).
 
-    Raises AutoQuantError, with nothing written, where anything does not fit or smoothing has nothing to calibrate on.
+    Claims that were edited since they were proved are proved again, of a module on what ``example_inputs`` call (as for
+    :func:`analyze`); ``unproved`` goes on without, which is recorded.
+
+    Raises AutoQuantError, with nothing written, where anything does not fit or is not proved, and where smoothing has
+    nothing to calibrate on.
     """
     loaded = config_of(config)
     progress(IMPORTING, 0, 0)
@@ -70,7 +78,7 @@ def apply(
         kept, keep = (None if path is None else Path(path) for path in (maxima, save_maxima))
         wanted = TransformOptions(chosen, given, kept, keep, seed, dtype_of(dtype))
         recorded = {"calibration": text, "maxima": maxima, "sequences": sequences, "length": length, "seed": seed}
-        return _applied(str(model), Path(output), loaded, wanted, recorded, force, progress)
+        return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, progress)
     if output is not None or maxima is not None or save_maxima is not None or dtype is not None:
         raise AutoQuantError("a module in memory takes no output, maxima, save_maxima or dtype")
     from autoquant.models.structure import structure_of
@@ -81,6 +89,7 @@ def apply(
     selected = select(loaded, structure_of(model), chosen, seed)
     if selected.resolved.groups and not batches:
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
+    proof_of(loaded, model, example_inputs, unproved, progress)
     changed = model if inplace else copy.deepcopy(model)
     prepare_(changed, loaded, loaded.quantization.strategy, chosen, batches, seed, cache=False, tell=progress)
     return changed
@@ -93,18 +102,21 @@ def _applied(
     wanted: TransformOptions,
     recorded: dict[str, Any],
     force: bool,
+    unproved: bool,
     progress: Progress,
 ) -> Written:
     from autoquant.checkpoint.transform import transform_checkpoint
+    from autoquant.io.folders import check_target
     from autoquant.models.checkpoint_source import checkpoint_folder
     from autoquant.report.results import Written
 
     dtype = "as-stored" if wanted.dtype is None else str(wanted.dtype).removeprefix("torch.")
     options = {name: str(value) if isinstance(value, Path) else value for name, value in recorded.items()}
     options |= {"transforms": str(wanted.transforms), "dtype": dtype}
-    done = transform_checkpoint(
-        checkpoint_folder(model), config, target, wanted, recorded=options, force=force, progress=progress
-    )
+    folder = checkpoint_folder(model)
+    check_target(folder, target, force)
+    wanted = replace(wanted, proof=proof_of(config, folder, None, unproved, progress))
+    done = transform_checkpoint(folder, config, target, wanted, recorded=options, force=force, progress=progress)
     applied = done.applied
     untied = f", untied: {', '.join(applied.untied)}" if applied.untied else ""
     counts = f"{target}: {applied.tensors} tensors changed, {done.smoothed} groups smoothed{untied}"
@@ -130,17 +142,20 @@ def quantize(
     low_memory: bool = False,
     inplace: bool = False,
     force: bool = False,
+    example_inputs: Any = None,
+    unproved: bool = False,
     progress: Progress = silent,
 ) -> Any:
     """Rotate, smooth and quantize to int8: a folder to the folder ``output``, or a module in memory.
 
     Of a folder the result says what was written (``load`` makes a runnable model of it); of a module it is the changed
     module, a copy unless ``inplace``, whose ``save_pretrained`` writes a native folder. Without a ``config`` a folder
-    is analyzed first.
+    is analyzed first. Claims that were edited since they were proved are proved again, of a module on what
+    ``example_inputs`` call; ``unproved`` goes on without, which is recorded.
 
     ``format``: 'compressed-tensors', which servers load, or 'native', which holds everything; None: the first where it
     can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers' or 'any'; None: vllm, if it
-    can. Raises AutoQuantError, with nothing written, where anything does not fit.
+    can. Raises AutoQuantError, with nothing written, where anything does not fit or is not proved.
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
@@ -156,23 +171,23 @@ def quantize(
             )
         loaded = config_of(config)
         batches = batches_of(calibration, tokenizer, sequences, length, seed)
-        recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
+        proof = proof_of(loaded, model, example_inputs, unproved, progress)
+        recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
         from autoquant.checkpoint.in_memory import quantize_module_
 
         return quantize_module_(model if inplace else copy.deepcopy(model), recipe, progress)
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
-    from autoquant.calibration.idle_experts import idle_text
     from autoquant.io.folders import check_target
     from autoquant.models.tokenizer import load_tokenizer
-    from autoquant.report.results import Written
 
     source, folder = Path(model), Path(output)
     check_target(source, folder, force)
     loaded = config_of(config) if config is not None else config_for(str(source), None, steps_of(progress))
     reads = isinstance(calibration, str | Path)
     batches = batches_of(calibration, load_tokenizer(source) if reads else None, sequences, length, seed)
-    recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
+    proof = proof_of(loaded, source, None, unproved, progress)
+    recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
     options = {
         "strategy": recipe.strategy.value,
         "transforms": str(chosen),
@@ -184,9 +199,16 @@ def quantize(
     done = quantize_checkpoint(
         source, folder, recipe, options, low_memory=low_memory, force=force, wish=wish, progress=progress
     )
+    return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options)
+
+
+def _quantized(done: Done, source: Path, folder: Path, what: str, options: dict[str, Any]) -> Written:
+    from autoquant.calibration.idle_experts import idle_text
+    from autoquant.report.results import Written
+
     idle, form = done.quantized.idle, done.chosen.form
     before, after = (sum(path.stat().st_size for path in place.glob("*.safetensors")) for place in (source, folder))
-    said = [f"{folder}: {recipe.strategy.value} after {chosen}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB, {form}"]
+    said = [f"{folder}: {what}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB, {form}"]
     said += [f"format native, not compressed-tensors: {reason}" for reason in done.chosen.against[:_REASONS]]
     said += [idle_text(idle)] if idle else []
     facts = {"format": form, "bytes_before": before, "bytes_after": after, "idle_experts": dict(idle)}

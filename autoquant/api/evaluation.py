@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoquant.api.arguments import IMPORTING, config_of, steps_of, transforms_of
+from autoquant.api.arguments import IMPORTING, config_of, proof_of, steps_of, transforms_of
 from autoquant.api.checkpoints import load
 from autoquant.config.spelling import did_you_mean
 from autoquant.config.strategies import parse_strategies, parse_strategy
@@ -38,12 +38,14 @@ def search(
     offline: bool = False,
     seed: int = 0,
     device: str = "auto",
+    unproved: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Found:
     """Set a config's knobs for one strategy by what they do on held-out calibration text.
 
     ``model`` is a folder. ``sequences`` windows of ``length`` tokens are fitted on, ``held_out`` further ones judge;
-    ``budget``: minutes. ``tell`` is told of each candidate. Raises AutoQuantError.
+    ``budget``: minutes. ``tell`` is told of each candidate. Claims that were edited since they were proved are proved
+    again; ``unproved`` goes on without. Raises AutoQuantError.
     """
     loaded = config_of(config)
     chosen = loaded.quantization.strategy if strategy is None else parse_strategy(strategy)
@@ -63,6 +65,7 @@ def search(
             raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
     folder, text, place = Path(model), Path(calibration), device_of(device)
     tokenizer = load_tokenizer(folder)
+    proof_of(loaded, folder, None, unproved, lambda step, done, total: tell(step))
     lower = "--sequences, --held-out or --length"
     windows = calibration_windows(tokenizer, CalibrationOptions(text, sequences + held_out, length, seed, lower=lower))
     judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
@@ -151,13 +154,15 @@ def compare(
     batch: int = 1,
     seed: int | None = None,
     device: str = "auto",
+    unproved: bool = False,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Compared:
     """Perplexity of every strategy after every combination of transforms, as one table.
 
     The folder ``output`` takes report.md, report.json and a file for each finished cell: after an interruption the
-    same call goes on where it stopped. ``strategies`` and ``transforms`` are lists with commas. Raises AutoQuantError.
+    same call goes on where it stopped. ``strategies`` and ``transforms`` are lists with commas. Claims that were edited
+    since they were proved are proved again; ``unproved`` goes on without, which is reported. Raises AutoQuantError.
     """
     chosen = parse_strategies(strategies)
     folder, target, text = Path(model), Path(output), Path(calibration)
@@ -181,7 +186,9 @@ def compare(
     windows = cut_windows(tokenize(tokenizer, read_text(Path(data))), length, tokenizer.bos_token_id, tokens)
     batches = calibration_windows(tokenizer, CalibrationOptions(text, sequences, length, seed))
     loaded = config_of(config) if config is not None else config_for(str(folder), None, steps_of(progress))
+    proof = proof_of(loaded, folder, None, unproved, progress)
     settings = {"tokens": tokens, "window": length, "sequences": sequences, "seed": seed, "device": str(place)}
+    settings |= {} if proof.proved else {"proof": proof.how}
     inputs = describe_inputs(folder, Path(data), text, **settings)
     task = Task(loaded, wanted, chosen, windows, batches, seed, inputs, batch)
     cells = measure(task, lambda: load_float32(folder).to(place), target / "cells", tell)

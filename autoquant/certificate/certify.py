@@ -80,12 +80,15 @@ def _said(why: str, name: str) -> str:
     return why.removeprefix(f"'{name}' ")
 
 
-def small_claims(analyzed: Analyzed, source: ModelSource, seed: int, progress: Callable[[str], None]) -> SmallClaims:
+def small_claims(
+    analyzed: Analyzed, source: ModelSource, seed: int, progress: Callable[[str], None], *, some: bool = False
+) -> SmallClaims:
     """A small random model and the claims of the full-size one, carried over. Raises AutoQuantError.
 
     Its windows are shorter than its longest run. Where one layer of every kind is too few, two are taken: layers that
     share parameters, or that all read one tensor from outside, make a claim across them, which one of them alone does
-    not show. Where what a layer does may hang on its number, there are eight.
+    not show. Where what a layer does may hang on its number, there are eight. ``some``: the full-size config holds some
+    of the analysis's claims only.
     """
     progress("building the small model")
     first, failure = None, None
@@ -93,7 +96,7 @@ def small_claims(analyzed: Analyzed, source: ModelSource, seed: int, progress: C
         if tried > 1:
             progress("building a deeper small model")
         try:
-            found = _carried(analyzed, source, tried, seed)
+            found = _carried(analyzed, source, tried, seed, some)
         except AutoQuantError as error:
             failure = failure or error
             continue
@@ -108,14 +111,14 @@ def small_claims(analyzed: Analyzed, source: ModelSource, seed: int, progress: C
     return first
 
 
-def _carried(analyzed: Analyzed, source: ModelSource, each: int, seed: int) -> SmallClaims:
+def _carried(analyzed: Analyzed, source: ModelSource, each: int, seed: int, some: bool) -> SmallClaims:
     loaded = _small(source, seed, each)
     if source.config is not None and hangs_on_depth(loaded):
         loaded = _small(source, seed, max(each, DEEP))
     config, captured = _analysed(source, loaded)
     randomise_buffers_(loaded, captured, seed)
     held = [name for name, _ in loaded.module.named_parameters(remove_duplicate=False)]
-    matched = match(analyzed.config, config, held, aligned=_aligned(source, loaded))
+    matched = match(analyzed.config, config, held, aligned=_aligned(source, loaded), some=some)
     return SmallClaims(widened(loaded), matched.config, matched.refused)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
-from autoquant.config.format import Blocked, Config, edited
-from autoquant.config.layers import layer_numbers
+from autoquant.config.format import Blocked, Config, SmoothingGroup, Space, edited
+from autoquant.config.layers import layer_bits, layer_numbers
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
+
+_Named = TypeVar("_Named", SmoothingGroup, Space)
 
 Claim = tuple[str, str]
 """(name, kind); an online rotation goes by its path."""
@@ -27,6 +31,25 @@ REFUSED = "claimed by the analysis, refused by the proof"
 """How the reason of a claim begins that the analysis made and the proof took out."""
 
 MAX_SHOWN = 20
+
+Standing = Literal["proved", "edited", "unknown", "unproved"]
+
+IN_WORDS: dict[Standing, str] = {
+    "proved": "proved",
+    "edited": "edited since it was proved",
+    "unknown": "proved by a version that kept no digest of its claims",
+    "unproved": "not proved",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProofNote:
+    """How the claims of a config that is applied stand, for the provenance: ``proved`` True if they are proved, by the
+    file's certificate or just now; ``how`` says which.
+    """
+
+    proved: bool
+    how: str
 
 
 def claims(config: Config) -> Iterator[Claim]:
@@ -71,6 +94,18 @@ def digest_of(config: Config) -> str:
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def standing(config: Config) -> Standing:
+    """How a config's claims stand to its certificate: ``edited`` where their digest is not the one that was proved,
+    ``unknown`` where the certificate holds none, ``unproved`` where there is no proof at all.
+    """
+    certificate = config.certificate
+    if certificate is None or not certificate.proved:
+        return "unproved"
+    if certificate.digest is None:
+        return "unknown"
+    return "proved" if certificate.digest == digest_of(config) else "edited"
+
+
 def _value(item: object) -> object:
     if isinstance(item, tuple):
         return [_value(one) for one in item]
@@ -86,7 +121,11 @@ def said_by(config: Config) -> Iterator[tuple[str, str, dict[str, object]]]:
         ("linear", [(linear.weight, linear) for linear in config.model.linears]),
     ):
         for name, claim in found:
-            yield what, name, {key: getattr(claim, key) for key in SAID[what]}
+            yield what, name, _said(what, claim)
+
+
+def _said(what: str, claim: object) -> dict[str, object]:
+    return {key: getattr(claim, key) for key in SAID[what]}
 
 
 def differences(config: Config, found: Config) -> list[str]:
@@ -107,7 +146,7 @@ def differences(config: Config, found: Config) -> list[str]:
             names = [n for w, n in by_name if w == what]
             problems.append(f"'{name}' is no {what} of {model}{did_you_mean(name, names)}")
             continue
-        apart = [key for key in SAID[what] if claim[key] != same[0][key]]
+        apart = [key for key in SAID[what] if _unordered(claim[key]) != _unordered(same[0][key])]
         problems += [f"'{name}': its {key} differ from the analysis of {model}" for key in apart]
     for what, name, claim in said_by(found):
         if what == "linear" and not any(w == what and claim["weight"] == c["weight"] for w, _, c in said_by(config)):
@@ -117,7 +156,7 @@ def differences(config: Config, found: Config) -> list[str]:
 
 def _within(what: str, claim: dict[str, object], allowed: dict[str, object]) -> bool:
     """True if ``claim`` says what ``allowed`` does, of the same layers or of some of them."""
-    if any(claim[key] != allowed[key] for key in SAID[what] if key != "layers"):
+    if any(_unordered(claim[key]) != _unordered(allowed[key]) for key in SAID[what] if key != "layers"):
         return False
     mine, theirs = claim["layers"], allowed["layers"]
     if mine == theirs:
@@ -128,13 +167,56 @@ def _within(what: str, claim: dict[str, object], allowed: dict[str, object]) -> 
     return set(layer_numbers(mine)) <= set(layer_numbers(theirs))
 
 
-def check_claims(config: Config, found: Config) -> None:
-    """Raise AutoQuantError where ``config`` is for another structure or claims what the analysis ``found`` does not."""
+def _unordered(value: object) -> object:
+    """Members in one order: which comes first says nothing."""
+    return sorted(value, key=repr) if isinstance(value, tuple) else value
+
+
+def as_found(config: Config, found: Config) -> Config:
+    """The config with the groups and spaces that the analysis ``found`` in place of those that say the same, under
+    whatever name and in whatever order; of the layers that it says it of.
+    """
+    smoothing, rotation = config.smoothing, config.rotation
+    groups = _counterparts("smoothing group", smoothing.groups, found.smoothing.groups)
+    spaces = _counterparts("rotation space", rotation.spaces, found.rotation.spaces)
+    return edited(config, smoothing=edited(smoothing, groups=groups), rotation=edited(rotation, spaces=spaces))
+
+
+def _counterparts(what: str, mine: Sequence[_Named], theirs: Sequence[_Named]) -> tuple[_Named, ...]:
+    """For each of ``mine`` one of ``theirs`` that says the same; itself where there is none.
+
+    Raises AutoQuantError where two of ``mine`` say the same of one layer.
+    """
+    result = []
+    said: dict[str, list[_Named]] = {}
+    for claim in mine:
+        same = [other for other in theirs if _within(what, _said(what, claim), _said(what, other))]
+        same.sort(key=lambda other: other.name != claim.name)
+        if same:
+            for other in said.setdefault(same[0].name, []):
+                if _bits(other.layers) & _bits(claim.layers):
+                    raise AutoQuantError(f"'{other.name}' and '{claim.name}' claim the same; keep one of them")
+            said[same[0].name].append(claim)
+        result.append(edited(same[0], layers=claim.layers) if same else claim)
+    return tuple(result)
+
+
+def _bits(layers: str | None) -> int:
+    return 1 if layers is None else layer_bits(layers)
+
+
+def check_claims(config: Config, found: Config) -> Config:
+    """The config, each claim as the analysis ``found`` it.
+
+    Raises AutoQuantError where it is for another structure, and where it claims what the analysis does not.
+    """
     check_structure(config, found.provenance.model, found.provenance.fingerprint, found.model.parameters)
+    config = as_found(config, found)
     problems = differences(config, found)
     if problems:
         more = tuple(problems[:MAX_SHOWN]) if len(problems) > 1 else ()
         raise AutoQuantError(f"the config claims what the model does not: {problems[0]}", more)
+    return config
 
 
 def check_structure(config: Config, model: str, theirs: str, parameters: int) -> None:

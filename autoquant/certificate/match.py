@@ -28,26 +28,31 @@ class Match:
     refused: Mapping[Claim, str]
 
 
-def match(large: Config, reduced: Config, held: Collection[str] = (), *, aligned: bool = True) -> Match:
+def match(
+    large: Config, reduced: Config, held: Collection[str] = (), *, aligned: bool = True, some: bool = False
+) -> Match:
     """Claims of ``large`` that ``reduced`` makes too: the same axes of the same parameters to the same powers.
 
     ``held``: the small model's parameters. Of parts that are numbered within a layer (adapters, experts) it has the
     first ones only: what is said of a further one has to be what is said of one of these. ``aligned``: layer i of the
-    small model stands for layer i of the large one, so that layer sets are carried over.
+    small model stands for layer i of the large one, so that layer sets are carried over. ``some``: ``large`` holds
+    some of the claims of an analysis, and not all.
     """
     both = {plain(name) for name, _ in claims(large)} & {plain(name) for name, _ in claims(reduced)}
     mine, theirs = _shape_of_claims(large, both), _shape_of_claims(reduced, both)
     proved = _shape_of_claims(reduced, ())
     apart = [claim for claim in claims(large) if plain(claim[0]) not in both]
     shown = _shape_of_claims(keep(large, [claim for claim in apart if not held or _shows(large, claim, held)]), both)
-    bad: dict[str, str] = {}
-    for name in dict.fromkeys(chain(mine, theirs)):
-        further = name not in theirs and name not in shown and set(mine[name]) <= set(proved.get(name, ()))
-        if name in mine and mine[name] != theirs.get(name) and not further:
-            other = "with other members than" if name in theirs else "but not"
-            bad[name] = f"'{name}' is found in the full-size model {other} in the small one: it cannot be proved"
+    bad: dict[Claim, str] = {}
+    for key in dict.fromkeys(chain(mine, theirs)):
+        further = key not in theirs and key not in shown and set(mine[key]) <= set(proved.get(key, ()))
+        same = key not in mine or mine[key] == theirs.get(key)
+        within = some and key in mine and set(mine[key]) <= set(theirs.get(key, ()))
+        if not (same or within or further):
+            other = "with other members than" if key in theirs else "but not"
+            bad[key] = f"'{key[0]}' is found in the full-size model {other} in the small one: it cannot be proved"
     refused = {claim: bad[key] for claim, key, _ in _keyed(large, both) if key in bad}
-    chosen = [claim for claim, key, _ in _keyed(reduced, both) if key in mine and key not in bad]
+    chosen = [claim for claim, key, said in _keyed(reduced, both) if said in mine.get(key, ()) and key not in bad]
     wanted = {online.path for online in large.rotation.online}
     chosen += [(online.path, online.kind) for online in reduced.rotation.online if online.path in wanted]
     missing = wanted - {online.path for online in reduced.rotation.online}
@@ -68,30 +73,33 @@ def _shows(large: Config, claim: Claim, held: Collection[str]) -> bool:
     return any(re.fullmatch(pattern, name) for name in held)
 
 
-def _shape_of_claims(config: Config, both: Collection[str]) -> dict[str, list[object]]:
+def _shape_of_claims(config: Config, both: Collection[str]) -> dict[Claim, list[object]]:
     """Each claim with its members but without sizes and layer numbers; kinds of layers that share a name are one entry
     each. A name that is not one of ``both`` models' is taken without the numbers in it.
     """
-    found: dict[str, list[object]] = {}
+    found: dict[Claim, list[object]] = {}
     for _, key, members in _keyed(config, both):
         found.setdefault(key, []).append(members)
     return {name: sorted(set(members), key=repr) for name, members in found.items()}
 
 
-def _keyed(config: Config, both: Collection[str]) -> Iterator[tuple[Claim, str, object]]:
+def _keyed(config: Config, both: Collection[str]) -> Iterator[tuple[Claim, Claim, object]]:
+    """Each claim, its name and kind without what is another in the other model, and its members."""
+
     def key(name: str, members: Sequence[Shape]) -> str:
         return plain(name) if plain(name) in both else _name(plain(name), members)
 
     for group in config.smoothing.groups:
         sources, targets = _slots(group.sources), _slots(group.targets)
         said: object = (group.kind, _any_layer(sources), _any_layer(targets))
-        yield (group.name, group.kind.value), key(group.name, (*sources, *targets)), said
+        kind = group.kind.value
+        yield (group.name, kind), (key(group.name, (*sources, *targets)), kind), said
     for space in config.rotation.spaces:
         reads = sorted({(_any_layer_in(repr(read.norm)), _any_layer(_slots(read.readers))) for read in space.reads})
         writers = _slots(space.writers)
         slots = (*writers, *(slot for read in space.reads for slot in _slots(read.readers)))
         said = (space.kind, space.centre, frozenset(_any_layer(writers)), tuple(reads))
-        yield (space.name, space.kind), key(space.name, slots), said
+        yield (space.name, space.kind), (key(space.name, slots), space.kind), said
 
 
 def _name(name: str, members: Sequence[Shape]) -> str:

@@ -85,7 +85,7 @@ def verify_small(
     from the analysis, naming the nearest one, and where the config is for another structure.
     """
     analyzed = analyze(source, progress=progress)
-    check_claims(config, analyzed.config)
+    config = check_claims(config, analyzed.config)
     carried = carried_over(analyzed, source, config, seed, progress)
     loaded = carried.loaded
     if dtype_of(loaded.module) is torch.float64:
@@ -100,7 +100,7 @@ def carried_over(analyzed: Analyzed, source: ModelSource, config: Config, seed: 
 
     Raises AutoQuantError where the small model does not allow one of them.
     """
-    carried = small_claims(replace(analyzed, config=config), source, seed, progress)
+    carried = small_claims(replace(analyzed, config=config), source, seed, progress, some=True)
     for why in carried.refused.values():
         raise AutoQuantError(f"{source.name}: {why}")
     return carried

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
 from autoquant.checkpoint.finite import UnusedRows, find_unused, hide_unused_, show_unused_
 from autoquant.checkpoint.provenance import CONFIG, make_provenance, write_provenance
@@ -129,6 +130,7 @@ def write_changed(
     *,
     dtype: torch.dtype | None = None,
     options: dict[str, Any] | None = None,
+    proof: ProofNote | None = None,
     progress: Progress | None = None,
 ) -> Applied:
     """Carry out what was resolved, tensor by tensor, into the folder ``target``; errors as of ``apply_checkpoint``.
@@ -137,7 +139,7 @@ def write_changed(
     """
     source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
     if names is None:
-        return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, progress)
+        return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, proof, progress)
     stored_as = names
 
     def read(name: str) -> Tensor:
@@ -149,7 +151,7 @@ def write_changed(
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
         _write_shards(folder, shards, plan, inventory, stored_as, read, unused, dtype, progress)
-        _write_provenance(folder, source, config, applied, options)
+        _write_provenance(folder, source, config, applied, options, proof)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
 
@@ -253,6 +255,7 @@ def _apply_loaded(
     scales: Scales | None,
     dtype: torch.dtype | None,
     options: dict[str, Any] | None,
+    proof: ProofNote | None,
     progress: Progress | None,
 ) -> Applied:
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
@@ -274,7 +277,7 @@ def _apply_loaded(
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
         model.save_pretrained(folder)
-        _write_provenance(folder, source, config, applied, options)
+        _write_provenance(folder, source, config, applied, options, proof)
         _write_config(source, folder, bool(applied.untied), dtype)
     return applied
 
@@ -300,11 +303,17 @@ def _write_config(source: Path, folder: Path, untied: bool, dtype: torch.dtype |
 
 
 def _write_provenance(
-    folder: Path, source: Path, config: Config, applied: Applied, options: dict[str, Any] | None
+    folder: Path,
+    source: Path,
+    config: Config,
+    applied: Applied,
+    options: dict[str, Any] | None,
+    proof: ProofNote | None,
 ) -> None:
     (folder / CONFIG).write_text(config_text(config), encoding="utf-8")
     result = {"smoothed": list(applied.groups), "untied": list(applied.untied), "tensors_changed": applied.tensors}
-    write_provenance(folder, make_provenance("apply", source, config, options or {}, applied.constructions, result))
+    made = make_provenance("apply", source, config, options or {}, applied.constructions, result, proof)
+    write_provenance(folder, made)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from autoquant.certificate.claims import ProofNote
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.io.folders import PROVENANCE
@@ -27,8 +28,11 @@ def make_provenance(
     options: Mapping[str, Any],
     rotations: Mapping[str, str],
     result: Mapping[str, Any],
+    proof: ProofNote | None = None,
 ) -> dict[str, Any]:
-    """What :func:`write_provenance` writes. ``config``: the one given; ``result``: what only this command says."""
+    """What :func:`write_provenance` writes. ``config``: the one given; ``result``: what only this command says;
+    ``proof``: how the claims stand, None where nobody asked.
+    """
     return {
         "command": command,
         "versions": {"autoquant": __version__, "torch": torch.__version__, "transformers": version("transformers")},
@@ -37,6 +41,7 @@ def make_provenance(
         "fingerprint": config.provenance.fingerprint,
         "options": dict(options),
         "rotations": dict(rotations),
+        "proof": None if proof is None else {"proved": proof.proved, "how": proof.how},
         "result": dict(result),
     }
 

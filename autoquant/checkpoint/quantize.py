@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.idle_experts import idle_experts
+from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
 from autoquant.checkpoint.finite import hide_unused_, show_unused_
 from autoquant.checkpoint.formats import NATIVE, Changes, Chosen, Contents, Wish, choose_format, write_checkpoint
@@ -37,13 +38,16 @@ IN_NATIVE = Wish(NATIVE)
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the result. ``calibration``: token ids [1, S] each; ``seed``: of the rotations."""
+    """Everything that decides the result. ``calibration``: token ids [1, S] each; ``seed``: of the rotations;
+    ``proof``: how the config's claims stand, which is recorded.
+    """
 
     config: Config
     strategy: Strategy
     transforms: Transforms
     calibration: tuple[Tensor, ...] = ()
     seed: int | None = None
+    proof: ProofNote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,7 @@ def provenance(
         "idle_experts": {module: list(numbers) for module, numbers in quantized.idle.items()},
         "left_behind": list(left),
     }
-    return make_provenance("quantize", source, recipe.config, options, plan.constructions, result)
+    return make_provenance("quantize", source, recipe.config, options, plan.constructions, result, recipe.proof)
 
 
 def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Config:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import GroupMaxima, collect_activation_maxima, load_maxima, save_maxima
 from autoquant.calibration.windows import CalibrationOptions, calibration_windows
+from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.apply import Stored, check_stored, open_stored, write_changed
 from autoquant.checkpoint.finite import hide_unused_
 from autoquant.checkpoint.quantize import load_float32
@@ -41,7 +42,7 @@ class TransformOptions:
 
     ``calibration``: which part of which text, or batches of token ids [1, S]; ``maxima``: activation maxima kept by an
     earlier ``save_maxima``, in its place. ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None:
-    as stored.
+    as stored. ``proof``: how the config's claims stand, which is recorded.
     """
 
     transforms: Transforms = EVERYTHING
@@ -50,6 +51,7 @@ class TransformOptions:
     save_maxima: Path | None = None
     seed: int | None = None
     dtype: torch.dtype | None = None
+    proof: ProofNote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ def transform_checkpoint(
         unused,
         dtype=options.dtype,
         options=recorded,
+        proof=options.proof,
         progress=lambda *at: progress("apply", *at),
     )
     return Transformed(applied, len(resolved.groups))

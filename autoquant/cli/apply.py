@@ -28,6 +28,7 @@ DTYPES = ["as-stored", "float32", "bfloat16", "float16", "float64"]
     show_default=True,
     help="Of the weights written; folding is in float64 always.",
 )
+@options.unproved
 @options.force
 @options.format()
 @options.quiet

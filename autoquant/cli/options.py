@@ -34,6 +34,9 @@ length = click.option(
     "--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of text in a window, BOS apart."
 )
 force = click.option("--force", is_flag=True, help="Replace what is there.")
+unproved = click.option(
+    "--unproved", is_flag=True, help="Go on with claims that were edited and do not hold or cannot be proved; recorded."
+)
 quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors and, as JSON, results.")
 layers = click.option("--layers", type=click.IntRange(1), help="Take a model with so many layers only.")
 trust_remote_code = click.option(

@@ -19,6 +19,7 @@ from autoquant.cli import options
 @options.length
 @options.seed()
 @click.option("--low-memory", is_flag=True, help="Hold one decoder layer at a time; the same bytes are written.")
+@options.unproved
 @options.checkpoint_format
 @options.target
 @options.force

@@ -37,6 +37,7 @@ KNOBS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
 @click.option("--offline", is_flag=True, help="No rotation at inference: neither R3 nor R4.")
 @options.seed(0, "Draws windows.")
 @options.device
+@options.unproved
 @options.force
 @options.format()
 @options.quiet

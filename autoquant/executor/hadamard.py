@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-RADIX = 64
-"""Sylvester factors are applied as dense matrices of up to this order: fewer passes over memory than radix 2."""
+RADIX_BITS = 6
+"""Sylvester factors are applied as dense matrices of up to order 2**6: fewer passes over memory than radix 2."""
 
 
 def describe(n: int) -> str:
@@ -46,25 +46,29 @@ def apply_hadamard(x: Tensor, dim: int = -1, transpose: bool = False) -> Tensor:
 
     Costs ``n * sum(factor orders)`` per vector; the ``[n, n]`` matrix is never built.
     """
-    n = x.shape[dim]
-    factors = [torch.from_numpy(f).to(device=x.device, dtype=x.dtype) for f in factor_matrices(n)]
-    moved = x.movedim(dim, -1)
-    return multiply_kronecker(moved, factors, transpose).movedim(-1, dim)
+    factors = [torch.from_numpy(f).to(device=x.device, dtype=x.dtype) for f in factor_matrices(x.shape[dim])]
+    return multiply_kronecker(x, factors, dim, transpose)
 
 
-def multiply_kronecker(x: Tensor, factors: list[Tensor], transpose: bool = False) -> Tensor:
-    """``x (F1 (x) F2 (x) ...) / sqrt(product of orders)`` over the last axis, in blocks where the product is smaller
-    than it.
+def multiply_kronecker(x: Tensor, factors: list[Tensor], dim: int = -1, transpose: bool = False) -> Tensor:
+    """``x (F1 (x) F2 (x) ...) / sqrt(product of orders)`` along ``dim``, in blocks where the product is smaller than
+    it.
+
+    Nothing is transposed: the axis is cut into one axis a factor, and each is multiplied where it lies.
     """
+    dim %= x.dim()
     order = math.prod([f.shape[0] for f in factors])  # a list: Dynamo cannot trace a generator here
-    shape = x.shape
-    y = x.reshape(-1, order)
+    inner = math.prod(x.shape[dim + 1 :])  # elements from one position along the axis to the next
+    y = x
     for factor in reversed(factors):
-        # One factor per pass: the last axis [rest, f] is multiplied by F, then moved to the front of the order.
         f = factor.shape[0]
-        y = y.reshape(-1, order // f, f) @ (factor.mT if transpose else factor)
-        y = y.transpose(1, 2).reshape(-1, order)
-    result: Tensor = (y * order**-0.5).reshape(shape)
+        if inner == 1:
+            y = y.reshape(-1, f) @ (factor.mT if transpose else factor)
+        else:  # bmm: matmul would transpose y to make one product of it
+            y = y.reshape(-1, f, inner)
+            y = torch.bmm((factor if transpose else factor.mT).contiguous().expand(len(y), f, f), y)
+        inner *= f
+    result: Tensor = (y * order**-0.5).reshape(x.shape)
     return result
 
 
@@ -72,11 +76,9 @@ def multiply_kronecker(x: Tensor, factors: list[Tensor], transpose: bool = False
 def factor_matrices(n: int) -> tuple[NDArray[np.int8], ...]:
     """The +-1 factors of the construction, int8, outermost first."""
     construction = find_construction(n)
-    factors = []
-    rest = construction.sylvester
-    while rest > 1:
-        factors.append(_sylvester(min(rest, RADIX)))
-        rest //= min(rest, RADIX)
+    bits = construction.sylvester.bit_length() - 1
+    passes = math.ceil(bits / RADIX_BITS)
+    factors = [_sylvester(1 << (bits + i) // passes) for i in reversed(range(passes))]  # of sizes as equal as can be
     factors += [_paley_one(f.q) if f.kind == 1 else _paley_two(f.q) for f in construction.paley]
     return tuple(factors) or (np.ones((1, 1), dtype=np.int8),)
 

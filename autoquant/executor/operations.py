@@ -81,6 +81,8 @@ def _run(operation: Operation, t: Tensor, dim: int, start: int) -> Tensor:
         case Centre(axis=axis, blocks=blocks):
             return _on_last(t, axis, lambda x: _centre(x, blocks))
         case Rotate(axis=axis, blocks=blocks, rotations=rotations):
+            if axis.stack is None and _is_whole(blocks, t.shape[axis.dim]) and t.numel() <= PIECE:
+                return rotations[blocks[0][0]].apply(t, axis.dim)
             return _on_last(t, axis, lambda x: _rotate(x, blocks, rotations))
         case Normalise():
             return _on_last(t, operation.axis, lambda x: _normalise(x, operation))
@@ -124,15 +126,20 @@ def _centre(x: Tensor, blocks: Blocks) -> Tensor:
 
 
 def _rotate(x: Tensor, blocks: Blocks, rotations: Sequence[Rotation]) -> Tensor:
-    if len(blocks) == 1 and blocks[0][1].shape == (1, x.shape[-1]):
-        block, positions = blocks[0]
-        if torch.equal(positions[0], torch.arange(x.shape[-1])):
-            return rotations[block].apply(x)
+    if _is_whole(blocks, x.shape[-1]):
+        return rotations[blocks[0][0]].apply(x)
     x = x.clone()
     for block, positions in blocks:
         positions = positions.to(x.device)
         x[..., positions] = rotations[block].apply(x[..., positions])
     return x
+
+
+def _is_whole(blocks: Blocks, size: int) -> bool:
+    """True if the one block is the whole axis in its own order."""
+    if len(blocks) > 1 or blocks[0][1].shape != (1, size):
+        return False
+    return torch.equal(blocks[0][1][0], torch.arange(size))
 
 
 def _normalise(x: Tensor, norm: Normalise) -> Tensor:

@@ -82,13 +82,17 @@ class Rotation:
     dense: Tensor | None
     v: Tensor | None
 
-    def apply(self, x: Tensor) -> Tensor:
-        """``x Q`` over the last axis of ``x [..., size]``, float64."""
+    def apply(self, x: Tensor, dim: int = -1) -> Tensor:
+        """``x Q`` along an axis of ``x`` with ``size`` positions, float64."""
         if self.signs is not None:
-            x = apply_hadamard(x * self.signs.to(x.device))
+            signs = self.signs.to(x.device).reshape([-1] + [1] * (x.dim() - 1 - dim % x.dim()))
+            x = apply_hadamard(x * signs, dim)
+        if self.dense is None and self.v is None:
+            return x
+        x = x.movedim(dim, -1)
         if self.dense is not None:
             x = x @ self.dense.to(x.device)
-        return self._reflect(x)
+        return self._reflect(x).movedim(-1, dim)
 
     def apply_transposed(self, x: Tensor) -> Tensor:
         """``x Q^T`` over the last axis of ``x [..., size]``, float64."""

@@ -23,17 +23,20 @@ import torch
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import DataDependentOutputException, FakeTensorMode
 from autoquant.models import source as naming
+from autoquant.models.auto_classes import kinds_of
 from autoquant.models.inputs import make_inputs, reads_text
 from autoquant.models.load import as_stored
 from autoquant.models.source import (
     ModelSource,
     build_module,
+    build_structure,
     layer_count,
     limit_layers,
     quiet,
     standard_field,
     text_config,
 )
+from autoquant.models.structure import structure_of
 from autoquant.models.tasks import Kind
 
 _MOST = 8  # repairs of one configuration
@@ -96,6 +99,17 @@ def find_source(
                 repairs={**source.repairs, repair.name: repair.value},
             )
     return source if layers is None else naming.limited(source, layers)
+
+
+def of_structure(folder: str, fingerprint: str) -> ModelSource:
+    """The model of a checkpoint, of that kind whose structure has the ``fingerprint``; the preferred where none has."""
+    source = find_source(folder)
+    for kind in kinds_of(source.config):
+        with contextlib.suppress(AutoQuantError):
+            one = replace(source, kind=kind)
+            if structure_of(build_structure(one)).fingerprint == fingerprint:
+                return one
+    return source
 
 
 def _is_type(model: str) -> bool:

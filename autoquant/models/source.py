@@ -78,6 +78,18 @@ def named_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
     return _from_name(model, trust_remote_code)
 
 
+def named_type(model: str) -> str | None:
+    """The model type that MODEL names, None where it is to be had from the hub alone, or is a factory."""
+    from transformers import CONFIG_MAPPING
+
+    path = Path(model).expanduser()
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+        found = content.get("model_type") if isinstance(content, dict) else None
+        return found if isinstance(found, str) else None
+    return model if model in CONFIG_MAPPING else None
+
+
 def limited(source: ModelSource, layers: int) -> ModelSource:
     """The first ``layers`` layers of a configuration. Raises AutoQuantError where it does not say how many it has."""
     if layers < 1:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoquant.certificate.claims import IN_WORDS, standing
 from autoquant.config.format import Config, Coverage, edited
 from autoquant.report.columns import columns, wrapped
 from autoquant.report.inert import inert
@@ -67,14 +68,15 @@ class Checked:
     model: str | None = None
 
     def lines(self, width: int = WIDTH) -> list[str]:
-        """One line of counts."""
+        """One line of counts, and how its claims stand to their proof."""
         counts = ", ".join(f"{number} {what}" for what, number in self._counts().items())
-        return [f"{self.file}: valid{f' and fits {self.model}' if self.model else ''}; {counts}"]
+        fits = f" and fits {self.model}" if self.model else ""
+        return [f"{self.file}: valid{fits}; {counts}; {IN_WORDS[standing(self.config)]}"]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         counts = {what.replace(" ", "_"): number for what, number in self._counts().items()}
-        return {"config": self.file, "valid": True, "model": self.model, **counts}
+        return {"config": self.file, "valid": True, "model": self.model, "claims": standing(self.config), **counts}
 
     def _counts(self) -> dict[str, int]:
         return {

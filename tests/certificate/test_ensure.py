@@ -7,12 +7,13 @@ import pytest
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.certify import certify
-from autoquant.certificate.claims import digest_of
-from autoquant.certificate.ensure import ensure_proved, standing
+from autoquant.certificate.claims import digest_of, standing
+from autoquant.certificate.ensure import ensure_proved
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.repair import find_source
-from autoquant.models.source import ModelSource
+from autoquant.models.source import ModelSource, build_structure
+from autoquant.models.structure import structure_of
 
 
 @cache
@@ -71,7 +72,7 @@ def test_a_knob_is_no_claim() -> None:
     assert standing(config) == "proved"
     for what, other in knobs(config).items():
         assert digest_of(other) == digest_of(config), what
-        note = ensure_proved(other, source)
+        note = ensure_proved(other, lambda: source, "llama")
         assert (note.proved, note.how) == (True, "by the certificate of the config")
 
 
@@ -80,10 +81,10 @@ def test_a_wrong_edit_is_refused() -> None:
     for what, other in edits(config).items():
         assert digest_of(other) != digest_of(config), what
         assert standing(other) == "edited"
-        with pytest.raises(AutoQuantError, match="the config claims what the model does not"):
-            ensure_proved(other, source)
-        note = ensure_proved(other, source, unproved=True)
-        assert (note.proved, note.how) == (False, "unproved, as asked for: edited since it was proved")
+        with pytest.raises(AutoQuantError, match=r"edited since.*claims what the model does not.*--unproved"):
+            ensure_proved(other, lambda: source, "llama")
+        note = ensure_proved(other, lambda: source, "llama", unproved=True)
+        assert (note.proved, note.how) == (False, "unproved, as asked for: the config is edited since it was proved")
 
 
 def test_fewer_claims_and_fewer_layers_are_proved_again() -> None:
@@ -91,8 +92,8 @@ def test_fewer_claims_and_fewer_layers_are_proved_again() -> None:
     fewer = edited(config, smoothing=edited(config.smoothing, groups=config.smoothing.groups[1:]))
     fewer = first(fewer, "smoothing", "groups", layers="1")
     assert standing(fewer) == "edited"
-    note = ensure_proved(fewer, source)
-    assert (note.proved, note.how) == (True, "proved now: edited since it was proved")
+    note = ensure_proved(fewer, lambda: source, "llama")
+    assert (note.proved, note.how) == (True, "proved now: the config is edited since it was proved")
 
 
 def test_a_proof_of_an_earlier_version_is_not_known_to_hold() -> None:
@@ -101,3 +102,30 @@ def test_a_proof_of_an_earlier_version_is_not_known_to_hold() -> None:
     assert standing(edited(config, certificate=edited(config.certificate, digest=None))) == "unknown"
     assert standing(edited(config, certificate=edited(config.certificate, proved=False))) == "unproved"
     assert standing(edited(config, certificate=None)) == "unproved"
+
+
+def test_other_names_and_another_order_are_no_other_claims() -> None:
+    source, config = proved()
+    group = config.smoothing.groups[0]
+    named = first(config, "smoothing", "groups", name="mine", targets=group.targets[::-1])
+    named = edited(named, smoothing=edited(named.smoothing, groups=named.smoothing.groups[:1]))
+    note = ensure_proved(named, lambda: source, "llama")
+    assert (standing(named), note.proved) == ("edited", True)
+    twice = edited(named, smoothing=edited(named.smoothing, groups=(*config.smoothing.groups[:1], group)))
+    twice = first(twice, "smoothing", "groups", name="mine")
+    with pytest.raises(AutoQuantError, match=r"'mine' and 'model.* claim the same; keep one"):
+        ensure_proved(twice, lambda: source, "llama")
+
+
+def test_the_proof_of_another_type_is_none_of_this_one() -> None:
+    """Llama and Gemma have the same parameters, and other gains."""
+    source, config = proved()
+    other = find_source("gemma", layers=2)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        setattr(other.config, name, getattr(source.config, name))
+    other.config.vocab_size, other.config.tie_word_embeddings = source.config.vocab_size, False
+    assert structure_of(build_structure(other)).fingerprint == config.provenance.fingerprint
+    with pytest.raises(AutoQuantError, match=r"proved for a model of type llama, not gemma, and .*differ from"):
+        ensure_proved(config, lambda: other, "gemma")
+    note = ensure_proved(config, lambda: source, "llama")
+    assert note.how == "by the certificate of the config"

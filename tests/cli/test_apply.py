@@ -12,8 +12,10 @@ from click.testing import CliRunner, Result
 from handmade import llama_like
 from torch import nn
 
+from autoquant.certificate.claims import digest_of
 from autoquant.cli.apply import command
 from autoquant.config.file import config_text
+from autoquant.config.format import Certificate, edited
 from autoquant.errors import AutoQuantError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -33,6 +35,7 @@ def load(folder: Path) -> nn.Module:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = json.loads((MODEL / "config.json").read_text())
     made = llama_like(load(MODEL), facts=settings, layer_count=settings["num_hidden_layers"])
+    made = edited(made, certificate=Certificate(proved=True, digest=digest_of(made)))
     path = tmp_path_factory.mktemp("config") / "config.json"
     path.write_text(config_text(made))
     return path

@@ -142,7 +142,7 @@ def test_check(example_config: Config, tmp_path: Path) -> None:
     save_config(example_config, path)
     good = run("check", str(path))
     assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout == f"{path}: valid; 2 smoothing groups, 1 rotation spaces, 3 linears, 1 blocked\n"
+    assert good.stdout == f"{path}: valid; 2 smoothing groups, 1 rotation spaces, 3 linears, 1 blocked; not proved\n"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"alpha": 0.5', '"alhpa": 0.5').replace('"head"', '"haed"', 1), encoding="utf-8")
     bad = run("check", str(path))

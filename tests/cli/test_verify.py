@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
-from autoquant.config.format import Config, edited
+from autoquant.config.format import Config, SmoothingKind, edited
 
 SIZES = {
     "vocab_size": 64,
@@ -164,7 +164,7 @@ def test_a_false_claim_differs_from_the_analysis(
     name = config.smoothing.groups[0].name
     expected = f"the config claims what the model does not: '{name}': its targets differ from the analysis"
     assert f"error: {expected}" in result.stderr
-    both = with_group(forgetful(config), 5, name="model.norm -> lm_haed")
+    both = with_group(forgetful(config), 5, name="model.norm -> lm_haed", kind=SmoothingKind.LINEAR_LINEAR)
     details = verify(checkpoint, both, tmp_path, *options).stderr
     assert "did you mean 'model.norm -> lm_head'?" in details
     assert f"'{name}': its targets differ" in details

@@ -26,7 +26,7 @@ from torch import nn
 
 from autoquant.config.format import Config, Norm, RotationMethod, edited
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import Applied, apply_
+from autoquant.executor.apply import Applied, apply_, check_finite
 from autoquant.executor.plan import Scales
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
@@ -287,3 +287,14 @@ def test_default_parameters_hide_a_forgotten_bias() -> None:
             if name.endswith("bias"):
                 parameter.zero_()
     assert figure(model, drop_v_bias(llama_like(model, bias=True)), "heads") < 1e-13
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_that_is_none_is_found(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.ones(3, 5, dtype=dtype)
+    check_finite("w", tensor)
+    check_finite("empty", tensor[:0])
+    tensor[1, 2] = value
+    with pytest.raises(AutoQuantError, match="w holds a NaN or an infinity"):
+        check_finite("w", tensor)

@@ -151,6 +151,11 @@ def test_the_kronecker_order_is_sylvester_first() -> None:
     assert torch.equal(hadamard_matrix(24), expected) or torch.allclose(hadamard_matrix(24), expected, atol=1e-15)
 
 
+@pytest.mark.parametrize(("n", "orders"), [(64, [64]), (128, [16, 8]), (5632, [16, 8, 44]), (8192, [32, 16, 16])])
+def test_a_power_of_two_is_cut_evenly(n: int, orders: list[int]) -> None:
+    assert [len(factor) for factor in factor_matrices(n)] == orders
+
+
 def test_a_size_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="positive size, not 0"):
         find_construction(0)

@@ -25,6 +25,15 @@ def test_rotations_are_orthogonal_and_undone_by_their_transpose(
     assert (rotation.apply_transposed(q) - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("keep_ones", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_any_axis_can_be_rotated_where_it_lies(dim: int, method: RotationMethod, keep_ones: bool) -> None:
+    rotation = make_rotation(24, method, "seed", keep_ones)
+    x = torch.randn(24, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(rotation.apply(x, dim), rotation.apply(x.movedim(dim, -1)).movedim(-1, dim), atol=1e-14)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [24, 64, 352])
 def test_keep_ones_commutes_with_layer_norm_and_still_spreads_outliers(n: int, method: RotationMethod) -> None:
