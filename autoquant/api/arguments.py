@@ -28,6 +28,17 @@ def config_of(config: str | Path | Config) -> Config:
     return load_config(config) if isinstance(config, str | Path) else config
 
 
+def analyzed_config(
+    config: str | Path | Config | None, model: str | Path, trust_remote_code: bool, progress: Progress
+) -> Config:
+    """The config given; where there is none that of ``model``, analyzed and proved now."""
+    if config is not None:
+        return config_of(config)
+    from autoquant.checkpoint.quantize import config_for
+
+    return config_for(str(model), steps_of(progress), trust_remote_code=trust_remote_code)
+
+
 def name_of(given: object, otherwise: str) -> str:
     """What was given by name or path, in words; ``otherwise`` for all else."""
     return str(given) if isinstance(given, str | Path) else otherwise
@@ -71,7 +82,12 @@ def source_of(
 
 
 def proof_of(
-    config: Config, model: str | Path | nn.Module, example_inputs: Any, unproved: bool, progress: Progress
+    config: Config,
+    model: str | Path | nn.Module,
+    example_inputs: Any,
+    unproved: bool,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> ProofNote:
     """How the claims of a config that is about to be applied to ``model`` stand, a folder or a module; they are proved
     now where they were edited. Raises AutoQuantError where they do not hold, unless ``unproved`` asks for them anyway.
@@ -89,7 +105,7 @@ def proof_of(
             return source_of(model, example_inputs, None, None, False)
         from autoquant.models.repair import of_structure
 
-        return of_structure(str(model), config.provenance.fingerprint)
+        return of_structure(str(model), config.provenance.fingerprint, trust_remote_code=trust_remote_code)
 
     return ensure_proved(config, source, found, unproved=unproved, progress=steps_of(progress))
 

@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoquant.api.arguments import IMPORTING, batches_of, config_of, dtype_of, proof_of, steps_of, transforms_of
+from autoquant.api.arguments import (
+    IMPORTING,
+    analyzed_config,
+    batches_of,
+    config_of,
+    dtype_of,
+    proof_of,
+    transforms_of,
+)
 from autoquant.config.strategies import parse_strategy
 from autoquant.errors import AutoQuantError
 from autoquant.steps import Progress, silent
@@ -47,6 +55,7 @@ def apply(
     force: bool = False,
     example_inputs: Any = None,
     unproved: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Any:
     """Rotate and smooth by a config, the function unchanged: a checkpoint to the folder ``output``, or a module.
@@ -78,7 +87,8 @@ def apply(
         kept, keep = (None if path is None else Path(path) for path in (maxima, save_maxima))
         wanted = TransformOptions(chosen, given, kept, keep, seed, dtype_of(dtype))
         recorded = {"calibration": text, "maxima": maxima, "sequences": sequences, "length": length, "seed": seed}
-        return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, progress)
+        trust = trust_remote_code
+        return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, trust, progress)
     if output is not None or maxima is not None or save_maxima is not None or dtype is not None:
         raise AutoQuantError("a module in memory takes no output, maxima, save_maxima or dtype")
     from autoquant.models.structure import structure_of
@@ -89,7 +99,7 @@ def apply(
     selected = select(loaded, structure_of(model), chosen, seed)
     if selected.resolved.groups and not batches:
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
-    proof_of(loaded, model, example_inputs, unproved, progress)
+    proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)
     changed = model if inplace else copy.deepcopy(model)
     prepare_(changed, loaded, loaded.quantization.strategy, chosen, batches, seed, cache=False, tell=progress)
     return changed
@@ -103,6 +113,7 @@ def _applied(
     recorded: dict[str, Any],
     force: bool,
     unproved: bool,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> Written:
     from autoquant.checkpoint.transform import transform_checkpoint
@@ -113,10 +124,19 @@ def _applied(
     dtype = "as-stored" if wanted.dtype is None else str(wanted.dtype).removeprefix("torch.")
     options = {name: str(value) if isinstance(value, Path) else value for name, value in recorded.items()}
     options |= {"transforms": str(wanted.transforms), "dtype": dtype}
-    folder = checkpoint_folder(model)
+    folder = checkpoint_folder(model, trust_remote_code=trust_remote_code)
     check_target(folder, target, force)
-    wanted = replace(wanted, proof=proof_of(config, folder, None, unproved, progress))
-    done = transform_checkpoint(folder, config, target, wanted, recorded=options, force=force, progress=progress)
+    wanted = replace(wanted, proof=proof_of(config, folder, None, unproved, trust_remote_code, progress))
+    done = transform_checkpoint(
+        folder,
+        config,
+        target,
+        wanted,
+        recorded=options,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     applied = done.applied
     untied = f", untied: {', '.join(applied.untied)}" if applied.untied else ""
     counts = f"{target}: {applied.tensors} tensors changed, {done.smoothed} groups smoothed{untied}"
@@ -144,6 +164,7 @@ def quantize(
     force: bool = False,
     example_inputs: Any = None,
     unproved: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Any:
     """Rotate, smooth and quantize to int8: a folder to the folder ``output``, or a module in memory.
@@ -160,7 +181,7 @@ def quantize(
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
     from autoquant.checkpoint.formats import Wish
-    from autoquant.checkpoint.quantize import Recipe, config_for, quantize_checkpoint
+    from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 
     wish = Wish(format, target)
 
@@ -171,7 +192,7 @@ def quantize(
             )
         loaded = config_of(config)
         batches = batches_of(calibration, tokenizer, sequences, length, seed)
-        proof = proof_of(loaded, model, example_inputs, unproved, progress)
+        proof = proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)
         recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
         from autoquant.checkpoint.in_memory import quantize_module_
 
@@ -183,21 +204,25 @@ def quantize(
 
     source, folder = Path(model), Path(output)
     check_target(source, folder, force)
-    loaded = config_of(config) if config is not None else config_for(str(source), None, steps_of(progress))
-    reads = isinstance(calibration, str | Path)
-    batches = batches_of(calibration, load_tokenizer(source) if reads else None, sequences, length, seed)
-    proof = proof_of(loaded, source, None, unproved, progress)
+    loaded = analyzed_config(config, source, trust_remote_code, progress)
+    if isinstance(calibration, str | Path):
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    batches = batches_of(calibration, tokenizer, sequences, length, seed)
+    proof = proof_of(loaded, source, None, unproved, trust_remote_code, progress)
     recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
-    options = {
-        "strategy": recipe.strategy.value,
-        "transforms": str(chosen),
-        "seed": seed,
-        "sequences": sequences,
-        "length": length,
-        "calibration": Path(calibration).name if isinstance(calibration, str | Path) else None,
-    }
+    text = Path(calibration).name if isinstance(calibration, str | Path) else None
+    options = {"strategy": recipe.strategy.value, "transforms": str(chosen), "seed": seed}
+    options |= {"sequences": sequences, "length": length, "calibration": text}
     done = quantize_checkpoint(
-        source, folder, recipe, options, low_memory=low_memory, force=force, wish=wish, progress=progress
+        source,
+        folder,
+        recipe,
+        options,
+        low_memory=low_memory,
+        force=force,
+        wish=wish,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options)
 
@@ -216,7 +241,13 @@ def _quantized(done: Done, source: Path, folder: Path, what: str, options: dict[
 
 
 def convert(
-    model: str | Path, output: str | Path, *, to: str, target: str | None = None, force: bool = False
+    model: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    target: str | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Written:
     """Write a folder of :func:`quantize` in another format, where nothing is lost; back again gives the same bytes.
 
@@ -227,20 +258,29 @@ def convert(
     from autoquant.checkpoint.formats import Wish
     from autoquant.report.results import Written
 
-    was = convert_checkpoint(Path(model), Path(output), Wish(to, target), force=force)
+    was = convert_checkpoint(
+        Path(model), Path(output), Wish(to, target), force=force, trust_remote_code=trust_remote_code
+    )
     return Written(Path(output), (f"{output}: {was} -> {to}",), {"source": str(model), "format": to})
 
 
-def load(model: str | Path, dtype: str | torch.dtype | None = None, *, device: str = "cpu") -> Any:
+def load(
+    model: str | Path,
+    dtype: str | torch.dtype | None = None,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
     """A runnable model from a folder of :func:`quantize`, or any causal LM that transformers loads.
 
-    ``dtype`` is that of everything that is not int8, None or 'auto': as stored. ``save_pretrained`` of a quantized one
-    writes such a folder again. Raises AutoQuantError where there is no such model.
+    ``dtype`` is that of everything that is not int8, None or 'auto': as stored. ``trust_remote_code``: run the code
+    that the folder brings along. ``save_pretrained`` of a quantized one writes such a folder again. Raises
+    AutoQuantError where there is no such model.
     """
     from autoquant.checkpoint.in_memory import saved_again_
     from autoquant.checkpoint.load import load as read
     from autoquant.models.device import device_of
 
-    loaded = read(model, dtype_of(dtype)).to(device_of(device))
+    loaded = read(model, dtype_of(dtype), trust_remote_code=trust_remote_code).to(device_of(device))
     saved_again_(loaded, Path(model))
     return loaded

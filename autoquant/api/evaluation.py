@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoquant.api.arguments import IMPORTING, config_of, proof_of, steps_of, transforms_of
+from autoquant.api.arguments import IMPORTING, analyzed_config, config_of, proof_of, transforms_of
 from autoquant.api.checkpoints import load
 from autoquant.config.spelling import did_you_mean
 from autoquant.config.strategies import parse_strategies, parse_strategy
@@ -14,6 +14,8 @@ from autoquant.errors import AutoQuantError
 from autoquant.steps import Progress, silent
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from autoquant.config.format import Config
     from autoquant.report.results import Compared, Evaluated, Found
 
@@ -39,6 +41,7 @@ def search(
     seed: int = 0,
     device: str = "auto",
     unproved: bool = False,
+    trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Found:
     """Set a config's knobs for one strategy by what they do on held-out calibration text.
@@ -64,15 +67,15 @@ def search(
         if name not in KNOWN:
             raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
     folder, text, place = Path(model), Path(calibration), device_of(device)
-    tokenizer = load_tokenizer(folder)
-    proof_of(loaded, folder, None, unproved, lambda step, done, total: tell(step))
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    proof_of(loaded, folder, None, unproved, trust_remote_code, lambda step, done, total: tell(step))
     lower = "--sequences, --held-out or --length"
     windows = calibration_windows(tokenizer, CalibrationOptions(text, sequences + held_out, length, seed, lower=lower))
     judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
     if not shares_scale(chosen):
         judging = rebatched(judging, JUDGED_TOGETHER)
     task = Task(
-        load=lambda: load_float32(folder).to(place),
+        load=lambda: load_float32(folder, trust_remote_code=trust_remote_code).to(place),
         strategy=chosen,
         fit=windows[:sequences],
         held_out=judging.batches,
@@ -96,6 +99,7 @@ def evaluate(
     batch: int = 1,
     dtype: str = "float32",
     device: str = "auto",
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluated:
     """Perplexity of models on a text, with standard errors over windows of ``length`` tokens.
@@ -114,19 +118,23 @@ def evaluate(
     from autoquant.report.results import Evaluated
 
     def tokens_of(name: str) -> tuple[list[int], int | None]:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         return tokenize(tokenizer, text), tokenizer.bos_token_id
+
+    def runnable(name: str) -> nn.Module:
+        loaded: nn.Module = load(name, dtype, device=device, trust_remote_code=trust_remote_code)
+        return loaded
 
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     wanted = None if reference is None else tokens_of(str(reference))
-    expected = None if reference is None else logits_of(load(reference, dtype, device=device))
+    expected = None if reference is None else logits_of(runnable(str(reference)))
     results: dict[str, Evaluation] = {}
     for name in names:
         ids, bos = tokens_of(name)
         if wanted is not None and wanted != (ids, bos):
             raise AutoQuantError(f"{name}: its tokenizer differs from that of {reference}, so their logits do too")
         windows = cut_windows(ids, length, bos, tokens, batch)
-        model, done, total = logits_of(load(name, dtype, device=device)), 0, len(windows.counts)
+        model, done, total = logits_of(runnable(name)), 0, len(windows.counts)
 
         def advance(count: int, name: str = name, total: int = total) -> None:
             nonlocal done
@@ -155,6 +163,7 @@ def compare(
     seed: int | None = None,
     device: str = "auto",
     unproved: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Compared:
@@ -174,7 +183,7 @@ def compare(
 
     from autoquant.calibration.texts import read_text
     from autoquant.calibration.windows import CalibrationOptions, calibration_windows, cut_windows, tokenize
-    from autoquant.checkpoint.quantize import config_for, load_float32
+    from autoquant.checkpoint.quantize import load_float32
     from autoquant.evaluation.compare import Task, describe_inputs, markdown, report
     from autoquant.evaluation.compare import compare as measure
     from autoquant.io.files import write_text
@@ -182,16 +191,21 @@ def compare(
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Compared
 
-    place, tokenizer = device_of(device), load_tokenizer(folder)
+    place, tokenizer = device_of(device), load_tokenizer(folder, trust_remote_code=trust_remote_code)
     windows = cut_windows(tokenize(tokenizer, read_text(Path(data))), length, tokenizer.bos_token_id, tokens)
     batches = calibration_windows(tokenizer, CalibrationOptions(text, sequences, length, seed))
-    loaded = config_of(config) if config is not None else config_for(str(folder), None, steps_of(progress))
-    proof = proof_of(loaded, folder, None, unproved, progress)
+    loaded = analyzed_config(config, folder, trust_remote_code, progress)
+    proof = proof_of(loaded, folder, None, unproved, trust_remote_code, progress)
     settings = {"tokens": tokens, "window": length, "sequences": sequences, "seed": seed, "device": str(place)}
     settings |= {} if proof.proved else {"proof": proof.how}
     inputs = describe_inputs(folder, Path(data), text, **settings)
     task = Task(loaded, wanted, chosen, windows, batches, seed, inputs, batch)
-    cells = measure(task, lambda: load_float32(folder).to(place), target / "cells", tell)
+    cells = measure(
+        task,
+        lambda: load_float32(folder, trust_remote_code=trust_remote_code).to(place),
+        target / "cells",
+        tell,
+    )
     found = Compared(markdown(task, cells), report(task, cells))
     write_text(target / "report.json", json.dumps(found.as_dict(), indent=2) + "\n", force=True)
     write_text(target / "report.md", found.markdown, force=True)

@@ -56,6 +56,7 @@ def apply_checkpoint(
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Applied:
@@ -67,7 +68,7 @@ def apply_checkpoint(
     not fit, where the result cannot be held by the model's class, and where ``target`` exists and ``force`` is false.
     """
     check_target(source, target, force)
-    stored = open_stored(source)
+    stored = open_stored(source, trust_remote_code=trust_remote_code)
     resolved = resolve(config, stored.inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
     unused = check_stored(stored, resolved)
     return write_changed(
@@ -79,7 +80,7 @@ def apply_checkpoint(
 class Stored:
     """A checkpoint folder and what its model is. ``names``: the stored names by the model's, None where transformers
     converts tensors on loading; ``tables``: the parameters with a row for each token; ``unplaced``: tensors that the
-    class has no place for, unknown without names.
+    class has no place for, unknown without names; ``trust_remote_code``: its model may be code of its own.
     """
 
     source: Path
@@ -88,20 +89,21 @@ class Stored:
     names: dict[str, str] | None
     tables: frozenset[str] = frozenset()
     unplaced: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
 
-def open_stored(source: Path) -> Stored:
+def open_stored(source: Path, *, trust_remote_code: bool = False) -> Stored:
     """A checkpoint folder, from headers alone. Raises AutoQuantError where there is none that can be changed."""
     shards = open_checkpoint(source)
     check_links(source)
-    skeleton = load_skeleton(source)
+    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
     inventory = structure_of(skeleton)
     names = match_names(inventory, shards)
     left: tuple[str, ...] = ()
     if names is not None:
         inventory = _with_stored_dtypes(inventory, shards, names)
         left = unplaced(shards, {*names.values(), *buffer_names(skeleton)})
-    return Stored(source, shards, inventory, names, token_tables(skeleton), left)
+    return Stored(source, shards, inventory, names, token_tables(skeleton), left, trust_remote_code)
 
 
 def check_stored(stored: Stored, resolved: Resolved) -> UnusedRows:
@@ -139,7 +141,7 @@ def write_changed(
     """
     source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
     if names is None:
-        return _apply_loaded(source, config, target, shards, resolved, scales, dtype, options, proof, progress)
+        return _apply_loaded(stored, config, target, resolved, scales, dtype, options, proof, progress)
     stored_as = names
 
     def read(name: str) -> Tensor:
@@ -247,10 +249,9 @@ def _write_shards(
 
 
 def _apply_loaded(
-    source: Path,
+    stored: Stored,
     config: Config,
     target: Path,
-    shards: Shards,
     resolved: Resolved,
     scales: Scales | None,
     dtype: torch.dtype | None,
@@ -259,7 +260,8 @@ def _apply_loaded(
     progress: Progress | None,
 ) -> Applied:
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
-    loaded = load_with_unplaced(source, None)
+    source, shards = stored.source, stored.shards
+    loaded = load_with_unplaced(source, None, trust_remote_code=stored.trust_remote_code)
     model = loaded.model
     restore_dtypes_(model, shards)
     check_unturned(source, shards, loaded.unplaced, resolved)

@@ -9,7 +9,9 @@ from autoquant.errors import AutoQuantError
 from autoquant.io.folders import check_target
 
 
-def convert_checkpoint(source: Path, output: Path, wish: Wish, *, force: bool = False) -> str:
+def convert_checkpoint(
+    source: Path, output: Path, wish: Wish, *, force: bool = False, trust_remote_code: bool = False
+) -> str:
     """Write ``source`` to ``output`` in the format wished for; returns the name of the one that it has.
 
     Raises AutoQuantError, with nothing left behind, where it is no quantized folder, has that format already, or has
@@ -21,7 +23,7 @@ def convert_checkpoint(source: Path, output: Path, wish: Wish, *, force: bool = 
         raise AutoQuantError(f"{source}: no quantized checkpoint that can be converted; `autoquant quantize` makes one")
     if found.name == wish.form:
         raise AutoQuantError(f"{source}: is of the format '{wish.form}' already")
-    contents = found.contents(source)
+    contents = found.contents(source, trust_remote_code=trust_remote_code)
     if wish.form != NATIVE and wish.target is not None:
         choose_format(wish, contents.config, contents.changes, contents.model)
     else:

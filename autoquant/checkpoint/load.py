@@ -19,5 +19,5 @@ def load(model: str | Path, dtype: torch.dtype | None = None, *, trust_remote_co
     """
     found = format_of(Path(model))
     if found is not None:
-        return found.load(Path(model), dtype)
+        return found.load(Path(model), dtype, trust_remote_code=trust_remote_code)
     return load_causal_lm(model, dtype=dtype, trust_remote_code=trust_remote_code, quantized=True)

@@ -19,7 +19,6 @@ from autoquant.checkpoint.formats.native import ready
 from autoquant.checkpoint.provenance import make_provenance
 from autoquant.checkpoint.side_files import check_links
 from autoquant.checkpoint.streamed import Streamed, check_streamable, open_weights, quantize_streamed
-from autoquant.config.file import load_config
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
@@ -68,6 +67,7 @@ def quantize_checkpoint(
     low_memory: bool = False,
     force: bool = False,
     wish: Wish = IN_NATIVE,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Done:
     """Rotate, calibrate, smooth and quantize ``source`` and write it to ``target``; returns what was done.
@@ -81,18 +81,19 @@ def quantize_checkpoint(
     progress("load", 0, 1)
     shards = open_checkpoint(source)
     check_links(source)
-    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if has_tokenizer(source) else None
     held: Streamed | InMemory
     if low_memory:
-        weights = open_weights(source)
+        weights = open_weights(source, trust_remote_code=trust_remote_code)
         held, left, unused = Streamed(source, weights), weights.unplaced, weights.unused
     else:
-        loaded = load_with_unplaced(source, "causal-lm", torch.float32)
+        loaded = load_with_unplaced(source, "causal-lm", torch.float32, trust_remote_code=trust_remote_code)
         held, left, unused = InMemory(loaded.model), loaded.unplaced, hide_unused_(source, loaded.model)
     dtypes = stored_dtypes(shards, stored_names(held.inventory, shards))
     config, strategy = recipe.config, recipe.strategy
     selected = select(config, held.inventory, recipe.transforms, recipe.seed)
-    used, structure = used_config(recipe), load_skeleton(source) if wish.form != NATIVE else None
+    used = used_config(recipe)
+    structure = None if wish.form == NATIVE else load_skeleton(source, trust_remote_code=trust_remote_code)
     chosen = choose_format(wish, used, foreseen(selected, used), structure)
     if low_memory:
         check_streamable(config, strategy, selected)
@@ -141,9 +142,9 @@ def foreseen(selected: Selected, config: Config) -> Changes:
     )
 
 
-def load_float32(source: Path) -> nn.Module:
+def load_float32(source: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The checkpoint's model in float32 and evaluation mode. Raises AutoQuantError where it cannot be loaded."""
-    model: nn.Module = load_causal_lm(source, dtype=torch.float32)
+    model: nn.Module = load_causal_lm(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return model
 
 
@@ -194,13 +195,11 @@ def provenance(
     return make_provenance("quantize", source, recipe.config, options, plan.constructions, result, recipe.proof)
 
 
-def config_for(model: str, path: Path | None, tell: Callable[[str], None]) -> Config:
-    """The config in a file, or that of ``model``, analysed and proved now."""
-    if path is not None:
-        return load_config(path)
+def config_for(model: str, tell: Callable[[str], None], *, trust_remote_code: bool = False) -> Config:
+    """The config of ``model``, analysed and proved now."""
     from autoquant.analyzer.analyze import analyze
     from autoquant.certificate.certify import certify
     from autoquant.models.repair import find_source
 
-    source = find_source(model)
+    source = find_source(model, trust_remote_code=trust_remote_code)
     return certify(analyze(source, progress=tell), source, progress=tell)

@@ -115,6 +115,7 @@ class Weights:
     inventories: tuple[ModelStructure, ...] = field(default=())
     unused: UnusedRows = field(default_factory=UnusedRows)
     unplaced: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     def read(self, name: str) -> Tensor:
         """One parameter, float32."""
@@ -155,13 +156,13 @@ class Weights:
         )
 
 
-def open_weights(source: Path) -> Weights:
+def open_weights(source: Path, *, trust_remote_code: bool = False) -> Weights:
     """The parameters of a checkpoint folder. Warns of tensors that are not used, and as ``find_unused`` does.
 
     Raises AutoQuantError where their names are not the model's own, and where they are not finite.
     """
     shards = open_checkpoint(source)
-    skeleton = load_skeleton(source)
+    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
     inventory = structure_of(skeleton)
     stored = match_names(inventory, shards)
     if stored is None:
@@ -172,12 +173,13 @@ def open_weights(source: Path) -> Weights:
     first = [name for name in inventory.shapes if inventory.canonical[name] == name]
     unused = find_unused(source, first, lambda name: shards.read(stored[name]), token_tables(skeleton))
     float32 = dataclasses.replace(inventory, dtypes=dict.fromkeys(inventory.shapes, torch.float32))
-    return Weights(shards, stored, float32, unused=unused.tied(inventory.canonical), unplaced=left)
+    unused = unused.tied(inventory.canonical)
+    return Weights(shards, stored, float32, unused=unused, unplaced=left, trust_remote_code=trust_remote_code)
 
 
 def _build(source: Path, weights: Weights) -> Any:
     """The checkpoint's model with its parameters on the meta device and its buffers real, its structure as planned."""
-    model = build_empty(source, torch.float32)
+    model = build_empty(source, torch.float32, trust_remote_code=weights.trust_remote_code)
     for name, buffer in model.named_buffers():
         if name in weights.shards.entries:
             buffer.copy_(weights.shards.read(name))

@@ -70,6 +70,7 @@ def transform_checkpoint(
     *,
     recorded: dict[str, Any] | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Transformed:
     """Write ``source`` rotated and smoothed by ``config`` to the folder ``target``, loadable with plain transformers.
@@ -81,7 +82,7 @@ def transform_checkpoint(
     check_target(source, target, force)
     if options.save_maxima is not None:
         check_file(options.save_maxima, force=True)
-    stored = open_stored(source)
+    stored = open_stored(source, trust_remote_code=trust_remote_code)
     keys = SmoothingKind.NORM_LINEAR in options.transforms.alphas  # they are refused below, with what to do
     resolved = resolve_transforms(config, stored.inventory, options.transforms, options.seed, keys=keys)
     if not (resolved.spaces or resolved.groups or resolved.online):
@@ -112,13 +113,13 @@ def _scales(
 ) -> Scales:
     """Scales of the groups, by the activations that the rotated model has."""
     found: GroupMaxima | None = None if options.maxima is None else load_maxima(options.maxima)
-    windows = () if found is not None else _windows(stored.source, options.calibration)
+    windows = () if found is not None else _windows(stored, options.calibration)
     if found is None and not windows:
         raise AutoQuantError("smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without")
     progress("load", 0, 1)
     with warnings.catch_warnings():  # what is to be said of the stored weights was said
         warnings.simplefilter("ignore")
-        model = _load(stored.source)
+        model = _load(stored)
         hide_unused_(stored.source, model).check(windows)
     held = InMemory(model)
     plan = make_plan(replace(resolved, groups=()), structure_of(held.model), held.read, None)
@@ -132,19 +133,23 @@ def _scales(
     return group_scales(resolved, found, held.read)
 
 
-def _windows(source: Path, calibration: CalibrationOptions | Sequence[Tensor]) -> Sequence[Tensor]:
+def _windows(stored: Stored, calibration: CalibrationOptions | Sequence[Tensor]) -> Sequence[Tensor]:
     if not isinstance(calibration, CalibrationOptions):
         return calibration
-    return () if calibration.text is None else calibration_windows(load_tokenizer(source), calibration)
+    if calibration.text is None:
+        return ()
+    tokenizer = load_tokenizer(stored.source, trust_remote_code=stored.trust_remote_code)
+    return calibration_windows(tokenizer, calibration)
 
 
-def _load(source: Path) -> nn.Module:
+def _load(stored: Stored) -> nn.Module:
     """The model in float32, on a GPU where there is one: its activations are those that smoothing will meet."""
-    name = class_of(source).__name__
+    source, trust = stored.source, stored.trust_remote_code
+    name = class_of(source, trust_remote_code=trust).__name__
     if name != "AutoModelForCausalLM":
         raise AutoQuantError(
             f"{source}: smoothing is calibrated on text, which does not reach all of a model of {name}; "
             "use --transforms rotation"
         )
-    model = load_float32(source)
+    model = load_float32(source, trust_remote_code=trust)
     return model.cuda() if torch.cuda.is_available() else model

@@ -29,6 +29,7 @@ DTYPES = ["as-stored", "float32", "bfloat16", "float16", "float64"]
     help="Of the weights written; folding is in float64 always.",
 )
 @options.unproved
+@options.trust_remote_code
 @options.force
 @options.format()
 @options.quiet

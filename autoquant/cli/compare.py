@@ -32,6 +32,7 @@ TRANSFORMS = "none,smooth:0.85,smooth:0.5,smooth:0.5+fc_fc,fc_fc:0.5+rotation"
 @options.batch
 @options.device
 @options.unproved
+@options.trust_remote_code
 @options.output("Folder of the report.")
 @options.format()
 @options.quiet

@@ -13,6 +13,7 @@ from autoquant.cli import options
 @options.output("Folder to write.")
 @click.option("--to", required=True, metavar="[native|compressed-tensors]", help="Format of the folder to write.")
 @options.target
+@options.trust_remote_code
 @options.force
 @options.format()
 @options.quiet

@@ -24,6 +24,7 @@ from autoquant.cli import options
     help="Of everything that is not int8; auto: as stored.",
 )
 @options.device
+@options.trust_remote_code
 @options.format()
 @options.quiet
 def command(models: tuple[str, ...], data: Path, form: str, quiet: bool, **how: Any) -> None:

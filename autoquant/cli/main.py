@@ -18,7 +18,7 @@ import click
 from autoquant.cli.output import remark
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import INTERRUPTED, AutoQuantError
-from autoquant.report.inert import inert
+from autoquant.io.inert import inert
 from autoquant.version import __version__
 
 # In the order of --help, which is that of the work. `name` is the object `command` of autoquant/cli/name.py.

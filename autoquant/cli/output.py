@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from autoquant.errors import AutoQuantError
-from autoquant.report.inert import inert
+from autoquant.io.inert import inert
 
 PIPE_WIDTH = 140
 """Columns where the output is no terminal."""

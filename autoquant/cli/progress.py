@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
 
-from autoquant.report.inert import inert
+from autoquant.io.inert import inert
 from autoquant.steps import Progress, silent
 
 

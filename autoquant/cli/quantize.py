@@ -22,6 +22,7 @@ from autoquant.cli import options
 @options.unproved
 @options.checkpoint_format
 @options.target
+@options.trust_remote_code
 @options.force
 @options.quiet
 def command(model: Path, config: Path | None, output: Path, form: str, quiet: bool, **how: Any) -> None:

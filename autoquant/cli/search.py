@@ -38,6 +38,7 @@ KNOBS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
 @options.seed(0, "Draws windows.")
 @options.device
 @options.unproved
+@options.trust_remote_code
 @options.force
 @options.format()
 @options.quiet

@@ -14,6 +14,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from autoquant.config.overview import overview, overview_html
+
 FORMAT_VERSION = 1
 SCHEMA_NAME = f"autoquant-config.v{FORMAT_VERSION}.schema.json"
 """Of the file beside a config, which an editor reads through the config's ``$schema``; one for each format version."""
@@ -452,3 +454,12 @@ class Config(Strict):
     blocked: tuple[Blocked, ...] = Field((), description="What cannot be smoothed or rotated, and why.")
     certificate: Certificate | None = Field(None, description="The proof; null: nothing was measured.")
     search: Search | None = Field(None, description="Evidence of `autoquant search`; null: no search was made.")
+
+    def __repr__(self) -> str:
+        return overview(self)
+
+    def __str__(self) -> str:
+        return overview(self)
+
+    def _repr_html_(self) -> str:
+        return overview_html(self)

@@ -171,8 +171,7 @@ def load_settings(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises AutoQuantError where it cannot be read, and where it is code of its own that is not trusted.
     """
-    settings = read_settings(folder)
-    _check_code(folder, settings, trust_remote_code)
+    read_settings(folder)
     config = named_source(str(folder), trust_remote_code=trust_remote_code).config
     for part in sub_configs(config).values():
         named = getattr(part, "_attn_implementation", None)
@@ -267,18 +266,6 @@ def _load(
     model.config.name_or_path = model.name_or_path = str(folder)
     left = _check_weights(folder, shards, model, info, quantized)
     return Loaded(model.eval() if device is None else model.eval().to(device), left)
-
-
-def _check_code(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
-    from transformers import CONFIG_MAPPING
-
-    code = settings.get("auto_map")
-    if not code or trust_remote_code or settings["model_type"] in CONFIG_MAPPING:
-        return
-    files = sorted({str(name).partition(".")[0] + ".py" for name in dict(code).values()})
-    raise AutoQuantError(
-        f"{folder}: its model is code of its own ({', '.join(files)}); read it, and give --trust-remote-code to run it"
-    )
 
 
 @contextmanager

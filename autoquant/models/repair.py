@@ -101,9 +101,9 @@ def find_source(
     return source if layers is None else naming.limited(source, layers)
 
 
-def of_structure(folder: str, fingerprint: str) -> ModelSource:
+def of_structure(folder: str, fingerprint: str, *, trust_remote_code: bool = False) -> ModelSource:
     """The model of a checkpoint, of that kind whose structure has the ``fingerprint``; the preferred where none has."""
-    source = find_source(folder)
+    source = find_source(folder, trust_remote_code=trust_remote_code)
     for kind in kinds_of(source.config):
         with contextlib.suppress(AutoQuantError):
             one = replace(source, kind=kind)

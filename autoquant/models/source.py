@@ -120,6 +120,7 @@ def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise AutoQuantError(f"{file}: expected a JSON object with a model_type")
     if not trust_remote_code:
+        check_code(path, content)
         _require_known(f"{file}: model_type", content["model_type"])
     try:
         with quiet():
@@ -182,6 +183,19 @@ def _fit_(config: Any) -> dict[str, int]:
                 setattr(part, name, text)
                 changed[f"{path}.{name}".lstrip(".")] = text
     return changed
+
+
+def check_code(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise AutoQuantError where the model of a ``config.json`` is code of its own."""
+    from transformers import CONFIG_MAPPING
+
+    code = settings.get("auto_map")
+    if not code or settings["model_type"] in CONFIG_MAPPING:
+        return
+    files = sorted({str(name).partition(".")[0] + ".py" for name in dict(code).values()})
+    raise AutoQuantError(
+        f"{path}: its model is code of its own ({', '.join(files)}); read it, and give --trust-remote-code to run it"
+    )
 
 
 def _require_known(where: str, model_type: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
-from autoquant.report.inert import inert
+from autoquant.io.inert import inert
 
 GAP = "  "
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.certificate.claims import IN_WORDS, standing
 from autoquant.config.format import Config, Coverage, edited
+from autoquant.io.inert import inert
 from autoquant.report.columns import columns, wrapped
-from autoquant.report.inert import inert
 from autoquant.report.table import ran, summary_lines
 
 if TYPE_CHECKING:

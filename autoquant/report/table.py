@@ -14,7 +14,7 @@ from rich.text import Text as RichText
 
 from autoquant.config.format import Certificate, Config, Coverage
 from autoquant.config.layers import layer_numbers
-from autoquant.report.inert import inert
+from autoquant.io.inert import inert
 from autoquant.report.summary import Row, Section, Summary, summarise
 
 PIPE_WIDTH = 140

@@ -24,6 +24,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import ResolvedOnline
 from autoquant.io.folders import finished_folder
 from autoquant.io.safetensors_writer import Described
+from autoquant.models.own_code import copy_code
 
 NATIVE = "native"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -94,10 +95,10 @@ class CheckpointFormat(Protocol):
     def is_mine(self, folder: Path) -> bool:
         """True if the folder is of this format."""
 
-    def contents(self, folder: Path) -> Contents:
+    def contents(self, folder: Path, *, trust_remote_code: bool = False) -> Contents:
         """What a folder holds, as it would be written. Raises AutoQuantError where that cannot be told."""
 
-    def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
+    def load(self, folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> Any:
         """A runnable model in evaluation mode. Raises AutoQuantError where the folder is damaged."""
 
 
@@ -177,4 +178,5 @@ def write_checkpoint(target: Path, contents: Contents, name: str = NATIVE, *, fo
     chosen = check_format(name, contents.config, contents.changes)
     with finished_folder(target, force=force) as folder:
         chosen.write(folder, contents)
+        copy_code(contents.model, folder)
         write_provenance(folder, contents.provenance)

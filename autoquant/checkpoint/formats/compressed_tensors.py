@@ -69,11 +69,11 @@ class CompressedTensors:
     def is_mine(self, folder: Path) -> bool:
         return is_stored(folder)
 
-    def contents(self, folder: Path) -> Contents:
-        return stored_contents(folder)
+    def contents(self, folder: Path, *, trust_remote_code: bool = False) -> Contents:
+        return stored_contents(folder, trust_remote_code=trust_remote_code)
 
-    def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
-        return load_stored(folder, dtype)
+    def load(self, folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> Any:
+        return load_stored(folder, dtype, trust_remote_code=trust_remote_code)
 
 
 register(CompressedTensors())

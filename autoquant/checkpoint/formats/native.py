@@ -116,14 +116,14 @@ class Native:
     def is_mine(self, folder: Path) -> bool:
         return (folder / FACTS).is_file()
 
-    def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
-        return as_loaded_(load_quantized(folder), dtype)
+    def load(self, folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> Any:
+        return as_loaded_(load_quantized(folder, trust_remote_code=trust_remote_code), dtype)
 
-    def contents(self, folder: Path) -> Contents:
+    def contents(self, folder: Path, *, trust_remote_code: bool = False) -> Contents:
         facts, shards = read_facts(folder), open_file(folder / TENSORS)
         described = {name: (entry.dtype, entry.shape) for name, entry in shards.entries.items()}
         return Contents(
-            build_empty(folder, facts.dtype),
+            build_empty(folder, facts.dtype, trust_remote_code=trust_remote_code),
             read_config(folder),
             described,
             ((name, shards.read(name)) for name in described),
@@ -131,7 +131,7 @@ class Native:
             facts.shared,
             facts.changes,
             read_provenance(folder),
-            stored_tokenizer(folder),
+            stored_tokenizer(folder, trust_remote_code=trust_remote_code),
         )
 
 
@@ -147,7 +147,7 @@ class Facts:
     changes: Changes
 
 
-def load_quantized(directory: str | Path) -> Any:
+def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
     """A runnable model from a native folder, in evaluation mode, every tensor in the dtype that it is stored in.
 
     The architecture is built without weights and changed as the folder says, then the tensors are put in. Raises
@@ -161,7 +161,7 @@ def load_quantized(directory: str | Path) -> Any:
         tensors = load_file(directory / TENSORS)
     except (OSError, SafetensorError) as error:
         raise AutoQuantError(f"{directory}: damaged: {' '.join(str(error).split())[:200]}") from error
-    model = build_empty(directory, facts.dtype)
+    model = build_empty(directory, facts.dtype, trust_remote_code=trust_remote_code)
     try:
         _change_(model, facts.changes)
         replace_with_empty_(model, plan_linears(config))

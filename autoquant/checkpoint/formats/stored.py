@@ -59,20 +59,20 @@ def is_stored(folder: Path) -> bool:
         return False
 
 
-def load_stored(folder: Path, dtype: torch.dtype | None) -> Any:
+def load_stored(folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> Any:
     """A runnable model. Raises AutoQuantError where the folder is damaged or its tensors do not fit."""
-    stored = open_stored(folder)
+    stored = open_stored(folder, trust_remote_code=trust_remote_code)
     replace_with_empty_(stored.model, tuple(stored.planned.values()))
     return as_loaded_(fill_(stored.model, dict(_tensors(stored)), stored.shared, folder), dtype)
 
 
-def stored_contents(folder: Path) -> Contents:
+def stored_contents(folder: Path, *, trust_remote_code: bool = False) -> Contents:
     """The folder as it would be written anew. Raises AutoQuantError where it has no AutoQuant config."""
     if not (folder / CONFIG).is_file():
         raise AutoQuantError(
             f"{folder}: has no {CONFIG}: another tool wrote it, which says nothing of the model's parts"
         )
-    stored = open_stored(folder)
+    stored = open_stored(folder, trust_remote_code=trust_remote_code)
     return Contents(
         stored.model,
         load_config(folder / CONFIG),
@@ -82,11 +82,11 @@ def stored_contents(folder: Path) -> Contents:
         stored.shared,
         Changes(),
         read_provenance(folder),
-        stored_tokenizer(folder),
+        stored_tokenizer(folder, trust_remote_code=trust_remote_code),
     )
 
 
-def open_stored(folder: Path) -> Stored:
+def open_stored(folder: Path, *, trust_remote_code: bool = False) -> Stored:
     """Match a folder's tensors with its model's. Raises AutoQuantError where they do not fit."""
     settings = read_settings(folder)
     groups = groups_in(settings.get(SECTION))
@@ -96,7 +96,7 @@ def open_stored(folder: Path) -> Stored:
     dtype = getattr(torch, str(settings.get("dtype") or settings.get("torch_dtype") or "float32"), None)
     if not isinstance(dtype, torch.dtype):
         raise AutoQuantError(f"{folder / 'config.json'}: its dtype {settings.get('dtype')!r} is none")
-    model = build_empty(folder, dtype)
+    model = build_empty(folder, dtype, trust_remote_code=trust_remote_code)
     vars(model.config).pop(SECTION, None)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layout = hub_layout(model, shapes)

@@ -27,6 +27,8 @@ def write_surroundings(folder: Path, contents: Contents, **settings: Any) -> Non
         contents.tokenizer.save_pretrained(folder)
 
 
-def stored_tokenizer(folder: Path) -> Any:
+def stored_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder; None where it was written without one. Raises AutoQuantError for a damaged one."""
-    return load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return load_tokenizer(folder, trust_remote_code=trust_remote_code)

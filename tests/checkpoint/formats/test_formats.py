@@ -38,10 +38,10 @@ class Plain:
     def is_mine(self, folder: Path) -> bool:
         return (folder / "plain.safetensors").is_file()
 
-    def contents(self, folder: Path) -> Contents:
+    def contents(self, folder: Path, *, trust_remote_code: bool = False) -> Contents:
         raise AutoQuantError("plain tensors say nothing of a model")
 
-    def load(self, folder: Path, dtype: torch.dtype | None) -> Any:
+    def load(self, folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> Any:
         module: Any = nn.Module()
         module.tensors = load_file(folder / "plain.safetensors")
         return module

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoquant.report.inert import inert
+from autoquant.io.inert import inert
 
 
 @pytest.mark.parametrize(
