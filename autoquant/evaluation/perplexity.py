@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoquant.calibration.windows import Windows
+from autoquant.calibration.windows import Windows, check_fit
 from autoquant.errors import AutoQuantError
 
 LogitsOf = Callable[[Tensor], Tensor]
@@ -113,6 +113,7 @@ def logits_of(module: nn.Module) -> LogitsOf:
     device = next(module.parameters()).device
 
     def forward(ids: Tensor) -> Tensor:
+        check_fit(module, [ids])
         try:
             logits: Tensor = module(ids.to(device)).logits
         except IndexError as error:

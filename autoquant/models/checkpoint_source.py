@@ -54,13 +54,17 @@ def _may_be_hub_id(source: str | Path) -> bool:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """A checkpoint's ``config.json``. Raises AutoQuantError where it is missing or no object."""
-    file = folder / "config.json"
-    if not file.is_file():
+    if not (folder / "config.json").is_file():
         if (folder / ADAPTER).is_file():
             raise AutoQuantError(
                 f"{folder}: holds an adapter (LoRA) and no model; merge it into its base first (merge_and_unload)"
             )
         raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
+    return read_settings_file(folder / "config.json")
+
+
+def read_settings_file(file: Path) -> dict[str, Any]:
+    """A configuration by its file. Raises AutoQuantError where it is no object with a model type."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

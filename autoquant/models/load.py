@@ -26,7 +26,13 @@ from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import Shards
 from autoquant.models.auto_classes import auto_class, kinds_of
 from autoquant.models.build import with_inputs
-from autoquant.models.checkpoint_source import ADAPTER, checkpoint_folder, open_checkpoint, read_settings
+from autoquant.models.checkpoint_source import (
+    ADAPTER,
+    checkpoint_folder,
+    open_checkpoint,
+    quantization_method,
+    read_settings,
+)
 from autoquant.models.reduce import failure_of
 from autoquant.models.source import (
     LoadedModel,
@@ -36,6 +42,7 @@ from autoquant.models.source import (
     one_line,
     quiet,
     sub_configs,
+    what_failed,
 )
 from autoquant.models.structure import record_untied_
 from autoquant.models.tasks import Kind
@@ -201,7 +208,7 @@ def build_empty(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = F
             if (folder / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # construction runs the architecture's own code
-        raise AutoQuantError(f"{folder}: its model cannot be built: {one_line(error)}") from error
+        raise AutoQuantError(f"{folder}: its model cannot be built: {what_failed(error, config)}") from error
     return model.eval()
 
 
@@ -259,12 +266,13 @@ def _load(
                 key_mapping=prefix,
             )
     except Exception as error:  # the checkpoint's format, its configuration, or the architecture's own code
-        raise AutoQuantError(f"{folder}: cannot be loaded: {one_line(error)}") from error
+        raise AutoQuantError(f"{folder}: cannot be loaded: {what_failed(error, config)}") from error
     if prefix is not None:  # else it would be put before the names again when the model is saved
         kept = [c for c in model._weight_conversions if prefix.keys().isdisjoint(c.source_patterns)]
         model._weight_conversions = kept
     model.config.name_or_path = model.name_or_path = str(folder)
-    left = _check_weights(folder, shards, model, info, quantized)
+    declared = quantized and quantization_method(read_settings(folder)) is not None
+    left = _check_weights(folder, shards, model, info, declared)
     return Loaded(model.eval() if device is None else model.eval().to(device), left)
 
 
@@ -308,8 +316,8 @@ def _check_weights(
         for name, parameter in model.named_parameters():
             if name in stored and parameter.is_floating_point() and not stored[name].dtype.is_floating_point:
                 raise AutoQuantError(
-                    f"{folder}: {name} is stored as {stored[name].dtype}: is quantized already; its weights cannot be "
-                    "folded: start from the original model"
+                    f"{folder}: {name} is stored as {stored[name].dtype}: is quantized already, in a way that its "
+                    "config.json does not declare; start from the original model"
                 )
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     patterns.append(OLD_BUFFER)

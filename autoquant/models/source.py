@@ -24,10 +24,13 @@ from torch.overrides import TorchFunctionMode
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import device_constructors, pytree
 from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, part_taken
+from autoquant.models.checkpoint_source import read_settings_file
 from autoquant.models.tasks import Kind
 
 PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound)|(?P<video>video))\w*token_(id|index)$")
 """Fields that hold the token in whose place the features of an image, a sound or a film go."""
+
+MAX_LAYERS = 10_000
 
 _NUMBERS = re.compile(r"layer_?(ids|idxs?|indices|numbers)$")
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
@@ -113,12 +116,7 @@ def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
     from transformers import AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AutoQuantError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise AutoQuantError(f"{file}: expected a JSON object with a model_type")
+    content = read_settings_file(file)
     if not trust_remote_code:
         check_code(path, content)
         _require_known(f"{file}: model_type", content["model_type"])
@@ -129,7 +127,16 @@ def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
             )
     except Exception as error:  # configuration classes check their values in many ways
         raise AutoQuantError(f"{file}: not a valid configuration: {one_line(error)}") from error
+    _check_layers(file, config)
     return ModelSource(model, config, None, path if path.is_dir() else path.parent, trust_remote_code)
+
+
+def _check_layers(file: Path, config: Any) -> None:
+    """Raise AutoQuantError for more layers than a model has, of which the structure alone would take hours."""
+    for part in sub_configs(config).values():
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise AutoQuantError(f"{file}: num_hidden_layers: {layers:,}; at most {MAX_LAYERS:,} can be built")
 
 
 def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
@@ -190,9 +197,9 @@ def check_code(path: Path, settings: Mapping[str, Any]) -> None:
     from transformers import CONFIG_MAPPING
 
     code = settings.get("auto_map")
-    if not code or settings["model_type"] in CONFIG_MAPPING:
+    if not isinstance(code, dict) or not code or settings["model_type"] in CONFIG_MAPPING:
         return
-    files = sorted({str(name).partition(".")[0] + ".py" for name in dict(code).values()})
+    files = sorted({str(name).partition(".")[0] + ".py" for name in code.values()})
     raise AutoQuantError(
         f"{path}: its model is code of its own ({', '.join(files)}); read it, and give --trust-remote-code to run it"
     )
@@ -312,7 +319,7 @@ def build_module(source: ModelSource, config: Any, device: torch.device, dtype: 
         except Exception as error:  # construction runs the architecture's own code
             if attention == "sdpa" and isinstance(error, ValueError):
                 continue  # how a class says that it has no such attention
-            raise AutoQuantError(f"{source.name}: cannot be built ({kind}): {one_line(error)}") from error
+            raise AutoQuantError(f"{source.name}: cannot be built ({kind}): {what_failed(error, config)}") from error
     return module.eval()
 
 
@@ -437,6 +444,21 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(threshold)
+
+
+def what_failed(error: Exception, config: Any) -> str:
+    """Why a model of a configuration cannot be built: the field whose value was looked up and not found, if it is one,
+    else the error in one line.
+    """
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        for path, part in sub_configs(config).items():
+            for name, value in vars(part).items():
+                held = value if isinstance(value, dict) else {name: value}
+                for field_, one in held.items():
+                    if one == error.args[0]:
+                        where = ".".join(filter(None, (path, name if held is not value else f"{name}.{field_}")))
+                        return f"{where}: {one!r} is none that transformers knows"
+    return one_line(error)
 
 
 def one_line(error: BaseException | None) -> str:

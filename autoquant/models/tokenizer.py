@@ -7,7 +7,7 @@ from typing import Any
 
 from autoquant.errors import AutoQuantError
 from autoquant.models.checkpoint_source import checkpoint_folder
-from autoquant.models.source import one_line, quiet
+from autoquant.models.source import named_source, one_line, quiet
 
 _FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "spiece*", "sentencepiece*", "tekken.json")
 
@@ -25,6 +25,8 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     folder = checkpoint_folder(source, weights=False, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer
 
+    if (folder / "config.json").is_file():  # which transformers reads too, and complains of it as of a tokenizer
+        named_source(str(folder), trust_remote_code=trust_remote_code)
     if not has_tokenizer(folder):
         raise AutoQuantError(
             f"{source}: has no tokenizer, which calibration texts need: put its files there, or use dynamic "

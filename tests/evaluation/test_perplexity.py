@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from autoquant.calibration.windows import calibration_batches, cut_windows, tokenize
+from autoquant.checkpoint.load import load
 from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import evaluate, logits_of, perplexity_of
 
@@ -154,7 +158,10 @@ def test_a_window_beyond_the_position_table_is_one_clear_error() -> None:
     special = {"bos_token_id": 0, "eos_token_id": 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, **special)).eval()
     assert perplexity_of(model, cut_windows(sequence(10), 5, 0)) > 1
-    with pytest.raises(AutoQuantError, match="cannot take 7 tokens at once: use a smaller window"):
+    with pytest.raises(
+        AutoQuantError,
+        match="windows of 7 tokens, BOS included, are longer than the model.s 6 positions: lower --length",
+    ):
         perplexity_of(model, cut_windows(sequence(12), 6, 0))
 
 
@@ -165,6 +172,21 @@ def run(*arguments: str) -> Any:
 
 
 TEXT = "The river rises in the hills to the north of the town and flows south for twelve miles to the sea . " * 3
+
+
+def test_a_token_beyond_the_table_is_said() -> None:
+    config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(AutoQuantError, match="token 11 is beyond the model's table of 11 tokens"):
+        evaluate(logits_of(LlamaForCausalLM(config)), cut_windows([1, 11, 2], 3, None))
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PACKAGED, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AutoQuantError, match=r"model\.norm\.weight holds a NaN"):
+        load(folder)
 
 
 def test_the_command_prints_json_and_a_table(tmp_path: Path) -> None:

@@ -194,6 +194,35 @@ def test_integer_weights_are_refused(folder: Path) -> None:
         load_causal_lm(folder)
 
 
+def test_integer_weights_that_no_setting_declares_are_no_floats_either(folder: Path) -> None:
+    """What ``eval`` loads with: they were taken for floats."""
+    change(folder, lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)}))
+    with pytest.raises(AutoQuantError, match=rf"{Q} is stored as torch.int8: .* config.json does not declare"):
+        load_causal_lm(folder, quantized=True)
+
+
+def test_more_layers_than_a_model_has_are_not_built(folder: Path) -> None:
+    change(folder, lambda tensors: None, num_hidden_layers=10**9)
+    with pytest.raises(AutoQuantError, match="num_hidden_layers: 1,000,000,000; at most 10,000"):
+        load_causal_lm(folder)
+
+
+def test_a_name_that_transformers_does_not_know_is_said_with_its_field(folder: Path) -> None:
+    change(folder, lambda tensors: None, hidden_act="zork")
+    with pytest.raises(AutoQuantError, match="hidden_act: 'zork' is none that transformers knows"):
+        load_causal_lm(folder)
+    change(folder, lambda tensors: None, hidden_act="silu", rope_parameters={"rope_type": "nowhere", "rope_theta": 1e4})
+    with pytest.raises(AutoQuantError, match="rope_type: 'nowhere' is none that transformers knows"):
+        load_causal_lm(folder)
+
+
+@pytest.mark.parametrize("settings", [{"hidden_size": "32"}, {"dtype": "zork"}, {"quantization_config": "awq"}])
+def test_a_wrong_config_is_not_said_of_the_tokenizer(folder: Path, settings: dict[str, Any]) -> None:
+    change(folder, lambda tensors: None, **settings)
+    with pytest.raises(AutoQuantError, match=r"config\.json: not a valid configuration"):
+        load_tokenizer(folder)
+
+
 def test_pickles_are_not_loaded(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
