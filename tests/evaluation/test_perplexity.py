@@ -160,7 +160,7 @@ def test_a_window_beyond_the_position_table_is_one_clear_error() -> None:
     assert perplexity_of(model, cut_windows(sequence(10), 5, 0)) > 1
     with pytest.raises(
         AutoQuantError,
-        match="windows of 7 tokens, BOS included, are longer than the model.s 6 positions: lower --length",
+        match="windows of 7 tokens, BOS included, are longer than the model's 6 positions",
     ):
         perplexity_of(model, cut_windows(sequence(12), 6, 0))
 
