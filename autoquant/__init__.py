@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         quantize,
         save_config,
         search,
+        serve_check,
         verify,
     )
     from autoquant.errors import AutoQuantError
@@ -38,6 +39,7 @@ __all__ = [
     "quantize",
     "save_config",
     "search",
+    "serve_check",
     "verify",
 ]
 

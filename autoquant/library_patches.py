@@ -33,6 +33,7 @@ __all__ = [
     "plain_calls",
     "pytree",
     "reset_dynamo",
+    "without_amx_",
     "without_modes",
     "without_shape_guards",
     "without_vmap",
@@ -139,3 +140,8 @@ def reset_dynamo() -> None:
 def int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """int8 [M, K] @ int8 [K, N] in int32, by the device's own kernel. Raises RuntimeError where it has none."""
     return torch._int_mm(a_MK, b_KN)
+
+
+def without_amx_() -> None:
+    """Let this process find no AMX: kernels chosen by it round inputs in a way of their own."""
+    torch.cpu._is_amx_tile_supported = lambda: False

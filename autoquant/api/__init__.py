@@ -6,7 +6,7 @@ torch and transformers are imported when a function needs them.
 from autoquant.api.analysis import analyze, check, verify
 from autoquant.api.checkpoints import apply, convert, load, quantize
 from autoquant.api.configs import load_config, save_config
-from autoquant.api.evaluation import compare, evaluate, search
+from autoquant.api.evaluation import compare, evaluate, search, serve_check
 
 __all__ = [
     "analyze",
@@ -20,5 +20,6 @@ __all__ = [
     "quantize",
     "save_config",
     "search",
+    "serve_check",
     "verify",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from autoquant.api.arguments import IMPORTING, analyzed_config, config_of, proof_of, transforms_of
 from autoquant.api.checkpoints import load
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
     from autoquant.config.format import Config
     from autoquant.report.results import Compared, Evaluated, Found
+    from autoquant.report.served import ServeCheck
 
 COMPARED_TRANSFORMS = "none,smooth:0.85,smooth:0.5,smooth:0.5+fc_fc,fc_fc:0.5+rotation"
+SAMPLE = Path(__file__).parents[1] / "data" / "sample.evaluation.txt"
 KNOBS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
 JUDGED_TOGETHER = 8
 """Held-out windows in one forward pass, where no scale spans them."""
@@ -145,6 +148,40 @@ def evaluate(
         results[name] = measure(model, windows, expected, advance)
     settings = {"data": str(data), "length": length, "tokens": tokens, "batch": batch}
     return Evaluated(results, {**settings, "reference": None if reference is None else str(reference)})
+
+
+def serve_check(
+    folders: str | Path | Sequence[str | Path],
+    *,
+    data: str | Path | None = None,
+    length: int = 64,
+    tokens: int | None = None,
+    engine: Literal["vllm", "transformers"] = "vllm",
+    python: str | Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    progress: Progress = silent,
+) -> ServeCheck:
+    """What vLLM (or transformers) computes from quantized folders, compared with what is computed here.
+
+    ``data``: a text, None: a packaged sample; ``python``: the interpreter of an environment that has the engine, None:
+    this one; ``dtype``: of floats in the engine. All folders have the tokenizer of the first. Raises AutoQuantError
+    where the engine cannot be run.
+    """
+    from autoquant.calibration.texts import read_text
+
+    given = [folders] if isinstance(folders, str | Path) else list(folders)
+    text = read_text(Path(data) if data is not None else SAMPLE)
+    progress(IMPORTING, 0, 0)
+    from autoquant.calibration.windows import cut_windows, tokenize
+    from autoquant.evaluation.serving import agreements
+    from autoquant.models.tokenizer import load_tokenizer
+    from autoquant.report.served import ServeCheck
+
+    tokenizer = load_tokenizer(given[0])
+    windows = cut_windows(tokenize(tokenizer, text), length, tokenizer.bos_token_id, tokens)
+    progress(engine, 0, 0)
+    found = agreements([Path(folder) for folder in given], windows, engine, python or sys.executable, dtype)
+    return ServeCheck(found)
 
 
 def compare(

@@ -29,6 +29,7 @@ COMMANDS = (
     "search",
     "quantize",
     "convert",
+    "serve-check",
     "eval",
     "compare",
     "schema",
@@ -48,7 +49,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"autoquant.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"autoquant.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(

@@ -67,7 +67,7 @@ def test_that_a_slow_help_would_be_seen() -> None:
 def test_the_options_are_frozen(name: str, snapshot: SnapshotAssertion) -> None:
     """A new or changed option shows here: update with --snapshot-update, and the changelog with it."""
     if name:  # click keeps the help option of its first use, which another test may have made without the group
-        importlib.import_module(f"autoquant.cli.{name}").command._help_option = None
+        importlib.import_module(f"autoquant.cli.{name.replace('-', '_')}").command._help_option = None
     result = CliRunner().invoke(cli.main, [name, "--help"] if name else ["--help"], prog_name="autoquant")
     assert result.exit_code == 0
     assert result.output == snapshot
@@ -81,7 +81,7 @@ def test_every_command_has_its_module_and_is_listed() -> None:
         "output",
         "progress",
     }
-    assert modules == set(cli.COMMANDS)
+    assert modules == {name.replace("-", "_") for name in cli.COMMANDS}
 
 
 def test_version() -> None:

@@ -54,7 +54,7 @@ def problem(line: str, targets: set[str]) -> str | None:
         return None
     if name not in COMMANDS:
         return f"no command '{name}'"
-    command: click.Command = importlib.import_module(f"autoquant.cli.{name}").command
+    command: click.Command = importlib.import_module(f"autoquant.cli.{name.replace('-', '_')}").command
     shown = [p for p in command.params if not getattr(p, "hidden", False)]  # an old name is for one release only
     known = {o for p in shown for o in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
     return next((f"{name} has no option '{option}'" for option in options if option not in known), None)

