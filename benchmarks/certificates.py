@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 import torch
-from mutations import MUTATIONS, figures
+from mistakes import MUTATIONS, figures
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.certify import certify

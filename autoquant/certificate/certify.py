@@ -73,6 +73,8 @@ def certify(
 
 
 def _too_much(trial: Trial) -> str:
+    if trial.unreached:
+        return trial.why()
     return f"changes the logits of the small model by {trial.change:.2g}, more than {TOLERANCE:g}"
 
 

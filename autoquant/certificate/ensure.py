@@ -62,7 +62,7 @@ def _prove(config: Config, source: ModelSource, seed: int, progress: Callable[[s
     failed = prove(carried.loaded, small, seed=seed, progress=progress).failed()
     refused = [
         *(f"'{name}' ({kind}) does not fit its small model: {why}" for (name, kind), why in unfit.items()),
-        *(f"'{t.name}' ({t.kind}) changes the logits of its small model by {t.change:.2g}" for t in failed),
+        *(f"'{trial.name}' ({trial.kind}) {trial.why()}, on a small model" for trial in failed),
     ]
     if refused:
         details = tuple(refused[:MAX_SHOWN]) if len(refused) > 1 else ()

@@ -1,20 +1,25 @@
-"""Every expert of a model is made to run, and whether each did is measured."""
+"""Every expert of a model is made to run, whether each did is measured, and what is said of one that did not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autoquant.config.format import Config, Linear
-from autoquant.config.layers import fill, layer_numbers
+from autoquant.certificate.claims import Claim
+from autoquant.config.format import Config, Slot
+from autoquant.config.layers import LAYER, fill, layer_numbers
+from autoquant.config.slots import channels_of
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_OF_ONE = re.compile(r"expert[^.]*[._]\d+\.|(^|\.)\d+\..*expert.*\.\d+\.")
+"""Of a parameter that is numbered behind the word, or within a numbered layer."""
 
 Unit = tuple[str, int]
 """A parameter that belongs to one expert (and 0), or one that holds several stacked and the number of the expert."""
@@ -73,18 +78,74 @@ def units_of(config: Config, module: nn.Module) -> list[Unit]:
     held = dict(module.named_parameters(remove_duplicate=False))
     found: list[Unit] = []
     for linear in config.model.linears:
-        for name in _names(linear):
+        for name in _filled(linear.weight, linear.layers):
             if name not in held:
                 continue
             if linear.stack is not None and held[name].shape[0] == linear.stack:
                 found += [(name, number) for number in range(linear.stack)]
-            elif linear.stack is None and len(_NUMBER.findall(name)) > 1 and "expert" in name:
+            elif linear.stack is None and _OF_ONE.search(name):
                 found.append((name, 0))
     return found
 
 
-def _names(linear: Linear) -> Iterable[str]:
-    return [linear.weight] if linear.layers is None else [fill(linear.weight, n) for n in layer_numbers(linear.layers)]
+def unreached(config: Config, units: Collection[Unit], seen: Collection[Unit] | None) -> dict[Claim, str]:
+    """The claims of ``config`` that are about a weight of an expert that no run reached, with the first such weight.
+
+    Matrices of one stack go through one product, so that a claim holds for one of them if it says the same of another
+    that was reached: with the same channels in every slot, or with channels of its own that lie alike in all of them.
+    ``seen``: what was reached, None where that is not known; then all matrices of a stack have to be alike, and nothing
+    is said of parts that are numbered.
+    """
+    numbers: dict[str, list[int]] = {}
+    for name, number in units:
+        numbers.setdefault(name, []).append(number)
+    found: dict[Claim, str] = {}
+    for claim, members in _members(config):
+        offsets = _Alike([slot for slot, _ in members])
+        for slot, layers in members:
+            for name in _filled(slot.path, layers):
+                held = numbers.get(name, [])
+                known = held[:1] if seen is None else [number for number in held if (name, number) in seen]
+                for number in held:
+                    if number in known or (seen is None and slot.stack is None):
+                        continue
+                    if slot.stack is None or not any(offsets.alike(slot.stack, number, other) for other in known):
+                        found.setdefault(claim, f"'{name}'" + ("" if slot.stack is None else f" (expert {number})"))
+    return found
+
+
+class _Alike:
+    """Which matrices of the stacks of a claim are said the same of."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.single = any(slot.stack is None for slot in slots)
+        self.rows: dict[int, NDArray[np.int64]] = {}
+        for stack in {slot.stack for slot in slots if slot.stack is not None}:
+            same = [channels_of(slot).reshape(stack, -1) for slot in slots if slot.stack == stack]
+            self.rows[stack] = np.concatenate(same, axis=1)
+
+    def alike(self, stack: int, one: int, other: int) -> bool:
+        """True if every slot says of both matrices the same, but for a shift of all channels where all are stacked."""
+        mine, theirs = self.rows[stack][one], self.rows[stack][other]
+        held = mine >= 0
+        if not np.array_equal(held, theirs >= 0):
+            return False
+        shifts = np.unique(mine[held] - theirs[held])
+        return len(shifts) == 0 or (len(shifts) == 1 and (shifts[0] == 0 or not self.single))
+
+
+def _members(config: Config) -> Iterator[tuple[Claim, list[tuple[Slot, str | None]]]]:
+    """Each group and space with its slots and the layers of these."""
+    for group in config.smoothing.groups:
+        yield (group.name, group.kind.value), [(slot, group.layers) for slot in (*group.sources, *group.targets)]
+    for space in config.rotation.spaces:
+        slots: list[tuple[Slot, str | None]] = [(w, w.layers or space.layers) for w in space.writers]
+        slots += [(reader, read.layers or space.layers) for read in space.reads for reader in read.readers]
+        yield (space.name, space.kind), slots
+
+
+def _filled(path: str, layers: str | None) -> list[str]:
+    return [path] if layers is None or LAYER not in path else [fill(path, n) for n in layer_numbers(layers)]
 
 
 def reached(outputs: Iterable[Tensor], module: nn.Module, units: Collection[Unit]) -> set[Unit]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.certificate.claims import Claim, claims, keep
-from autoquant.certificate.experts import choices_of, reached, units_of
+from autoquant.certificate.experts import Unit, choices_of, reached, units_of, unreached
 from autoquant.certificate.runs import Reference, departure, further_runs, given, refer
 from autoquant.config.format import Config, Coverage, RotationMethod, edited
 from autoquant.errors import AutoQuantError
@@ -42,15 +42,25 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One claim, applied alone (or all of them): the largest relative change of an output in any run."""
+    """One claim, applied alone (or all of them): the largest relative change of an output in any run.
+
+    ``unreached``: the weight of an expert that the claim is about and that no run reached; empty where there is none.
+    """
 
     name: str
     kind: str
     change: float
+    unreached: str = ""
 
     def holds(self, tolerance: float = TOLERANCE) -> bool:
-        """True if the outputs stayed the same; a NaN did not."""
-        return self.change <= tolerance
+        """True if the outputs stayed the same, of which all had a part in one; a NaN did not."""
+        return self.change <= tolerance and not self.unreached
+
+    def why(self) -> str:
+        """What speaks against a claim that does not hold."""
+        if self.unreached:
+            return f"is about {self.unreached}, which no run reached"
+        return f"changes the logits by {self.change:.2g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +117,11 @@ def prove(loaded: LoadedModel, config: Config, *, seed: int = 0, progress: Progr
         if chosen:
             progress("proving all together")
             trials |= _together(bench, config, trials, progress)
-        coverage = _coverage(loaded, config, reference)
-    return Proof(tuple(Trial(*claim, change) for claim, change in trials.items()), tolerance, coverage)
+        units = units_of(config, loaded.module)
+        seen = _reached(loaded, units, reference)
+    missed = unreached(config, units, seen)
+    tried = tuple(Trial(*claim, change, missed.get(claim, "")) for claim, change in trials.items())
+    return Proof(tried, tolerance, _coverage(reference, units, seen))
 
 
 def _together(bench: _Bench, config: Config, alone: dict[Claim, float], progress: Progress) -> dict[Claim, float]:
@@ -187,25 +200,29 @@ def _copy_sharing(module: nn.Module, inventory: ModelStructure, plan: Plan) -> n
     return copy.deepcopy(module, {id(parameter): parameter for parameter in kept})
 
 
-def _coverage(loaded: LoadedModel, config: Config, reference: Reference) -> Coverage:
+def _reached(loaded: LoadedModel, units: Collection[Unit], reference: Reference) -> set[Unit] | None:
+    """The weights of experts that had a part in an output of some run; None where that is not measured."""
+    size = sum(parameter.numel() for parameter in loaded.module.parameters())
+    if not units or size > _MOST_MEASURED:
+        return None
+    seen: set[Unit] = set()
+    with contextlib.suppress(RuntimeError), torch.enable_grad():  # a kernel may have no derivative
+        for run in reference.runs:
+            seen |= reached(run(loaded.module), loaded.module, units)
+        return seen
+    return None
+
+
+def _coverage(reference: Reference, units: Collection[Unit], seen: Collection[Unit] | None) -> Coverage:
     """What the runs were, and how many experts of all that the config names had a part in them."""
     names = [run.name for run in reference.runs]
-    units = units_of(config, loaded.module)
-    size = sum(parameter.numel() for parameter in loaded.module.parameters())
-    hit = None
-    if units and size <= _MOST_MEASURED:
-        seen: set[tuple[str, int]] = set()
-        with contextlib.suppress(RuntimeError), torch.enable_grad():  # a kernel may have no derivative
-            for run in reference.runs:
-                seen |= reached(run(loaded.module), loaded.module, units)
-            hit = len(seen)
     return Coverage(
         lengths=tuple(sorted({run.length for run in reference.runs if run.length})),
         padding="left padding" in names,
         offset="offset" in names,
         decode="decode" in names,
         experts=len(units),
-        experts_reached=hit,
+        experts_reached=None if seen is None else len(seen),
     )
 
 

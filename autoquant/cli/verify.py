@@ -40,7 +40,7 @@ def command(model: str, config: Path, form: str, quiet: bool, **how: Any) -> Non
         found = api.verify(model, config, progress=shown.progress, **how)
     options.print_result(found, form, quiet)
     if failed := found.failed:
-        raise AutoQuantError(
-            f"{len(failed)} of {len(found.trials)} trials changed the logits, '{failed[0].name}' by "
-            f"{failed[0].change:.1e}"
-        )
+        first, count = failed[0], f"{len(failed)} of {len(found.trials)} trials"
+        if first.unreached:
+            raise AutoQuantError(f"{count} do not hold: '{first.name}' {first.why()}")
+        raise AutoQuantError(f"{count} changed the logits, '{first.name}' by {first.change:.1e}")

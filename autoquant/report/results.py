@@ -117,7 +117,7 @@ class Verification:
     def lines(self, width: int = WIDTH) -> list[str]:
         """A row for each trial, then totals."""
         failed = self.failed
-        rows = [(t.name, t.kind, f"{t.change:.1e}", "FAILED" if t in failed else "ok") for t in self.trials]
+        rows = [(t.name, t.kind, f"{t.change:.1e}", _verdict(t, t in failed)) for t in self.trials]
         subject = "its own weights" if self.own_weights else "a small random model of its structure"
         held = len(self.trials) - len(failed)
         return [
@@ -272,6 +272,10 @@ def _cell(key: str, estimate: Estimate | None) -> str:
         return ""
     digits = 3 if key == "perplexity" else 5
     return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+
+
+def _verdict(trial: Trial, failed: bool) -> str:
+    return f"FAILED: no run reached {trial.unreached}" if trial.unreached else "FAILED" if failed else "ok"
 
 
 def _finite(value: float) -> float | None:

@@ -33,15 +33,15 @@ KINDS = ["norm_linear", "query_key", "linear_linear", "R1", "R2", "R3", "R4", "a
 
 
 def mutations() -> Any:
-    """The script benchmarks/mutations.py as a module."""
-    if "mutations" not in sys.modules:
-        path = Path(__file__).parents[2] / "benchmarks" / "mutations.py"
-        spec = importlib.util.spec_from_file_location("mutations", path)
+    """The script benchmarks/mistakes.py as a module."""
+    if "mistakes" not in sys.modules:
+        path = Path(__file__).parents[2] / "benchmarks" / "mistakes.py"
+        spec = importlib.util.spec_from_file_location("mistakes", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules["mutations"] = module  # dataclasses look their module up
+        sys.modules["mistakes"] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
-    return sys.modules["mutations"]
+    return sys.modules["mistakes"]
 
 
 @cache

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from autoquant.certificate.experts import force_choices, reached
+import torch
+from torch import Tensor, nn
+
+import autoquant as aq
+from autoquant.certificate.experts import force_choices, reached, units_of, unreached
+from autoquant.config.format import Config, IndexMap, edited
 from tests.certificate.modules import Experts, loaded
 
 COUNT = 5
@@ -28,3 +33,66 @@ def test_choices_among_other_numbers_are_left_alone() -> None:
         assert torch.argmax(scores, dim=-1).tolist() == [0, 1]
         assert torch.topk(scores, 1, dim=0).indices.tolist() == [[1, 0, 1]]
     assert torch.topk(scores, 2).indices.tolist() == [[1, 2], [0, 2]]
+
+
+class Sometimes(nn.Module):
+    """Experts that are chosen by a comparison; the last one by a score that no input has."""
+
+    def __init__(self, stacked: bool) -> None:
+        super().__init__()
+        self.norm, self.router = nn.RMSNorm(8, eps=1e-6), nn.Linear(8, COUNT, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(0 if stacked else COUNT))
+        self.stack = nn.Parameter(torch.randn(COUNT, 8, 8) / 3) if stacked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        bar = torch.tensor([-9.0] * (COUNT - 1) + [2.0], dtype=x.dtype)
+        used = (self.router(h).sigmoid() > bar).to(x.dtype)
+        if self.stack is not None:
+            made = torch.bmm(h.expand(COUNT, *x.shape[1:]), self.stack).movedim(0, 1)[None]
+        else:
+            made = torch.stack([expert(h) for expert in self.experts], -2)
+        return x + (used[..., None] * made).sum(-2)
+
+
+def test_a_claim_about_an_expert_that_no_run_reached_is_not_proved() -> None:
+    torch.manual_seed(0)
+    numbered, stacked = Sometimes(False).eval(), Sometimes(True).eval()
+    inputs = (torch.randn(1, 6, 8),)
+    found = aq.analyze(stacked, example_inputs=inputs).config
+    assert found.certificate is not None and found.certificate.coverage is not None
+    assert (found.certificate.coverage.experts, found.certificate.coverage.experts_reached) == (COUNT, COUNT - 1)
+    assert [group.name for group in found.smoothing.groups] == ["norm -> router, stack"]
+    found = aq.analyze(numbered, example_inputs=inputs).config
+    assert found.smoothing.groups == ()
+    assert "is about 'experts.4.weight', which no run reached" in found.blocked[-1].reason
+
+
+def stack_of(config: Config, **changes: Any) -> Config:
+    group = config.smoothing.groups[0]
+    targets = tuple(edited(slot, **changes) if slot.stack else slot for slot in group.targets)
+    return edited(config, smoothing=edited(config.smoothing, groups=(edited(group, targets=targets),)))
+
+
+def test_matrices_of_a_stack_are_checked_one_by_one() -> None:
+    torch.manual_seed(0)
+    module, inputs = Sometimes(True).eval(), (torch.randn(1, 6, 8),)
+    config = aq.analyze(module, example_inputs=inputs).config
+    units = units_of(config, module)
+    most = {unit for unit in units if unit[1] < COUNT - 1}
+    claim = (config.smoothing.groups[0].name, "norm_linear")
+    assert unreached(config, units, most) == {} == unreached(config, units, None)
+
+    def blocks(last: int) -> tuple[IndexMap, ...]:
+        """The channels of all but the last expert, then those of the last, turned by ``last``."""
+        same = IndexMap(shape=(COUNT - 1, 8), stride=(8, 1), channel_stride=(0, 1))
+        end = 8 * (COUNT - 1)
+        one = IndexMap(start=end, shape=(8 - last,), stride=(1,), channel_start=last, channel_stride=(1,))
+        rest = IndexMap(start=end + 8 - last, shape=(last,), stride=(1,), channel_stride=(1,))
+        return (same, one, *([rest] if last else []))
+
+    right, wrong = stack_of(config, index=blocks(0)), stack_of(config, index=blocks(1))
+    assert unreached(right, units, most) == {}
+    assert unreached(wrong, units, most) == {claim: f"'stack' (expert {COUNT - 1})"} == unreached(wrong, units, None)
+    assert unreached(wrong, units, set(units)) == {}, "what a run reached is said by the run"
+    assert unreached(right, units, ()) == {claim: "'stack' (expert 0)"}
