@@ -72,7 +72,9 @@ def _read(path: Path) -> str:
     """A file's text without byte-order mark, its lines ending in LF."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise AutoQuantError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise AutoQuantError(f"{path}: cannot be read as UTF-8 text: {error}; expected {ACCEPTED}") from error
 
 

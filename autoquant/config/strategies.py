@@ -14,7 +14,8 @@ def parse_strategies(text: str) -> tuple[Strategy, ...]:
         return tuple(Strategy)
     for name in text.split(","):
         if name not in names:
-            raise AutoQuantError(f"no strategy '{name}'{did_you_mean(name, names)}")
+            near = did_you_mean(name, names) or f"; there are {', '.join(names)}"
+            raise AutoQuantError(f"no strategy '{name}'{near}")
     return tuple(Strategy(name) for name in text.split(","))
 
 

@@ -171,7 +171,7 @@ def test_bad_records_are_named(tmp_path: Path, name: str, content: str, message:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(AutoQuantError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(AutoQuantError, match="cannot be read: No such file"):
         read_text(tmp_path / "none.txt")
     with pytest.raises(AutoQuantError, match=r"cannot be read as UTF-8 text.*expected \.txt"):
         read_text(saved(tmp_path, "a.txt", b"\xff\xfe"))
