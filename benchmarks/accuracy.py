@@ -276,9 +276,9 @@ def main(
     def fresh() -> nn.Module:
         return copy.deepcopy(loaded)
 
-    def quantized(changed: Config, preopt: Transforms, strategy: Strategy, side: str | None = None) -> nn.Module:
+    def quantized(changed: Config, transforms: Transforms, strategy: Strategy, side: str | None = None) -> nn.Module:
         made = fresh()
-        prepared = prepare_(made, changed, strategy, preopt, fit, cache=scheme_of(strategy).kv_cache is not None)
+        prepared = prepare_(made, changed, strategy, transforms, fit, cache=scheme_of(strategy).kv_cache is not None)
         before = copy.deepcopy(made) if side else made
         quantize_model_(made, changed, strategy, prepared.swept, fit)
         if side:
@@ -296,8 +296,8 @@ def main(
         measure(output, "float", "float", base, fresh, windows)
         measure(output, "float + prefix", "float", base, with_prefix, windows)
     wanted: list[tuple[str, Transforms, Config, Strategy, str | None]] = []
-    for row, (preopt, change) in rows_of(tokenizer.bos_token_id).items():
-        wanted += [(row, preopt, change(base), strategy, None) for strategy in Strategy if applies(row, strategy)]
+    for row, (transforms, change) in rows_of(tokenizer.bos_token_id).items():
+        wanted += [(row, transforms, change(base), strategy, None) for strategy in Strategy if applies(row, strategy)]
     for entry in searched:
         name, _, path = entry.partition("=")
         found = load_config(Path(path))
@@ -316,14 +316,14 @@ def main(
         if (only is None or any(text in entry[0] for text in only.split("|")))
         and (chosen is None or short(entry[3].value) in chosen)
     ]
-    for row, preopt, changed, strategy, side in mine[first::number]:
+    for row, transforms, changed, strategy, side in mine[first::number]:
         measure(
             output,
             row,
             strategy.value,
             changed,
-            lambda changed=changed, preopt=preopt, strategy=strategy, side=side: quantized(  # type: ignore[misc]  # bound now
-                changed, preopt, strategy, side
+            lambda changed=changed, transforms=transforms, strategy=strategy, side=side: quantized(  # type: ignore[misc]  # bound now
+                changed, transforms, strategy, side
             ),
             windows,
         )

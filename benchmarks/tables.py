@@ -26,9 +26,9 @@ def short(strategy: str) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """Each cell: perplexity, and what it is above float's in percent with the standard error of that difference."""
-    cells = {(cell["preopt"], cell["strategy"]): cell for cell in report["cells"]}
-    preopts = list(dict.fromkeys(preopt for preopt, _ in cells if preopt))
-    strategies = list(dict.fromkeys(strategy for preopt, strategy in cells if preopt))
+    cells = {(cell["transforms"], cell["strategy"]): cell for cell in report["cells"]}
+    names = list(dict.fromkeys(name for name, _ in cells if name))
+    strategies = list(dict.fromkeys(strategy for name, strategy in cells if name))
     perplexity = cells[None, "float"]["perplexity"]
     name, versions = report["inputs"]["model"], report["inputs"]["versions"]
     lines = [
@@ -36,11 +36,11 @@ def table(report: dict[str, Any]) -> str:
         f"{report['tokens']:,} tokens, {report['windows']} windows; torch {versions['torch']}, "
         f"transformers {versions['transformers']}, on {report['inputs']['device']}",
         "",
-        "| | MB | " + " | ".join(preopts) + " |",
-        "| --- | --- |" + " --- |" * len(preopts),
+        "| | MB | " + " | ".join(names) + " |",
+        "| --- | --- |" + " --- |" * len(names),
     ]
     for strategy in strategies:
-        row = [cells.get((preopt, strategy)) for preopt in preopts]
+        row = [cells.get((name, strategy)) for name in names]
         size = max(cell["bytes"] for cell in row if cell) / 1e6
         lines.append(f"| {short(strategy)} | {size:.1f} | {' | '.join(map(cell_text, row))} |")
     return "\n".join(lines) + "\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from autoquant.api.configs import load_config
 from autoquant.errors import AutoQuantError
@@ -20,12 +22,34 @@ if TYPE_CHECKING:
     from autoquant.models.source import ModelSource
     from autoquant.pipeline.select import Transforms
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 IMPORTING = "importing torch and transformers"
 
 
 def config_of(config: str | Path | Config) -> Config:
     """The config of a file, or the one given."""
     return load_config(config) if isinstance(config, str | Path) else config
+
+
+def by_line(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of a ``model`` and a ``config``, its problems told by line and column where that is a file's."""
+
+    @functools.wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except AutoQuantError as error:
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            config, model = given.get("config"), given["model"]
+            if not error.problems or not isinstance(config, str | Path):
+                raise
+            from autoquant.models.fit import problems_error
+
+            raise problems_error(Path(config), name_of(model, type(model).__name__), error.problems) from error
+
+    return told
 
 
 def analyzed_config(

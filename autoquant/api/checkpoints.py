@@ -12,6 +12,7 @@ from autoquant.api.arguments import (
     IMPORTING,
     analyzed_config,
     batches_of,
+    by_line,
     config_of,
     dtype_of,
     proof_of,
@@ -37,6 +38,7 @@ _REASONS = 3
 """Why the format is another than the usual one: so many sentences at most."""
 
 
+@by_line
 def apply(
     model: str | Path | nn.Module,
     config: str | Path | Config,
@@ -145,6 +147,7 @@ def _applied(
     return Written(target, said, {**options, "rotations": dict(applied.constructions), **facts})
 
 
+@by_line
 def quantize(
     model: str | Path | nn.Module,
     config: str | Path | Config | None = None,
@@ -184,12 +187,10 @@ def quantize(
     from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 
     wish = Wish(format, target)
-
     if not isinstance(model, str | Path):
         if config is None or output is not None or wish != Wish():
-            raise AutoQuantError(
-                "a module in memory needs a config and takes no output, format or target; save_pretrained writes it"
-            )
+            what = "needs a config and takes no output, format or target"
+            raise AutoQuantError(f"a module in memory {what}; save_pretrained writes it")
         loaded = config_of(config)
         batches = batches_of(calibration, tokenizer, sequences, length, seed)
         proof = proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)

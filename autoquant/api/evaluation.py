@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from autoquant.api.arguments import IMPORTING, analyzed_config, config_of, proof_of, transforms_of
+from autoquant.api.arguments import IMPORTING, analyzed_config, by_line, config_of, proof_of, transforms_of
 from autoquant.api.checkpoints import load
 from autoquant.config.spelling import did_you_mean
 from autoquant.config.strategies import parse_strategies, parse_strategy
@@ -28,6 +28,7 @@ JUDGED_TOGETHER = 8
 """Held-out windows in one forward pass, where no scale spans them."""
 
 
+@by_line
 def search(
     model: str | Path,
     config: str | Path | Config,
@@ -184,6 +185,7 @@ def serve_check(
     return ServeCheck(found)
 
 
+@by_line
 def compare(
     model: str | Path,
     output: str | Path,

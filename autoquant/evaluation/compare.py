@@ -165,7 +165,7 @@ def report(task: Task, cells: Sequence[Cell]) -> dict[str, Any]:
         ratio = cell.ratio(reference)
         rows.append(
             {
-                "preopt": cell.transforms or None,
+                "transforms": cell.transforms or None,
                 "strategy": cell.strategy,
                 "perplexity": _plain(cell.perplexity),
                 "ratio_to_float": _plain(ratio),
@@ -310,7 +310,7 @@ def _read_cell(folder: Path, key: tuple[str, str], digest: str) -> Cell | None:
 def _write_cell(folder: Path, cell: Cell, digest: str, inputs: Mapping[str, Any]) -> None:
     content = {
         "digest": digest,
-        "preopt": cell.transforms,
+        "transforms": cell.transforms,
         "strategy": cell.strategy,
         "bytes": cell.bytes,
         "seconds": cell.seconds,

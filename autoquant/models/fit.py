@@ -62,11 +62,13 @@ def misfit(found: Sequence[Problem]) -> AutoQuantError:
     """The problems of a config whose file is not known as one error, each with its JSON path."""
     shown = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in found[:MAX_SHOWN])
     if len(found) == 1:
-        return AutoQuantError(f"the config does not fit the model: {shown[0]}; nothing was changed")
+        message = f"the config does not fit the model: {shown[0]}; nothing was changed"
+        return AutoQuantError(message, problems=tuple(found))
     details = shown + ((f"... and {len(found) - len(shown)} more",) if len(found) > len(shown) else ())
     return AutoQuantError(
         f"the config does not fit the model: {shown[0]} (and {len(found) - 1} more problems); nothing was changed",
         details,
+        tuple(found),
     )
 
 

@@ -51,10 +51,10 @@ def learned(config: Config, kind: str = "R1") -> Config:
     return edited(config, rotation=edited(config.rotation, spaces=spaces))
 
 
-def ready(preopt: str = "rotation") -> tuple[nn.Module, Selected, ResolvedSpace]:
+def ready(transforms: str = "rotation") -> tuple[nn.Module, Selected, ResolvedSpace]:
     """The packaged model with its Hadamard rotations, and the space that is to be learned."""
     model = load_float32(PACKAGED)
-    selected = select(learned(config_of(PACKAGED)), structure_of(model), Transforms.parse(preopt))
+    selected = select(learned(config_of(PACKAGED)), structure_of(model), Transforms.parse(transforms))
     rotate_(model, selected, learned_later=True)
     return model, selected, next(space for space in selected.resolved.spaces if space.kind == "R1")
 

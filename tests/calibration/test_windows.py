@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from autoquant.calibration.windows import CalibrationOptions, calibration_windows, check_fit
+from autoquant.calibration.windows import (
+    CalibrationOptions,
+    calibration_batches,
+    calibration_windows,
+    check_fit,
+    cut_windows,
+)
 from autoquant.errors import AutoQuantError
 
 
@@ -23,6 +29,46 @@ class Letters:
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
         return "".join(message["content"] for message in messages)
+
+
+def test_bos_comes_before_each_window_so_that_every_token_is_predicted_once() -> None:
+    windows = cut_windows([5, 6, 7, 8, 9], window=2, bos=0)
+    assert [batch.tolist() for batch in windows.batches] == [[[0, 5, 6]], [[0, 7, 8]], [[0, 9]]]
+    assert windows.predicted == 5 and windows.has_bos
+
+
+def test_without_bos_first_tokens_are_context_and_a_lone_last_token_is_dropped() -> None:
+    windows = cut_windows([5, 6, 7, 8, 9], window=2)
+    assert [batch.tolist() for batch in windows.batches] == [[[5, 6]], [[7, 8]]]
+    assert windows.predicted == 2 and not windows.has_bos
+
+
+def test_windows_are_limited_and_batched() -> None:
+    windows = cut_windows(list(range(1, 12)), window=2, bos=0, tokens=9, batch=3)
+    assert [tuple(batch.shape) for batch in windows.batches] == [(3, 3), (1, 3), (1, 2)]
+    assert windows.predicted == 9
+
+
+@pytest.mark.parametrize(("ids", "window", "bos"), [([], 4, 0), ([3], 4, None), ([3, 4], 1, None)])
+def test_nothing_to_predict_is_an_error(ids: list[int], window: int, bos: int | None) -> None:
+    with pytest.raises(AutoQuantError, match="nothing to predict"):
+        cut_windows(ids, window, bos)
+
+
+@pytest.mark.parametrize("settings", [{"window": 0}, {"batch": 0}, {"tokens": 0}])
+def test_settings_below_one_are_an_error(settings: dict[str, int]) -> None:
+    with pytest.raises(AutoQuantError, match="at least 1"):
+        cut_windows([1, 2, 3], **settings)
+
+
+def test_calibration_windows_are_the_first_or_seeded() -> None:
+    windows = cut_windows(list(range(1, 41)), 4, 0, batch=3)
+    first = [batch.tolist() for batch in calibration_batches(windows, 3)]
+    assert first == [[[0, 1, 2, 3, 4]], [[0, 5, 6, 7, 8]], [[0, 9, 10, 11, 12]]]
+    drawn = [batch.tolist() for batch in calibration_batches(windows, 3, seed=1)]
+    assert drawn == [batch.tolist() for batch in calibration_batches(windows, 3, seed=1)] != first
+    with pytest.raises(AutoQuantError, match="10 windows; 11 were asked for"):
+        list(calibration_batches(windows, 11))
 
 
 def test_the_options_choose_windows_and_the_column(tmp_path: Path) -> None:

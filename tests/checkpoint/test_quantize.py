@@ -25,19 +25,19 @@ from autoquant.quantizer.linear import int8_weights
 DYNAMIC = "w_int8_per_channel_a_int8_per_token_dynamic"
 
 
-def recipe(folder: Path, preopt: str, strategy: str = STATIC_KV, config: Config | None = None) -> Recipe:
-    return Recipe(config or config_of(folder), Strategy(strategy), Transforms.parse(preopt), windows())
+def recipe(folder: Path, transforms: str, strategy: str = STATIC_KV, config: Config | None = None) -> Recipe:
+    return Recipe(config or config_of(folder), Strategy(strategy), Transforms.parse(transforms), windows())
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("preopt", ["fc_fc:0.5+rotation", "smooth:0.6+fc_fc", "none"])
+@pytest.mark.parametrize("transforms", ["fc_fc:0.5+rotation", "smooth:0.6+fc_fc", "none"])
 @pytest.mark.parametrize("model", ["packaged", "gpt2"])
-def test_low_memory_writes_the_same_bytes(model: str, preopt: str, tmp_path: Path) -> None:
+def test_low_memory_writes_the_same_bytes(model: str, transforms: str, tmp_path: Path) -> None:
     source = PACKAGED if model == "packaged" else gpt2(tmp_path / "gpt2")
-    made = recipe(source, preopt)
+    made = recipe(source, transforms)
     quantize_checkpoint(source, tmp_path / "whole", made, {"seed": 1})
     layers: list[tuple[str, int, int]] = []
     quantize_checkpoint(

@@ -126,7 +126,9 @@ def test_messages(tmp_path: Path, config: Path) -> None:
 def test_a_config_of_another_model_is_refused(tmp_path: Path, config: Path) -> None:
     other = DATA / "stories260K"
     error = refusal(other, config, "-o", tmp_path / "out", "--transforms", "rotation")
-    assert error.message.startswith(
-        "the config does not fit the model: $.provenance.fingerprint: the model's is sha256:"
-    )
+    assert error.message == f"{config}: does not fit {other}: {len(error.details)} problems"
+    line, column, place, message = error.details[0].removeprefix(f"{config}:").split(":", 3)
+    assert place == " $.provenance.fingerprint" and message.startswith(" the model's is sha256")
+    text = config.read_text().splitlines()[int(line) - 1]
+    assert text[int(column) - 1 :].startswith('"sha256:') and '"fingerprint"' in text
     assert any("$.model.parameters: the model has" in line for line in error.details)

@@ -26,21 +26,21 @@ from autoquant.pipeline.quantize import (
 )
 from autoquant.pipeline.select import Transforms
 
-PREOPTS = ["smooth:0.5+fc_fc:0.7", "fc_fc:0.5+rotation", "smooth:0.85"]
+TRANSFORMS = ["smooth:0.5+fc_fc:0.7", "fc_fc:0.5+rotation", "smooth:0.85"]
 
 
-def prepared(preopt: str) -> tuple[nn.Module, Selected, Sweep]:
+def prepared(transforms: str) -> tuple[nn.Module, Selected, Sweep]:
     """The rotated model and its sweep."""
     model, config = load_float32(PACKAGED), config_of(PACKAGED)
-    selected = select(config, structure_of(model), Transforms.parse(preopt))
+    selected = select(config, structure_of(model), Transforms.parse(transforms))
     rotate_(model, selected)
     return model, selected, sweep(model, swept_weights(config, selected), windows(), cache=True)
 
 
-@pytest.mark.parametrize("preopt", PREOPTS)
+@pytest.mark.parametrize("transforms", TRANSFORMS)
 @torch.no_grad()
-def test_maxima_after_smoothing_are_those_of_a_second_sweep(preopt: str) -> None:
-    model, selected, before = prepared(preopt)
+def test_maxima_after_smoothing_are_those_of_a_second_sweep(transforms: str) -> None:
+    model, selected, before = prepared(transforms)
     logits = model(windows()[0]).logits
     after = smooth_(model, selected, before)
     torch.testing.assert_close(model(windows()[0]).logits, logits, rtol=1e-3, atol=1e-3)
@@ -54,7 +54,7 @@ def test_maxima_after_smoothing_are_those_of_a_second_sweep(preopt: str) -> None
     smoothed_down = "model.layers.1.mlp.down_proj.weight"
     changed = not torch.allclose(after.inputs[smoothed_down], before.inputs[smoothed_down], rtol=0.1)
     values_changed = not torch.allclose(after.cache["value"][1], before.cache["value"][1], rtol=0.1)
-    assert changed == values_changed == ("fc_fc" in preopt), "the test sees whether anything was smoothed"
+    assert changed == values_changed == ("fc_fc" in transforms), "the test sees whether anything was smoothed"
 
 
 def test_values_that_may_be_scaled_by_an_unknown_rule_are_refused() -> None:
@@ -69,8 +69,8 @@ def test_values_that_may_be_scaled_by_an_unknown_rule_are_refused() -> None:
 def test_what_is_selected() -> None:
     config, inventory = config_of(PACKAGED), structure_of(load_float32(PACKAGED))
 
-    def kinds(preopt: str) -> tuple[set[str], set[str], set[float]]:
-        resolved = select(config, inventory, Transforms.parse(preopt)).resolved
+    def kinds(transforms: str) -> tuple[set[str], set[str], set[float]]:
+        resolved = select(config, inventory, Transforms.parse(transforms)).resolved
         names = {group.name.rpartition(" -> ")[2] for group in resolved.groups}
         return {space.kind for space in resolved.spaces}, names, {group.alpha for group in resolved.groups}
 
