@@ -1,7 +1,8 @@
-"""What holds at one length of the input and not at another is no symmetry of the model.
+"""What holds at one length or offset of the input and not at another is no symmetry of the model.
 
 A model may branch on the length, cut off what lies beyond a number of tokens (a slice that is empty in a short trace),
-or work in chunks. It is read off at two lengths, and what is claimed is what both show with the same slots.
+work in chunks, or add what hangs on the position of the first token. It is read off at two lengths and offsets, and
+what is claimed is what both show with the same slots.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from autoquant.models.source import LoadedModel
 LONGER = 67
 """Tokens of the second reading: a prime, beyond the usual sizes of chunks and windows in small models."""
 
+OFFSET = 29
+"""What a number that is 0 among the inputs (the position of the first token) is in the second reading."""
+
 ANOTHER_LENGTH = "it does not hold for inputs of another length"
 
 
@@ -29,7 +33,8 @@ def longer_inputs(loaded: LoadedModel) -> Iterator[LoadedModel]:
 
     Tokens are counted along the last dimension of integers, else along the one before the last. Every dimension of that
     size grows, but the first one (sequences) where there are several; once the last one of floats too, as that of a
-    mask, and once without it. Which of the two the model takes, running it says.
+    mask, and once without it. Numbers that are 0 are another one, where the model runs so. Which of these the model
+    takes, running it says.
     """
     leaves, tree = pytree.tree_flatten((loaded.args, dict(loaded.kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
@@ -37,10 +42,12 @@ def longer_inputs(loaded: LoadedModel) -> Iterator[LoadedModel]:
     counted += [t.shape[-2] for t in tensors if t.is_floating_point() and t.dim() > 2]
     if not counted or counted[0] >= LONGER:
         return
-    for last in (False, True):
-        grown = [_grown(leaf, counted[0], last) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(grown, tree)
-        yield replace(loaded, args=args, kwargs=kwargs)
+    moved = [type(leaf)(OFFSET) if type(leaf) in (int, float) and leaf == 0 else leaf for leaf in leaves]
+    for others in (moved, leaves) if any(new is not old for new, old in zip(moved, leaves, strict=True)) else (leaves,):
+        for last in (False, True):
+            grown = [_grown(leaf, counted[0], last) if isinstance(leaf, Tensor) else leaf for leaf in others]
+            args, kwargs = pytree.tree_unflatten(grown, tree)
+            yield replace(loaded, args=args, kwargs=kwargs)
 
 
 def _grown(tensor: Tensor, length: int, last: bool) -> Tensor:

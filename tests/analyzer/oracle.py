@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.findings import Findings
 from autoquant.capture.routes import capture
-from autoquant.config.format import Norm, Read, Slot, SmoothingGroup, Space
+from autoquant.config.format import Norm, Online, Read, Slot, SmoothingGroup, Space
 
 Run = Callable[[nn.Module], Any]
 
@@ -33,7 +33,7 @@ class Outcome:
 
 def outcomes(module: nn.Module, run: Run, findings: Findings, seed: int = 0) -> list[Outcome]:
     """Every group alone, all groups together, every space alone, and everything together."""
-    none = replace(findings, groups=(), spaces=())
+    none = replace(findings, groups=(), spaces=(), online=())
     trials = [(f"group {g.name}", replace(none, groups=(g,))) for g in findings.groups]
     trials += [(f"space {s.name}", replace(none, spaces=(s,))) for s in findings.spaces]
     if len(findings.groups) > 1:
@@ -41,8 +41,8 @@ def outcomes(module: nn.Module, run: Run, findings: Findings, seed: int = 0) -> 
     if findings.spaces and len(trials) > 1:
         trials.append(("all groups and spaces", findings))
     with torch.no_grad():
-        expected = _outputs(run(module))
-        return [Outcome(n, _change(_outputs(run(apply_claims(module, f, seed))), expected)) for n, f in trials]
+        expected = outputs_of(run(module))
+        return [Outcome(n, change_of(outputs_of(run(apply_claims(module, f, seed))), expected)) for n, f in trials]
 
 
 def apply_claims(module: nn.Module, findings: Findings, seed: int) -> nn.Module:
@@ -50,16 +50,23 @@ def apply_claims(module: nn.Module, findings: Findings, seed: int) -> nn.Module:
 
     Groups first: a norm that is folded into an embedding table is gone afterwards.
     """
-    generator = torch.Generator().manual_seed(seed)
     changed = copy.deepcopy(module)
     _untie_(changed)
+    carry_out_(changed, replace(findings, online=()), seed)
+    return changed
+
+
+def carry_out_(module: nn.Module, findings: Findings, seed: int) -> None:
+    """:func:`apply_claims` in place, with whatever is tied left so."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for group in findings.groups:
-            _scale_(changed, group, generator)
-        original = {name: p.detach().clone() for name, p in _parameters(changed)}
+            _scale_(module, group, generator)
+        original = {name: p.detach().clone() for name, p in _parameters(module)}
         for space in findings.spaces:
-            _rotate_(changed, space, original, generator)
-    return changed
+            _rotate_(module, space, original, generator)
+        for online in findings.online:
+            _rotate_online_(module, online, generator)
 
 
 def expand(slot: Slot) -> tuple[list[int], list[int]]:
@@ -199,6 +206,19 @@ def _over_blocks(values: Tensor, channels: int) -> Tensor:
     return values.repeat(channels // values.numel())
 
 
+def _rotate_online_(module: nn.Module, online: Online, generator: torch.Generator) -> None:
+    """The input of a linear by blocks, and its columns."""
+    linear = module.get_submodule(online.path)
+    q = _orthogonal(online.size, False, generator)
+    weight = _get(module, f"{online.path}.weight")
+    _set(module, f"{online.path}.weight", _by_blocks(weight.double(), q))
+    linear.register_forward_pre_hook(lambda _, args: (_by_blocks(args[0], q.to(args[0].dtype)), *args[1:]))
+
+
+def _by_blocks(values: Tensor, q: Tensor) -> Tensor:
+    return (values.unflatten(-1, (-1, len(q))) @ q).flatten(-2)
+
+
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 
@@ -256,13 +276,13 @@ def _untie_(module: nn.Module) -> None:
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def outputs_of(result: Any) -> list[Tensor]:
     leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     assert leaves, "no output to compare"
     return [leaf.double() for leaf in leaves]
 
 
-def _change(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def change_of(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     assert all(bool(torch.isfinite(e).all()) for e in expected), "the module itself gives infinities"
     pairs = zip(actual, expected, strict=True)
     changes = [float((a - e).abs().max() / e.abs().max().clamp_min(1e-300)) for a, e in pairs]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.analyzer.analyze import analyze
-from autoquant.analyzer.lengths import LONGER, longer_inputs
+from autoquant.analyzer.lengths import LONGER, OFFSET, longer_inputs
 from autoquant.models.source import LoadedModel, ModelSource
 
 
@@ -80,3 +80,37 @@ class Positions(nn.Module):
 def test_a_table_that_ends_before_the_longer_inputs_is_read_off_at_the_given_length(rows: int) -> None:
     source = ModelSource("positions", factory=lambda: (Positions(rows), (torch.randn(2, 5, 6),)))
     assert [group.name for group in analyze(source).config.smoothing.groups] == ["up -> down"]
+
+
+class FromStart(nn.Module):
+    """The position of the first token is a Python number."""
+
+    def __init__(self, function: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.function = nn.Linear(6, 10), nn.Linear(10, 6), function
+
+    def forward(self, x: Tensor, start: float) -> Tensor:
+        return self.down(self.function(self.up(x), start))
+
+
+@pytest.mark.parametrize("start", [0, 0.0])
+@pytest.mark.parametrize(
+    ("function", "holds"),
+    [
+        (lambda h, start: h + 0.1 * start, False),
+        (lambda h, start: h.relu() if start == 0 else h.tanh(), False),
+        (lambda h, start: h.relu() + h.relu() ** 2 * start, False),
+        (lambda h, start: torch.where((torch.arange(h.shape[1]) + start > 3)[:, None], h, 0.5 * h), True),
+    ],
+)
+def test_a_number_that_is_0_is_not_0_for_ever(
+    function: Callable[[Tensor, float], Tensor], holds: bool, start: float
+) -> None:
+    source = ModelSource("start", factory=lambda: (FromStart(function), (torch.randn(2, 5, 6), start)))
+    found = [group.name for group in analyze(source).config.smoothing.groups]
+    assert found == (["up -> down"] if holds else [])
+
+
+def test_flags_and_other_numbers_stay() -> None:
+    loaded = LoadedModel(nn.Identity(), (torch.randn(1, 3, 8), 2, False, 0))
+    assert [inputs.args[1:] for inputs in longer_inputs(loaded)] == [(2, False, OFFSET)] * 2 + [(2, False, 0)] * 2
