@@ -7,7 +7,6 @@ arguments; what it returns becomes the value of the node.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from autoquant.aten import (
 from autoquant.capture.routes import Captured, GraphInput, Subgraph, module_path
 from autoquant.capture.untraceable import OPERATOR, UNTRACED
 from autoquant.library_patches import FakeTensor
+from autoquant.models.source import one_line
 
 MAX_CONSTANT = 1 << 24
 """Largest constant that is computed."""
@@ -248,8 +248,10 @@ class Interpreter:
         if rule is not None and rule.takes(site.node):
             return self._unrounded(site, rule.apply(self.state, site, *args, **kwargs), tensors)
         if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Dynamic) for v in _flat(args[1:]))):
-            with contextlib.suppress(RuntimeError, TypeError):
+            try:
                 return self.movement(site, _function(site), args, kwargs)
+            except (RuntimeError, TypeError) as error:  # torch refuses what stands for its arguments: said, not hidden
+                return self.give_up(site, tensors, f"its elements cannot be followed: {one_line(error)}")
         return self.no_rule(site, tensors)  # also where the data decide how far elements move
 
 

@@ -71,6 +71,11 @@ class Gain:
     param: Param
     offset: int
 
+    @property
+    def words(self) -> str:
+        """What it is used as, in words."""
+        return "1 + a gain" if self.offset else "a gain"
+
 
 @dataclass(frozen=True, slots=True)
 class Read:

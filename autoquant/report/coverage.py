@@ -24,6 +24,7 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
         "proved": sum(map(proved, captured)),
         "with a smoothing group": sum(row["groups"] > 0 for row in captured),
         "residual rotatable": sum(bool(row["residual"]) for row in captured),
+        "with a claim that the proof refused": sum(bool(row.get("refused")) for row in captured),
         "with an operator without a rule": sum(bool(row["unknown_operators"]) for row in captured),
         "with a repaired default configuration": sum("repaired" in row for row in rows),
         "tracebacks": sum(row.get("crashed", False) for row in rows),
@@ -82,6 +83,7 @@ def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ())
         ]
     lines += _listed_rows("Not captured", rows, lambda row: row.get("reason"))
     lines += _listed_rows("Not proved", rows, lambda row: row.get("unproved"))
+    lines += _listed_rows("Claimed by the analysis, refused by the proof", rows, _refused)
     lines += _listed_rows("Nothing claimed", rows, _nothing)
     lines += _listed_rows("Default configurations that were repaired", rows, _repairs)
     lines += _listed_rows("Residual not rotatable", rows, _why)
@@ -150,6 +152,8 @@ def _line(row: Row) -> str:
         worst = "not proved"
     else:
         worst = f"{max(row['certificate'].values()):.0e}" if row["certificate"] else "nothing claimed"
+    if refused := row.get("refused"):
+        worst += f", {len(refused)} refused"
     cells = (
         row["type"],
         row["captured"],
@@ -200,6 +204,10 @@ def _nothing(row: Row) -> str | None:
     if not row.get("captured") or not proved(row) or row["certificate"]:
         return None
     return _untraced(row) or "; ".join(row["blocked"]) or "it holds no linear that anything could be undone in"
+
+
+def _refused(row: Row) -> str | None:
+    return "; ".join(row.get("refused", ()))
 
 
 def _stacks(row: Row) -> str | None:

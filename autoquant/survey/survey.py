@@ -79,7 +79,6 @@ def examine(name: str, configs: Path | None = None) -> Row:
     from autoquant.analyzer.analyze import analyze
     from autoquant.certificate.certify import certify
     from autoquant.models.repair import find_source
-    from autoquant.report.summary import because
     from autoquant.survey.generate import offers, save
 
     row = _row(name)
@@ -92,12 +91,36 @@ def examine(name: str, configs: Path | None = None) -> Row:
         return row | {"captured": None, "reason": error.message, "seconds": round(time.perf_counter() - start, 1)}
     if source.repairs:
         row["repaired"] = {name: str(value) for name, value in source.repairs.items()}
-    config = analyzed.config
+    row |= {"captured": analyzed.captured.how, **claimed(analyzed.config)}
+    row |= {
+        "unknown_operators": list(analyzed.findings.unknown_operators),
+        "steps": {step: round(seconds, 2) for step, seconds in analyzed.seconds.items()},
+    }
+    proving = time.perf_counter()
+    try:
+        proved = certify(analyzed, source)
+        if proved.certificate is not None:
+            row["certificate"] = {line.kind: line.worst for line in proved.certificate.rows}
+            row["dtype"] = proved.certificate.dtype
+        if refused := refused_claims(proved):
+            row |= {**claimed(proved), "refused": refused}  # what is written, and what was claimed besides
+        if configs is not None and offers(proved):
+            save(proved, configs, name)
+    except AutoQuantError as error:
+        row["unproved"] = error.message
+    now = time.perf_counter()
+    row["steps"]["certificate"] = round(now - proving, 2)
+    return row | {"seconds": round(now - start, 1)}
+
+
+def claimed(config: Config) -> Row:
+    """What a config says of a type."""
+    from autoquant.report.summary import because
+
     stacks = stacks_of(config)
     residual = [space.size for space in config.rotation.spaces if space.kind == "R1"]
     tables = [because(b) for b in config.blocked if b.what == "rotation" and LAYER not in b.path]
-    row |= {
-        "captured": analyzed.captured.how,
+    return {
         "layers": config.model.layers,
         "parameters": config.model.parameters,
         "linears": sum(stack["linears"] for stack in stacks.values()),
@@ -110,22 +133,18 @@ def examine(name: str, configs: Path | None = None) -> Row:
         "spaces": len(config.rotation.spaces),
         "online": len(config.rotation.online),
         "blocked": sorted({f"{b.what}: {because(b)}" for b in config.blocked}),
-        "unknown_operators": list(analyzed.findings.unknown_operators),
-        "steps": {step: round(seconds, 2) for step, seconds in analyzed.seconds.items()},
     }
-    proving = time.perf_counter()
-    try:
-        proved = certify(analyzed, source)
-        if proved.certificate is not None:
-            row["certificate"] = {line.kind: line.worst for line in proved.certificate.rows}
-            row["dtype"] = proved.certificate.dtype
-        if configs is not None and offers(proved):
-            save(proved, configs, name)
-    except AutoQuantError as error:
-        row["unproved"] = error.message
-    now = time.perf_counter()
-    row["steps"]["certificate"] = round(now - proving, 2)
-    return row | {"seconds": round(now - start, 1)}
+
+
+def refused_claims(config: Config) -> list[str]:
+    """What the analysis claimed and the proof took out, in words."""
+    from autoquant.certificate.claims import REFUSED
+
+    return [
+        f"{b.what} of {b.path}{'' if b.layers is None else f' in layers {b.layers}'}: {b.reason}"
+        for b in config.blocked
+        if b.reason.startswith(REFUSED)
+    ]
 
 
 def stacks_of(config: Config) -> dict[str, Row]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.scale_state import ScaleAnalysis
 
 X = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TOKENS = torch.tensor([[3, 1, 4]])
@@ -134,3 +135,16 @@ def test_an_operator_that_only_writes_blocks_what_it_is_given() -> None:
     findings = proved(Graph(function, a=lin(), b=lin()), X)
     assert groups(findings) == []
     assert findings.blocked
+
+
+def test_movement_that_torch_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: ScaleAnalysis, *args: object) -> None:
+        raise RuntimeError("these labels do not fit\n  and more")
+
+    model = Graph(lambda s, x: s.b(s.a(x).flip(1)), a=lin(), b=lin())
+    assert groups(proved(model, X)) == ["a -> b"]
+    monkeypatch.setattr(ScaleAnalysis, "move", refuse)
+    findings = proved(model, X)
+    assert groups(findings) == []
+    (reason,) = reasons(findings, "b")
+    assert reason.endswith("its elements cannot be followed: RuntimeError: these labels do not fit and more")

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from autoquant.analyzer.analyze import analyze
+from autoquant.analyzer.analyze import Analyzed, analyze
+from autoquant.config.format import Blocked, Config, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.repair import find_source
+from autoquant.models.source import ModelSource
 from autoquant.models.tasks import KINDS, full_name, split_name
 from autoquant.report.coverage import coverage_text, offers, rows_text, totals
 from autoquant.survey.survey import Row, chosen_names, examine, finished, name_of, registered, stacks_of, survey
@@ -202,6 +204,7 @@ def test_totals() -> None:
         "proved": 2,
         "with a smoothing group": 2,
         "residual rotatable": 2,
+        "with a claim that the proof refused": 0,
         "with an operator without a rule": 2,
         "with a repaired default configuration": 1,
         "tracebacks": 0,
@@ -212,9 +215,9 @@ def test_totals() -> None:
 def test_the_page_has_every_row_totals_and_reasons() -> None:
     text = coverage_text(ROWS, "make survey")
     for line in (
-        "| causal-lm | 3 | 2 | 1 | 1 | 1 | 1 | 1 | 0 |",
-        "| seq2seq-lm | 1 | 1 | 1 | 1 | 1 | 1 | 0 | 0 |",
-        "| **all** | 4 | 3 | 2 | 2 | 2 | 2 | 1 | 0 |",
+        "| causal-lm | 3 | 2 | 1 | 1 | 1 | 0 | 1 | 1 | 0 |",
+        "| seq2seq-lm | 1 | 1 | 1 | 1 | 1 | 0 | 1 | 0 | 0 |",
+        "| **all** | 4 | 3 | 2 | 2 | 2 | 0 | 2 | 1 | 0 |",
         "## causal-lm",
         "| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | 2e-15 |",
         "| odd | export | 0 of 3 | 0 | blocked | 0 | 0 | not proved |",
@@ -265,6 +268,38 @@ def test_a_row_whose_config_cannot_be_written_is_not_proved() -> None:
     assert "**0 proved, worst 0e+00**" in text
     _, _, after = text.partition("\n## Not proved\n")
     assert "\n- **good**: 2 problems: the config is not valid\n" in after.partition("\n## ")[0]
+
+
+def test_claims_that_the_proof_refused_are_in_the_table_and_listed() -> None:
+    said = "smoothing of layers.{layer}.down in layers 0-1: claimed by the analysis, refused by the proof"
+    text = coverage_text([ROWS[0] | {"refused": [said, "rotation of table: so it is"]}, *ROWS[1:]], "make survey")
+    for line in (
+        "| good | dynamo | 4 of 5 | 2 | 64 | 1 | 0 | 2e-15, 2 refused |",
+        "| **all** | 4 | 3 | 2 | 2 | 2 | 1 | 2 | 1 | 0 |",
+        f"## Claimed by the analysis, refused by the proof\n\n- **good**: {said}; rotation of table: so it is",
+    ):
+        assert f"\n{line}\n" in text, line
+    assert "refused by the proof" not in coverage_text(ROWS, "make survey")
+
+
+def test_a_row_counts_what_is_written_and_names_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof that takes out the first group of two, and leaves the rest."""
+    first = "claimed by the analysis, refused by the proof ('a' changes the logits): please report"
+
+    def refusing(analyzed: Analyzed, source: ModelSource) -> Config:
+        config = analyzed.config
+        gone = config.smoothing.groups[0]
+        blocked = Blocked(path="lm_head", what="smoothing", reason=first, operator=gone.kind.value, at="lm_head")
+        rest = edited(config.smoothing, groups=config.smoothing.groups[1:])
+        return edited(config, smoothing=rest, blocked=(*config.blocked, blocked))
+
+    whole = examine("llama")
+    monkeypatch.setattr("autoquant.certificate.certify.certify", refusing)
+    row = examine("llama")
+    assert "refused" not in whole
+    assert row["refused"] == [f"smoothing of lm_head: {first}"]
+    assert row["groups"] == whole["groups"] - 1
+    assert row["smoothable"] < whole["smoothable"]
 
 
 def test_a_row_that_claims_nothing_says_why() -> None:

@@ -226,7 +226,7 @@ def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -
         or site.operator != "mul"
     ):
         return a.end(site, [vector, gain], "it is multiplied by a parameter")
-    a.axes.other_use(gain.param, site.because("it is a gain"), f"gain{gain.offset}")
+    a.axes.other_use(gain.param, site.because("it is a gain"), gain.words)
     index = gain.param.replay(torch.arange(size).view(shape))
     if index.shape[-1] != size:
         return a.end(site, [vector, gain], "it is multiplied by a parameter")
