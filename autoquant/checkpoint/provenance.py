@@ -48,6 +48,8 @@ def make_provenance(
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """The record of a folder; empty where there is none, as in folders of version 0.1."""
+    if (folder / PROVENANCE).exists() and not (folder / PROVENANCE).is_file():  # a pipe would be waited for
+        raise AutoQuantError(f"{folder / PROVENANCE}: damaged: is no ordinary file")
     try:
         made = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -79,6 +79,8 @@ def open_shards(folder: Path) -> Shards:
 
 def open_file(path: Path) -> Shards:
     """Open one file of tensors that is no checkpoint of transformers. Raises AutoQuantError where it is damaged."""
+    if not path.is_file():
+        raise AutoQuantError(f"{path}: there is no such file")
     metadata: dict[str, str] = {}
     entries = _read_header(path.parent, path.name, metadata)
     return Shards(path.parent, (path.name,), entries, metadata)
@@ -99,10 +101,12 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AutoQuantError(f"{folder / INDEX}: not an index of shards ({_brief(error)})") from error
     for name, file in weight_map.items():
+        if not name.isprintable():
+            raise AutoQuantError(f"{folder / INDEX}: not an index of shards (the name {name!r} cannot be printed)")
         if not isinstance(file, str):
             raise AutoQuantError(f"{folder / INDEX}: not an index of shards ({name} is in {file!r}, no file)")
         if Path(file).name != file:
-            raise AutoQuantError(f"{folder / INDEX}: names a shard outside of the folder: {file}")
+            raise AutoQuantError(f"{folder / INDEX}: names a shard outside of the folder: {file!r}")
     # Sorted, as transformers has them.
     return sorted(set(weight_map.values())), weight_map
 
@@ -134,6 +138,8 @@ def _read_header(folder: Path, file: str, metadata: dict[str, str]) -> dict[str,
         metadata.update({str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()})
         spans = []
         for name, described in header.items():
+            if not name.isprintable():
+                raise ValueError(f"the name {name!r} holds what cannot be printed")
             if described["dtype"] not in DTYPES:
                 raise ValueError(f"{name} is of the unknown type {described['dtype']!r}")
             entry = Entry(file, DTYPES[described["dtype"]], tuple(described["shape"]))
@@ -157,7 +163,8 @@ def _read_header(folder: Path, file: str, metadata: dict[str, str]) -> dict[str,
 
 
 def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    text = " ".join(str(error).split())[:200]
+    return text if text.isprintable() else repr(text)
 
 
 def write_shard(

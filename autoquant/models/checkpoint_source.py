@@ -52,8 +52,17 @@ def _may_be_hub_id(source: str | Path) -> bool:
     )
 
 
+def check_ordinary(folder: Path) -> None:
+    """Raise AutoQuantError where a pipe or a device stands among a checkpoint's files: reading it would not end."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise AutoQuantError(f"{path}: is no ordinary file; remove it")
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """A checkpoint's ``config.json``. Raises AutoQuantError where it is missing or no object."""
+    if folder.is_dir():
+        check_ordinary(folder)
     if not (folder / "config.json").is_file():
         if (folder / ADAPTER).is_file():
             raise AutoQuantError(

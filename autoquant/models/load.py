@@ -38,6 +38,7 @@ from autoquant.models.source import (
     LoadedModel,
     ModelSource,
     build_structure,
+    depths,
     named_source,
     one_line,
     quiet,
@@ -126,6 +127,7 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module
     """
     shards = open_checkpoint(folder)
     config = load_settings(folder, trust_remote_code=trust_remote_code)
+    check_depth(folder, config, shards)
     module = build_structure(ModelSource(str(folder), config, None, folder, trust_remote_code))
     for name in _differing(module, shards):
         owner, _, last = name.rpartition(".")
@@ -189,6 +191,17 @@ def load_settings(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def check_depth(folder: Path, config: Any, shards: Shards) -> None:
+    """Raise AutoQuantError for more layers than the file has tensors: to build them would take for ever."""
+    for part in sub_configs(config).values():
+        for name in depths(part):
+            if getattr(part, name) > len(shards.entries):
+                raise AutoQuantError(
+                    f"{folder}: config.json says {name} {getattr(part, name)}, the file holds {len(shards.entries)} "
+                    "tensors: they do not belong together"
+                )
+
+
 def class_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The auto class that builds a checkpoint."""
     config = load_settings(Path(folder), trust_remote_code=trust_remote_code)
@@ -247,6 +260,7 @@ def _load(
 ) -> Loaded:
     shards = open_checkpoint(folder, quantized=quantized)
     config = load_settings(folder, trust_remote_code=trust_remote_code)
+    check_depth(folder, config, shards)
     tasks = kinds_of(config)
     if task is not None and tasks and task not in tasks:
         raise AutoQuantError(f"{folder}: type {config.model_type!r} is no causal language model, but {tasks[0]}")

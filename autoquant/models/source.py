@@ -463,5 +463,5 @@ def what_failed(error: Exception, config: Any) -> str:
 
 def one_line(error: BaseException | None) -> str:
     """An exception as one line of text, for a message of ours."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(error).split())[:300])
+    return f"{type(error).__name__}: {text}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import AutoQuantError
-from autoquant.models.checkpoint_source import checkpoint_folder
+from autoquant.models.checkpoint_source import check_ordinary, checkpoint_folder
 from autoquant.models.source import named_source, one_line, quiet
 
 _FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "spiece*", "sentencepiece*", "tekken.json")
@@ -25,6 +25,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     folder = checkpoint_folder(source, weights=False, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer
 
+    check_ordinary(folder)
     if (folder / "config.json").is_file():  # which transformers reads too, and complains of it as of a tokenizer
         named_source(str(folder), trust_remote_code=trust_remote_code)
     if not has_tokenizer(folder):
@@ -35,7 +36,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the files' formats, and the tokenizer's own code
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the files' formats, the tokenizer's own code, panics of the library's Rust
         needs_code = "trust_remote_code" in str(error)
         reason = "it is code of its own; give --trust-remote-code to run it" if needs_code else one_line(error)
         raise AutoQuantError(f"{source}: no tokenizer can be loaded: {reason}") from error

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoquant.checkpoint.formats.checked import check_tensors
 from autoquant.errors import AutoQuantError
 
 
 def fill_(model: Any, tensors: Mapping[str, Tensor], shared: Mapping[str, str], directory: Path) -> Any:
     """Put all tensors in and go to evaluation mode; ``shared`` maps further names to those that are stored.
 
-    Raises AutoQuantError where names or shapes differ.
+    Raises AutoQuantError where names or shapes differ, and for what :func:`check_tensors` refuses.
     """
+    check_tensors(directory, model, tensors)
     try:
         also = {name: tensors[source] for name, source in shared.items()}
         model.load_state_dict({**tensors, **also}, assign=True)

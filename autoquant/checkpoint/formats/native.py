@@ -13,9 +13,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ from autoquant.executor.online import install_ as install_rotations_
 from autoquant.executor.resolved import ResolvedOnline
 from autoquant.io.safetensors_stream import open_file
 from autoquant.io.safetensors_writer import Described, write_tensors
-from autoquant.models.load import build_empty
+from autoquant.models.checkpoint_source import check_ordinary
+from autoquant.models.load import build_empty, check_depth, load_settings
+from autoquant.models.structure import FLOATING
 from autoquant.quantizer.kv_cache import MODULE, KVScales, install_
 from autoquant.quantizer.linear import replace_with_empty_
 from autoquant.quantizer.prefix import install_prefix_, stored_prefix
@@ -147,6 +150,27 @@ class Facts:
     changes: Changes
 
 
+class _Online(BaseModel):
+    kind: Literal["R3", "R4", "input"]
+    path: str = Field(min_length=1)
+    size: int = Field(gt=0, strict=True)
+
+
+class _Facts(BaseModel):
+    """The file as it is written; further keys are of other versions."""
+
+    dtype: str
+    shared: dict[str, str]
+    created: tuple[Annotated[str, Field(min_length=1)], ...]
+    identities: tuple[Annotated[str, Field(min_length=1)], ...]
+    online: tuple[_Online, ...]
+
+
+_MADE = ("created", "identities", "online")
+_MISFITS = (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError, AssertionError)
+"""What torch says where a model is changed in a way that it does not allow."""
+
+
 def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
     """A runnable model from a native folder, in evaluation mode, every tensor in the dtype that it is stored in.
 
@@ -156,20 +180,23 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
     directory = Path(directory)
     if not (directory / FACTS).is_file():
         raise AutoQuantError(f"{directory}: not a quantized model, there is no {FACTS}")
-    config, facts = read_config(directory), read_facts(directory)
+    check_ordinary(directory)
+    config, facts, shards = read_config(directory), read_facts(directory), open_file(directory / TENSORS)
+    check_depth(directory, load_settings(directory, trust_remote_code=trust_remote_code), shards)
     try:
         tensors = load_file(directory / TENSORS)
     except (OSError, SafetensorError) as error:
         raise AutoQuantError(f"{directory}: damaged: {' '.join(str(error).split())[:200]}") from error
     model = build_empty(directory, facts.dtype, trust_remote_code=trust_remote_code)
+    granularity = kv_granularity(config)
     try:
         _change_(model, facts.changes)
         replace_with_empty_(model, plan_linears(config))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise AutoQuantError(f"{directory}: damaged: its files do not belong together ({error})") from error
-    granularity = kv_granularity(config)
-    if granularity is not None:
-        install_(model, KVScales(granularity, *(tensors.get(f"{MODULE}.{name}") for name in ("key", "value"))))
+        if granularity is not None:
+            install_(model, KVScales(granularity, *(tensors.get(f"{MODULE}.{name}") for name in ("key", "value"))))
+    except (AutoQuantError, *_MISFITS) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AutoQuantError(f"{directory}: damaged: its files do not belong together ({reason})") from error
     if config.quantization.prefix:
         try:
             install_prefix_(model, stored_prefix(tensors, config.quantization.prefix))
@@ -181,23 +208,29 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
 def read_config(directory: Path) -> Config:
     """The config in a native folder. Raises AutoQuantError."""
     old = not (directory / CONFIG).is_file() and (directory / _OLD_CONFIG).is_file()
-    return load_config(directory / (_OLD_CONFIG if old else CONFIG))
+    file = directory / (_OLD_CONFIG if old else CONFIG)
+    if not file.is_file():  # a pipe would be waited for
+        raise AutoQuantError(f"{directory}: damaged: there is no file {file.name}")
+    return load_config(file)
 
 
 def read_facts(directory: Path) -> Facts:
     """What a native folder says of its tensors. Raises AutoQuantError."""
     try:
         facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
-        dtype = getattr(torch, facts["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{facts['dtype']!r} is no dtype")
-        shared = {str(name): str(source) for name, source in facts["shared"].items()}
         made = facts if "online" in facts else facts["provenance"]
-        online = tuple(ResolvedOnline(o["kind"], o["path"], int(o["size"]), None) for o in made.get("online", ()))
-        created, identities = (tuple(map(str, made.get(key, ()))) for key in ("created", "identities"))
+        known = _Facts.model_validate({**{key: made.get(key, []) for key in _MADE}, **facts})
+        dtype = next((dtype for dtype in FLOATING if _name(dtype) == known.dtype), None)
+        if dtype is None:
+            raise ValueError(f"{known.dtype!r} is no dtype of a model")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise AutoQuantError(f"{directory / FACTS}: damaged: {where}: {first['msg']}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AutoQuantError(f"{directory / FACTS}: damaged: {' '.join(str(error).split())[:200]}") from error
-    return Facts(dtype, shared, Changes(created, identities, online))
+    online = tuple(ResolvedOnline(one.kind, one.path, one.size, None) for one in known.online)
+    return Facts(dtype, known.shared, Changes(known.created, known.identities, online))
 
 
 def _change_(model: nn.Module, changes: Changes) -> None:
