@@ -44,7 +44,8 @@ def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn
 
 
 def saveable_(model: nn.Module, config: Config, changes: Changes, made: Mapping[str, Any], form: str = NATIVE) -> None:
-    """Let ``save_pretrained(folder, tokenizer=None, force=False)`` write a folder that ``autoquant.load`` reads.
+    """Let ``save_pretrained(folder, tokenizer=None, format=None, force=False)`` write a folder that ``autoquant.load``
+    reads, of the format ``form`` or of another that can hold the model.
 
     Models without ``save_pretrained``, which have no configuration to build them anew from, are left as they are.
     """
@@ -78,8 +79,10 @@ def _save(
     save_directory: str | Path,
     *,
     tokenizer: Any = None,
+    format: str | None = None,
     force: bool = False,
 ) -> None:
+    form = form if format is None else format
     save_quantized(model, Path(save_directory), config, made, tokenizer, changes=changes, form=form, force=force)
 
 

@@ -27,8 +27,9 @@ _TABLE = Path(__file__).with_name("targets.json")
 @dataclass(frozen=True, slots=True)
 class Target:
     """What one server takes. ``weights`` and ``activations``: of dense linears; the same of experts, empty where it
-    takes no int8 experts. ``lm_head``: it may be int8. ``readers_alike``: linears of one module that read one tensor
-    share a scheme and a static input scale. ``version``: what it was read from.
+    takes no int8 experts. ``float_experts``: it loads those that stay in floating point. ``lm_head``: it may be int8.
+    ``readers_alike``: linears of one module that read one tensor share a scheme and a static input scale. ``version``:
+    what it was read from.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     activations: frozenset[Granularity]
     expert_weights: frozenset[str]
     expert_activations: frozenset[Granularity]
+    float_experts: bool
     lm_head: bool
     readers_alike: bool
     notes: tuple[str, ...]
@@ -64,6 +66,9 @@ def reasons_against(name: str, config: Config) -> tuple[str, ...]:
     target, planned = target_named(name), plan_linears(config)
     roles = {linear.weight: linear.role for linear in config.model.linears}
     reasons = []
+    stacks = [linear.path for linear in config.model.linears if linear.stack is not None]
+    if stacks and not (target.float_experts or target.expert_weights):
+        reasons.append(f"{stacks[0]}: {name} ({target.version}) loads no experts; the nearest is the target vllm")
     if not target.lm_head:
         reasons += [
             f"{p.path}: {name} takes no int8 lm_head; exclude it" for p in planned if roles.get(p.weight) == "lm_head"
@@ -171,6 +176,7 @@ def _target(name: str, row: Mapping[str, object]) -> Target:
         frozenset(map(Granularity, listed("activations"))),
         frozenset(listed("expert_weights")),
         frozenset(map(Granularity, listed("expert_activations"))),
+        row["float_experts"] is True,
         row["lm_head"] is True,
         row["readers_alike"] is True,
         tuple(listed("notes")),
@@ -185,6 +191,7 @@ def _all_of(every: tuple[Target, ...]) -> Target:
         frozenset.intersection(*(target.activations for target in every)),
         frozenset.intersection(*(target.expert_weights for target in every)),
         frozenset.intersection(*(target.expert_activations for target in every)),
+        all(target.float_experts for target in every),
         all(target.lm_head for target in every),
         any(target.readers_alike for target in every),
         (),

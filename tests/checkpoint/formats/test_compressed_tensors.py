@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from quantized import DATA, PACKAGED, STATIC_KV, config_of, windows
+from quantized import DATA, PACKAGED, STATIC_KV, config_of, gpt2, windows
 from safetensors.torch import load_file, save_file
 
 import autoquant
@@ -19,6 +19,7 @@ from autoquant.checkpoint.convert import convert_checkpoint
 from autoquant.checkpoint.formats import COMPRESSED_TENSORS, NATIVE, Wish, format_of
 from autoquant.checkpoint.formats.native import TENSORS
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
+from autoquant.checkpoint.targets import reasons_against
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
 from autoquant.config.format import Config, QuantizationOverride, Strategy, edited
@@ -106,6 +107,9 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(made: Path, tmp_path: Path
     again, before = files(tmp_path / "again"), files(folder)
     assert again == {name: before[name] for name in again}, "no tokenizer was given"
     assert before.keys() - again.keys() == {"tokenizer.json", "tokenizer_config.json"}
+    native = autoquant.load(made / f"{STATIC.name}-{NATIVE}")
+    native.save_pretrained(tmp_path / "other", format=COMPRESSED_TENSORS)
+    assert files(tmp_path / "other") == again
 
 
 def test_low_memory_writes_the_same_bytes(made: Path, tmp_path: Path) -> None:
@@ -188,6 +192,10 @@ def test_experts_have_the_hubs_names_one_by_one(tmp_path: Path) -> None:
         tmp_path / "dense" / "model.safetensors"
     )
     assert len(int8_weights(autoquant.load(tmp_path / "dense"))) == 8
+
+    (reason,) = reasons_against("transformers", dense)
+    assert reason.startswith("model.layers.{layer}.mlp.experts.") and "loads no experts; the nearest is" in reason
+    assert reasons_against("vllm", dense) == ()
 
     static = Recipe(config, STATIC, Transforms.parse("none"), windows())
     with pytest.raises(AutoQuantError, match="format 'compressed-tensors' cannot take the result") as caught:
@@ -329,3 +337,11 @@ def test_another_tools_folder_runs_and_is_not_converted(made: Path, tmp_path: Pa
         model.save_pretrained(tmp_path / "copy")
     with pytest.raises(AutoQuantError, match="is quantized already"):
         quantize_checkpoint(folder, tmp_path / "again", recipe(TOKEN), {})
+
+
+def test_transposed_linears_stay_native(tmp_path: Path) -> None:
+    source = gpt2(tmp_path / "gpt2")
+    made = Recipe(config_of(source), TOKEN, Transforms.parse("none"))
+    done = quantize_checkpoint(source, tmp_path / "out", made, {}, wish=Wish())
+    assert done.chosen.form == NATIVE
+    assert done.chosen.against[0] == "transformer.h.0.attn.c_attn: its weight is transposed (Conv1D); exclude it"
