@@ -7,3 +7,5 @@ TYPES = tuple(
     gpt_neox falcon phi stablelm nemotron starcoder2 bloom mixtral qwen3_moe qwen2_moe deepseek_v3 mamba
     falcon_h1 bamba""".split()
 )
+ONE_OF_EACH = tuple("llama gpt2 gpt_neox opt phi3 gemma2 mixtral qwen3_moe mamba falcon bloom".split())
+"""Fewer of them: where a test takes long."""

@@ -19,6 +19,15 @@ from autoquant.searcher.judge import Task
 
 DATA = Path(__file__).parents[1] / "autoquant" / "data"
 PACKAGED = DATA / "wikinano1m"
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Sizes of a decoder that is made in no time."""
 STATIC = Strategy.PER_CHANNEL_STATIC
 STATIC_KV = "w_int8_per_channel_a_int8_per_tensor_static_kv_cache_int8_per_tensor_static"
 

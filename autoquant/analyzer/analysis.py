@@ -14,11 +14,12 @@ from autoquant.analyzer.linears import linears
 from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations
 from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.scale_state import Use
-from autoquant.analyzer.smoothing_groups import Scales, analyse_scales, module_of
+from autoquant.analyzer.smoothing_groups import Scales, analyse_scales
 from autoquant.analyzer.variables import Bools, Ints, Reason
 from autoquant.aten import CASTS, MOVEMENT, NO_RULE, operator_name
 from autoquant.capture.routes import Captured, module_path
 from autoquant.config.format import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space, edited
+from autoquant.config.layers import module_of
 
 NO_SOURCE = "nothing that feeds it can absorb a scale"
 NO_MODULE = "no rotation in the weights reaches its input, and it is no module that an online one could precede"

@@ -18,11 +18,10 @@ from autoquant.analyzer.rotation_spaces import Rotations
 from autoquant.analyzer.rotation_state import Vector
 from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.scale_state import Use
-from autoquant.analyzer.smoothing_groups import module_of
 from autoquant.analyzer.templates import StackMap
 from autoquant.analyzer.variables import Reason
 from autoquant.config.format import Linear, SmoothingKind
-from autoquant.config.layers import LAYER, layer_set
+from autoquant.config.layers import LAYER, layer_set, module_of
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 

@@ -255,6 +255,30 @@ class Interpreter:
         return self.no_rule(site, tensors)  # also where the data decide how far elements move
 
 
+def interpreted(
+    captured: Captured,
+    rules: Mapping[str, Rule],
+    state: Any,
+    give_up: Callable[[Site, Sequence[Value], str], Value],
+    *,
+    rescales: bool = False,
+) -> Interpreter:
+    """A pass that is done; data movement, graph breaks, operators without a rule and outputs are the ``state``'s."""
+    interpreter = Interpreter(
+        captured,
+        rules,
+        state,
+        movement=state.move,
+        graph_break=state.graph_break,
+        no_rule=state.no_rule,
+        give_up=give_up,
+        finish=state.finish,
+        rescales=rescales,
+    )
+    interpreter.run()
+    return interpreter
+
+
 def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
     """(canonical name, module path) -> the name that this module has for a shared parameter.
 

@@ -7,9 +7,9 @@ from typing import Literal
 from torch import fx
 
 from autoquant.analyzer.scale_state import Use
-from autoquant.analyzer.smoothing_groups import module_of
 from autoquant.aten import CHOICES, PRODUCTS, operator_name
 from autoquant.config.format import Linear
+from autoquant.config.layers import module_of
 
 
 def linears(uses: list[Use]) -> tuple[Linear, ...]:

@@ -10,14 +10,15 @@ import numpy.typing as npt
 import torch
 
 from autoquant.analyzer.axes import Axis
-from autoquant.analyzer.interpreter import Interpreter, Site, shared_names
+from autoquant.analyzer.interpreter import Interpreter, Site, interpreted, shared_names
 from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rules import ROTATIONS
-from autoquant.analyzer.smoothing_groups import group_name, module_of, slot_of
+from autoquant.analyzer.smoothing_groups import group_name, slot_of
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
 from autoquant.capture.routes import Captured
 from autoquant.config.format import Norm, Reader, Space, Writer, edited
 from autoquant.config.format import Read as ConfigRead
+from autoquant.config.layers import module_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +36,7 @@ class Rotations:
 def analyse_rotations(captured: Captured) -> Rotations:
     """Find every vector space of the graph that an orthogonal matrix can be put on."""
     analysis = RotationAnalysis()
-    interpreter = Interpreter(
-        captured,
-        ROTATIONS.table,
-        analysis,
-        movement=analysis.move,
-        graph_break=analysis.graph_break,
-        no_rule=analysis.no_rule,
-        give_up=analysis.end,
-        finish=analysis.finish,
-    )
-    interpreter.run()
+    interpreter = interpreted(captured, ROTATIONS.table, analysis, analysis.end)
     for axes, reason in [*analysis.axes.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
         for family in axes:
             analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)

@@ -10,12 +10,13 @@ import torch
 
 from autoquant.analyzer.axes import Axis
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.analyzer.interpreter import Interpreter
+from autoquant.analyzer.interpreter import Interpreter, interpreted
 from autoquant.analyzer.rules import SCALES
 from autoquant.analyzer.scale_state import ScaleAnalysis
 from autoquant.analyzer.variables import Bools, Floats, Ints, Solution
 from autoquant.capture.routes import Captured
 from autoquant.config.format import Slot, SmoothingGroup, SmoothingKind
+from autoquant.config.layers import module_of, tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +32,7 @@ class Scales:
 def analyse_scales(captured: Captured) -> Scales:
     """Find every scale that the graph leaves free."""
     analysis = ScaleAnalysis()
-    interpreter = Interpreter(
-        captured,
-        SCALES.table,
-        analysis,
-        movement=analysis.move,
-        graph_break=analysis.graph_break,
-        no_rule=analysis.no_rule,
-        give_up=analysis.block,
-        finish=analysis.finish,
-        rescales=True,
-    )
-    interpreter.run()
+    interpreter = interpreted(captured, SCALES.table, analysis, analysis.block, rescales=True)
     for axes, reason in analysis.axes.conflicts():
         for family in axes:
             analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)
@@ -230,18 +220,3 @@ def group_name(sources: Sequence[Slot], targets: Sequence[Slot]) -> str:
     """``'model.layers.0.mlp.up_proj -> down_proj'``: the first source, then every target by its own name."""
     source = module_of(sources[0].path)
     return f"{source} -> {', '.join(dict.fromkeys(tail(module_of(slot.path), source) for slot in targets))}"
-
-
-def module_of(path: str) -> str:
-    """The module that a person means by a parameter: ``q_proj`` for ``q_proj.weight``; else the parameter itself."""
-    head, _, leaf = path.rpartition(".")
-    return head if leaf in ("weight", "bias") and head else path
-
-
-def tail(path: str, other: str) -> str:
-    """``path`` without the part that it shares with ``other``."""
-    parts, others = path.split("."), other.split(".")
-    shared = 0
-    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
-        shared += 1
-    return ".".join(parts[shared:])

@@ -21,9 +21,8 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.smoothing_groups import tail
 from autoquant.config.format import Blocked, Read, Reader, Slot, SmoothingGroup, Space, Writer, edited
-from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set
+from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set, tail
 
 Model = TypeVar("Model", bound=BaseModel)
 Named = TypeVar("Named", SmoothingGroup, Space)

@@ -3,23 +3,16 @@
 torch and transformers are imported when a function needs them.
 """
 
-from autoquant.api.analysis import analyze, check, verify
-from autoquant.api.checkpoints import apply, convert, load, quantize
-from autoquant.api.configs import load_config, save_config
-from autoquant.api.evaluation import compare, evaluate, search, serve_check
-
-__all__ = [
-    "analyze",
-    "apply",
-    "check",
-    "compare",
-    "convert",
-    "evaluate",
-    "load",
-    "load_config",
-    "quantize",
-    "save_config",
-    "search",
-    "serve_check",
-    "verify",
-]
+from autoquant.api.analysis import analyze as analyze
+from autoquant.api.analysis import check as check
+from autoquant.api.analysis import verify as verify
+from autoquant.api.checkpoints import apply as apply
+from autoquant.api.checkpoints import convert as convert
+from autoquant.api.checkpoints import load as load
+from autoquant.api.checkpoints import quantize as quantize
+from autoquant.api.configs import load_config as load_config
+from autoquant.api.configs import save_config as save_config
+from autoquant.api.evaluation import compare as compare
+from autoquant.api.evaluation import evaluate as evaluate
+from autoquant.api.evaluation import search as search
+from autoquant.api.evaluation import serve_check as serve_check

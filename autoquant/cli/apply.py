@@ -21,13 +21,7 @@ DTYPES = ["as-stored", "float32", "bfloat16", "float16", "float64"]
 @options.sequences(16)
 @options.length
 @options.seed()
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="as-stored",
-    show_default=True,
-    help="Of the weights written; folding is in float64 always.",
-)
+@options.dtype(DTYPES, "Of the weights written; folding is in float64 always.")
 @options.unproved
 @options.trust_remote_code
 @options.force

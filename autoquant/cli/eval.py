@@ -16,13 +16,7 @@ from autoquant.cli import options
 @options.tokens
 @options.batch
 @click.option("--reference", metavar="MODEL", help="Also compare the logits with this model's.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
-    default="float32",
-    show_default=True,
-    help="Of everything that is not int8; auto: as stored.",
-)
+@options.dtype(["float32", "bfloat16", "float16", "auto"], "Of everything that is not int8; auto: as stored.")
 @options.device
 @options.trust_remote_code
 @options.format()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,11 @@ def seed(
 ) -> Decorator:
     """What is drawn."""
     return click.option("--seed", type=click.IntRange(0), default=default, show_default=default is not None, help=help)
+
+
+def dtype(names: Sequence[str], help: str) -> Decorator:
+    """The type of floats; the first of ``names`` is the default."""
+    return click.option("--dtype", type=click.Choice(names), default=names[0], show_default=True, help=help)
 
 
 def device(function: Function) -> Function:

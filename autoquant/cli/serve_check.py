@@ -29,13 +29,7 @@ from autoquant.errors import AutoQuantError
     metavar="PATH",
     help="Interpreter of an environment that has the engine.  [default: the one that runs this]",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Of floats in the engine; a CPU with AMX uses it in bfloat16 only.",
-)
+@options.dtype(["float32", "bfloat16"], "Of floats in the engine; a CPU with AMX uses it in bfloat16 only.")
 @options.format()
 @options.quiet
 def command(folders: tuple[Path, ...], form: str, quiet: bool, **how: Any) -> None:

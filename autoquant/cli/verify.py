@@ -12,13 +12,7 @@ from autoquant.errors import AutoQuantError
 @click.command()
 @click.argument("model")
 @click.argument("config", type=options.FILE)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float64", "float32"]),
-    default="float64",
-    show_default=True,
-    help="Of weights and activations; float32 tells less, in half the memory.",
-)
+@options.dtype(["float64", "float32"], "Of weights and activations; float32 tells less, in half the memory.")
 @options.seed(0, "Draws inputs, scales and rotations.")
 @click.option("--small", is_flag=True, help="On a small random model of the same structure, even if MODEL has weights.")
 @options.layers

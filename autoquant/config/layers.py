@@ -35,6 +35,21 @@ def fill(path: str, layer: int) -> str:
     return path.replace(LAYER, str(layer))
 
 
+def module_of(path: str) -> str:
+    """The module that a person means by a parameter: ``q_proj`` for ``q_proj.weight``; else the parameter itself."""
+    head, _, leaf = path.rpartition(".")
+    return head if leaf in ("weight", "bias") and head else path
+
+
+def tail(path: str, other: str) -> str:
+    """``path`` without the modules that it shares with ``other``."""
+    parts, others = path.split("."), other.split(".")
+    shared = 0
+    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
+        shared += 1
+    return ".".join(parts[shared:])
+
+
 def layer_numbers(text: str) -> tuple[int, ...]:
     """The layers that a layer set names, ascending and each once.
 

@@ -20,17 +20,7 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
-from autoquant.executor.operations import (
-    Add,
-    Axis,
-    Centre,
-    Fill,
-    Normalise,
-    Operation,
-    Rotate,
-    Scale,
-    contract,
-)
+from autoquant.executor.operations import Add, Axis, Centre, Fill, Normalise, Operation, Rotate, Scale, contract
 from autoquant.executor.resolved import (
     Resolved,
     ResolvedGroup,

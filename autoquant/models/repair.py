@@ -27,6 +27,7 @@ from autoquant.models.auto_classes import kinds_of
 from autoquant.models.inputs import make_inputs, reads_text
 from autoquant.models.load import as_stored
 from autoquant.models.source import (
+    HEADS,
     ModelSource,
     build_module,
     build_structure,
@@ -41,7 +42,6 @@ from autoquant.models.tasks import Kind
 
 _MOST = 8  # repairs of one configuration
 
-_HEADS = re.compile(r"heads?$|num_query_groups")
 _HEAD_SIZE = re.compile(r"head_?dim$|d_head|head_size|kv_channels|dim_head")
 _EXPERTS = re.compile(r"experts?$|num_experts|expert_num")
 _EXPERTS_PER_TOKEN = re.compile(r"per_tok$|moe_k$|moe_topk|top_k")
@@ -332,7 +332,7 @@ def _derived(config: Any, name: str) -> Iterator[Any]:
     layers = standard_field(config, "num_hidden_layers")
     if _HEAD_SIZE.search(name) and heads and hidden:
         yield hidden // heads
-    elif _HEADS.search(name) and heads:
+    elif HEADS.search(name) and heads:
         yield heads
     elif _EXPERTS_PER_TOKEN.search(name):
         yield 2

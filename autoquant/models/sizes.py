@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from autoquant.models.source import depths, standard_field, sub_configs, text_config
+from autoquant.models.source import HEADS, depths, standard_field, sub_configs, text_config
 
 _VOCABULARY = 128
 
@@ -16,7 +16,6 @@ _KEEP = re.compile(
     r"|factor|max_|per_head|ngram|bucket|interval|_id$|_tp$"
 )
 _WINDOW = re.compile(r"compress\w*_(rate|ratio|stride)s?$")
-_HEADS = re.compile(r"heads?$|num_query_groups")
 _HEAD_SIZE = re.compile(r"head_?dim$|d_head|d_kv$|head_size|kv_channels|dim_head|rotary_dim")
 _INWARD = re.compile(r"^(encoder|vision|image|audio|cross|proj)\w*_(hidden_size|dim|width)$")
 _OUTWARD = re.compile(r"out|proj|llm|text|language")
@@ -151,7 +150,7 @@ def _part(config: Any, keep_heads: bool) -> dict[str, int]:
             changes[name] = min(value, limit)
     rest = {name: value for name, value in sizes.items() if name not in changes and not _KEEP.search(name)}
     sizes_of_heads = {name: value for name, value in rest.items() if _HEAD_SIZE.search(name)}
-    heads = {name: value for name, value in rest.items() if _HEADS.search(name) and name not in sizes_of_heads}
+    heads = {name: value for name, value in rest.items() if HEADS.search(name) and name not in sizes_of_heads}
     queries = standard_field(config, "num_attention_heads") or max(heads.values(), default=1)
     hidden = _own_width(config)
     head = standard_field(config, "head_dim") or (hidden // queries if hidden else 64)

@@ -32,6 +32,9 @@ PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound)
 
 MAX_LAYERS = 10_000
 
+HEADS = re.compile(r"heads?$|num_query_groups")
+"""Fields that count heads."""
+
 _NUMBERS = re.compile(r"layer_?(ids|idxs?|indices|numbers)$")
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 

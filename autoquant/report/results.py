@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoquant.certificate.claims import IN_WORDS, standing
 from autoquant.config.format import Config, Coverage, edited
@@ -19,15 +19,27 @@ if TYPE_CHECKING:
     from autoquant.certificate.prove import Trial
     from autoquant.evaluation.perplexity import Estimate, Evaluation
 
+Result = TypeVar("Result")
+
 WIDTH = 100
 """Columns of a repr."""
 
 
-def as_html(lines: list[str]) -> str:
-    """Lines for a notebook: text in which nothing is markup."""
-    return f"<pre>{escape(chr(10).join(map(inert, lines)))}</pre>"
+def shown(result: type[Result]) -> type[Result]:
+    """A class whose ``lines()`` are its ``repr`` and, as text in which nothing is markup, its look in a notebook."""
+
+    def text(self: Any) -> str:
+        return "\n".join(map(inert, self.lines()))
+
+    def html(self: Any) -> str:
+        return f"<pre>{escape(text(self))}</pre>"
+
+    for name, method in {"__repr__": text, "_repr_html_": html}.items():
+        setattr(result, name, method)
+    return result
 
 
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Analysis:
     """What can be smoothed and rotated in a model. ``config`` is what the other functions take."""
@@ -52,13 +64,8 @@ class Analysis:
         """How the graph was captured and what each step took."""
         return f"captured by {self.capture}: {', '.join(f'{step} {s:.1f} s' for step, s in self.seconds.items())}"
 
-    def __repr__(self) -> str:
-        return "\n".join(self.lines())
 
-    def _repr_html_(self) -> str:
-        return as_html(self.lines(WIDTH))
-
-
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Checked:
     """A config that is valid and, where a model was given, fits it."""
@@ -86,13 +93,8 @@ class Checked:
             "blocked": len(self.config.blocked),
         }
 
-    def __repr__(self) -> str:
-        return inert(self.lines()[0])
 
-    def _repr_html_(self) -> str:
-        return as_html(self.lines())
-
-
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Verification:
     """Every claim of a config, tried; ``refused``: online rotations that cannot be placed, and why."""
@@ -143,13 +145,8 @@ class Verification:
             "coverage": coverage,
         }
 
-    def __repr__(self) -> str:
-        return "\n".join(map(inert, self.lines()))
 
-    def _repr_html_(self) -> str:
-        return as_html(self.lines())
-
-
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Written:
     """A folder that was written: what was done, and ``facts`` of it for JSON."""
@@ -166,13 +163,8 @@ class Written:
         """For JSON."""
         return {"output": str(self.folder), **self.facts}
 
-    def __repr__(self) -> str:
-        return "\n".join(map(inert, self.lines()))
 
-    def _repr_html_(self) -> str:
-        return as_html(self.lines())
-
-
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Found:
     """A config with every knob set that helped on held-out text; the evidence is in ``config.search``."""
@@ -194,13 +186,8 @@ class Found:
         assert self.config.search is not None
         return self.config.search.model_dump(mode="json")
 
-    def __repr__(self) -> str:
-        return "\n".join(map(inert, self.lines()))
 
-    def _repr_html_(self) -> str:
-        return as_html(self.lines())
-
-
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Evaluated:
     """Perplexity of models on one text, with standard errors over windows."""
@@ -230,13 +217,8 @@ class Evaluated:
         ]
         return {"settings": dict(self.settings), "results": rows}
 
-    def __repr__(self) -> str:
-        return "\n".join(self.lines())
 
-    def _repr_html_(self) -> str:
-        return as_html(self.lines())
-
-
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Compared:
     """Perplexity of every strategy after every preparation: ``markdown`` for people, ``report`` for JSON."""
@@ -251,12 +233,6 @@ class Compared:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return dict(self.report)
-
-    def __repr__(self) -> str:
-        return "\n".join(map(inert, self.lines()))
-
-    def _repr_html_(self) -> str:
-        return as_html(self.lines())
 
 
 _COLUMNS = ("perplexity", "perplexity_ratio", "nll", "kl", "top1_agreement")

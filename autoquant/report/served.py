@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.evaluation.serving import NEAR, Agreement
-from autoquant.io.inert import inert
 from autoquant.report.columns import columns
-from autoquant.report.results import WIDTH, as_html
+from autoquant.report.results import WIDTH, shown
 
 HEADER = ("folder", "perplexity here", "there", "change", "median difference", "equal tokens", "")
 
 
+@shown
 @dataclass(frozen=True, slots=True, repr=False)
 class ServeCheck:
     """Folders in one engine and here."""
@@ -38,12 +38,6 @@ class ServeCheck:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"near": NEAR, "folders": [_facts(one) for one in self.found]}
-
-    def __repr__(self) -> str:
-        return "\n".join(map(inert, self.lines()))
-
-    def _repr_html_(self) -> str:
-        return as_html(self.lines())
 
 
 def row_of(one: Agreement) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoquant.config.format import Blocked, Config, Linear, Slot, SmoothingGroup, SmoothingKind, Space
-from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set
+from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set, module_of, tail
 from autoquant.config.slots import positions_of
 
 
@@ -95,7 +95,7 @@ def _row(lookup: _Lookup, linear: Linear) -> Row:
 def _source(lookup: _Lookup, linear: Linear, group: SmoothingGroup, target: Slot) -> str:
     """``'norm input_layernorm'``, ``'v -> o from v_proj'``, ``'up -> down from 3072 rows of gate_up_proj'``."""
     first = group.sources[0]
-    name = _relative(_module(first.path), linear.path)
+    name = tail(module_of(first.path), linear.path)
     if first.index is not None and first.stack is None:
         positions = positions_of(first)
         if len(positions) < first.size:
@@ -200,20 +200,6 @@ def _in_layers(layers: str | None) -> str:
 def _inside(path: str) -> str:
     """The path below the repeated layer; the whole path where there is none."""
     return path.partition(f"{LAYER}.")[2] or path
-
-
-def _module(path: str) -> str:
-    head, _, leaf = path.rpartition(".")
-    return head if leaf in ("weight", "bias") and head else path
-
-
-def _relative(path: str, other: str) -> str:
-    """``path`` without the modules that it shares with ``other``."""
-    parts, others = path.split("."), other.split(".")
-    shared = 0
-    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
-        shared += 1
-    return ".".join(parts[shared:])
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -23,6 +23,10 @@ def cat_heads(y):
     return y.transpose(1, 2).reshape(1, 3, -1)
 
 
+def attended(q, k, v):
+    return cat_heads(attention(q, k, v))
+
+
 def rotary(q):
     d = q.shape[-1] // 2
     co = torch.cos(torch.arange(3.0)[:, None] * torch.arange(1, d + 1)).double().repeat(1, 2)
@@ -37,7 +41,7 @@ def repeated(y):
 def interleaved(s, x):
     y = s.a(x).view(1, 3, 2, 3, 2)
     q, k, v = y.unbind(3)
-    return s.o(cat_heads(attention(*(t.transpose(1, 2) for t in (q, k, v)))))
+    return s.o(attended(*(t.transpose(1, 2) for t in (q, k, v))))
 
 
 def rotary_complex(q):
@@ -56,16 +60,18 @@ def rotary_partial(q):
     return torch.cat([rotary(q[..., :4]), q[..., 4:]], -1)
 
 
+def projections(q: int, k: int, v: int, o: int) -> dict[str, nn.Module]:
+    """Those of an attention over a stream of 4: widths out of the first three, into the last."""
+    return {"q": lin(4, q), "k": lin(4, k), "v": lin(4, v), "o": lin(o, 4)}
+
+
 ATTENTION: dict[str, Callable[[], tuple[Any, ...]]] = {
     "norm_over_heads": lambda: (
         Graph(
             lambda s, x: s.o(
-                cat_heads(attention(rotary(s.qn(heads(s.q(x), 2))), rotary(s.kn(heads(s.k(x), 2))), heads(s.v(x), 2)))
+                attended(rotary(s.qn(heads(s.q(x), 2))), rotary(s.kn(heads(s.k(x), 2))), heads(s.v(x), 2))
             ),
-            q=lin(4, 8),
-            k=lin(4, 8),
-            v=lin(4, 8),
-            o=lin(8, 4),
+            **projections(8, 8, 8, 8),
             qn=nn.RMSNorm(4),
             kn=nn.RMSNorm(4),
         ),
@@ -73,55 +79,37 @@ ATTENTION: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "attention": lambda: (
         Graph(
-            lambda s, x: s.o(
-                cat_heads(attention(rotary(heads(s.q(x), 2)), rotary(heads(s.k(x), 2)), heads(s.v(x), 2)))
-            ),
-            q=lin(4, 8),
-            k=lin(4, 8),
-            v=lin(4, 8),
-            o=lin(8, 4),
+            lambda s, x: s.o(attended(rotary(heads(s.q(x), 2)), rotary(heads(s.k(x), 2)), heads(s.v(x), 2))),
+            **projections(8, 8, 8, 8),
         ),
         X,
     ),
     "attention_norope": lambda: (
         Graph(
-            lambda s, x: s.o(cat_heads(attention(heads(s.q(x), 2), heads(s.k(x), 2), heads(s.v(x), 2)))),
-            q=lin(4, 8),
-            k=lin(4, 8),
-            v=lin(4, 8),
-            o=lin(8, 4),
+            lambda s, x: s.o(attended(heads(s.q(x), 2), heads(s.k(x), 2), heads(s.v(x), 2))),
+            **projections(8, 8, 8, 8),
         ),
         X,
     ),
     "gqa_repeat": lambda: (
         Graph(
             lambda s, x: s.o(
-                cat_heads(
-                    attention(
-                        heads(s.q(x), 4),
-                        heads(s.k(x), 2).repeat_interleave(2, 1),
-                        heads(s.v(x), 2).repeat_interleave(2, 1),
-                    )
+                attended(
+                    heads(s.q(x), 4),
+                    heads(s.k(x), 2).repeat_interleave(2, 1),
+                    heads(s.v(x), 2).repeat_interleave(2, 1),
                 )
             ),
-            q=lin(4, 8),
-            k=lin(4, 4),
-            v=lin(4, 4),
-            o=lin(8, 4),
+            **projections(8, 4, 4, 8),
         ),
         X,
     ),
     "gqa_expand": lambda: (
         Graph(
             lambda s, x: s.o(
-                cat_heads(
-                    attention(rotary(heads(s.q(x), 4)), repeated(rotary(heads(s.k(x), 2))), repeated(heads(s.v(x), 2)))
-                )
+                attended(rotary(heads(s.q(x), 4)), repeated(rotary(heads(s.k(x), 2))), repeated(heads(s.v(x), 2)))
             ),
-            q=lin(4, 8),
-            k=lin(4, 4),
-            v=lin(4, 4),
-            o=lin(8, 4),
+            **projections(8, 4, 4, 8),
         ),
         X,
     ),
@@ -134,82 +122,53 @@ ATTENTION: dict[str, Callable[[], tuple[Any, ...]]] = {
                     )
                 )
             ),
-            q=lin(4, 8),
-            k=lin(4, 4),
-            v=lin(4, 4),
-            o=lin(8, 4),
+            **projections(8, 4, 4, 8),
         ),
         X,
     ),
     "qk_shared": lambda: (
         Graph(
-            lambda s, x: s.o(cat_heads(attention(heads(s.q(x), 2), heads(s.q(x), 2), heads(s.v(x), 2)))),
-            q=lin(4, 4),
-            v=lin(4, 4),
-            o=lin(4, 4),
+            lambda s, x: s.o(attended(heads(s.q(x), 2), heads(s.q(x), 2), heads(s.v(x), 2))), q=lin(), v=lin(), o=lin()
         ),
         X,
     ),
     "kv_shared": lambda: (
         Graph(
-            lambda s, x: s.o(cat_heads(attention(heads(s.q(x), 2), heads(s.k(x), 2), heads(s.k(x), 2)))),
-            q=lin(4, 4),
-            k=lin(4, 4),
-            o=lin(4, 4),
+            lambda s, x: s.o(attended(heads(s.q(x), 2), heads(s.k(x), 2), heads(s.k(x), 2))), q=lin(), k=lin(), o=lin()
         ),
         X,
     ),
     "complex_rope": lambda: (
         Graph(
             lambda s, x: s.o(
-                cat_heads(
-                    attention(rotary_complex(heads(s.q(x), 2)), rotary_complex(heads(s.k(x), 2)), heads(s.v(x), 2))
-                )
+                attended(rotary_complex(heads(s.q(x), 2)), rotary_complex(heads(s.k(x), 2)), heads(s.v(x), 2))
             ),
-            q=lin(4, 8),
-            k=lin(4, 8),
-            v=lin(4, 8),
-            o=lin(8, 4),
+            **projections(8, 8, 8, 8),
         ),
         X,
     ),
     "interleaved_rope": lambda: (
         Graph(
             lambda s, x: s.o(
-                cat_heads(
-                    attention(
-                        rotary_interleaved(heads(s.q(x), 2)), rotary_interleaved(heads(s.k(x), 2)), heads(s.v(x), 2)
-                    )
-                )
+                attended(rotary_interleaved(heads(s.q(x), 2)), rotary_interleaved(heads(s.k(x), 2)), heads(s.v(x), 2))
             ),
-            q=lin(4, 8),
-            k=lin(4, 8),
-            v=lin(4, 8),
-            o=lin(8, 4),
+            **projections(8, 8, 8, 8),
         ),
         X,
     ),
     "partial_rope": lambda: (
         Graph(
             lambda s, x: s.o(
-                cat_heads(
-                    attention(rotary_partial(heads(s.q(x), 2)), rotary_partial(heads(s.k(x), 2)), heads(s.v(x), 2))
-                )
+                attended(rotary_partial(heads(s.q(x), 2)), rotary_partial(heads(s.k(x), 2)), heads(s.v(x), 2))
             ),
-            q=lin(4, 12),
-            k=lin(4, 12),
-            v=lin(4, 8),
-            o=lin(8, 4),
+            **projections(12, 12, 8, 8),
         ),
         X,
     ),
     "mqa_bcast": lambda: (
         Graph(
-            lambda s, x: s.o(cat_heads(attention(heads(s.q(x), 2), heads(s.k(x), 1), heads(s.v(x), 1)))),
-            q=lin(4, 4),
-            k=lin(4, 2),
-            v=lin(4, 2),
-            o=lin(4, 4),
+            lambda s, x: s.o(attended(heads(s.q(x), 2), heads(s.k(x), 1), heads(s.v(x), 1))),
+            **projections(4, 2, 2, 4),
         ),
         X,
     ),

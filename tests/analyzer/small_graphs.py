@@ -126,6 +126,16 @@ def scattered(s, x):
     return s.o(out)
 
 
+def gated_twice(columns):
+    """A vector under two gates, side by side, its channels in another order."""
+
+    def forward(s, x):
+        v = s.a(x)
+        return s.o(torch.cat([v * torch.sigmoid(x[..., :1]), v * torch.sigmoid(x[..., 1:2])], -1)[..., columns])
+
+    return Graph(forward, a=lin(4, 2), o=lin())
+
+
 CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "matrix_per_head_from_left": lambda: (
         Graph(
@@ -356,30 +366,8 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
         Graph(lambda s, x: s.o(rms(s, s.a(x).view(1, 3, 2, 2)).reshape(1, 3, 4)), a=lin(), o=lin()),
         X,
     ),
-    "mixed_occurrence": lambda: (
-        Graph(
-            lambda s, x: (
-                lambda v: s.o(
-                    torch.cat([v * torch.sigmoid(x[..., :1]), v * torch.sigmoid(x[..., 1:2])], -1)[..., [0, 3, 1, 2]]
-                )
-            )(s.a(x)),
-            a=lin(4, 2),
-            o=lin(),
-        ),
-        X,
-    ),
-    "mixed_occurrence2": lambda: (
-        Graph(
-            lambda s, x: (
-                lambda v: s.o(
-                    torch.cat([v * torch.sigmoid(x[..., :1]), v * torch.sigmoid(x[..., 1:2])], -1)[..., [0, 3, 2, 1]]
-                )
-            )(s.a(x)),
-            a=lin(4, 2),
-            o=lin(),
-        ),
-        X,
-    ),
+    "mixed_occurrence": lambda: (gated_twice([0, 3, 1, 2]), X),
+    "mixed_occurrence2": lambda: (gated_twice([0, 3, 2, 1]), X),
     "param_slice_rows": lambda: (Graph(lambda s, x: F.linear(F.linear(x, s.w[:3]), s.w[:, :3]), w=par(5, 4)), X),
     "fused_slices": lambda: (Graph(lambda s, x: F.linear(F.linear(x, s.w[:4]), s.w[4:]), w=par(8, 4)), X),
     "weight_scaled": lambda: (Graph(lambda s, x: s.o(F.linear(x, s.w * 2.0)), w=par(4, 4), o=lin()), X),

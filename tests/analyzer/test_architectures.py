@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from model_types import ONE_OF_EACH
 from model_types import TYPES as TABLE
 from oracle import outcomes
 from readable import group_lines, space_lines, text
@@ -238,20 +239,7 @@ def test_state_space_layers() -> None:
 
 # --- the same by other ways ------------------------------------------------------------------------------------------
 
-BOTH = [
-    "llama",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "phi3",
-    "gemma2",
-    "mixtral",
-    "qwen3_moe",
-    "mamba",
-    "falcon",
-    "bloom",
-    "olmo2",
-]
+BOTH = [*ONE_OF_EACH, "olmo2"]
 DEEP = {"mamba": 6, "gemma2": 6, "deepseek_v3": 6, "jamba": 9, "falcon_h1": 3, "gemma3_text": 7}
 
 

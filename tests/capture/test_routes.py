@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from model_types import ONE_OF_EACH
 from torch import nn
 
 from autoquant.capture.routes import Captured, GraphInput, capture, check_against_eager, module_path, shape
@@ -14,20 +15,7 @@ from autoquant.models.build import build_meta
 from autoquant.models.reduce import grouped_experts, small
 from autoquant.models.repair import find_source
 
-TYPES = [
-    "llama",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "phi3",
-    "gemma2",
-    "mixtral",
-    "qwen3_moe",
-    "mamba",
-    "falcon",
-    "bloom",
-    "deepseek_v3",
-]
+TYPES = [*ONE_OF_EACH, "deepseek_v3"]
 ONE_TYPE = "gpt2"  # has tied parameters, splits, and multiplies by a transposed weight
 
 

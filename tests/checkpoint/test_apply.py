@@ -12,21 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import handmade_more as more
 import pytest
 import torch
 from handmade import LLAMA, build, change, llama_like, logits
-from handmade_more import (
-    BLOOM,
-    GPT2,
-    MIXTRAL,
-    NEOX,
-    OPT,
-    bloom_config,
-    gpt2_config,
-    mixtral_config,
-    neox_config,
-    opt_config,
-)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,10 +32,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Config]]] = {
     "llama": (LLAMA, llama_like),
     "qwen2": (LLAMA, lambda model: llama_like(model, bias=True)),
     "gemma": (LLAMA, lambda model: llama_like(model, offset=1)),
-    "opt": (OPT, opt_config),
-    "gpt2": (GPT2, gpt2_config),
-    "gpt_neox": (NEOX, neox_config),
-    "mixtral": (MIXTRAL, mixtral_config),
+    "opt": (more.OPT, more.opt_config),
+    "gpt2": (more.GPT2, more.gpt2_config),
+    "gpt_neox": (more.NEOX, more.neox_config),
+    "mixtral": (more.MIXTRAL, more.mixtral_config),
 }
 
 
@@ -151,22 +140,22 @@ def test_online_rotations_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_norm_folded_into_a_table_is_refused(tmp_path: Path) -> None:
-    model = build("bloom", **BLOOM)
+    model = build("bloom", **more.BLOOM)
     model.save_pretrained(tmp_path / "in")  # type: ignore[operator]
     with pytest.raises(AutoQuantError, match="--no-rotate") as caught:
-        apply_checkpoint(tmp_path / "in", bloom_config(model), tmp_path / "out")
+        apply_checkpoint(tmp_path / "in", more.bloom_config(model), tmp_path / "out")
     assert (
         "word_embeddings_layernorm.weight is folded into transformer.word_embeddings.weight" in caught.value.details[0]
     )
 
 
 def test_a_new_bias_is_refused(tmp_path: Path) -> None:
-    model = build("opt", **OPT)
+    model = build("opt", **more.OPT)
     with torch.no_grad():
         model.get_parameter("model.decoder.final_layer_norm.weight")[2] = 0
     model.save_pretrained(tmp_path / "in")  # type: ignore[operator]
     with pytest.raises(AutoQuantError, match="cannot hold new biases") as caught:
-        apply_checkpoint(tmp_path / "in", opt_config(model), tmp_path / "out")
+        apply_checkpoint(tmp_path / "in", more.opt_config(model), tmp_path / "out")
     assert caught.value.details == ("lm_head.bias: a LayerNorm's bias has to move there (its gain has zeros)",)
 
 

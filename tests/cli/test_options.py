@@ -88,7 +88,7 @@ def test_every_hidden_option_is_tried_above() -> None:
     hidden = {
         (command, option.opts[0])
         for command in COMMANDS
-        for option in importlib.import_module(f"autoquant.cli.{command}").command.params
+        for option in importlib.import_module(f"autoquant.cli.{command.replace('-', '_')}").command.params
         if isinstance(option, click.Option) and option.hidden
     }
     tried = {(command, name) for command, names, _, _ in RENAMED for name in names if name.startswith("--")}

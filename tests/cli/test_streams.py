@@ -49,25 +49,23 @@ def test_an_interruption_while_libraries_are_imported_is_one_line(seconds: float
     assert (process.returncode, stdout, lines) == (130, "", ["error: interrupted"])
 
 
-def test_an_interruption_that_a_library_dresses_up_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text(
-        "import os, signal\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "except KeyboardInterrupt as error:\n    raise SystemError('initialization failed') from error\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    result = subprocess.run([*RUN, "analyze", "llama"], capture_output=True, text=True, check=False, env=environment)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
+DRESSED_UP = """import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt as error:
+    raise SystemError('initialization failed') from error
+"""
+IN_TEXT = """import ctypes
+run, value = ctypes.pythonapi.PyRun_String, ctypes.py_object
+run.restype, run.argtypes = value, (ctypes.c_char_p, ctypes.c_int, value, value)
+run(b'import os, signal; os.kill(os.getpid(), signal.SIGINT); list(range(9))', 257, {}, {})
+"""
+"""Without care the interpreter ends by the signal then, exit code -2 to who waits for it."""
 
 
-def test_an_interruption_of_text_that_a_library_runs_is_an_exit_code(tmp_path: Path) -> None:
-    """Without care the interpreter ends by the signal then, exit code -2 to who waits for it."""
-    (tmp_path / "torch.py").write_text(
-        "import ctypes\n"
-        "run, value = ctypes.pythonapi.PyRun_String, ctypes.py_object\n"
-        "run.restype, run.argtypes = value, (ctypes.c_char_p, ctypes.c_int, value, value)\n"
-        "run(b'import os, signal; os.kill(os.getpid(), signal.SIGINT); list(range(9))', 257, {}, {})\n"
-    )
+@pytest.mark.parametrize("code", [DRESSED_UP, IN_TEXT], ids=["dressed up", "in text"])
+def test_an_interruption_in_a_library_is_one_line_and_an_exit_code(code: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     result = subprocess.run([*RUN, "analyze", "llama"], capture_output=True, text=True, check=False, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")

@@ -8,20 +8,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from quantized import TINY
 
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
 from autoquant.config.format import Config, SmoothingKind, edited
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
+SIZES = {**TINY, "tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,14 @@ LLAMA = {
 }
 
 
+def group(
+    name: str, kind: SmoothingKind, channels: int, sources: list[Slot], targets: list[Slot], layers: str = "0-1"
+) -> SmoothingGroup:
+    return SmoothingGroup(
+        name=name, kind=kind, layers=layers, channels=channels, sources=tuple(sources), targets=tuple(targets)
+    )
+
+
 def llama_like(
     model: nn.Module, *, offset: int = 0, bias: bool = False, facts: dict[str, int] | None = None, layer_count: int = 2
 ) -> Config:
@@ -137,39 +145,18 @@ def llama_like(
     qkv = [f"{at}{n}_proj" for n in "qkv"]
     gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
     v_sources = [rows(f"{at}v_proj.weight", kv * head)] + [rows(f"{at}v_proj.bias", kv * head)] * bias
+    v_targets = [cols(f"{at}o_proj.weight", kv * repeats * head, index=gqa(kv, repeats, head))]
+    up, down = [rows(f"{mlp}up_proj.weight", inner)], [cols(f"{mlp}down_proj.weight", inner)]
+
+    def normed(name: str, norm: str, paths: list[str]) -> SmoothingGroup:
+        sources, targets = [rows(norm, hidden, offset=offset)], [cols(f"{p}.weight", hidden) for p in paths]
+        return group(name, NORM, hidden, sources, targets, layers)
+
     groups = [
-        SmoothingGroup(
-            name="attention_in",
-            kind=NORM,
-            layers=layers,
-            channels=hidden,
-            sources=(rows(norms[0], hidden, offset=offset),),
-            targets=tuple(cols(f"{p}.weight", hidden) for p in qkv),
-        ),
-        SmoothingGroup(
-            name="v_o",
-            kind=FC,
-            layers=layers,
-            channels=kv * head,
-            sources=tuple(v_sources),
-            targets=(cols(f"{at}o_proj.weight", kv * repeats * head, index=gqa(kv, repeats, head)),),
-        ),
-        SmoothingGroup(
-            name="mlp_in",
-            kind=NORM,
-            layers=layers,
-            channels=hidden,
-            sources=(rows(norms[1], hidden, offset=offset),),
-            targets=tuple(cols(f"{p}.weight", hidden) for p in gate_up),
-        ),
-        SmoothingGroup(
-            name="up_down",
-            kind=FC,
-            layers=layers,
-            channels=inner,
-            sources=(rows(f"{mlp}up_proj.weight", inner),),
-            targets=(cols(f"{mlp}down_proj.weight", inner),),
-        ),
+        normed("attention_in", norms[0], qkv),
+        group("v_o", FC, kv * head, v_sources, v_targets, layers),
+        normed("mlp_in", norms[1], gate_up),
+        group("up_down", FC, inner, up, down, layers),
     ]
 
     def reads(norm: str, paths: list[str], biased: bool, own: str | None) -> Read:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from handmade import FC, NORM, block, cols, gqa, make_config, rows
+from handmade import FC, NORM, block, cols, gqa, group, make_config, rows
 from torch import nn
 
 from autoquant.config.format import Config, IndexMap, Norm, Read, Reader, Slot, SmoothingGroup, Space, Writer
@@ -51,15 +52,7 @@ def layer_norm(path: str) -> Norm:
 def norm_group(name: str, norm: str, targets: list[Slot], bias: bool = True, **more: Any) -> SmoothingGroup:
     channels = more.pop("channels", HIDDEN)
     sources = [rows(f"{norm}.weight", channels)] + [rows(f"{norm}.bias", channels)] * bias
-    return SmoothingGroup(
-        name=name, kind=NORM, layers="0-1", channels=channels, sources=tuple(sources), targets=tuple(targets)
-    )
-
-
-def fc_group(name: str, channels: int, sources: list[Slot], targets: list[Slot]) -> SmoothingGroup:
-    return SmoothingGroup(
-        name=name, kind=FC, layers="0-1", channels=channels, sources=tuple(sources), targets=tuple(targets)
-    )
+    return group(name, NORM, channels, sources, targets)
 
 
 def linear_reader(path: str, size: int = HIDDEN, biased: bool = True, dim: int = 1) -> Reader:
@@ -70,6 +63,24 @@ def written(path: str, size: int = HIDDEN, dim: int = 0) -> list[Writer]:
     return [Writer(path=f"{path}.weight", dim=dim, size=size), Writer(path=f"{path}.bias", size=size)]
 
 
+def residual_space(writers: Sequence[Writer], reads: Sequence[Read], centre: bool = False) -> Space:
+    return Space(
+        name="residual",
+        kind="R1",
+        layers="0-1",
+        size=HIDDEN,
+        centre=centre,
+        writers=tuple(writers),
+        reads=tuple(reads),
+    )
+
+
+def heads_space(writers: Sequence[Writer], reads: Sequence[Read]) -> Space:
+    return Space(
+        name="heads", kind="R2", layers="0-1", size=HEAD, blocks=HEADS, writers=tuple(writers), reads=tuple(reads)
+    )
+
+
 def opt_config(model: nn.Module, centre: bool = True) -> Config:
     base = "model.decoder.layers.{layer}."
     at = f"{base}self_attn."
@@ -77,24 +88,22 @@ def opt_config(model: nn.Module, centre: bool = True) -> Config:
     groups = [
         norm_group("attention_in", f"{base}self_attn_layer_norm", [cols(f"{p}.weight", HIDDEN) for p in qkv]),
         norm_group("mlp_in", f"{base}final_layer_norm", [cols(f"{base}fc1.weight", HIDDEN)]),
-        fc_group(
+        group(
             "v_o",
+            FC,
             HIDDEN,
             [rows(f"{at}v_proj.weight", HIDDEN), rows(f"{at}v_proj.bias", HIDDEN)],
             [cols(f"{at}out_proj.weight", HIDDEN)],
         ),
-        fc_group(
+        group(
             "fc1_fc2",
+            FC,
             INNER,
             [rows(f"{base}fc1.weight", INNER), rows(f"{base}fc1.bias", INNER)],
             [cols(f"{base}fc2.weight", INNER)],
         ),
     ]
-    residual = Space(
-        name="residual",
-        kind="R1",
-        layers="0-1",
-        size=HIDDEN,
+    residual = residual_space(
         centre=centre,
         writers=(
             Writer(path="model.decoder.embed_tokens.weight", dim=1, size=HIDDEN),
@@ -108,12 +117,7 @@ def opt_config(model: nn.Module, centre: bool = True) -> Config:
             Read(norm=layer_norm("model.decoder.final_layer_norm"), readers=(linear_reader("lm_head", biased=False),)),
         ),
     )
-    heads = Space(
-        name="heads",
-        kind="R2",
-        layers="0-1",
-        size=HEAD,
-        blocks=HEADS,
+    heads = heads_space(
         writers=tuple(written(f"{at}v_proj")),
         reads=(Read(readers=(linear_reader(f"{at}out_proj"),)),),
     )
@@ -128,18 +132,15 @@ def gpt2_config(model: nn.Module, centre: bool = True) -> Config:
     groups = [
         norm_group("attention_in", f"{base}ln_1", [rows(f"{c_attn}.weight", HIDDEN)]),
         norm_group("mlp_in", f"{base}ln_2", [rows(f"{base}mlp.c_fc.weight", HIDDEN)]),
-        fc_group(
+        group(
             "v_o",
+            FC,
             HIDDEN,
             [cols(f"{c_attn}.weight", 3 * HIDDEN, index=v), rows(f"{c_attn}.bias", 3 * HIDDEN, index=v)],
             [rows(f"{base}attn.c_proj.weight", HIDDEN)],
         ),
     ]
-    residual = Space(
-        name="residual",
-        kind="R1",
-        layers="0-1",
-        size=HIDDEN,
+    residual = residual_space(
         centre=centre,
         writers=(
             Writer(path="transformer.wte.weight", dim=1, size=HIDDEN),
@@ -153,12 +154,7 @@ def gpt2_config(model: nn.Module, centre: bool = True) -> Config:
             Read(norm=layer_norm("transformer.ln_f"), readers=(linear_reader("lm_head", biased=False),)),
         ),
     )
-    heads = Space(
-        name="heads",
-        kind="R2",
-        layers="0-1",
-        size=HEAD,
-        blocks=HEADS,
+    heads = heads_space(
         writers=(
             Writer(path=f"{c_attn}.weight", dim=1, size=3 * HIDDEN, index=v),
             Writer(path=f"{c_attn}.bias", size=3 * HIDDEN, index=v),
@@ -182,18 +178,15 @@ def neox_config(model: nn.Module) -> Config:
     groups = [
         norm_group("attention_in", f"{base}input_layernorm", [cols(f"{qkv}.weight", HIDDEN)]),
         norm_group("mlp_in", f"{base}post_attention_layernorm", [cols(f"{first}.weight", HIDDEN)]),
-        fc_group(
+        group(
             "v_o",
+            FC,
             HIDDEN,
             [rows(f"{qkv}.{n}", 3 * HIDDEN, index=v) for n in ("weight", "bias")],
             [cols(f"{dense}.weight", HIDDEN)],
         ),
     ]
-    residual = Space(
-        name="residual",
-        kind="R1",
-        layers="0-1",
-        size=HIDDEN,
+    residual = residual_space(
         writers=(
             Writer(path="gpt_neox.embed_in.weight", dim=1, size=HIDDEN),
             *written(dense),
@@ -205,12 +198,7 @@ def neox_config(model: nn.Module) -> Config:
             Read(norm=layer_norm("gpt_neox.final_layer_norm"), readers=(linear_reader(head, biased=False),)),
         ),
     )
-    heads = Space(
-        name="heads",
-        kind="R2",
-        layers="0-1",
-        size=HEAD,
-        blocks=HEADS,
+    heads = heads_space(
         writers=tuple(Writer(path=f"{qkv}.{n}", size=3 * HIDDEN, index=v) for n in ("weight", "bias")),
         reads=(Read(readers=(linear_reader(dense),)),),
     )
@@ -272,19 +260,16 @@ def mixtral_config(model: nn.Module) -> Config:
             [cols(f"{mlp}gate.weight", HIDDEN), Slot(**expert_columns)],
             bias=False,
         ),
-        fc_group("v_o", kv, [rows(f"{at}v_proj.weight", kv)], [o_columns]),
-        fc_group(
+        group("v_o", FC, kv, [rows(f"{at}v_proj.weight", kv)], [o_columns]),
+        group(
             "up_down",
+            FC,
             EXPERTS * INNER,
             [Slot(path=gate_up, dim=1, stack=EXPERTS, size=EXPERTS * 2 * INNER, index=up)],
             [Slot(path=down, dim=2, stack=EXPERTS, size=EXPERTS * INNER)],
         ),
     ]
-    residual = Space(
-        name="residual",
-        kind="R1",
-        layers="0-1",
-        size=HIDDEN,
+    residual = residual_space(
         writers=(
             Writer(path="model.embed_tokens.weight", dim=1, size=HIDDEN),
             Writer(path=f"{at}o_proj.weight", dim=0, size=HIDDEN),

@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import TINY
 
 from autoquant.errors import AutoQuantError
 from autoquant.models import hub_names
 from autoquant.models.hub_names import HubTensor, hub_layout
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = {**TINY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {
     "llama": {},
     "gpt_neox": {},

@@ -8,14 +8,7 @@ from torch import fx
 
 from autoquant.analyzer.axes import Param
 from autoquant.analyzer.interpreter import Site, Value
-from autoquant.analyzer.rotation_state import (
-    Gain,
-    Mean,
-    RotationAnalysis,
-    Square,
-    Vector,
-    anew,
-)
+from autoquant.analyzer.rotation_state import Gain, Mean, RotationAnalysis, Square, Vector, anew
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     ENDS,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import TINY
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,12 +38,7 @@ def moe() -> Any:
 
     config = AutoConfig.for_model(
         "qwen3_moe",
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **{**TINY, "hidden_size": HIDDEN, "intermediate_size": 48},
         head_dim=8,
         num_experts=EXPERTS,
         num_experts_per_tok=2,
