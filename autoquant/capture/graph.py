@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CellType, FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,9 @@ from autoquant.errors import AutoQuantError
 from autoquant.library_patches import OpOverload
 
 How = Literal["dynamo", "export", "dynamo-pieces"]
+
+_DEEPEST = 4
+"""Containers within containers that are searched for modules held by reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +118,59 @@ def names_of(module: nn.Module) -> tuple[Names, tuple[tuple[str, ...], ...]]:
 
 
 def asks_for_ties(module: nn.Module) -> bool:
-    """Whether a forward pass reads ``tie_word_embeddings``: some rescale what a tied linear reads, and no other.
+    """True if a model computes something else, or cannot be told where, once its parameters are untied.
 
-    Untying has to be recorded in that field, so it would change what such a model computes.
+    A forward pass may read ``tie_word_embeddings``: some rescale what a tied linear reads, and no other. Untying has to
+    be recorded in that field. Or a module reads a tied parameter through another module that it holds by reference,
+    beside its own submodules: a copy under its own name is read by nobody.
     """
-    return any(
+    return _read_by_reference(module) or any(
         getattr(getattr(part, "config", None), "tie_word_embeddings", False)
         and "tie_word_embeddings" in _names_in(inspect.unwrap(type(part).forward))
         for part in module.modules()
     )
+
+
+def _read_by_reference(module: nn.Module) -> bool:
+    """True if a plain attribute of a submodule holds a tied parameter, or a module that owns one."""
+    tied = {name for group in ties_of(module) for name in group}
+    owners = {id(module.get_submodule(name.rpartition(".")[0])) for name in tied} - {id(module)}
+    tied_ids = {id(module.get_parameter(name)) for name in tied}
+    own = vars(nn.Module()).keys()
+    return bool(tied) and any(
+        id(held) in owners or id(held) in tied_ids
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name not in own
+        for held in _held(value)
+    )
+
+
+def _held(value: object, depth: int = 0) -> Iterator[object]:
+    """``value``, and what its containers, bound arguments and closures hold."""
+    yield value
+    if depth > _DEEPEST:
+        return
+    inside: list[object] = []
+    if isinstance(value, list | tuple | set | frozenset):
+        inside = list(value)
+    elif isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, functools.partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        inside = [value.__self__, value.__func__]
+    elif isinstance(value, FunctionType):
+        inside = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    for one in inside:
+        yield from _held(one, depth + 1)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not assigned yet
+        return False
 
 
 def _names_in(function: Any) -> tuple[str, ...]:

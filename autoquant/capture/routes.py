@@ -105,6 +105,7 @@ def capture(
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
     failures: list[str] = []
     names, aliases = names_of(module)
+    inseparable = asks_for_ties(module)  # before tensors that are held by reference are others than the parameters
     for route in routes[how]:
         try:
             with undisturbed(module), short_chunks(module):
@@ -120,7 +121,7 @@ def capture(
                     tuple(known) if route.name == "export" else (),
                     only,
                     tuple(calls) if route.run is untraceable.run else (),
-                    asks_for_ties(module),
+                    inseparable,
                     tuple(hidden),
                     route.added,
                 )

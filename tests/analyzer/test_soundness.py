@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracle import proved
@@ -148,3 +151,42 @@ def test_movement_that_torch_refuses_is_said(monkeypatch: pytest.MonkeyPatch) ->
     assert groups(findings) == []
     (reason,) = reasons(findings, "b")
     assert reason.endswith("its elements cannot be followed: RuntimeError: these labels do not fit and more")
+
+
+class HeadByReference(nn.Module):
+    """Has the table's weight as its own parameter, and reads it from the table."""
+
+    def __init__(self, table: nn.Embedding, hold: Callable[[nn.Embedding], object]) -> None:
+        super().__init__()
+        self.weight, self.held = table.weight, hold(table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.held() if callable(self.held) else self.held[0]  # type: ignore[index]  # a list or a function
+        return functional.linear(x, weight.weight if isinstance(weight, nn.Module) else weight)
+
+
+HOLDS: dict[str, Callable[[nn.Embedding], object]] = {
+    "a list": lambda table: [table],
+    "a dictionary": lambda table: {0: table},
+    "the parameter": lambda table: (table.weight,),
+    "a closure": lambda table: lambda: table.weight,
+    "a partial": lambda table: functools.partial(getattr, table, "weight"),
+}
+
+
+@pytest.mark.parametrize("how", HOLDS)
+def test_a_tied_weight_that_is_read_by_reference_stays_one(how: str) -> None:
+    table = nn.Embedding(8, 4)
+    tied = HeadByReference(table, HOLDS[how])
+    function = lambda s, t: s.head(functional.rms_norm(s.emb(t), (4,)) * s.g)  # noqa: E731
+    findings = proved(Graph(function, emb=table, g=nn.Parameter(torch.ones(4)), head=tied), TOKENS)
+    assert (findings.groups, findings.spaces) == ((), ())
+
+
+def test_a_tied_weight_that_a_head_reads_itself_can_be_untied() -> None:
+    table, head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+    head.weight = table.weight
+    function = lambda s, t: s.head(functional.rms_norm(s.emb(t), (4,)) * s.g)  # noqa: E731
+    findings = proved(Graph(function, emb=table, g=nn.Parameter(torch.ones(4)), head=head), TOKENS)
+    assert groups(findings) == ["g -> head"]
+    assert [space.kind for space in findings.spaces] == ["R1"]
