@@ -73,7 +73,10 @@ def reach(path):
             line["spaces"] = [s["name"] for s in made["rotation"]["spaces"]]
             line["online"] = [o["path"] for o in made["rotation"]["online"]]
             line["blocked"] = [(b["path"], b["what"], b["reason"], b["operator"]) for b in made["blocked"]]
-            rows = oracle.check(made, factory, 2)
+            try:
+                rows = oracle.check(made, factory, 2)
+            except Exception as error:
+                line["judge"], rows = repr(error), []
             line["bad"] = [row[:3] for row in rows if not (isinstance(row[2], float) and row[2] <= 1e-6)]
         except AutoQuantError as error:
             line["error"] = error.message
@@ -113,6 +116,8 @@ class Case:
     """A message of one line in place of a config."""
     refused: int
     claims: int
+    unjudged: str | None
+    """What the judge says where it cannot run the module."""
 
 
 def read(path: Path) -> Case:
@@ -132,6 +137,7 @@ def read(path: Path) -> Case:
         line.get("error"),
         sum(str(entry[2]).startswith(REFUSED) for entry in line.get("blocked", ())),
         len(claims),
+        line.get("judge"),
     )
 
 
@@ -202,6 +208,8 @@ def remarks(found: Sequence[Case]) -> list[str]:
             said.append(f"`{case.name}`: {case.traceback[:200]}")
         if case.error is not None:
             said.append(f"`{case.name}`: one line: {case.error[:200]}")
+        if case.unjudged is not None:
+            said.append(f"`{case.name}`: the judge cannot run it: {case.unjudged[:200]}")
         if case.refused and case.certified:
             said.append(f"`{case.name}`: {case.refused} claims taken out by the proof, {case.claims} written")
     return [" ".join(line.split()) for line in said]

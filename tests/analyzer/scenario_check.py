@@ -212,7 +212,7 @@ def _change(scenario: Scenario, claims: Findings) -> tuple[float, str]:
     expected = [outputs_of(call(module)) for _, call in scenario.runs]
     changed = _fresh(scenario)
     _untie_tables_(changed)
-    carry_out_(changed, claims, scenario.seed)
+    carry_out_(changed, _each_tensor_once(changed, claims), scenario.seed)
     worst = 0.0, ""
     for (name, call), before in zip(scenario.runs, expected, strict=True):
         change = change_of(outputs_of(call(changed)), before)
@@ -227,6 +227,29 @@ def _untie_tables_(module: nn.Module) -> None:
     for table in tables:
         if id(table.weight) in others:
             table.weight = nn.Parameter(table.weight.detach().clone(), False)
+
+
+def _each_tensor_once(module: nn.Module, claims: Findings) -> Findings:
+    """A claim lists every name of a tied parameter, which is changed once."""
+    held = dict(module.named_parameters(remove_duplicate=False))
+
+    def once(slots: Sequence[Any], seen: set[tuple[int, int]]) -> tuple[Any, ...]:
+        keys = [(id(held[slot.path]), slot.dim) for slot in slots]
+        kept = [slot for i, slot in enumerate(slots) if keys[i] not in seen and keys[i] not in keys[:i]]
+        seen.update(keys)
+        return tuple(kept)
+
+    groups = tuple(
+        g.model_copy(update={"sources": once(g.sources, set()), "targets": once(g.targets, set())})
+        for g in claims.groups
+    )
+    spaces = []
+    for space in claims.spaces:
+        seen: set[tuple[int, int]] = set()
+        reads = [read.model_copy(update={"readers": once(read.readers, seen)}) for read in space.reads]
+        update = {"writers": once(space.writers, set()), "reads": tuple(reads)}
+        spaces.append(space.model_copy(update=update))
+    return replace(claims, groups=groups, spaces=tuple(spaces))
 
 
 def _naive(scenario: Scenario, trap: Claimed) -> Findings:
