@@ -37,9 +37,9 @@ sys.path.insert(0, ".")
 # The cases name modules as they were called before the packages were built.
 if importlib.util.find_spec("autoquant.analyze") is None:
     import autoquant.models
-    from autoquant.models.repair import resolve
+    from autoquant.models.repair import find_source
     from autoquant.models.source import ModelSource
-    autoquant.models.ModelSource, autoquant.models.resolve = ModelSource, resolve
+    autoquant.models.ModelSource, autoquant.models.resolve = ModelSource, find_source
     for old, new in (("analyze", "analyzer.analyze"), ("certify", "certificate.certify")):
         sys.modules["autoquant." + old] = importlib.import_module("autoquant." + new)
 from autoquant.analyze import analyze

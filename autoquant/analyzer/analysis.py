@@ -201,6 +201,7 @@ def _online(
     mixed = _busy_modules(scales)
     # What a module's own input rotation undoes in a weight must not be read by any other code.
     elsewhere = {use.weight for use in scales.analysis.uses if use.site.at != products[use.weight].site.at}
+    elsewhere |= scales.analysis.axes.contested().keys()  # as a tensor: summed, rounded, measured
     for linear in found:
         if linear.role != "linear" or linear.weight in reached or linear.in_features == 1:
             continue

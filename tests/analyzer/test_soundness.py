@@ -113,6 +113,15 @@ def test_a_weight_that_other_code_reads_gets_no_online_rotation(shared: bool) ->
     assert [online.path for online in findings.online] == ([] if shared else ["w1", "w2"])
 
 
+@pytest.mark.parametrize("read", [lambda w: w.sum(0), lambda w: w.round(decimals=1)[0], lambda w: w.square().mean()])
+def test_a_weight_that_is_a_tensor_too_gets_no_online_rotation(read: Callable[[Tensor], Tensor]) -> None:
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        return s.head(torch.tanh(s.w2(torch.relu(s.w1(torch.tanh(x) + read(s.w1.weight))))))
+
+    assert [online.path for online in proved(stream(function), TOKENS).online] == ["w2"]
+
+
 def test_a_parameter_without_an_axis_is_one_number() -> None:
     model = Graph(
         lambda s, x: s.o(x + s.alpha * s.b(torch.relu(s.a(x)))),
