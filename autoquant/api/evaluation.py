@@ -217,6 +217,10 @@ def compare(
     wanted = tuple(transforms_of(part) for part in transforms.split(","))
     if not (folder / "config.json").is_file():
         raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
+    from autoquant.io.folders import check_report
+    from autoquant.io.locks import release
+
+    check_report(target)
     progress(IMPORTING, 0, 0)
     import json
 
@@ -248,4 +252,5 @@ def compare(
     found = Compared(markdown(task, cells), report(task, cells))
     write_text(target / "report.json", json.dumps(found.as_dict(), indent=2) + "\n", force=True)
     write_text(target / "report.md", found.markdown, force=True)
+    release(target)
     return found

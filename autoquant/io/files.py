@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autoquant.errors import AutoQuantError
-from autoquant.io.locks import left_behind
+from autoquant.io.locks import claim, left_behind, release
 
 
 def write_text(path: Path, text: str, *, force: bool) -> None:
@@ -41,10 +41,13 @@ def finished_file(path: Path, *, force: bool) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)  # gone already where all went well
+        release(path)
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Raise the errors of :func:`finished_file` that can be told before the work is done."""
+    """Raise the errors of :func:`finished_file` that can be told before the work is done, and keep other runs from the
+    file until it is written.
+    """
     try:
         if path.is_dir():
             raise AutoQuantError(f"{path}: is a folder; name a file")
@@ -56,6 +59,7 @@ def check_target(path: Path, *, force: bool) -> None:
         place = path.resolve()
         if not place.parent.is_dir():
             raise AutoQuantError(f"{path}: the folder {place.parent} does not exist")
+        claim(place)
         for old in place.parent.glob(".*.tmp-*"):
             mine = old.name.endswith(f"-{os.getpid()}")  # of another thread
             if old.name.startswith(f".{place.name}.") and not mine and left_behind(old.name):

@@ -18,6 +18,8 @@ PROVENANCE = "autoquant_provenance.json"
 """In every folder that is written here, and by that a folder is known as one that may be replaced."""
 _MARKERS = ({PROVENANCE}, {"quantized.json"}, {"autoquant.json", "config.json"})
 """Files of which one set tells a folder of ours; the later two are those of version 0.1."""
+_REPORT = ("cells", "report.json", "report.md")
+"""What a report's folder holds: `autoquant compare`."""
 _EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
 
@@ -66,6 +68,26 @@ def check_replaceable(target: Path, force: bool) -> None:
     parent = target.resolve().parent
     if not parent.is_dir():
         raise AutoQuantError(f"{target}: the folder {parent} does not exist")
+
+
+def check_report(target: Path) -> None:
+    """Raise AutoQuantError where the folder of a report, which is filled file by file, cannot be written, or holds what
+    is none; then keep other runs from it.
+    """
+    there = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if there and not there & set(_REPORT):
+        raise AutoQuantError(
+            f"{target}: holds {min(there)}, and is no report of autoquant; remove it yourself or name another"
+        )
+    if not there:
+        check_replaceable(target, force=False)
+    claim(target)
+    try:
+        probe = (target if target.is_dir() else target.resolve().parent) / f".probe.partial-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise AutoQuantError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 def sweep(target: Path) -> None:

@@ -105,7 +105,7 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
             raise AutoQuantError(f"{folder / INDEX}: not an index of shards (the name {name!r} cannot be printed)")
         if not isinstance(file, str):
             raise AutoQuantError(f"{folder / INDEX}: not an index of shards ({name} is in {file!r}, no file)")
-        if Path(file).name != file:
+        if Path(file).name != file or not file.isprintable():
             raise AutoQuantError(f"{folder / INDEX}: names a shard outside of the folder: {file!r}")
     # Sorted, as transformers has them.
     return sorted(set(weight_map.values())), weight_map

@@ -31,7 +31,8 @@ def kinds_of(config: Any) -> tuple[Kind, ...]:
     if found := tuple(kind for kind in KINDS if _CLASSES[kind][0] in own):
         return found
     names = {kind: name for kind in KINDS if (name := _names(kind).get(config.model_type)) is not None}
-    made = vars(config).get("architectures") or ()
+    architectures = vars(config).get("architectures")
+    made = architectures if isinstance(architectures, list | tuple) else ()
 
     def preference(kind: Kind) -> tuple[bool, bool, bool]:
         return (
