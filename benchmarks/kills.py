@@ -1,10 +1,10 @@
 """Runs that are killed at random moments: ``python benchmarks/kills.py``.
 
 Each command writes over the output of an earlier run and gets SIGKILL after a random time, 30 times (``--kills``).
-After each kill the output must be the old or the new one, whole, by its bytes; of `compare`, which is filled cell by cell,
-every file must be whole and no finished cell lost. Then a run that nobody kills must leave nothing but the output, the
-same as one that never was killed. At last two runs go into one output at once: the second must be refused, the first
-finish. Exits with 1 where any of that fails.
+After each kill the output must be the old or the new one, whole, by its bytes; of `compare`, which is filled cell by
+cell, every file must be whole and no finished cell lost. Then a run that nobody kills must leave nothing but the
+output, the same as one that never was killed. At last two runs go into one output at once: the second must be refused,
+the first finish. Exits with 1 where any of that fails.
 """
 
 from __future__ import annotations
@@ -72,6 +72,19 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def wait_for_writing(out: Path, child: int, limit: float) -> None:
+    """Until something is in the hidden file or folder beside the output, or the child is through."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < limit and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        for path in out.parent.glob(f".{out.name}.*"):
+            try:
+                if any(path.iterdir()) if path.is_dir() else path.stat().st_size:
+                    return
+            except OSError:  # gone meanwhile
+                continue
+        time.sleep(0.002)
+
+
 def digest(path: Path) -> str:
     """A file or a folder by its content; of a search's config what was decided, not how long it took."""
     found = hashlib.sha256()
@@ -112,8 +125,11 @@ def killed(
     for number in range(kills):
         seed = (number + 1) % 2
         child = start(command(out, seed), log)
-        # The first part is importing, reading and computing: most kills come where files are written.
-        time.sleep(longest * (chance.uniform(0, 1.1) if number % 3 == 0 else chance.uniform(0.6, 1.1)))
+        if number % 2:
+            time.sleep(longest * chance.uniform(0, 1.3))
+        else:  # the first part is reading and computing: half of the kills come while files are written
+            wait_for_writing(out, child, longest * 5)
+            time.sleep(chance.uniform(0, 0.2))
         os.kill(child, signal.SIGKILL)
         code = finish(child)
         assert code in (0, -signal.SIGKILL), log.read_text()

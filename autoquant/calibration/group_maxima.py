@@ -15,6 +15,7 @@ from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
 from autoquant.executor.scales import merge_channels
+from autoquant.io.files import finished_file
 from autoquant.quantizer.linear import Maxima
 
 GroupMaxima = Mapping[tuple[str, int | None], Tensor]
@@ -60,10 +61,8 @@ def group_maxima(resolved: Resolved, maxima: Maxima) -> dict[tuple[str, int | No
 def save_maxima(path: Path, maxima: GroupMaxima) -> None:
     """Keep groups' maxima in a safetensors file, for :func:`load_maxima`. Raises AutoQuantError where it cannot be."""
     tensors = {name if layer is None else f"{name}@{layer}": tensor for (name, layer), tensor in maxima.items()}
-    try:
-        save_file(tensors, path)
-    except (OSError, SafetensorError) as error:
-        raise AutoQuantError(f"{path}: cannot be written: {error}") from error
+    with finished_file(path, force=True) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_maxima(path: Path) -> dict[tuple[str, int | None], Tensor]:

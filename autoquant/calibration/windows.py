@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoquant.calibration.texts import read_text
 from autoquant.errors import AutoQuantError
+from autoquant.quantizer.prefix import MODULE as PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,20 @@ def check_fit(model: nn.Module, batches: Sequence[Tensor]) -> None:
                 f"token {largest} is beyond the model's table of {rows} tokens: the tokenizer is another model's"
             )
     limit = _positions(model, tokens)
-    longest = max((batch.shape[1] for batch in batches), default=0)
+    longest = max((batch.shape[1] + _hidden_prefix(model, batch) for batch in batches), default=0)
     if limit is not None and longest > limit:
+        included = "BOS and prefix included" if hasattr(model, PREFIX) else "BOS included"
         raise AutoQuantError(
-            f"windows of {longest} tokens, BOS included, are longer than the model's {limit} positions: lower --length"
+            f"windows of {longest} tokens, {included}, are longer than the model's {limit} positions: lower --length"
         )
+
+
+def _hidden_prefix(model: nn.Module, batch: Tensor) -> int:
+    """How many tokens a fixed prefix puts in front of a batch [B, S], those apart that the batch begins with."""
+    tokens = getattr(getattr(model, PREFIX, None), "tokens", ())
+    if batch.shape[1] and tuple(batch[0, : len(tokens)].tolist()) == tokens:
+        return 0
+    return len(tokens) - bool(batch.shape[1] and int(batch[0, 0]) in tokens)
 
 
 def _token_table(model: Any) -> nn.Embedding | None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from autoquant.errors import AutoQuantError
 from autoquant.io.locks import claim, left_behind, release
 
@@ -36,8 +38,9 @@ def finished_file(path: Path, *, force: bool) -> Iterator[Path]:
         # mkstemp makes the file readable for its owner only; give it what open() would have given.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
-        raise AutoQuantError(f"{path}: cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise AutoQuantError(f"{path}: cannot be written: {reason}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)  # gone already where all went well
