@@ -123,13 +123,13 @@ def killed(
         longest, wanted[seed] = time.monotonic() - begun, digest(out)
     old, new, through, most, before = 0, 0, 0, 0, 0
     for number in range(kills):
-        seed = (number + 1) % 2
+        seed = 1 - before
         child = start(command(out, seed), log)
         if number % 2:
             time.sleep(longest * chance.uniform(0, 1.3))
         else:  # the first part is reading and computing: half of the kills come while files are written
             wait_for_writing(out, child, longest * 5)
-            time.sleep(chance.uniform(0, 0.2))
+            time.sleep(chance.uniform(0, 0.6))
         os.kill(child, signal.SIGKILL)
         code = finish(child)
         assert code in (0, -signal.SIGKILL), log.read_text()

@@ -201,9 +201,10 @@ def quantize(
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
     from autoquant.io.folders import check_target
+    from autoquant.models.checkpoint_source import checkpoint_folder
     from autoquant.models.tokenizer import load_tokenizer
 
-    source, folder = Path(model), Path(output)
+    source, folder = checkpoint_folder(model, trust_remote_code=trust_remote_code), Path(output)
     check_target(source, folder, force)
     loaded = analyzed_config(config, source, trust_remote_code, progress)
     if isinstance(calibration, str | Path):

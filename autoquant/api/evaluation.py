@@ -59,6 +59,7 @@ def search(
     from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, rebatched
     from autoquant.checkpoint.quantize import load_float32
     from autoquant.evaluation.compare import shares_scale
+    from autoquant.models.checkpoint_source import checkpoint_folder
     from autoquant.models.device import device_of
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Found
@@ -70,7 +71,8 @@ def search(
     for name in names:
         if name not in KNOWN:
             raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
-    folder, text, place = Path(model), Path(calibration), device_of(device)
+    folder = checkpoint_folder(model, trust_remote_code=trust_remote_code)
+    text, place = Path(calibration), device_of(device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     proof_of(loaded, folder, None, unproved, trust_remote_code, lambda step, done, total: tell(step))
     lower = "--sequences, --held-out or --length"
@@ -213,7 +215,10 @@ def compare(
     since they were proved are proved again; ``unproved`` goes on without, which is reported. Raises AutoQuantError.
     """
     chosen = parse_strategies(strategies)
-    folder, target, text = Path(model), Path(output), Path(calibration)
+    from autoquant.models.checkpoint_source import checkpoint_folder
+
+    folder = checkpoint_folder(model, trust_remote_code=trust_remote_code)
+    target, text = Path(output), Path(calibration)
     wanted = tuple(transforms_of(part) for part in transforms.split(","))
     if not (folder / "config.json").is_file():
         raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")

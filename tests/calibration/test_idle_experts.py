@@ -87,3 +87,12 @@ def test_experts_without_tokens_are_named_in_the_result_and_the_provenance(tmp_p
         made = json.loads((tmp_path / name / PROVENANCE).read_text(encoding="utf-8"))
         assert made["result"]["idle_experts"] == {owner: list(numbers) for owner, numbers in done.idle.items()}
         assert autoquant.load(tmp_path / name)(ids(32)[0]).logits.isfinite().all()
+
+
+def test_experts_that_are_modules_of_a_list() -> None:
+    names = [f"layers.0.experts.{number}.{part}.weight" for number in range(3) for part in ("up", "down")]
+    entries = [stack(name, None) for name in [*names, "layers.0.q.weight"]]
+    maxima = {name: torch.ones(4) for name in names if ".2." not in name} | {"layers.0.q.weight": torch.ones(4)}
+    maxima["layers.0.experts.1.up.weight"] = torch.zeros(4)
+    assert idle_experts(entries, maxima) == {"layers.0.experts": (2,)}
+    assert idle_experts(entries, {}) == {}, "nothing was calibrated"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,3 +149,13 @@ def test_what_has_no_token_table_is_not_checked() -> None:
     odd.get_input_embeddings = lambda: nn.ModuleList([nn.Embedding(4, 2)])
     odd.config = types.SimpleNamespace()
     check_fit(odd, [ids(4, 10**6)])
+
+
+def test_a_prefix_takes_positions_too() -> None:
+    model: Any = built("gpt2", vocab_size=10, **(GPT | {"n_positions": 16}))
+    model.fixed_prefix = SimpleNamespace(tokens=(1, 5, 6))
+    check_fit(model, [torch.full((1, 13), 2)])
+    with pytest.raises(AutoQuantError, match="windows of 17 tokens, BOS and prefix included, are longer"):
+        check_fit(model, [torch.full((1, 14), 2)])
+    check_fit(model, [torch.tensor([[1, *[2] * 13]])])  # its BOS is in the prefix
+    check_fit(model, [torch.tensor([[1, 5, 6, *[2] * 13]])])  # it begins with all of it

@@ -16,7 +16,8 @@ import pytest
 
 from autoquant.errors import AutoQuantError
 from autoquant.io import folders
-from autoquant.io.folders import PROVENANCE, check_target, finished_folder
+from autoquant.io.files import write_text
+from autoquant.io.folders import PROVENANCE, check_report, check_target, finished_folder
 from autoquant.io.locks import claim, release
 
 FILES = 20
@@ -191,7 +192,8 @@ def test_an_old_folder_that_was_moved_aside_comes_back(work: Path, source: Path)
 PROLOGUE = """
 import sys, time
 from pathlib import Path
-from autoquant.io.folders import PROVENANCE, check_target, finished_folder
+from autoquant.io.files import write_text
+from autoquant.io.folders import PROVENANCE, check_report, check_target, finished_folder
 target = Path(sys.argv[1])
 """
 WRITER = (
@@ -247,3 +249,32 @@ def test_two_runs_into_one_output(work: Path, source: Path) -> None:
     write(work / "out")
     assert content(work / "out") == {"new"}
     claim(work / "out")  # and a finished run has let go of it
+
+
+def test_the_folder_of_a_report(work: Path) -> None:
+    check_report(work / "out")  # nothing there, and nothing is made
+    assert names(work) == []
+    (work / "out").mkdir()
+    check_report(work / "out")
+    (work / "out" / "precious").touch()
+    with pytest.raises(AutoQuantError, match="out: holds precious, and is no report of autoquant; remove it"):
+        check_report(work / "out")
+    (work / "out" / "cells").mkdir()
+    check_report(work / "out")
+    assert names(work / "out") == ["cells", "precious"]
+    (work / "file").touch()
+    with pytest.raises(AutoQuantError, match="file: is a file; name a folder"):
+        check_report(work / "file")
+    with pytest.raises(AutoQuantError, match=r"the folder .*nowhere does not exist"):
+        check_report(work / "nowhere" / "out")
+    script = (
+        PROLOGUE + 'from autoquant.io.locks import claim\nclaim(target)\nprint("ready", flush=True)\ntime.sleep(60)\n'
+    )
+    process = start(script, work / "other")
+    with pytest.raises(AutoQuantError, match="is being written by another run"):
+        check_report(work / "other")
+    with pytest.raises(AutoQuantError, match="is being written by another run"):
+        write_text(work / "other", "text", force=True)
+    end(process, signal.SIGKILL)
+    write_text(work / "other", "text", force=True)
+    assert (work / "other").read_text() == "text"
