@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -290,7 +291,7 @@ def one_expert_left_out(config: Json, rng: random.Random) -> bool:
 
 @edit
 def another_number_of_an_expert(config: Json, rng: random.Random) -> bool:
-    found = [s for _, s in slots(config) if "experts." in s["path"] and not s.get("stack")]
+    found = [s for _, s in slots(config) if re.search(r"experts\.\d+\.", s["path"])]
     if not found:
         return False
     slot = rng.choice(found)
@@ -302,7 +303,8 @@ def another_number_of_an_expert(config: Json, rng: random.Random) -> bool:
 
 @edit
 def one_numbered_expert_left_out(config: Json, rng: random.Random) -> bool:
-    found = [(side, s) for g in groups(config) for side in (g["targets"],) for s in side if "experts." in s["path"]]
+    held = [(g["targets"], s) for g in groups(config) for s in g["targets"]]
+    found = [(side, s) for side, s in held if re.search(r"experts\.\d+\.", s["path"])]
     found = [(side, s) for side, s in found if len(side) > 1]
     if not found:
         return False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterator
 from enum import Enum
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonschema import Draft202012Validator, ValidationError
 from pydantic import BaseModel
 from pydantic import ValidationError as PydanticError
 
@@ -22,7 +22,11 @@ from autoquant.config.text import Document, JsonSyntaxError, line_column, parse
 from autoquant.errors import AutoQuantError
 from autoquant.io.files import write_text
 
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
+
 MAX_SHOWN = 20
+MAX_DIGITS = 19
 MAX_WIDTH = 120
 
 # Facts leave out what has its default; everything else is a knob or a section and is written in full, so that a person
@@ -58,6 +62,9 @@ def load_config(path: Path) -> Config:
 
 def parse_config(text: str, file: str = "<text>") -> Config:
     """Check the text of a config; ``file`` is its name in messages. Raises AutoQuantError."""
+    read = _read_quickly(text)
+    if read is not None and not read[1]:
+        return read[0]
     try:
         document = parse(text)
     except JsonSyntaxError as error:
@@ -66,7 +73,7 @@ def parse_config(text: str, file: str = "<text>") -> Config:
     found = [(problem.offset, Problem((), problem.message)) for problem in document.problems]
     skip = {offset for offset, _ in found}
     bare = len(found)
-    config, wrong = _validate(document)
+    config, wrong = _validate(document) if read is None else read
     for problem in wrong:
         offset = document.offset(problem.path, key=problem.key)
         if offset not in skip:
@@ -74,6 +81,39 @@ def parse_config(text: str, file: str = "<text>") -> Config:
     if found or config is None:
         raise _error(file, document, found, bare)
     return config
+
+
+def _read_quickly(text: str) -> tuple[Config, list[Problem]] | None:
+    """The config that the classes make of a text, and what does not fit together in it, without the positions that only
+    a message needs. None where a message about the text, the schema or the classes may be due.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_distinct,
+            parse_constant=_refused,
+            parse_int=lambda digits: int(digits) if len(digits) < MAX_DIGITS else _refused(digits),
+            parse_float=lambda digits: _finite(float(digits)),
+        )
+        config = Config.model_validate_json(text)
+    except (ValueError, RecursionError):  # pydantic's own error is a ValueError
+        return None
+    if "schema_" in value or type(value["format_version"]) is not int:  # which pydantic takes and the schema does not
+        return None
+    return config, problems(config)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _refused(f"{len(pairs) - len(found)} keys are there twice")
+
+
+def _finite(number: float) -> float:
+    return number if math.isfinite(number) else _refused(str(number))
+
+
+def _refused(what: str) -> NoReturn:
+    raise ValueError(what)
 
 
 def config_text(config: Config) -> str:
@@ -134,6 +174,8 @@ def _validate(document: Document) -> tuple[Config | None, list[Problem]]:
 
 @cache
 def _validator() -> Any:
+    from jsonschema import Draft202012Validator  # which files with a mistake need alone
+
     return Draft202012Validator(config_schema())
 
 

@@ -16,6 +16,7 @@ Path = tuple[str | int, ...]
 
 MAX_DEPTH = 64  # a config is about ten deep; without a limit, deep nesting ends in a RecursionError
 
+_BLANK = frozenset(" \t\r\n")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
@@ -83,6 +84,8 @@ class _Parser:
     problems: list[TextProblem] = field(default_factory=list)
 
     def skip(self, at: int) -> int:
+        if self.text[at : at + 1] not in _BLANK:
+            return at
         match = _SPACE.match(self.text, at)
         assert match is not None  # matches the empty string
         return match.end()
@@ -152,6 +155,9 @@ class _Parser:
         match = _STRING.match(self.text, at)
         if match is None:
             raise JsonSyntaxError(at, "string without an end, or with a line break or control character in it")
+        self.at = self.skip(match.end())
+        if "\\" not in match[0]:
+            return match[0][1:-1]
         try:
             result = json.loads(match[0])
             result.encode("utf-8")
@@ -159,7 +165,6 @@ class _Parser:
             raise JsonSyntaxError(at + error.pos, f"in a string: {error.msg.lower()}") from error
         except UnicodeEncodeError as error:
             raise JsonSyntaxError(at, "half of a surrogate pair in a string") from error
-        self.at = self.skip(match.end())
         return str(result)
 
     def number_or_word(self, at: int) -> int | float | bool | None:

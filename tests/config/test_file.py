@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from autoquant.config import file as configfile
 from autoquant.config.file import config_text, load_config, parse_config, save_config
@@ -214,7 +215,43 @@ def test_save_refuses_what_load_refuses(example_config: Config, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"$schema": ', '"schema_": '),
+        ('"format_version": 1', '"format_version": true'),
+        ('"format_version": 1', '"format_version": 1.0'),
+        ('"layers": 4', '"layers": 4.0'),
+        ('"layers": 4', '"layers": 4, "layers": 4'),
+        ('"alpha": 0.5', '"alpha": NaN'),
+        ('"alpha": 0.5', '"alpha": 1e999'),
+        ('"parameters": 1234', '"parameters": 1234567890123456789012'),
+        ('"made-up"', '"made-up\\ud800"'),
+        ('"made-up"', '"made-up\t"'),
+    ],
+)
+def test_the_short_way_takes_what_the_long_way_takes(
+    old: str, new: str, example_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text with nothing wrong is read without positions, in a way of its own."""
+    text = config_text(example_config)
+    read = configfile._read_quickly(text)
+    assert read is not None and (config_text(read[0]), read[1]) == (text, [])
+    other = text.replace(old, new, 1)
+    assert other != text
+    short = outcome(other)
+    monkeypatch.setattr(configfile, "_read_quickly", lambda text: None)
+    assert short == outcome(other)
+
+
+def outcome(text: str) -> str:
+    try:
+        return config_text(parse_config(text, "c.json"))
+    except AutoQuantError as error:
+        return str(error)
+
+
 def test_explains_by_name_even_without_a_rule() -> None:
-    error = next(configfile.Draft202012Validator({"multipleOf": 2}).iter_errors(3))
+    error = next(Draft202012Validator({"multipleOf": 2}).iter_errors(3))
     (problem,) = configfile._explain(error)
     assert problem.message == "3 is not a multiple of 2"
