@@ -60,6 +60,10 @@ def completed_here(folder: Path, prompt: str, tokens: int) -> str:
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 @click.command()
 @click.argument("int8", type=click.Path(path_type=Path))
 @click.argument("plain", type=click.Path(path_type=Path), metavar="FLOAT")
@@ -83,9 +87,9 @@ def main(int8: Path, plain: Path, python: Path, prompt: str, tokens: int) -> Non
         server.terminate()
         server.wait(60)
     print(f"prompt: {prompt}   (the server was up after {up:.0f} s)")
-    print(f"int8, vLLM over HTTP: {answer['choices'][0]['text']}")
-    print(f"int8, here:           {completed_here(int8, prompt, tokens)}")
-    print(f"float, here:          {completed_here(plain, prompt, tokens)}")
+    print(f"int8, vLLM over HTTP: {one_line(answer['choices'][0]['text'])}")
+    print(f"int8, here:           {one_line(completed_here(int8, prompt, tokens))}")
+    print(f"float, here:          {one_line(completed_here(plain, prompt, tokens))}")
 
 
 if __name__ == "__main__":
