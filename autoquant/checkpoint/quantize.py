@@ -135,10 +135,12 @@ def foreseen(selected: Selected, config: Config) -> Changes:
     tables = [writer.fold_norm for space in selected.resolved.spaces for writer in space.writers]
     owners = [norm.weight or norm.bias for norm in tables if norm is not None]
     corrected = [one for one in plan_linears(config) if one.weights.bias_correction and one.bias is None]
+    rotated = {writer.name for space in selected.resolved.spaces for writer in space.writers}
     return Changes(
-        tuple(f"{linear.path}.bias" for linear in corrected),
-        tuple(name.rpartition(".")[0] for name in owners if name is not None),
-        tuple(selected.resolved.online),
+        created=tuple(f"{linear.path}.bias" for linear in corrected),
+        identities=tuple(name.rpartition(".")[0] for name in owners if name is not None),
+        untied=tuple(name for group in config.model.tied if rotated & set(group) for name in group[1:]),
+        online=tuple(selected.resolved.online),
     )
 
 

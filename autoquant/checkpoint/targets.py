@@ -29,7 +29,8 @@ class Target:
     """What one server takes. ``weights`` and ``activations``: of dense linears; the same of experts, empty where it
     takes no int8 experts. ``float_experts``: it loads those that stay in floating point. ``lm_head``: it may be int8.
     ``readers_alike``: linears of one module that read one tensor share a scheme and a static input scale. ``version``:
-    what it was read from.
+    what it was read from. ``head_is_table``: model classes whose head is the embedding table even where the folder has
+    another.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target:
     float_experts: bool
     lm_head: bool
     readers_alike: bool
+    head_is_table: frozenset[str]
     notes: tuple[str, ...]
 
 
@@ -61,14 +63,22 @@ def target_named(name: str) -> Target:
     return known[name]
 
 
-def reasons_against(name: str, config: Config) -> tuple[str, ...]:
-    """Why a target does not take what a config makes, a sentence each with the nearest thing that it takes."""
+def reasons_against(name: str, config: Config, untied: str | None = None) -> tuple[str, ...]:
+    """Why a target does not take what a config makes, a sentence each with the nearest thing that it takes.
+
+    ``untied``: the model's class where its head is no longer the embedding table.
+    """
     target, planned = target_named(name), plan_linears(config)
     roles = {linear.weight: linear.role for linear in config.model.linears}
     reasons = []
     stacks = [linear.path for linear in config.model.linears if linear.stack is not None]
     if stacks and not (target.float_experts or target.expert_weights):
         reasons.append(f"{stacks[0]}: {name} ({target.version}) loads no experts; the nearest is the target vllm")
+    if untied in target.head_is_table:
+        reasons.append(
+            f"lm_head: {name} ({target.version}) takes the head of {untied} for the embedding table, and a rotated "
+            "residual (R1) makes the two differ; the nearest is --transforms smooth+fc_fc, or that space disabled"
+        )
     if not target.lm_head:
         reasons += [
             f"{p.path}: {name} takes no int8 lm_head; exclude it" for p in planned if roles.get(p.weight) == "lm_head"
@@ -179,6 +189,7 @@ def _target(name: str, row: Mapping[str, object]) -> Target:
         row["float_experts"] is True,
         row["lm_head"] is True,
         row["readers_alike"] is True,
+        frozenset(listed("head_is_table")),
         tuple(listed("notes")),
     )
 
@@ -194,5 +205,6 @@ def _all_of(every: tuple[Target, ...]) -> Target:
         all(target.float_experts for target in every),
         all(target.lm_head for target in every),
         any(target.readers_alike for target in every),
+        frozenset.union(*(target.head_is_table for target in every)),
         (),
     )

@@ -77,6 +77,14 @@ def test_an_int8_head_is_refused() -> None:
     assert reason == "lm_head: vllm takes no int8 lm_head; exclude it"
 
 
+def test_a_head_that_a_server_takes_for_the_table_must_be_it() -> None:
+    (reason,) = reasons_against("vllm", with_(TOKEN), "CohereForCausalLM")
+    assert "takes the head of CohereForCausalLM for the embedding table" in reason
+    assert reasons_against("vllm", with_(TOKEN), "LlamaForCausalLM") == ()
+    assert len(reasons_against("any", with_(TOKEN), "Gemma2ForCausalLM")) == 1
+    assert reasons_against("transformers", with_(TOKEN), "CohereForCausalLM") == ()
+
+
 def test_readers_of_one_tensor() -> None:
     found = readers(config_of(PACKAGED))
     block = "model.layers.3."

@@ -34,11 +34,14 @@ PREFERRED = (COMPRESSED_TENSORS, NATIVE)
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What of a model's structure differs from its class: biases that it lacks, norms that are gone, rotations."""
+    """What of a model's structure differs from its class: biases that it lacks, norms that are gone, rotations,
+    parameters that are tied no longer.
+    """
 
     created: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
     online: tuple[ResolvedOnline, ...] = ()
+    untied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
     if wish.form is not None and wish.form != COMPRESSED_TENSORS:
         check_format(wish.form, config, changes, model)
         return Chosen(wish.form)
-    served = reasons_against(wish.target or DEFAULT_TARGET, config)
+    served = reasons_against(wish.target or DEFAULT_TARGET, config, _untied(changes, model))
     reasons = (*served, *format_named(COMPRESSED_TENSORS).reasons_against(config, changes, model))
     if not reasons:
         return Chosen(COMPRESSED_TENSORS)
@@ -167,6 +170,13 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
     raise AutoQuantError(
         f"{what} cannot take the result; change this, or go without it (--format native)", reasons[:20]
     )
+
+
+def _untied(changes: Changes, model: Any) -> str | None:
+    """The model's class where its head is not the embedding table; None where it is, or where no model is given."""
+    if model is None or not (changes.untied or getattr(model.config, "tie_word_embeddings", True) is False):
+        return None
+    return type(model).__name__
 
 
 def write_checkpoint(target: Path, contents: Contents, name: str = NATIVE, *, force: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from autoquant.checkpoint.convert import convert_checkpoint
 from autoquant.checkpoint.formats import COMPRESSED_TENSORS, NATIVE, Wish, format_of
 from autoquant.checkpoint.formats.native import TENSORS
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
-from autoquant.checkpoint.targets import reasons_against
+from autoquant.checkpoint.targets import reasons_against, targets
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
 from autoquant.config.format import Config, QuantizationOverride, Strategy, edited
@@ -244,6 +245,18 @@ def test_a_prefix_and_online_rotations_are_refused() -> None:
         "norm",
         "a.bias",
     ]
+
+
+def test_a_rotated_residual_is_not_for_a_class_whose_head_is_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = replace(targets()["vllm"], head_is_table=frozenset({"LlamaForCausalLM"}))
+    monkeypatch.setattr("autoquant.checkpoint.targets.targets", lambda: {"vllm": tied})
+    for transforms, form in (("fc_fc:0.5+rotation", NATIVE), ("fc_fc:0.5", COMPRESSED_TENSORS)):
+        made = recipe(TOKEN, transforms=transforms)
+        done = quantize_checkpoint(PACKAGED, tmp_path / form, made, {}, wish=Wish())
+        assert done.chosen.form == form
+        assert [reason.partition(":")[0] for reason in done.chosen.against] == ["lm_head"] * (form == NATIVE)
 
 
 def test_without_a_wish_the_command_says_which_format_and_why(tmp_path: Path) -> None:
