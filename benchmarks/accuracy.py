@@ -1,4 +1,4 @@
-"""What each means of issue 6 does: python benchmarks/accuracy.py MODEL CONFIG --data TEST --calibration VALID -o DIR
+"""What each knob of issue 6 does: python benchmarks/accuracy.py MODEL CONFIG --data TEST --calibration VALID -o DIR
 
 One row is one set of knobs; each cell is its perplexity on the whole test text, kept as a file, so that rows can be
 made by several processes (--rows) and an interrupted run goes on. `--table` prints what is there.
@@ -263,7 +263,7 @@ def main(
     table: bool,
     output: Path,
 ) -> None:
-    """Perplexity of every means, for the eight strategies."""
+    """Perplexity of every knob, for the eight strategies."""
     if table:
         click.echo(table_of(output, model.name), nl=False)
         return
