@@ -224,6 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", type=Path)
     parser.add_argument("--before", type=Path, help="a worktree of an older commit")
+    parser.add_argument("--file", action="append", help="this file of cases alone, may be repeated")
     parser.add_argument("--output", type=Path, help="a file for the table, which is printed anyway")
     options = parser.parse_args()
     if not options.cases.is_dir():
@@ -231,11 +232,12 @@ def main() -> int:
         return 0
     checkouts = [path for path in (options.before, ROOT) if path is not None]
     found: dict[tuple[Path, str], list[Case]] = {}
-    for how, name in files(options.cases):
+    chosen = [(how, name) for how, name in files(options.cases) if name in (options.file or [name])]
+    for how, name in chosen:
         for checkout in checkouts:
             found[checkout, name] = run(options.cases, checkout, how, name)
             print(name, commit_of(checkout), dict(counted(found[checkout, name])), file=sys.stderr, flush=True)
-    names = [name for _, name in files(options.cases)]
+    names = [name for _, name in chosen]
     table = text(checkouts, names, found)
     if options.output is not None:
         options.output.write_text(table)
