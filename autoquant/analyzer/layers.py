@@ -157,7 +157,10 @@ def _is_stack(module: nn.Module) -> bool:
         return False
     numbered = list(module._modules) == [str(i) for i in range(len(module))]
     return numbered and all(
-        next(layer.children(), None) is not None and next(layer.parameters(), None) is not None for layer in module
+        layer is not None  # a place in the list that is left empty
+        and next(layer.children(), None) is not None
+        and next(layer.parameters(), None) is not None
+        for layer in module
     )
 
 

@@ -127,7 +127,10 @@ def widened(loaded: LoadedModel) -> LoadedModel:
     Some models make tensors of the default dtype on their way, or keep a router in float32, and do not run in any other
     unless that changes too.
     """
-    kwargs = {name: value.double() if value.is_floating_point() else value for name, value in loaded.kwargs.items()}
+    floats = {
+        name for name, held in loaded.kwargs.items() if isinstance(held, torch.Tensor) and held.is_floating_point()
+    }
+    kwargs = {name: held.double() if name in floats else held for name, held in loaded.kwargs.items()}
     wide = replace(loaded, module=copy.deepcopy(loaded.module).double(), kwargs=kwargs)
     return wide if runs_in_float64(wide) else loaded
 

@@ -12,8 +12,11 @@ from small_graphs import Graph, lin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.scale_state import ScaleAnalysis
+from autoquant.certificate.certify import certify
+from autoquant.models.source import ModelSource
 
 X = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TOKENS = torch.tensor([[3, 1, 4]])
@@ -199,3 +202,22 @@ def test_a_tied_weight_that_a_head_reads_itself_can_be_untied() -> None:
     findings = proved(Graph(function, emb=table, g=nn.Parameter(torch.ones(4)), head=head), TOKENS)
     assert groups(findings) == ["g -> head"]
     assert [space.kind for space in findings.spaces] == ["R1"]
+
+
+class Flagged(nn.Module):
+    """Takes a word and a flag, and has a list of which one place is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = lin(), lin()
+        self.list = nn.ModuleList([None, lin()])  # type: ignore[list-item]  # which torch allows
+
+    def forward(self, x: Tensor, mode: str = "relu", causal: bool = True) -> Tensor:
+        return self.list[1](self.down(getattr(torch, mode)(self.up(x)))).tanh()
+
+
+def test_inputs_that_are_no_tensors_and_empty_places_in_lists() -> None:
+    inputs = {"x": X.float(), "mode": "relu", "causal": False}
+    source = ModelSource("flagged", factory=lambda: (Flagged(), inputs))
+    config = certify(analyze(source), source)
+    assert [group.name for group in config.smoothing.groups] == ["up -> down", "down -> list.1"]
