@@ -76,6 +76,10 @@ class Proof:
         return tuple(trial for trial in self.trials if not trial.holds(self.tolerance))
 
 
+DENSE = 512
+"""Size up to which a rotation is a dense random one in a proof."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Bench:
     """What claims are tried on."""
@@ -179,14 +183,16 @@ def changed(loaded: LoadedModel, reference: Reference, config: Config, seed: int
 
 
 def _with_random_rotations(config: Config) -> Config:
-    """The config with random rotations where they are to be learned: any proves the space."""
-    rotation = config.rotation
+    """The config with rotations drawn among all orthogonal matrices, as far as they can be afforded.
+
+    Any of them shows what a space is, and a Hadamard matrix may show nothing: of a size that has none, as 5, it is
+    diagonal, and passes what is applied to each element.
+    """
     spaces = tuple(
-        edited(space, method=RotationMethod.HADAMARD) if space.method is RotationMethod.LEARNED else space
-        for space in rotation.spaces
+        edited(space, method=RotationMethod.ORTHOGONAL if space.size <= DENSE else RotationMethod.HADAMARD)
+        for space in config.rotation.spaces
     )
-    method = RotationMethod.HADAMARD if rotation.method is RotationMethod.LEARNED else rotation.method
-    return edited(config, rotation=edited(rotation, spaces=spaces, method=method))
+    return edited(config, rotation=edited(config.rotation, spaces=spaces, method=RotationMethod.HADAMARD))
 
 
 def _copy_sharing(module: nn.Module, inventory: ModelStructure, plan: Plan) -> nn.Module:

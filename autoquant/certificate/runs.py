@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import CellType
 from typing import Any, cast
 
 import torch
@@ -244,14 +245,46 @@ def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
 
 
 def _spans(module: nn.Module) -> list[int]:
-    """A little more than the largest extent that a module's attributes name, as far as it can be afforded."""
-    found = [
-        value
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if type(value) is int and _SPAN.search(name) and max(FACTORY_LENGTHS) <= value < _LONGEST
-    ]
-    return [max(found) + 9] if found else []
+    """A little more than the largest number that may be an extent, as far as it can be afforded: what attributes of
+    such a name hold, and what the code of forwards and of functions that are held names.
+    """
+    found: list[int] = []
+    seen: set[int] = set()
+    for part in module.modules():
+        found += [value for name, value in vars(part).items() if type(value) is int and _SPAN.search(name)]
+        found += _named_in(type(part).forward, seen)
+        for value in vars(part).values():
+            found += _named_in(value, seen)
+    spans = [abs(value) for value in found if max(FACTORY_LENGTHS) <= abs(value) < _LONGEST]
+    return [max(spans) + 9] if spans else []
+
+
+def _named_in(function: Any, seen: set[int]) -> list[int]:
+    """The whole numbers in a function's code, its closure and the globals that it reads, and in functions there."""
+    if isinstance(function, partial):
+        own = [value for value in (*function.args, *function.keywords.values()) if type(value) is int]
+        return own + _named_in(function.func, seen)
+    code = getattr(function, "__code__", None)
+    if code is None or id(code) in seen or (getattr(function, "__module__", None) or "").startswith("torch"):
+        return []
+    seen.add(id(code))
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    values = [*cells, *(function.__globals__[name] for name in code.co_names if name in function.__globals__)]
+    values += function.__defaults__ or ()
+    found = [value for value in values if type(value) is int]
+    codes = [code]
+    while codes:
+        constants = codes.pop().co_consts
+        found += [value for value in constants if type(value) is int]
+        codes += [value for value in constants if inspect.iscode(value)]
+    return found + [number for value in values for number in _named_in(value, seen)]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # a name that is not given a value yet
+        return False
 
 
 def _words(loaded: LoadedModel, sequences: Collection[Tensor]) -> int:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.prove import prove
 from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, with_short_windows
 from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind, edited
 from autoquant.models.repair import find_source
-from autoquant.models.source import ModelSource
+from autoquant.models.source import LoadedModel, ModelSource
 from tests.certificate.modules import INNER, Unit, loaded
 
 
@@ -100,3 +103,46 @@ def relu_without_derivative(unit: Unit, hidden: Tensor) -> Tensor:
 def test_a_kernel_without_derivative_runs_at_all_lengths() -> None:
     lengths = [len(further_runs(loaded(Unit(function)), (), 0)) for function in (relu_without_derivative, relu)]
     assert lengths[0] == lengths[1] > 1
+
+
+def relu_up_to(limit: int, unit: Unit, hidden: Tensor) -> Tensor:
+    return torch.cat([hidden[:, :limit].relu(), hidden[:, limit:].tanh()], 1)
+
+
+def beyond(limit: int) -> Callable[[Unit, Tensor], Tensor]:
+    return lambda unit, hidden: relu_up_to(limit, unit, hidden)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [beyond(300), partial(relu_up_to, 300), lambda unit, hidden: relu_up_to(300, unit, hidden)],
+    ids=["closure", "partial", "code"],
+)
+def test_a_number_in_the_code_is_outrun(act: Callable[[Unit, Tensor], Tensor]) -> None:
+    module = loaded(Unit(act))
+    assert [run.length for run in further_runs(module, (), 0)] == [3, 1, 12, 64, 160, 309]
+    (failed,) = prove(module, up_to_down()).failed()
+    assert (failed.name, failed.kind) == ("up -> down", "linear_linear")
+
+
+class Seven(nn.Module):
+    """No Hadamard matrix has seven rows: that rotation is diagonal, and what is odd passes it."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(4, 7), nn.Linear(7, 4), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))  # type: ignore[no-any-return]  # a call's
+
+
+def test_a_rotation_of_a_size_without_hadamard_matrix_mixes_in_the_proof() -> None:
+    source = ModelSource("seven", factory=lambda: (Seven(torch.neg), (torch.randn(1, 3, 4),)))
+    config = analyze(source).config
+    (space,) = config.rotation.spaces
+    config = edited(config, smoothing=edited(config.smoothing, groups=()))
+    assert (space.name, space.size) == ("up -> down", 7)
+    torch.manual_seed(0)
+    for act, failing in ((torch.neg, []), (torch.tanh, ["up -> down"])):
+        module = LoadedModel(Seven(act).double().eval(), (torch.randn(1, 3, 4, dtype=torch.float64),))
+        assert [trial.name for trial in prove(module, config).failed()] == failing
