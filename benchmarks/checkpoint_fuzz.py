@@ -394,6 +394,8 @@ def main() -> int:
                     print(kind, source.name, file, change, ended, said)
             if number % 100 == 99:
                 print(f"{number + 1} of {options.cases}, {time.monotonic() - start:.0f} s", flush=True)
+                done = number + 1 - options.seed  # a run that is stopped leaves what it counted
+                options.output.write_text(table(counts, failures, slowest, done, options.seed), encoding="utf-8")
         if picture(work / "given") != untouched:
             failures.append("an original was touched")
     if options.only is None:

@@ -8,6 +8,7 @@ quantized already, code of their own that is not trusted, pickles, adapters with
 from __future__ import annotations
 
 import copy
+import math
 import re
 import tempfile
 import warnings
@@ -45,7 +46,7 @@ from autoquant.models.source import (
     sub_configs,
     what_failed,
 )
-from autoquant.models.structure import record_untied_
+from autoquant.models.structure import record_untied_, structure_of
 from autoquant.models.tasks import Kind
 
 BATCH, TOKENS = 2, 16
@@ -59,6 +60,8 @@ class Loaded:
     unplaced: tuple[str, ...]
 
 
+_SMALL = 1_000_000
+"""Parameters that are of no matter, whatever a file holds."""
 _NAMED = 5
 """Weights named in a message; of the others the number is said."""
 OLD_BUFFER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
@@ -202,6 +205,20 @@ def check_depth(folder: Path, config: Any, shards: Shards) -> None:
                 )
 
 
+def _check_size(folder: Path, config: Any, shards: Shards, trust_remote_code: bool, most: int) -> None:
+    """Raise AutoQuantError for a configuration of ``most`` times what the file holds: transformers would make it."""
+    try:
+        described = structure_of(build_structure(ModelSource(str(folder), config, None, folder, trust_remote_code)))
+    except AutoQuantError:  # the loading itself says what is wrong
+        return
+    held = sum(math.prod(entry.shape) for entry in shards.entries.values())
+    if described.parameters > most * held + _SMALL:
+        raise AutoQuantError(
+            f"{folder}: config.json describes {described.parameters:,} parameters, the file holds {held:,}: they do "
+            "not belong together"
+        )
+
+
 def class_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The auto class that builds a checkpoint."""
     config = load_settings(Path(folder), trust_remote_code=trust_remote_code)
@@ -261,6 +278,7 @@ def _load(
     shards = open_checkpoint(folder, quantized=quantized)
     config = load_settings(folder, trust_remote_code=trust_remote_code)
     check_depth(folder, config, shards)
+    _check_size(folder, config, shards, trust_remote_code, most=16 if quantized else 4)
     tasks = kinds_of(config)
     if task is not None and tasks and task not in tasks:
         raise AutoQuantError(f"{folder}: type {config.model_type!r} is no causal language model, but {tasks[0]}")

@@ -207,6 +207,12 @@ def test_more_layers_than_a_model_has_are_not_built(folder: Path) -> None:
         load_causal_lm(folder)
 
 
+def test_a_model_far_larger_than_its_file_is_not_made(folder: Path) -> None:
+    change(folder, lambda tensors: None, vocab_size=2048 * 10**6)
+    with pytest.raises(AutoQuantError, match=r"describes 262,[\d,]+ parameters, the file holds 1,185,152: they do not"):
+        load_causal_lm(folder)
+
+
 def test_a_name_that_transformers_does_not_know_is_said_with_its_field(folder: Path) -> None:
     change(folder, lambda tensors: None, hidden_act="zork")
     with pytest.raises(AutoQuantError, match="hidden_act: 'zork' is none that transformers knows"):
