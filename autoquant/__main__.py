@@ -28,7 +28,16 @@ def main() -> None:
         if ended:
             os._exit(INTERRUPTED)
 
+    def swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+        # A callback or a destructor of a library was interrupted: nobody saw the exception, so it comes once more.
+        if not interrupted or not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+            return
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
     atexit.register(leave)
+    sys.unraisablehook = swallowed
     signal.signal(signal.SIGINT, interrupt)
     try:
         from autoquant.cli.main import main as command_line

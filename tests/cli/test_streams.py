@@ -69,3 +69,15 @@ def test_an_interruption_in_a_library_is_one_line_and_an_exit_code(code: str, tm
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     result = subprocess.run([*RUN, "analyze", "llama"], capture_output=True, text=True, check=False, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_an_interruption_that_a_destructor_swallows_comes_once_more(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "class Passing:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "Passing()\n"
+        "time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    result = subprocess.run([*RUN, "analyze", "llama"], capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")

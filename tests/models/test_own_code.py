@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,16 @@ CODE = {"its_config.py": CONFIG, "its_model.py": MODEL, "its_parts.py": "HALF = 
 
 @pytest.fixture(scope="module", autouse=True)
 def _copies_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers copies code into the user's home; here elsewhere."""
+    """transformers copies code into the user's home; here elsewhere, whatever other tests have imported from there."""
     from transformers import dynamic_module_utils
+    from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+    place = str(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", place)
+        patch.syspath_prepend(place)
+        for name in [name for name in sys.modules if name.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME]:
+            patch.delitem(sys.modules, name)
         yield
 
 
