@@ -292,7 +292,7 @@ from autoquant.checkpoint.apply import apply_checkpoint
 def progress(done, total):
     if done == 10:
         print("working", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
 apply_checkpoint(Path("in"), load_config(Path("config.json")), Path("out"), progress=progress)
 """
@@ -314,7 +314,7 @@ def test_a_signal_from_outside(tmp_path: Path, number: signal.Signals) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "working\n"
     process.send_signal(number)
-    process.wait(timeout=30)
+    process.wait(timeout=300)
     process.stdout.close()
     remaining = [name for name in left(tmp_path) if name not in ("in", "config.json")]
     if number is signal.SIGINT:
