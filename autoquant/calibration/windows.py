@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoquant.calibration.texts import read_text
 from autoquant.errors import AutoQuantError
+from autoquant.models.vocabulary import token_embedding
 from autoquant.quantizer.prefix import MODULE as PREFIX
 
 
@@ -125,7 +126,7 @@ def check_fit(model: nn.Module, batches: Sequence[Tensor]) -> None:
 
     Rotary positions have no end; what is longer than the model was trained for is the caller's choice.
     """
-    tokens = _token_table(model)
+    tokens = token_embedding(model)
     if tokens is None:
         return
     rows = len(tokens.weight)
@@ -150,15 +151,6 @@ def _hidden_prefix(model: nn.Module, batch: Tensor) -> int:
     if batch.shape[1] and tuple(batch[0, : len(tokens)].tolist()) == tokens:
         return 0
     return len(tokens) - bool(batch.shape[1] and int(batch[0, 0]) in tokens)
-
-
-def _token_table(model: Any) -> nn.Embedding | None:
-    """The embedding of a model's tokens; None where it has several, or another kind of one."""
-    try:
-        table = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no model of transformers, or one that does not say
-        return None
-    return table if isinstance(table, nn.Embedding) else None
 
 
 def _positions(model: Any, tokens: nn.Module) -> int | None:

@@ -23,7 +23,7 @@ from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
 from autoquant.checkpoint.finite import UnusedRows, find_unused, hide_unused_, show_unused_
 from autoquant.checkpoint.provenance import CONFIG, make_provenance, write_provenance
 from autoquant.checkpoint.side_files import check_links, copy_side_files
-from autoquant.checkpoint.unplaced import buffer_names, check_unturned, listed, unplaced, weights_among
+from autoquant.checkpoint.unplaced import buffer_names, check_unturned, unplaced, weights_among
 from autoquant.config.file import config_text
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
@@ -35,7 +35,7 @@ from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.io.folders import check_target, finished_folder
 from autoquant.io.safetensors_stream import INDEX, Shards, write_shard
 from autoquant.models.checkpoint_source import open_checkpoint
-from autoquant.models.load import load_skeleton, load_with_unplaced
+from autoquant.models.load import listed, load_skeleton, load_with_unplaced
 from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.models.vocabulary import token_tables
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import is_finite
 from autoquant.models.structure import structure_of
 from autoquant.models.vocabulary import token_tables
 
@@ -77,11 +78,9 @@ def find_unused(
     values: dict[str, Tensor] = {}
     for name in names:
         tensor = read(name)
-        if not tensor.is_floating_point() or _is_finite(tensor):
+        if not tensor.is_floating_point() or is_finite(tensor):
             continue
         wrong = ~tensor.isfinite()
-        if not wrong.any():  # their sum alone is infinite
-            continue
         found = wrong.any(-1).nonzero().flatten() if name in tables else torch.empty(0)
         if name in tables and 2 * len(found) < len(tensor):
             rows[name], values[name] = found.cpu(), tensor[found].cpu()
@@ -117,8 +116,3 @@ def show_unused_(model: Any, unused: UnusedRows) -> None:
     """Put what stood there back."""
     for name, parameter in model.named_parameters():
         parameter.data = unused.restored(name, parameter.data)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """True if all elements are; a sum is enough to tell, and much faster than looking at each."""
-    return bool(tensor.sum(dtype=torch.float64).isfinite())

@@ -26,7 +26,7 @@ from autoquant.checkpoint.apply import match_names
 from autoquant.checkpoint.dtypes import Dtypes
 from autoquant.checkpoint.finite import UnusedRows, find_unused
 from autoquant.checkpoint.formats.native import Ready
-from autoquant.checkpoint.unplaced import buffer_names, listed, unplaced
+from autoquant.checkpoint.unplaced import buffer_names, unplaced
 from autoquant.config.format import Config, SmoothingMethod, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite
@@ -36,7 +36,7 @@ from autoquant.executor.resolved import check_not_learned
 from autoquant.io.safetensors_stream import Shards
 from autoquant.io.safetensors_writer import Described
 from autoquant.models.checkpoint_source import open_checkpoint
-from autoquant.models.load import build_empty, load_skeleton
+from autoquant.models.load import build_empty, listed, load_skeleton
 from autoquant.models.structure import ModelStructure, record_untied_, structure_of
 from autoquant.models.vocabulary import token_tables
 from autoquant.pipeline.quantize import Selected, linear_groups

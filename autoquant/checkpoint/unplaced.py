@@ -15,10 +15,8 @@ from torch import nn
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
 from autoquant.io.safetensors_stream import Shards
-from autoquant.models.load import OLD_BUFFER
+from autoquant.models.load import OLD_BUFFER, listed
 from autoquant.models.structure import FLOATING
-
-_NAMED = 5
 
 
 def unplaced(shards: Shards, places: Collection[str]) -> tuple[str, ...]:
@@ -58,12 +56,6 @@ def check_unturned(folder: Path, shards: Shards, names: Iterable[str], resolved:
             f"{folder}: the model's class has no place for {listed(tuple(met))}, which may read what {spaces} changes "
             "and would not be changed with it; delete them, or disable that (--transforms fc_fc leaves the residual)"
         )
-
-
-def listed(names: tuple[str, ...]) -> str:
-    """The first names, and how many more."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _changed(resolved: Resolved) -> Iterator[tuple[str, str, int]]:

@@ -81,9 +81,13 @@ def execute_(model: nn.Module, plan: Plan, progress: Callable[[int, int], None] 
 
 def check_finite(name: str, tensor: Tensor, problem: str = "holds a NaN or an infinity") -> None:
     """Raise AutoQuantError where a tensor has a NaN or an infinity."""
-    # The extremes are NaN or infinite if anything is, and take a pass without a temporary of the tensor's size.
-    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+    if not is_finite(tensor):
         raise AutoQuantError(f"{name} {problem}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True if no element is a NaN or an infinity, by the extremes: a pass without a temporary of the tensor's size."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def summarise(plan: Plan, resolved: Resolved) -> Applied:

@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -340,9 +340,9 @@ def _check_weights(
     wrong |= {name: did_you_mean(name, unused).replace("; did", ", did") for name in missing if name not in wrong}
     if wrong:
         named = [f"{name}{what}" for name, what in wrong.items()]
-        held = f"; the file holds {_listed(unused)} instead" if unused else ""
+        held = f"; the file holds {listed(unused)} instead" if unused else ""
         number = f"{len(wrong)} weights are" if len(wrong) > 1 else f"{named[0]} is"
-        which = f": {_listed(named)}" if len(wrong) > 1 else ""
+        which = f": {listed(named)}" if len(wrong) > 1 else ""
         raise AutoQuantError(f"{folder}: {number} missing or of another shape{which}{held}")
     if not quantized:
         for name, parameter in model.named_parameters():
@@ -356,7 +356,7 @@ def _check_weights(
     own = model.state_dict().keys()
     dropped = [name for name in stored if name not in own and any(p.search(name) for p in patterns)]
     if left := sorted({*unused, *dropped}, key=lambda name: (OLD_BUFFER.search(name) is not None, name)):
-        warnings.warn(f"{folder}: the model's class has no place for {_listed(left)}: not loaded", stacklevel=2)
+        warnings.warn(f"{folder}: the model's class has no place for {listed(left)}: not loaded", stacklevel=2)
     _check_ties_(folder, shards, model)
     return tuple(left)
 
@@ -384,9 +384,7 @@ def _warn_untied(folder: Path, name: str) -> None:
     warnings.warn(f"{folder}: config.json ties {name}, the file holds another one: taken as untied", stacklevel=4)
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + _more(len(names))
-
-
-def _more(number: int) -> str:
-    return f" and {number - _NAMED} more" if number > _NAMED else ""
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -137,9 +137,9 @@ def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
 def _check_layers(file: Path, config: Any) -> None:
     """Raise AutoQuantError for more layers than a model has, of which the structure alone would take hours."""
     for part in sub_configs(config).values():
-        layers = getattr(part, "num_hidden_layers", None)
-        if isinstance(layers, int) and layers > MAX_LAYERS:
-            raise AutoQuantError(f"{file}: num_hidden_layers: {layers:,}; at most {MAX_LAYERS:,} can be built")
+        for name in depths(part):
+            if (layers := getattr(part, name)) > MAX_LAYERS:
+                raise AutoQuantError(f"{file}: {name}: {layers:,}; at most {MAX_LAYERS:,} can be built")
 
 
 def _from_name(model: str, trust_remote_code: bool) -> ModelSource:

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def token_embedding(model: Any) -> nn.Embedding | None:
+    """The embedding of a model's tokens; None where it has several, or another kind of one."""
+    table = _said_by(model, "get_input_embeddings")
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _said_by(model: Any, getter: str) -> Any:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one that does not say
+        return None
 
 
 def token_tables(model: Any) -> frozenset[str]:
@@ -13,11 +26,7 @@ def token_tables(model: Any) -> frozenset[str]:
     A row of them serves one token alone, so that what stands in the row of a token that never comes is of no matter.
     """
     weights: list[Tensor] = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            table = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):  # no model of transformers, or one that does not say
-            continue
+    for table in (_said_by(model, "get_input_embeddings"), _said_by(model, "get_output_embeddings")):
         weight = None if table is None else getattr(table, "_parameters", {}).get("weight")
         weights += [weight] if weight is not None and weight.dim() == 2 else []
     parameters = model.named_parameters(remove_duplicate=False)

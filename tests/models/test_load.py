@@ -299,7 +299,7 @@ def test_no_tokenizer_is_one_line(folder: Path) -> None:
     assert load_tokenizer(folder).bos_token_id is not None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(AutoQuantError, match="has no tokenizer, which calibration texts need: put its") as caught:
+    with pytest.raises(AutoQuantError, match="has no tokenizer, which texts need: put its") as caught:
         load_tokenizer(folder)
     assert "\n" not in caught.value.message
 
