@@ -183,10 +183,16 @@ def second_refused(command: Callable[[Path, int], list[str]], out: Path) -> str:
     first_log, second_log = out.parent.parent / "first", out.parent.parent / "second"
     if out.is_dir() and (out / "cells").is_dir():
         shutil.rmtree(out)
-    first = start(command(out, 1), first_log)
-    time.sleep(0.5)
+    from autoquant.io.locks import lock_file
+
+    first, lock = start(command(out, 1), first_log), lock_file(out)
+    while not lock.is_file() or lock.read_text() != str(first):
+        assert os.waitid(os.P_PID, first, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, first_log.read_text()
+        time.sleep(0.001)
+    os.kill(first, signal.SIGSTOP)  # it may be through sooner than the second has begun
     code = finish(start(command(out, 0), second_log))
-    said = second_log.read_text().strip().splitlines()[-1]
+    os.kill(first, signal.SIGCONT)
+    said = (second_log.read_text().strip().splitlines() or [""])[-1]
     assert code == 1 and "is being written by another run" in said, (code, second_log.read_text())
     assert finish(first) == 0, first_log.read_text()
     return said.replace(str(out), out.name)

@@ -23,13 +23,12 @@ def claim(target: Path) -> None:
     target = target.resolve()
     if target in _held:
         return
-    folder = Path(tempfile.gettempdir(), f"autoquant-locks-{os.getuid()}")
-    name = hashlib.sha256(os.fsencode(target)).hexdigest()[:32]
+    file = lock_file(target)
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        if file.parent.is_symlink() or file.parent.stat().st_uid != os.getuid():
             return
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError:
         return
     try:
@@ -43,6 +42,12 @@ def claim(target: Path) -> None:
     os.truncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     _held[target] = descriptor
+
+
+def lock_file(target: Path) -> Path:
+    """The file that is locked while ``target`` is written; the number of the process that did so last is in it."""
+    name = hashlib.sha256(os.fsencode(target.resolve())).hexdigest()[:32]
+    return Path(tempfile.gettempdir(), f"autoquant-locks-{os.getuid()}", name)
 
 
 def release(target: Path) -> None:
