@@ -58,8 +58,11 @@ def start(arguments: list[str], log: Path) -> int:
         with log.open("w") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
+            import torch
+
             from autoquant.cli.main import main
 
+            torch.set_num_threads(1)
             main([*arguments, "--quiet"])
     except SystemExit as end:
         code = int(end.code or 0)
@@ -207,9 +210,6 @@ def main() -> int:
     import torch
     import transformers
 
-    torch.set_num_threads(1)
-    from autoquant.api import analyze, save_config
-
     chance, failures = random.Random(options.seed), []
     lines = [
         "# Kills at random moments",
@@ -225,7 +225,8 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory(prefix="autoquant-kills-") as temporary:
         config = Path(temporary, "config.json")
-        save_config(analyze(MODEL).config, config)
+        log = Path(temporary, "analyze")  # by a child as well: a pool of threads of this process would not live in them
+        assert finish(start(["analyze", str(MODEL), "-o", str(config)], log)) == 0, log.read_text()
         for name, command in commands(config).items():
             folder = Path(temporary, name)
             folder.mkdir()
