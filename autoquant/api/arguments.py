@@ -135,7 +135,12 @@ def proof_of(
 
 
 def batches_of(
-    calibration: str | Path | Sequence[Tensor] | None, tokenizer: Any, sequences: int, length: int, seed: int | None
+    calibration: str | Path | Sequence[Tensor] | None,
+    tokenizer: Any,
+    field: str,
+    sequences: int,
+    length: int,
+    seed: int | None,
 ) -> tuple[Tensor, ...]:
     """Calibration windows of a text, or the batches that were given."""
     if calibration is None:
@@ -146,4 +151,4 @@ def batches_of(
         raise AutoQuantError(f"{calibration}: a text needs the tokenizer that reads it; or give batches of token ids")
     from autoquant.calibration.windows import CalibrationOptions, calibration_windows
 
-    return calibration_windows(tokenizer, CalibrationOptions(Path(calibration), sequences, length, seed))
+    return calibration_windows(tokenizer, CalibrationOptions(Path(calibration), sequences, length, seed, field))

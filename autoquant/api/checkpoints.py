@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from autoquant.checkpoint.quantize import Done
     from autoquant.checkpoint.transform import TransformOptions
-    from autoquant.config.format import Config
+    from autoquant.config.format import Config, Strategy
     from autoquant.pipeline.select import Transforms
     from autoquant.report.results import Written
 
@@ -49,6 +49,7 @@ def apply(
     tokenizer: Any = None,
     maxima: str | Path | None = None,
     save_maxima: str | Path | None = None,
+    field: str = "text",
     sequences: int = 16,
     length: int = 512,
     seed: int | None = None,
@@ -64,8 +65,9 @@ def apply(
 
     Of a folder or hub id the result says what was written, which loads with plain transformers; of a module it is the
     changed module, a copy unless ``inplace``. ``calibration``: batches of token ids [1, S], or a text, for a module
-    with the ``tokenizer`` that reads it; only smoothing needs one. For folders alone: ``maxima`` kept by an earlier
-    ``save_maxima``, in place of calibration, and the ``dtype`` of the weights written (None: as stored).
+    with the ``tokenizer`` that reads it; only smoothing needs one. ``field``: the column of a text that has columns. A
+    folder without one is calibrated on a packaged text, which the result says. For folders alone: ``maxima`` kept by an
+    earlier ``save_maxima``, in place of calibration, and the ``dtype`` of the weights written (None: as stored).
 
     Claims that were edited since they were proved are proved again, of a module on what ``example_inputs`` call (as for
     :func:`analyze`); ``unproved`` goes on without, which is recorded.
@@ -79,11 +81,14 @@ def apply(
     if isinstance(model, str | Path):
         if output is None:
             raise AutoQuantError(f"{model}: a folder needs an output")
+        from autoquant.calibration.texts import PACKAGED
         from autoquant.calibration.windows import CalibrationOptions
         from autoquant.checkpoint.transform import TransformOptions
 
+        if calibration is None and maxima is None and chosen.alphas:
+            calibration = PACKAGED
         text = Path(calibration) if isinstance(calibration, str | Path) else None
-        given: CalibrationOptions | Sequence[Tensor] = CalibrationOptions(text, sequences, length, seed)
+        given: CalibrationOptions | Sequence[Tensor] = CalibrationOptions(text, sequences, length, seed, field)
         if calibration is not None and not isinstance(calibration, str | Path):
             given = calibration
         kept, keep = (None if path is None else Path(path) for path in (maxima, save_maxima))
@@ -97,7 +102,7 @@ def apply(
     from autoquant.pipeline.quantize import select
     from autoquant.pipeline.transform import prepare_
 
-    batches = batches_of(calibration, tokenizer, sequences, length, seed)
+    batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
     selected = select(loaded, structure_of(model), chosen, seed)
     if selected.resolved.groups and not batches:
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
@@ -118,6 +123,7 @@ def _applied(
     trust_remote_code: bool,
     progress: Progress,
 ) -> Written:
+    from autoquant.calibration.texts import PACKAGED
     from autoquant.checkpoint.transform import transform_checkpoint
     from autoquant.io.folders import check_target
     from autoquant.models.checkpoint_source import checkpoint_folder
@@ -142,9 +148,10 @@ def _applied(
     applied = done.applied
     untied = f", untied: {', '.join(applied.untied)}" if applied.untied else ""
     counts = f"{target}: {applied.tensors} tensors changed, {done.smoothed} groups smoothed{untied}"
-    said = (*(f"{space}: {text}" for space, text in applied.constructions.items()), counts)
+    said = [*(f"{space}: {text}" for space, text in applied.constructions.items()), counts]
+    said += [packaged_text(recorded)] if done.smoothed and recorded["calibration"] == PACKAGED else []
     facts = {"tensors_changed": applied.tensors, "groups_smoothed": done.smoothed, "untied": list(applied.untied)}
-    return Written(target, said, {**options, "rotations": dict(applied.constructions), **facts})
+    return Written(target, tuple(said), {**options, "rotations": dict(applied.constructions), **facts})
 
 
 @by_line
@@ -157,6 +164,7 @@ def quantize(
     transforms: str | Transforms = ALL_TRANSFORMS,
     calibration: str | Path | Sequence[Tensor] | None = None,
     tokenizer: Any = None,
+    field: str = "text",
     sequences: int = 16,
     length: int = 512,
     seed: int | None = None,
@@ -174,8 +182,9 @@ def quantize(
 
     Of a folder the result says what was written (``load`` makes a runnable model of it); of a module it is the changed
     module, a copy unless ``inplace``, whose ``save_pretrained`` writes a native folder. Without a ``config`` a folder
-    is analyzed first. Claims that were edited since they were proved are proved again, of a module on what
-    ``example_inputs`` call; ``unproved`` goes on without, which is recorded.
+    is analyzed first; without ``calibration`` it is calibrated on a packaged text, which the result says. ``field``:
+    the column of a text that has columns. Claims that were edited since they were proved are proved again, of a module
+    on what ``example_inputs`` call; ``unproved`` goes on without, which is recorded.
 
     ``format``: 'compressed-tensors', which servers load, or 'native', which holds everything; None: the first where it
     can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers' or 'any'; None: vllm, if it
@@ -192,7 +201,7 @@ def quantize(
             what = "needs a config and takes no output, format or target"
             raise AutoQuantError(f"a module in memory {what}; save_pretrained writes it")
         loaded = config_of(config)
-        batches = batches_of(calibration, tokenizer, sequences, length, seed)
+        batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
         proof = proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)
         recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
         from autoquant.checkpoint.in_memory import quantize_module_
@@ -200,6 +209,7 @@ def quantize(
         return quantize_module_(model if inplace else copy.deepcopy(model), recipe, progress)
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
+    from autoquant.calibration.texts import PACKAGED
     from autoquant.io.folders import check_target
     from autoquant.models.checkpoint_source import checkpoint_folder
     from autoquant.models.tokenizer import load_tokenizer
@@ -207,9 +217,12 @@ def quantize(
     source, folder = checkpoint_folder(model, trust_remote_code=trust_remote_code), Path(output)
     check_target(source, folder, force)
     loaded = analyzed_config(config, source, trust_remote_code, progress)
+    packaged = calibration is None and _calibrates(source, loaded, used, chosen, trust_remote_code)
+    if packaged:
+        calibration = PACKAGED
     if isinstance(calibration, str | Path):
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    batches = batches_of(calibration, tokenizer, sequences, length, seed)
+    batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
     proof = proof_of(loaded, source, None, unproved, trust_remote_code, progress)
     recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
     text = Path(calibration).name if isinstance(calibration, str | Path) else None
@@ -226,10 +239,26 @@ def quantize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options)
+    return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged)
 
 
-def _quantized(done: Done, source: Path, folder: Path, what: str, options: dict[str, Any]) -> Written:
+def _calibrates(source: Path, config: Config, used: Strategy | None, chosen: Transforms, trust: bool) -> bool:
+    """True if this cannot be done without calibration."""
+    from autoquant.models.load import load_skeleton
+    from autoquant.models.structure import structure_of
+    from autoquant.pipeline.quantize import needs_sweep, select
+
+    structure = structure_of(load_skeleton(source, trust_remote_code=trust))
+    return needs_sweep(config, used or config.quantization.strategy, select(config, structure, chosen, None))
+
+
+def packaged_text(options: Mapping[str, Any]) -> str:
+    """One line that says what was calibrated on where no text was given."""
+    tokens = options["sequences"] * options["length"]
+    return f"calibrated on {tokens:,} tokens of the packaged text; better on text of its use: --calibration TEXT"
+
+
+def _quantized(done: Done, source: Path, folder: Path, what: str, options: dict[str, Any], packaged: bool) -> Written:
     from autoquant.calibration.idle_experts import idle_text
     from autoquant.report.results import Written
 
@@ -237,6 +266,7 @@ def _quantized(done: Done, source: Path, folder: Path, what: str, options: dict[
     before, after = (sum(path.stat().st_size for path in place.glob("*.safetensors")) for place in (source, folder))
     said = [f"{folder}: {what}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB, {form}"]
     said += [f"format native, not compressed-tensors: {reason}" for reason in done.chosen.against[:_REASONS]]
+    said += [packaged_text(options)] if packaged else []
     said += [idle_text(idle)] if idle else []
     facts = {"format": form, "bytes_before": before, "bytes_after": after, "idle_experts": dict(idle)}
     return Written(folder, tuple(said), {**options, **facts})

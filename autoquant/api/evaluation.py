@@ -34,6 +34,7 @@ def search(
     config: str | Path | Config,
     *,
     calibration: str | Path,
+    field: str = "text",
     strategy: str | None = None,
     budget: float = 30.0,
     sequences: int = 64,
@@ -50,9 +51,9 @@ def search(
 ) -> Found:
     """Set a config's knobs for one strategy by what they do on held-out calibration text.
 
-    ``model`` is a folder. ``sequences`` windows of ``length`` tokens are fitted on, ``held_out`` further ones judge;
-    ``budget``: minutes. ``tell`` is told of each candidate. Claims that were edited since they were proved are proved
-    again; ``unproved`` goes on without. Raises AutoQuantError.
+    ``model`` is a folder; ``field``: the column of a text that has columns. ``sequences`` windows of ``length`` tokens
+    are fitted on, ``held_out`` further ones judge; ``budget``: minutes. ``tell`` is told of each candidate. Claims that
+    were edited since they were proved are proved again; ``unproved`` goes on without. Raises AutoQuantError.
     """
     loaded = config_of(config)
     chosen = loaded.quantization.strategy if strategy is None else parse_strategy(strategy)
@@ -76,7 +77,8 @@ def search(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     proof_of(loaded, folder, None, unproved, trust_remote_code, lambda step, done, total: tell(step))
     lower = "--sequences, --held-out or --length"
-    windows = calibration_windows(tokenizer, CalibrationOptions(text, sequences + held_out, length, seed, lower=lower))
+    options = CalibrationOptions(text, sequences + held_out, length, seed, field, lower)
+    windows = calibration_windows(tokenizer, options)
     judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
     if not shares_scale(chosen):
         judging = rebatched(judging, JUDGED_TOGETHER)
@@ -99,6 +101,7 @@ def evaluate(
     models: str | Path | Sequence[str | Path],
     data: str | Path,
     *,
+    field: str = "text",
     reference: str | Path | None = None,
     length: int = 512,
     tokens: int | None = None,
@@ -115,7 +118,7 @@ def evaluate(
     """
     from autoquant.calibration.texts import read_text
 
-    text = read_text(Path(data))
+    text = read_text(Path(data), field)
     progress(IMPORTING, 0, 0)
     from autoquant.calibration.windows import cut_windows, tokenize
     from autoquant.evaluation.perplexity import Evaluation, logits_of
@@ -194,6 +197,7 @@ def compare(
     *,
     data: str | Path,
     calibration: str | Path,
+    field: str = "text",
     config: str | Path | Config | None = None,
     strategies: str = "all",
     transforms: str = COMPARED_TRANSFORMS,
@@ -240,8 +244,10 @@ def compare(
     from autoquant.report.results import Compared
 
     place, tokenizer = device_of(device), load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    windows = cut_windows(tokenize(tokenizer, read_text(Path(data))), length, tokenizer.bos_token_id, tokens)
-    batches = calibration_windows(tokenizer, CalibrationOptions(text, sequences, length, seed))
+    windows = cut_windows(
+        tokenize(tokenizer, read_text(Path(data), field, tokenizer)), length, tokenizer.bos_token_id, tokens
+    )
+    batches = calibration_windows(tokenizer, CalibrationOptions(text, sequences, length, seed, field))
     loaded = analyzed_config(config, folder, trust_remote_code, progress)
     proof = proof_of(loaded, folder, None, unproved, trust_remote_code, progress)
     settings = {"tokens": tokens, "window": length, "sequences": sequences, "seed": seed, "device": str(place)}

@@ -1,4 +1,4 @@
-"""Calibration texts: prose, JSON, JSON lines, CSV, Parquet, a folder of these or a dataset's. Nothing is downloaded.
+"""Calibration texts: prose, JSON, JSON lines, CSV, Parquet, a folder of these, a dataset's folder or its id on the hub.
 
 The suffix, in any case, says what a file is. A file of any other suffix is prose if its content does not say otherwise:
 brackets and commas of a table that is read as prose calibrate for text that nobody writes, and nothing would fail.
@@ -19,7 +19,15 @@ from typing import Any
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
-ACCEPTED = ".txt, .jsonl, .json, .csv, .tsv, .parquet, a folder of such files, or a dataset saved on disk"
+ACCEPTED = (
+    ".txt, .jsonl, .json, .csv, .tsv, .parquet, a folder of such files, a dataset saved on disk, or a dataset's hub id"
+)
+
+PACKAGED = Path(__file__).parents[1] / "data" / "default.calibration.txt"
+"""What is calibrated on where no text is given: English prose and law, Python and JSON, all free to copy."""
+
+HUB_CHARACTERS = 8_000_000
+"""So much of a dataset on the hub is read: some two million tokens. Some would fill a disk."""
 
 Record = tuple[str, Any]
 """Where it stands (file, and line or row), and what stands there."""
@@ -27,6 +35,7 @@ Record = tuple[str, Any]
 _JSON = re.compile(r'\s*(\{\s*"[^"\n]*"\s*:|\[\s*["{\[])')
 _NAME = re.compile(r'"?[^\W\d][\w.-]*"?')
 _TABLE_ROWS = 5
+_HUB_ID = re.compile(r"(?P<dataset>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?")
 
 
 def read_text(path: Path, field: str = "text", tokenizer: Any = None) -> str:
@@ -44,7 +53,9 @@ def read_text(path: Path, field: str = "text", tokenizer: Any = None) -> str:
 
 
 def _texts(path: Path, field: str, tokenizer: Any) -> Iterator[str]:
-    if not path.is_dir():
+    if _is_hub_id(path):
+        yield from _at_most(HUB_CHARACTERS, _column(_hub_dataset(str(path)), field, tokenizer))
+    elif not path.is_dir():
         yield from _file_texts(path, field, tokenizer)
     elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         yield from _column(_saved_dataset(path), field, tokenizer)
@@ -54,6 +65,20 @@ def _texts(path: Path, field: str, tokenizer: Any) -> Iterator[str]:
             raise AutoQuantError(f"{path}: an empty folder; expected {ACCEPTED}")
         for file in files:
             yield from _file_texts(file, field, tokenizer)
+
+
+def _is_hub_id(path: Path) -> bool:
+    """True for ``owner/name`` and ``owner/name:subset`` where neither a file nor its folder is there."""
+    known = path.suffix.lower() in (*_READERS, ".txt")
+    return not known and not path.parent.exists() and _HUB_ID.fullmatch(str(path)) is not None
+
+
+def _at_most(characters: int, texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 def _hidden(path: Path) -> bool:
@@ -178,12 +203,26 @@ def _saved_dataset(path: Path) -> Iterator[Record]:
         yield from ((f"{path}: row {number}", record) for number, record in enumerate(part))
 
 
+def _hub_dataset(name: str) -> Iterator[Record]:
+    """The records of a dataset on the hub, streamed: of its part 'train', or of its first."""
+    found = _HUB_ID.fullmatch(name)
+    assert found is not None
+    datasets = _package("datasets", Path(name), "a dataset of the hub")
+    try:
+        parts = datasets.load_dataset(found["dataset"], found["subset"], streaming=True)
+        part = "train" if "train" in parts else next(iter(parts))
+        yield from ((f"{name}: {part} row {number}", record) for number, record in enumerate(parts[part]))
+    except Exception as error:  # the hub's library raises whatever the network, the server and the data make of it
+        said = " ".join(str(error).split())[:200]
+        raise AutoQuantError(f"{name}: no such file, nor a dataset that the hub gives: {said}") from error
+
+
 def _package(name: str, path: Path, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise AutoQuantError(f"{path}: reading {what} needs the package '{package}'; install it") from error
+        raise AutoQuantError(f"{path}: reading {what} needs the package '{package}': pip install {package}") from error
 
 
 _READERS: Mapping[str, Callable[[Path, str], Iterator[Record]]] = {
@@ -208,7 +247,7 @@ def _column(records: Iterable[Record], field: str, tokenizer: Any) -> Iterator[s
             names = ", ".join(f"'{name}'" for name in list(record)[:8])
             raise AutoQuantError(
                 f"{where}: no text in '{field}'{did_you_mean(field, list(record))}; "
-                f"it has {names or 'no columns'}: rename the one to read"
+                f"it has {names or 'no columns'}: name the one to read with --field"
             )
         if text is not None and not isinstance(text, str):
             raise AutoQuantError(f"{where}: no text in '{field}', but a {type(text).__name__}")

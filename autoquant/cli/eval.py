@@ -11,6 +11,7 @@ from autoquant.cli import options
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--data", type=options.FILE, required=True, metavar="TEXT", help="Text to measure on.")
+@options.field
 @options.length
 @options.renamed("--window", "--length", click.IntRange(1))
 @options.tokens

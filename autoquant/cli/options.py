@@ -27,9 +27,27 @@ def output(help: str, required: bool = True) -> Decorator:
     return click.option("-o", "--output", type=FILE, required=required, metavar="PATH", help=help)
 
 
-calibration = functools.partial(
-    click.option, "--calibration", type=FILE, metavar="TEXT", help="Text, JSONL or dataset folder to calibrate on."
+field = click.option(
+    "--field", default="text", show_default=True, help="The column with the texts, where the file has columns."
 )
+
+
+def calibration(required: bool = False) -> Decorator:
+    """Which text calibrates, and which column of it where it has columns."""
+    default = "" if required else "  [default: a packaged text]"
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        return click.option(
+            "--calibration",
+            type=FILE,
+            required=required,
+            metavar="TEXT",
+            help=f"To calibrate on: text, JSON, JSONL, CSV, Parquet, a folder of these, a dataset's hub id.{default}",
+        )(field(function))
+
+    return decorate
+
+
 length = click.option(
     "--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of text in a window, BOS apart."
 )

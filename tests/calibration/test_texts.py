@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from autoquant.calibration.texts import read_text
+from autoquant.calibration.texts import PACKAGED, read_text
 from autoquant.errors import AutoQuantError
 
 
@@ -94,7 +94,9 @@ def test_cells_may_be_long_and_of_several_lines(tmp_path: Path) -> None:
 def test_another_column(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.jsonl", '{"content": "One.", "id": 1}')
     assert read_text(path, "content") == "One."
-    with pytest.raises(AutoQuantError, match=r"no text in 'text'.*; it has 'content', 'id': rename the one to read"):
+    with pytest.raises(
+        AutoQuantError, match=r"no text in 'text'.*; it has 'content', 'id': name the one to read with --field"
+    ):
         read_text(path)
 
 
@@ -158,7 +160,11 @@ def test_what_is_no_prose_is_not_read_as_prose(tmp_path: Path, name: str, conten
         ("a.jsonl", 100_000 * "[", "a.jsonl:1: not JSON"),
         ("a.json", '[{"text": "a"}, 3]', "a.json: item 1: expected an object"),
         ("a.json", '[{"text": "a"}', "a.json: not JSON"),
-        ("a.json", '[{"instruction": "a", "output": "b"}]', "it has 'instruction', 'output': rename the one to read"),
+        (
+            "a.json",
+            '[{"instruction": "a", "output": "b"}]',
+            "it has 'instruction', 'output': name the one to read with --field",
+        ),
         ("a.json", "", "holds no text"),
         ("a.csv", "id,text\n1,One.\n2\n", "row 2 has 1 cells; the first line names 2"),
         ("a.csv", "id,content\n1,One.\n", "row 1: no text in 'text'"),
@@ -206,5 +212,59 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     path = saved(tmp_path, name, "{}")
-    with pytest.raises(AutoQuantError, match=f"needs the package '{package}'; install it"):
+    with pytest.raises(AutoQuantError, match=f"needs the package '{package}': pip install {package}"):
         read_text(tmp_path if name == "state.json" else path)
+
+
+def test_a_dataset_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, streaming: bool) -> dict[str, list[dict[str, Any]]]:
+        asked.append((*names, streaming))
+        return {"test": [{"body": "No."}], "train": [{"body": "One."}, {"body": None}, {"body": "Two."}]}
+
+    fake(monkeypatch, "datasets", load_dataset=load_dataset)
+    assert read_text(Path("owner/name"), "body") == "One.\n\nTwo."
+    assert read_text(Path("owner/name:part-v1"), "body") == "One.\n\nTwo."
+    assert asked == [("owner/name", None, True), ("owner/name", "part-v1", True)]
+    with pytest.raises(AutoQuantError, match="owner/name: train row 0: no text in 'text'; it has 'body'"):
+        read_text(Path("owner/name"))
+
+
+def test_no_more_of_the_hub_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Any:
+        yield {"text": "a" * 5_000_000}
+        yield {"text": "b" * 5_000_000}
+        raise AssertionError("a third was asked for")
+
+    fake(monkeypatch, "datasets", load_dataset=lambda *names, streaming: {"train": rows()})
+    assert len(read_text(Path("owner/name"))) == 10_000_002
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*names: Any, streaming: bool) -> None:
+        raise ConnectionError("Couldn't reach the hub\n(offline)")
+
+    fake(monkeypatch, "datasets", load_dataset=load_dataset)
+    with pytest.raises(AutoQuantError) as caught:
+        read_text(Path("owner/name"))
+    assert caught.value.message == (
+        "owner/name: no such file, nor a dataset that the hub gives: Couldn't reach the hub (offline)"
+    )
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(AutoQuantError, match="reading a dataset of the hub needs the package 'datasets'"):
+        read_text(Path("owner/name"))
+
+
+def test_a_file_that_is_not_there_is_no_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name in ("texts/missing", "elsewhere/a.txt", "elsewhere/a.jsonl", "missing"):
+        with pytest.raises(AutoQuantError, match=f"{name}: cannot be read: No such file"):
+            read_text(Path(name))
+
+
+def test_the_packaged_text_is_enough_for_the_default_windows() -> None:
+    text = read_text(PACKAGED)
+    assert text.isascii() and len(text) > 16 * 512 * 6  # a token of a large vocabulary has four or five characters

@@ -105,8 +105,15 @@ def test_maxima_can_be_kept_and_used_again(tmp_path: Path, config: Path) -> None
 
 def test_rotation_alone_needs_no_calibration(tmp_path: Path, config: Path) -> None:
     assert run(MODEL, config, "-o", tmp_path / "out", "--transforms", "rotation").exit_code == 0
-    error = refusal(MODEL, config, "-o", tmp_path / "out2")
-    assert error.message == "smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without"
+
+
+def test_without_a_text_the_packaged_one_is_read_and_said(tmp_path: Path, config: Path) -> None:
+    options = ["-o", tmp_path / "out", "--sequences", 2, "--length", 64]
+    said = run(MODEL, config, *options).output.splitlines()
+    assert "calibrated on 128 tokens of the packaged text; better on text of its use: --calibration TEXT" in said
+    assert "default.calibration.txt" in (tmp_path / "out" / "autoquant_provenance.json").read_text()
+    error = refusal(MODEL, config, "-o", tmp_path / "out2", "--sequences", 2000)
+    assert "2000 were asked for: lower --sequences or --length" in error.message
 
 
 def test_messages(tmp_path: Path, config: Path) -> None:
