@@ -200,12 +200,12 @@ def quantize(
         if config is None or output is not None or wish != Wish():
             what = "needs a config and takes no output, format or target"
             raise AutoQuantError(f"a module in memory {what}; save_pretrained writes it")
+        from autoquant.checkpoint.in_memory import quantize_module_
+
         loaded = config_of(config)
         batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
         proof = proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)
         recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
-        from autoquant.checkpoint.in_memory import quantize_module_
-
         return quantize_module_(model if inplace else copy.deepcopy(model), recipe, progress)
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
@@ -228,17 +228,8 @@ def quantize(
     text = Path(calibration).name if isinstance(calibration, str | Path) else None
     options = {"strategy": recipe.strategy.value, "transforms": str(chosen), "seed": seed}
     options |= {"sequences": sequences, "length": length, "calibration": text}
-    done = quantize_checkpoint(
-        source,
-        folder,
-        recipe,
-        options,
-        low_memory=low_memory,
-        force=force,
-        wish=wish,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    how = {"low_memory": low_memory, "force": force, "trust_remote_code": trust_remote_code}
+    done = quantize_checkpoint(source, folder, recipe, options, wish=wish, progress=progress, **how)
     return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged)
 
 
