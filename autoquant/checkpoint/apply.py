@@ -28,7 +28,7 @@ from autoquant.config.file import config_text
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, check_finite, execute_, summarise
-from autoquant.executor.operations import execute
+from autoquant.executor.pieces import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned

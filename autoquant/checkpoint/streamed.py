@@ -30,7 +30,7 @@ from autoquant.checkpoint.unplaced import buffer_names, unplaced
 from autoquant.config.format import Config, SmoothingMethod, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite
-from autoquant.executor.operations import execute
+from autoquant.executor.pieces import execute
 from autoquant.executor.plan import Plan
 from autoquant.executor.resolved import check_not_learned
 from autoquant.io.safetensors_stream import Shards

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.online import check_installable, install_
-from autoquant.executor.operations import execute
+from autoquant.executor.pieces import execute
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned

@@ -1,4 +1,4 @@
-"""What can be done to one parameter: scale, add, fill, centre, rotate. All in float64, in bounded pieces.
+"""What can be done to one parameter: scale, add, fill, centre, rotate. All in float64 (``pieces`` says how).
 
 An operation acts along an ``Axis``: one dimension of the parameter, or the positions of that dimension counted through
 a stack of matrices (experts). ``channels[i]`` is the channel that position i carries, -1 where it carries none.
@@ -17,25 +17,6 @@ from autoquant.executor.rotation import Rotation
 
 PIECE = 1 << 18
 """Elements of a float64 piece: 2 MiB stay in the cache and the allocator; with 128 MiB all takes 2.6 times as long."""
-
-
-def execute(operations: Sequence[Operation], tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The parameter after all operations in order: a new tensor of the same shape, in ``dtype`` (its own if None).
-
-    Computed in float64 and rounded once. Where no operation mixes some dimension, the work is done slice by slice along
-    it.
-    """
-    result = torch.empty_like(tensor, dtype=dtype or tensor.dtype, memory_format=torch.contiguous_format)
-    dim = _free_dimension(operations, tensor)
-    if dim is None or tensor.numel() <= PIECE:
-        result.copy_(_run_all(operations, tensor.double(), 0, 0))
-        return result
-    step = max(1, PIECE * tensor.shape[dim] // tensor.numel())
-    for start in range(0, tensor.shape[dim], step):
-        length = min(step, tensor.shape[dim] - start)
-        piece = _run_all(operations, tensor.narrow(dim, start, length).double(), dim, start)
-        result.narrow(dim, start, length).copy_(piece)
-    return result
 
 
 def rotated(tensor: Tensor, axis: Axis, blocks: Blocks, rotations: Sequence[Rotation]) -> Tensor:
@@ -59,21 +40,19 @@ def contract(tensor: Tensor, axis: Axis, channel_values: Tensor) -> Tensor:
     return total.flatten(0, 1) if axis.unflatten else total
 
 
-def _run_all(operations: Sequence[Operation], piece: Tensor, dim: int, start: int) -> Tensor:
+def run_all(operations: Sequence[Operation], t: Tensor) -> Tensor:
+    """A float64 parameter after all operations in order."""
     for operation in operations:
-        piece = _run(operation, piece, dim, start)
-    return piece
+        t = run(operation, t)
+    return t
 
 
-def _run(operation: Operation, t: Tensor, dim: int, start: int) -> Tensor:
-    """One operation on the float64 piece ``t``, which begins at ``start`` of dimension ``dim``."""
+def run(operation: Operation, t: Tensor) -> Tensor:
+    """A float64 parameter after one operation, or a piece of it that is whole along what the operation mixes."""
     match operation:
         case Scale(axis=axis, factors=factors, offset=offset):
-            view = axis.view(t)
             spread = axis.spread(factors, t.dim()).to(t.device)
-            if not axis.unflatten and spread.shape[dim] > 1:
-                spread = spread.narrow(dim, start, t.shape[dim])
-            return ((view + offset) * spread - offset).reshape(t.shape)
+            return ((axis.view(t) + offset) * spread - offset).reshape(t.shape)
         case Add(value=value):
             return t + value.to(t.device).reshape(t.shape)
         case Fill(value=constant):
@@ -147,22 +126,6 @@ def _normalise(x: Tensor, norm: Normalise) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
     x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     return x * norm.gain.to(x.device) + norm.bias.to(x.device)
-
-
-def _free_dimension(operations: Sequence[Operation], tensor: Tensor) -> int | None:
-    """The outermost dimension of size above 1 that no operation mixes, along which the work can be cut."""
-    mixed: set[int] = set()
-    for operation in operations:
-        match operation:
-            case Scale(axis=axis) if axis.unflatten:
-                return None
-            case Centre(axis=axis) | Rotate(axis=axis) | Normalise(axis=axis):
-                mixed |= {axis.dim} if axis.stack is None else {0, axis.dim}
-            case Add():
-                return None
-            case Scale() | Fill():
-                pass
-    return next((d for d in range(tensor.dim()) if d not in mixed and tensor.shape[d] > 1), None)
 
 
 Blocks = tuple[tuple[int, Tensor], ...]

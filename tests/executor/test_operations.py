@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from autoquant.config.format import RotationMethod
-from autoquant.executor import operations
+from autoquant.executor import operations, pieces
 from autoquant.executor.operations import (
     Add,
     Axis,
@@ -18,8 +18,8 @@ from autoquant.executor.operations import (
     Rotate,
     Scale,
     contract,
-    execute,
 )
+from autoquant.executor.pieces import execute
 from autoquant.executor.rotation import make_rotation
 
 
@@ -101,7 +101,8 @@ def test_contract_is_what_a_linear_makes_of_a_constant(stacked: bool) -> None:
 def test_pieces_give_what_the_whole_gives(steps: list[Operation], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(12, 8)
     expected = execute(steps, weight)
-    monkeypatch.setattr(operations, "PIECE", 16)
+    monkeypatch.setattr(pieces, "PIECE", 16)
+    monkeypatch.setattr(pieces, "NARROWEST", 1)
     assert torch.allclose(execute(steps, weight), expected, atol=1e-14)
 
 
@@ -109,7 +110,8 @@ def test_pieces_of_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(4, 6, 8)
     steps = [Scale("", Axis(1, 4, False, torch.arange(24)), random(24)), Rotate("", plain(2, 8), whole(8), (Q8,))]
     expected = execute(steps, weight)
-    monkeypatch.setattr(operations, "PIECE", 16)
+    monkeypatch.setattr(pieces, "PIECE", 16)
+    monkeypatch.setattr(pieces, "NARROWEST", 1)
     assert torch.allclose(execute(steps, weight), expected, atol=1e-14)
 
 
