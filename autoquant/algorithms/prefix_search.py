@@ -68,7 +68,9 @@ def _outliers(
 ) -> tuple[int, list[int]]:
     """How many rows begin with an outlier, and all outlier tokens. What a prefix covers is not looked at."""
     seen: dict[str, list[Tensor]] = {}
-    with _token_maxima(model, linears, seen):
+    alone = [linear for linear in linears if linear.stack is None]
+    widest = max((linear.in_features for linear in alone), default=0)
+    with token_maxima(model, [linear for linear in alone if linear.in_features == widest], seen):
         runner(model, batches)
     if not seen:
         raise AutoQuantError("no prefix can be found: none of the widest quantized linears is a module of its own")
@@ -83,15 +85,15 @@ def _outliers(
 
 
 @contextmanager
-def _token_maxima(model: nn.Module, linears: Sequence[PlannedLinear], seen: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Collect, while the context is open, the largest input magnitude of each token [B, S] at the widest linears."""
-    alone = [linear for linear in linears if linear.stack is None]
-    widest = max((linear.in_features for linear in alone), default=0)
+def token_maxima(model: nn.Module, linears: Sequence[PlannedLinear], seen: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Collect by path, while the context is open, the largest input magnitude of each token, float32 [B, S]; of linears
+    that are modules of their own.
+    """
     modules = dict(model.named_modules())
     handles = []
-    for linear in alone:
+    for linear in linears:
         module = modules.get(linear.path)
-        if linear.in_features == widest and module is not None:
+        if module is not None:
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], path: str = linear.path) -> None:
                 if args[0].dim() == 3:  # [B, S, channels]; rows of experts have no positions

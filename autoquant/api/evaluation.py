@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 COMPARED_TRANSFORMS = "none,smooth:0.85,smooth:0.5,smooth:0.5+fc_fc,fc_fc:0.5+rotation"
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.evaluation.txt"
-KNOBS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
+KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias"
+PER_TOKEN = 4
+"""Linears that may get per-token scales where a server takes both."""
 JUDGED_TOGETHER = 8
 """Held-out windows in one forward pass, where no scale spans them."""
 
@@ -41,8 +43,9 @@ def search(
     held_out: int = 32,
     length: int = 512,
     knobs: str | Collection[str] = KNOBS,
-    per_token: int = 0,
+    per_token: int | None = None,
     offline: bool = False,
+    target: str | None = None,
     seed: int = 0,
     device: str = "auto",
     unproved: bool = False,
@@ -52,8 +55,10 @@ def search(
     """Set a config's knobs for one strategy by what they do on held-out calibration text.
 
     ``model`` is a folder; ``field``: the column of a text that has columns. ``sequences`` windows of ``length`` tokens
-    are fitted on, ``held_out`` further ones judge; ``budget``: minutes. ``tell`` is told of each candidate. Claims that
-    were edited since they were proved are proved again; ``unproved`` goes on without. Raises AutoQuantError.
+    are fitted on, ``held_out`` further ones judge; ``budget``: minutes. ``target``: what is to serve the result, as for
+    :func:`quantize`: only what it takes is tried. ``per_token``: how many linears of a static strategy may get
+    per-token scales, None: with a target 4, else none. ``tell`` is told of each candidate. Claims that were edited
+    since they were proved are proved again; ``unproved`` goes on without. Raises AutoQuantError.
     """
     loaded = config_of(config)
     chosen = loaded.quantization.strategy if strategy is None else parse_strategy(strategy)
@@ -65,14 +70,18 @@ def search(
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Found
     from autoquant.searcher.candidates.knobs import KNOBS as KNOWN
-    from autoquant.searcher.judge import Task
+    from autoquant.searcher.judge import ANYWHERE, Task
     from autoquant.searcher.search import search as find
+    from autoquant.searcher.servable import served_by
 
     names = knobs.split(",") if isinstance(knobs, str) else list(knobs)
     for name in names:
         if name not in KNOWN:
             raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
     folder = checkpoint_folder(model, trust_remote_code=trust_remote_code)
+    served = ANYWHERE
+    if target is not None:  # refused before the work
+        served = served_by(target, folder, loaded, chosen, trust_remote_code=trust_remote_code)
     text, place = Path(calibration), device_of(device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     proof_of(loaded, folder, None, unproved, trust_remote_code, lambda step, done, total: tell(step))
@@ -89,9 +98,10 @@ def search(
         held_out=judging.batches,
         calibration=text.name,
         seed=seed,
-        per_token=per_token,
+        per_token=per_token if per_token is not None else 0 if target is None else PER_TOKEN,
         bos=tokenizer.bos_token_id,
         offline=offline,
+        served=served,
         knobs=frozenset(names),
     )
     return Found(find(task, loaded, budget, tell))

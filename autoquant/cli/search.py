@@ -7,7 +7,7 @@ import click
 
 from autoquant.cli import options
 
-KNOBS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
+KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias"
 
 
 @click.command()
@@ -30,11 +30,14 @@ KNOBS = "prefix,clip,rotation,online,alpha,descent,cache,weights,bias,spikes"
 @click.option(
     "--per-token",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="So many linears of a static strategy may get per-token scales.",
+    help="So many linears of a static strategy may get per-token scales.  [default: 4 with --target, else 0]",
 )
 @click.option("--offline", is_flag=True, help="No rotation at inference: neither R3 nor R4.")
+@click.option(
+    "--target",
+    metavar="[vllm|sglang|transformers|any]",
+    help="What is to serve the result: only what it takes is tried.",
+)
 @options.seed(0, "Draws windows.")
 @options.device
 @options.unproved

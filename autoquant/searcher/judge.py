@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,25 @@ from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.strategies import scheme_of
 
 Load = Callable[[], nn.Module]
+Refused = Callable[[Config], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server of the result asks of a config. ``refused``: why it does not take one, a sentence each;
+    ``alike``: weights of one module there, which share a scheme and a static input scale.
+    """
+
+    refused: Refused
+    alike: tuple[tuple[str, ...], ...] = ()
+
+    def together(self, weight: str) -> tuple[str, ...]:
+        """The weights that are one module with this one, itself among them."""
+        return next((weights for weights in self.alike if weight in weights), (weight,))
+
+
+ANYWHERE = Served(lambda config: ())
+"""Nothing is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +44,7 @@ class Task:
     """What is searched: ``load`` makes the float model anew; ``fit`` are token ids [1, S] each, ``held_out`` [B, S].
 
     ``per_token``: how many linears may get per-token scales; ``bos``: the token that each window starts with;
-    ``offline``: nothing is rotated at inference.
+    ``offline``: nothing is rotated at inference; ``served``: what is to run the result.
     """
 
     load: Load
@@ -37,6 +56,7 @@ class Task:
     per_token: int = 0
     bos: int | None = None
     offline: bool = False
+    served: Served = ANYWHERE
     knobs: frozenset[str] = frozenset()
     """Names of the knobs to try."""
 

@@ -31,8 +31,12 @@ def search(
 ) -> Config:
     """The config with every knob that helps turned, and the evidence. ``budget``: minutes, after which nothing new is
     begun; as long as it is not reached the result depends on ``task`` and ``config`` alone.
+
+    Raises AutoQuantError, before the work, where ``task.served`` does not take the config as it is.
     """
     end = time.monotonic() + budget * 60
+    if reasons := task.served.refused(config):
+        raise AutoQuantError("what is searched for cannot be served", tuple(reasons)[:20])
     searcher = Searcher(task, tell)
     start = best = searcher.judge(config)
     tell(f"as it is: {_shown(start)}")
@@ -43,6 +47,9 @@ def search(
         tried: list[tuple[Judged, Candidate]] = []
         for candidate in knob(searcher, best):
             if task.offline and candidate.online:
+                continue
+            if refused := task.served.refused(candidate.config):
+                tell(f"{candidate.where} = {candidate.choice}: not served: {refused[0]}")
                 continue
             if time.monotonic() > end:
                 tell("the budget is used up")

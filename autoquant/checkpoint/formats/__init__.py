@@ -160,8 +160,7 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
     if wish.form is not None and wish.form != COMPRESSED_TENSORS:
         check_format(wish.form, config, changes, model)
         return Chosen(wish.form)
-    served = reasons_against(wish.target or DEFAULT_TARGET, config, _untied(changes, model))
-    reasons = (*served, *format_named(COMPRESSED_TENSORS).reasons_against(config, changes, model))
+    reasons = refusals(wish.target or DEFAULT_TARGET, config, changes, model)
     if not reasons:
         return Chosen(COMPRESSED_TENSORS)
     if wish.form is None and wish.target is None:
@@ -170,6 +169,12 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
     raise AutoQuantError(
         f"{what} cannot take the result; change this, or go without it (--format native)", reasons[:20]
     )
+
+
+def refusals(target: str, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
+    """Why a target, or the format that it loads, does not take such a model, a sentence each; none where it does."""
+    served = reasons_against(target, config, _untied(changes, model))
+    return (*served, *format_named(COMPRESSED_TENSORS).reasons_against(config, changes, model))
 
 
 def _untied(changes: Changes, model: Any) -> str | None:

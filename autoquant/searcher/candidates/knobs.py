@@ -14,6 +14,7 @@ from autoquant.searcher.candidates.weights import bias, rounding
 
 KNOBS: Mapping[str, Knob] = {
     "prefix": prefix,
+    "spikes": per_token,
     "clip": static_clip,
     "rotation": rotation,
     "online": online,
@@ -23,5 +24,4 @@ KNOBS: Mapping[str, Knob] = {
     "cache": key_cache,
     "weights": rounding,
     "bias": bias,
-    "spikes": per_token,
 }

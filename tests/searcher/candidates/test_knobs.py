@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 from quantized import PACKAGED, STATIC, config_of, search_task
 
-from autoquant.config.format import Strategy
+from autoquant.checkpoint.targets import readers
+from autoquant.config.format import Strategy, edited
+from autoquant.quantizer.strategies import Granularity, plan_linears
 from autoquant.searcher.candidates.knobs import KNOBS
-from autoquant.searcher.judge import Judged, Searcher
+from autoquant.searcher.judge import Judged, Searcher, Served
 
 
 @pytest.mark.parametrize(
@@ -34,18 +36,66 @@ def test_candidates_of_each_knob(name: str, strategy: Strategy, expected: list[s
     assert all(candidate.config != config for candidate in found)
 
 
-def test_spikes_go_to_the_linears_with_the_largest_error() -> None:
+DOWN = "model.layers.{layer}.mlp.down_proj"
+SERVED = Served(lambda config: (), readers(config_of(PACKAGED)))
+
+
+def test_spikes_go_to_the_linears_whose_largest_token_stands_out_most() -> None:
+    """BOS is the packaged model's sink: the input of layer 0's down projection reaches 1,600 times its median."""
     config = config_of(PACKAGED)
     searcher = Searcher(replace(search_task(per_token=2), held_out=()), lambda line: None)
-    errors = {f"model.layers.{i}.mlp.down_proj.weight": error for i, error in enumerate((0.1, 0.4, 0.2))}
-    one, two = KNOBS["spikes"](searcher, Judged(config, (), (), (), errors))
-    assert [entry.path for entry in one.config.quantization.overrides] == ["model.layers.1.mlp.down_proj"]
-    assert [entry.path for entry in two.config.quantization.overrides] == [
-        "model.layers.1.mlp.down_proj",
-        "model.layers.2.mlp.down_proj",
-    ]
-    assert two.config.quantization.overrides[0].strategy is Strategy.PER_CHANNEL_PER_TOKEN
+    one, two = KNOBS["spikes"](searcher, Judged(config, (), (), ()))
+    for candidate, layers in ((one, "0"), (two, "0,4")):
+        (override,) = candidate.config.quantization.overrides
+        assert (override.path, override.layers) == (DOWN, layers), "as a config file has it"
+        assert override.strategy is Strategy.PER_CHANNEL_PER_TOKEN
+    assert two.choice == f"{DOWN.format(layer=0)}, {DOWN.format(layer=4)}"
     assert "2 linears" in two.cost
+
+
+def test_spikes_take_whole_modules_of_the_server_or_none() -> None:
+    config = config_of(PACKAGED)
+    section = edited(config.quantization, exclude=(*config.quantization.exclude, DOWN))
+    searcher = Searcher(replace(search_task(per_token=35), held_out=(), served=SERVED), lambda line: None)
+    *_, most = KNOBS["spikes"](searcher, Judged(edited(config, quantization=section), (), (), ()))
+    assert {entry.layers for entry in most.config.quantization.overrides} == {None}
+    paths = most.choice.split(", ")
+    assert len(paths) == 30, "all that is left"
+    for weights in SERVED.alike:
+        at = [paths.index(weight.removesuffix(".weight")) for weight in weights]
+        assert max(at) - min(at) == len(at) - 1, "side by side"
+    few = Searcher(replace(search_task(per_token=1), held_out=(), served=SERVED), lambda line: None)
+    (only,) = KNOBS["spikes"](few, Judged(edited(config, quantization=section), (), (), ()))
+    assert [entry.path.rpartition(".")[2] for entry in only.config.quantization.overrides] == ["o_proj"]
+
+
+def test_output_scales_leave_out_linears_that_share_one() -> None:
+    config = config_of(PACKAGED)
+    searcher = Searcher(replace(search_task(), held_out=(), served=SERVED), lambda line: None)
+    output, *_ = KNOBS["clip"](searcher, Judged(config, (), (), ()))
+    clips = {
+        one.path.removeprefix("model.layers.3."): one.activations.clip.value
+        for one in plan_linears(output.config, STATIC)
+        if ".3." in one.path
+    }
+    assert clips == {
+        **{f"self_attn.{name}_proj": "mse" for name in "qkv"},
+        **{f"mlp.{name}_proj": "mse" for name in ("gate", "up")},
+        **{name: "output" for name in ("self_attn.o_proj", "mlp.down_proj")},
+    }
+
+
+def test_biases_are_corrected_where_there_are_some() -> None:
+    config = config_of(PACKAGED)
+    linears = tuple(
+        edited(one, bias=f"{one.path}.bias") if "q_proj" in one.path else one for one in config.model.linears
+    )
+    biased = edited(config, model=edited(config.model, linears=linears))
+    searcher = Searcher(replace(search_task(), held_out=(), served=SERVED), lambda line: None)
+    _, some = KNOBS["bias"](searcher, Judged(biased, (), (), ()))
+    corrected = {one.path for one in plan_linears(some.config, STATIC) if one.weights.bias_correction}
+    assert corrected == {f"model.layers.{layer}.self_attn.q_proj" for layer in range(5)}
+    assert {one.scheme.activation for one in plan_linears(some.config, STATIC)} == {Granularity.TENSOR_STATIC}
 
 
 def test_alphas_of_groups_and_layers_are_overrides() -> None:
