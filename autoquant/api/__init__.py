@@ -16,3 +16,4 @@ from autoquant.api.evaluation import compare as compare
 from autoquant.api.evaluation import evaluate as evaluate
 from autoquant.api.evaluation import search as search
 from autoquant.api.evaluation import serve_check as serve_check
+from autoquant.api.pages import write_page as write_page

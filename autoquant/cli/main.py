@@ -32,6 +32,7 @@ COMMANDS = (
     "serve-check",
     "eval",
     "compare",
+    "report",
     "schema",
     "verify",
     "survey",
