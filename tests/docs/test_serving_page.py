@@ -23,11 +23,13 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("model").symlink_to(data / "wikinano1m")
     Path("text.txt").write_bytes((data / "sample.calibration.txt").read_bytes())
     Path("test.txt").write_bytes((data / "sample.evaluation.txt").read_bytes())
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
     for line in COMMANDS:
         words = shlex.split(line)[1:]
-        if words[0] in ("quantize", "eval"):  # the packaged model takes 512 positions and the sample is short
-            words += ["--length", "100", *(["--sequences", "3"] if words[0] == "quantize" else [])]
+        if words[0] in ("quantize", "eval", "search"):  # the packaged model takes 512 positions and the sample is short
+            words += ["--length", "100", *(["--sequences", "3"] if words[0] != "eval" else [])]
+        if words[0] == "search":
+            words += ["--held-out", "3", "--knobs", "spikes"]
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, (line, result.output)
     served = {path.name: path.read_bytes() for path in Path("int8-static").iterdir()}
