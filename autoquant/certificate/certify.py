@@ -93,12 +93,13 @@ def small_claims(
     of the analysis's claims only.
     """
     progress("building the small model")
+    shorter = with_short_windows(source)
     first, failure = None, None
     for tried in dict.fromkeys((1, 2)):
         if tried > 1:
             progress("building a deeper small model")
         try:
-            found = _carried(analyzed, source, tried, seed, some)
+            found = _carried(analyzed, (source, shorter), tried, seed, some)
         except AutoQuantError as error:
             failure = failure or error
             continue
@@ -113,10 +114,13 @@ def small_claims(
     return first
 
 
-def _carried(analyzed: Analyzed, source: ModelSource, each: int, seed: int, some: bool) -> SmallClaims:
-    loaded = _small(source, seed, each)
+def _carried(
+    analyzed: Analyzed, sources: tuple[ModelSource, ModelSource], each: int, seed: int, some: bool
+) -> SmallClaims:
+    source, shorter = sources
+    loaded = _small(source, shorter, seed, each)
     if source.config is not None and hangs_on_depth(loaded):
-        loaded = _small(source, seed, max(each, DEEP))
+        loaded = _small(source, shorter, seed, max(each, DEEP))
     config, captured = _analysed(source, loaded)
     randomise_buffers_(loaded, captured, seed)
     held = [name for name, _ in loaded.module.named_parameters(remove_duplicate=False)]
@@ -124,8 +128,7 @@ def _carried(analyzed: Analyzed, source: ModelSource, each: int, seed: int, some
     return SmallClaims(widened(loaded), matched.config, matched.refused)
 
 
-def _small(source: ModelSource, seed: int, each: int) -> LoadedModel:
-    shorter = with_short_windows(source)
+def _small(source: ModelSource, shorter: ModelSource, seed: int, each: int) -> LoadedModel:
     if shorter is not source:
         try:
             return small(shorter, seed, each=each)

@@ -144,7 +144,7 @@ def _with_layers_of(large: Config, small: Config, held: Collection[str]) -> Conf
         return edited(one, layers=depth.carried(one.path, said, one.layers))
 
     def space(one: Space) -> Space:
-        same = [s for s in large.rotation.spaces if _alike(s, one)]
+        same = _counterparts(one, small, large)
         own = [w.layers for s in (one, *same) for w in s.writers] + [r.layers for s in (one, *same) for r in s.reads]
         if one.kind == "R2" and not any(own):
             said = [s.layers for s in same if s.layers]
@@ -172,6 +172,22 @@ def _with_layers_of(large: Config, small: Config, held: Collection[str]) -> Conf
             rotation, spaces=tuple(map(space, rotation.spaces)), online=tuple(map(online, rotation.online))
         ),
     )
+
+
+def _counterparts(one: Space, small: Config, large: Config) -> list[Space]:
+    """The spaces of ``large`` that ``one`` stands for: where each of several of one name is of layers of its own, and
+    there are as many, that of its place among them.
+    """
+    theirs = [space for space in large.rotation.spaces if _alike(space, one)]
+    mine = [space for space in small.rotation.spaces if _alike(space, one)]
+    if len(mine) == 1 or len(mine) != len(theirs):
+        return theirs
+    return [sorted(theirs, key=_first_layer)[sorted(mine, key=_first_layer).index(one)]]
+
+
+def _first_layer(space: Space) -> int:
+    members: tuple[Space | Writer | Read, ...] = (space, *space.writers, *space.reads)
+    return min((layer_numbers(member.layers)[0] for member in members if member.layers), default=0)
 
 
 def _alike(one: SmoothingGroup | Space, other: SmoothingGroup | Space) -> bool:

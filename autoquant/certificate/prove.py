@@ -258,7 +258,7 @@ def placeable(module: nn.Module, config: Config) -> tuple[Config, dict[str, str]
 
 
 def fitting(module: nn.Module, config: Config) -> tuple[Config, dict[Claim, str]]:
-    """Without the groups and spaces that do not fit the module, and why they do not."""
+    """Without the groups and spaces that do not fit the module, or not beside the ones before, and why they do not."""
     inventory = structure_of(module)
 
     def problem(chosen: Collection[Claim]) -> str | None:
@@ -273,4 +273,14 @@ def fitting(module: nn.Module, config: Config) -> tuple[Config, dict[Claim, str]
     if not chosen or problem(chosen) is None:
         return config, {}
     refused = {claim: why for claim in chosen if (why := problem([claim])) is not None}
-    return keep(config, [claim for claim in chosen if claim not in refused]), refused
+    held = [claim for claim in chosen if claim not in refused]
+    if held and problem(held) is not None:
+        beside: list[Claim] = []
+        for claim in held:
+            why = problem([*beside, claim])
+            if why is None:
+                beside.append(claim)
+            else:
+                refused[claim] = why
+        held = beside
+    return keep(config, held), refused

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from autoquant.certificate.experts import force_choices
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
-from autoquant.models.build import changed
+from autoquant.models.build import META, build_meta, changed
 from autoquant.models.inputs import make_inputs, reads_text, takes_media
-from autoquant.models.source import LoadedModel, ModelSource, quiet, sub_configs
+from autoquant.models.source import LoadedModel, ModelSource, build_module, quiet, sub_configs
 
 LENGTHS = (1, 64)
 """Tokens of the runs beside the given one: the shortest, and more than any window of a small model."""
@@ -309,20 +309,45 @@ def _words(loaded: LoadedModel, sequences: Collection[Tensor]) -> int:
 
 
 def with_short_windows(source: ModelSource) -> ModelSource:
-    """``source`` with windows that its small model's longest run exceeds; the same where its configuration has none."""
+    """``source`` with windows that its small model's longest run exceeds; the same where its configuration has none.
+
+    The part of a configuration that measures its windows in something else than tokens (a tower in pixels) keeps them
+    where the model would not take its images or sound any more.
+    """
     if source.config is None:
         return source
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
     for path, part in sub_configs(source.config).items():
         for name, value in vars(part).items():
             where = f"{path}.{name}" if path else name
             if _WINDOWS.search(name) and type(value) is int and value > WINDOW:
-                found[where] = WINDOW
+                found.setdefault(path, {})[where] = WINDOW
             elif name.startswith("rope") and isinstance(value, Mapping):
                 shorter = _short_in(value)
                 if shorter != value:
-                    found[where] = shorter
-    return replace(source, config=changed(source.config, found)) if found else source
+                    found.setdefault(path, {})[where] = shorter
+    if not found:
+        return source
+    shorter = _with(source, found.values())
+    if not _loses_inputs(source, shorter):
+        return shorter
+    fitting = [part for part in found.values() if not _loses_inputs(source, _with(source, [part]))]
+    return _with(source, fitting) if fitting else source
+
+
+def _with(source: ModelSource, changes: Iterable[Mapping[str, Any]]) -> ModelSource:
+    together = {name: value for part in changes for name, value in part.items()}
+    return replace(source, config=changed(source.config, together))
+
+
+def _loses_inputs(source: ModelSource, other: ModelSource) -> bool:
+    """True if a model of ``other`` does not take all the images and sounds that one of ``source`` does."""
+    try:
+        if not takes_media(build_module(other, other.config, META, torch.float32)):
+            return False
+        return not set(build_meta(other).missing) <= set(build_meta(source).missing)
+    except AutoQuantError:  # what says so may want its windows as long as they were
+        return True
 
 
 def _short_in(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.prove import prove
 from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, with_short_windows
 from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind, edited
+from autoquant.models.build import build_meta
 from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource
 from tests.certificate.modules import INNER, Unit, loaded
@@ -92,6 +94,19 @@ def test_windows_are_shorter_than_the_longest_run() -> None:
     assert with_short_windows(shorter) is shorter
     plain = find_source("gpt2")
     assert with_short_windows(plain) is plain
+
+
+def test_windows_of_a_tower_in_pixels_stay() -> None:
+    """With shorter ones it takes no image of a patch, and what is claimed of it could not be proved."""
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 60, "num_heads": 4, "out_hidden_size": 64}
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 4, "vocab_size": 128, "use_sliding_window": True, "sliding_window": 4096}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    config = AutoConfig.for_model("qwen2_5_vl", vision_config=vision, text_config=text, image_token_id=120)
+    shorter = with_short_windows(ModelSource("pixels", config, kind="image-text-to-text"))
+    assert shorter.config.vision_config.window_size == 112 > WINDOW
+    assert shorter.config.text_config.sliding_window == WINDOW
+    assert "pixel_values" in build_meta(shorter).kwargs
 
 
 def relu_without_derivative(unit: Unit, hidden: Tensor) -> Tensor:
