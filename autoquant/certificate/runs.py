@@ -323,9 +323,9 @@ def with_short_windows(source: ModelSource) -> ModelSource:
             if _WINDOWS.search(name) and type(value) is int and value > WINDOW:
                 found.setdefault(path, {})[where] = WINDOW
             elif name.startswith("rope") and isinstance(value, Mapping):
-                shorter = _short_in(value)
-                if shorter != value:
-                    found.setdefault(path, {})[where] = shorter
+                reduced = _short_in(value)
+                if reduced != value:
+                    found.setdefault(path, {})[where] = reduced
     if not found:
         return source
     shorter = _with(source, found.values())
