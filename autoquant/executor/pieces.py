@@ -262,7 +262,7 @@ def _run(steps: Sequence[Step], piece: Tensor, room: Tensor, dim: int, start: in
             case Fill(value=value):
                 piece.fill_(value)
             case _:
-                piece = run(step, piece)
+                piece = run(step, piece).contiguous()  # _mix views it as rows
     return piece
 
 
