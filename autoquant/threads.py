@@ -1,11 +1,20 @@
-"""Threads: many small tensor operations are slower on several cores than on one, and far slower on busy ones."""
+"""Threads: many small tensor operations are slower on several cores than on one, and far slower on busy ones.
+
+So what is one piece of work after the other runs on one thread, and what is many goes to workers of one thread each:
+torch lets go of the interpreter while it computes.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -17,3 +26,34 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """As many as torch may use: OMP_NUM_THREADS, else those of the machine."""
+    return torch.get_num_threads()
+
+
+def in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R]:
+    """What ``work`` makes of each item, in the order in which it is done, by so many workers of one thread.
+
+    Items are taken one ahead of each worker, and no further where results are not. The first error of a work ends all:
+    nothing new begins, and it is raised when what runs has ended. Whoever stops early has to close what this returns.
+    """
+    given = iter(items)
+    with one_thread(), ThreadPoolExecutor(workers, "autoquant", torch.set_num_threads, (1,)) as pool:
+        running: set[Future[R]] = set()
+        try:
+            while True:
+                while len(running) < 2 * workers:
+                    try:
+                        running.add(pool.submit(work, next(given)))
+                    except StopIteration:
+                        break
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in running:
+                future.cancel()

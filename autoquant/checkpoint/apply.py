@@ -20,20 +20,20 @@ from torch import Tensor
 
 from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
-from autoquant.checkpoint.finite import UnusedRows, find_unused, hide_unused_, show_unused_
+from autoquant.checkpoint.finite import find_unused, hide_unused_, show_unused_
+from autoquant.checkpoint.folding import Folding, Output, fold
 from autoquant.checkpoint.provenance import CONFIG, make_provenance, write_provenance
 from autoquant.checkpoint.side_files import check_links, copy_side_files
 from autoquant.checkpoint.unplaced import buffer_names, check_unturned, unplaced, weights_among
 from autoquant.config.file import config_text
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
-from autoquant.executor.apply import Applied, check_finite, execute_, summarise
-from autoquant.executor.pieces import execute
+from autoquant.executor.apply import Applied, execute_, is_finite, summarise
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.io.folders import check_target, finished_folder
-from autoquant.io.safetensors_stream import INDEX, Shards, write_shard
+from autoquant.io.safetensors_stream import INDEX, Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.load import listed, load_skeleton, load_with_unplaced
 from autoquant.models.structure import ModelStructure, structure_of
@@ -58,21 +58,22 @@ def apply_checkpoint(
     force: bool = False,
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Applied:
     """Write ``source`` changed by ``config`` to the folder ``target``, loadable with plain transformers.
 
-    Tensors are read, folded in float64 and written one at a time. A checkpoint whose tensor names are not the model's
-    own (transformers converts some on loading, experts for example) is loaded and changed in memory instead.
+    Tensors are read, folded in float64 and written by ``workers`` (None: one for each core). A checkpoint whose tensor
+    names are not the model's own (transformers converts some on loading) is loaded and changed in memory instead.
     ``options`` is recorded in the provenance file. Raises AutoQuantError, with nothing left behind, where anything does
     not fit, where the result cannot be held by the model's class, and where ``target`` exists and ``force`` is false.
     """
     check_target(source, target, force)
     stored = open_stored(source, trust_remote_code=trust_remote_code)
     resolved = resolve(config, stored.inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
-    unused = check_stored(stored, resolved)
+    check_stored(stored, resolved)
     return write_changed(
-        stored, target, config, resolved, scales, unused, dtype=dtype, options=options, progress=progress
+        stored, target, config, resolved, scales, dtype=dtype, options=options, workers=workers, progress=progress
     )
 
 
@@ -106,20 +107,18 @@ def open_stored(source: Path, *, trust_remote_code: bool = False) -> Stored:
     return Stored(source, shards, inventory, names, token_tables(skeleton), left, trust_remote_code)
 
 
-def check_stored(stored: Stored, resolved: Resolved) -> UnusedRows:
-    """What can be told of the weights before the work; errors as of :func:`check_plain_resolved`, and for tensors that
-    are not finite or would not be changed with the others (of a converted checkpoint the latter when it is loaded).
+def check_stored(stored: Stored, resolved: Resolved) -> None:
+    """What can be told before the work; errors as of :func:`check_plain_resolved`, and for tensors that would not be
+    changed with the others (of a converted checkpoint these when it is loaded, and that all are finite now).
     """
     check_plain_resolved(resolved)
-    source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
-    if names is None:
-        return find_unused(source, shards.entries, shards.read, stored.tables)
+    source, shards = stored.source, stored.shards
+    if stored.names is None:
+        find_unused(source, shards.entries, shards.read, stored.tables)
+        return
     check_unturned(source, shards, stored.unplaced, resolved)
     if left := weights_among(shards, stored.unplaced):
         warnings.warn(f"{source}: the model's class has no place for {listed(left)}: copied as is", stacklevel=2)
-    first = [name for name in inventory.shapes if inventory.canonical[name] == name]
-    unused = find_unused(source, first, lambda name: shards.read(names[name]), stored.tables)
-    return unused.tied(inventory.canonical)
 
 
 def write_changed(
@@ -128,31 +127,37 @@ def write_changed(
     config: Config,
     resolved: Resolved,
     scales: Scales | None,
-    unused: UnusedRows,
     *,
     dtype: torch.dtype | None = None,
     options: dict[str, Any] | None = None,
     proof: ProofNote | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Applied:
     """Carry out what was resolved, tensor by tensor, into the folder ``target``; errors as of ``apply_checkpoint``.
 
-    ``unused``: what :func:`check_stored` found.
+    Tensors are found to be finite where they are folded: with one that is not, all that was written goes.
     """
     source, shards, inventory, names = stored.source, stored.shards, stored.inventory, stored.names
     if names is None:
         return _apply_loaded(stored, config, target, resolved, scales, dtype, options, proof, progress)
-    stored_as = names
+    first = [name for name in inventory.shapes if inventory.canonical[name] == name]
 
     def read(name: str) -> Tensor:
-        return unused.hidden(name, shards.read(stored_as[name]))
+        tensor = shards.read(names[name])
+        if tensor.is_floating_point() and not is_finite(tensor):  # told of with all others that are not
+            found = find_unused(source, first, lambda name: shards.read(names[name]), stored.tables)
+            return found.tied(inventory.canonical).hidden(name, tensor)
+        return tensor
 
     plan = make_plan(resolved, inventory, read, scales)
     check_plain_plan(plan)
     applied = summarise(plan, resolved)
+    folding = _folding(stored, names, plan, dtype)
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
-        _write_shards(folder, shards, plan, inventory, stored_as, read, unused, dtype, progress)
+        fold(folding, folder, workers, progress)
+        _write_index(folder, folding)
         _write_provenance(folder, source, config, applied, options, proof)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
@@ -191,61 +196,38 @@ def check_plain_plan(plan: Plan) -> None:
         raise AutoQuantError(f"plain transformers cannot hold new biases; {ALTERNATIVE}", details[:20])
 
 
-def _write_shards(
-    folder: Path,
-    shards: Shards,
-    plan: Plan,
-    inventory: ModelStructure,
-    names: dict[str, str],
-    read: Callable[[str], Tensor],
-    unused: UnusedRows,
-    dtype: torch.dtype | None,
-    progress: Progress | None,
-) -> None:
-    """The shards of the source with the plan carried out; untied parameters join the shard of the tensor they came
-    from.
-    """
+def _folding(stored: Stored, names: dict[str, str], plan: Plan, dtype: torch.dtype | None) -> Folding:
+    """The plan in terms of the files of the source; untied parameters join the file of the tensor they came from."""
+    shards, inventory = stored.shards, stored.inventory
     by_stored: dict[str, str] = {}
-    for name, stored in names.items():
-        if inventory.canonical[name] == name or stored not in by_stored:
-            by_stored[stored] = name
-    outputs: dict[str, list[tuple[str, str]]] = {file: [] for file in shards.files}
-    for stored, entry in shards.entries.items():
-        outputs[entry.file].append((stored, by_stored.get(stored, "")))
+    for name, at in names.items():
+        if inventory.canonical[name] == name or at not in by_stored:
+            by_stored[at] = name
+    outputs: dict[str, dict[str, Output]] = {file: {} for file in shards.files}
+
+    def add(out: str, name: str, at: str) -> None:
+        entry = shards.entries[at]
+        wanted = dtype if dtype is not None and name else entry.dtype
+        outputs[entry.file][out] = Output(out, name, at, wanted, plan.operations.get(name, ()) if name else ())
+
+    for at in shards.entries:
+        add(at, by_stored.get(at, ""), at)
     for name in plan.untied:
-        if by_stored[names[name]] != name and (name, name) not in outputs[shards.entries[names[name]].file]:
-            outputs[shards.entries[names[name]].file].append((name, name))
-    total, done = sum(map(len, outputs.values())), 0
-    weight_map: dict[str, str] = {}
-    size = 0
-    for file, members in outputs.items():
-        sources = dict(members)
+        if by_stored[names[name]] != name:
+            add(name, name, names[name])
+    first = {name: names[name] for name in inventory.shapes if inventory.canonical[name] == name}
+    files = {file: tuple(found.values()) for file, found in outputs.items()}
+    return Folding(shards, files, first, inventory.canonical, stored.tables)
 
-        def make(stored: str, sources: dict[str, str] = sources) -> Tensor:
-            nonlocal done
-            name = sources[stored]
-            operations = plan.operations.get(name, ()) if name else ()
-            tensor = read(name) if name else shards.read(stored)
-            if name:
-                tensor = execute(operations, tensor, dtype) if operations else tensor.to(dtype or tensor.dtype)
-                check_finite(name, tensor, f"overflows {tensor.dtype} when transformed; choose a wider dtype")
-                tensor = unused.restored(name, tensor)
-            done += 1
-            if progress is not None:
-                progress(done, total)
-            return tensor
 
-        described = {}
-        for stored, name in members:
-            entry = shards.entries[stored if stored in shards.entries else names[name]]
-            stored_dtype = dtype if dtype is not None and name else entry.dtype
-            described[stored] = (stored_dtype, entry.shape)
-            weight_map[stored] = file
-            size += torch.Size(entry.shape).numel() * stored_dtype.itemsize
-        write_shard(folder / file, described, make, dict(shards.metadata) or {"format": "pt"})
-    if len(outputs) > 1 or (shards.folder / INDEX).is_file():
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / INDEX, index)
+def _write_index(folder: Path, folding: Folding) -> None:
+    """The index of the files, where the source has one or there are several."""
+    if len(folding.files) == 1 and not (folding.shards.folder / INDEX).is_file():
+        return
+    weight_map = {output.name: file for file, outputs in folding.files.items() for output in outputs}
+    described = [one for file in folding.files for one in folding.described(file).values()]
+    size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in described)
+    _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _apply_loaded(

@@ -42,7 +42,8 @@ class TransformOptions:
 
     ``calibration``: which part of which text, or batches of token ids [1, S]; ``maxima``: activation maxima kept by an
     earlier ``save_maxima``, in its place. ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None:
-    as stored. ``proof``: how the config's claims stand, which is recorded.
+    as stored. ``proof``: how the config's claims stand, which is recorded. ``workers``: that fold tensors, None: as
+    many as there are cores.
     """
 
     transforms: Transforms = EVERYTHING
@@ -52,6 +53,7 @@ class TransformOptions:
     seed: int | None = None
     dtype: torch.dtype | None = None
     proof: ProofNote | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def transform_checkpoint(
     resolved = resolve_transforms(config, stored.inventory, options.transforms, options.seed, keys=keys)
     if not (resolved.spaces or resolved.groups or resolved.online):
         raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")
-    unused = check_stored(stored, resolved)
+    check_stored(stored, resolved)
     scales = _scales(stored, resolved, options, progress) if resolved.groups else None
     applied = write_changed(
         stored,
@@ -95,10 +97,10 @@ def transform_checkpoint(
         config,
         resolved,
         scales,
-        unused,
         dtype=options.dtype,
         options=recorded,
         proof=options.proof,
+        workers=options.workers,
         progress=lambda *at: progress("apply", *at),
     )
     return Transformed(applied, len(resolved.groups))

@@ -118,7 +118,7 @@ def fit(operations: Sequence[Operation], shape: tuple[int, ...]) -> Fitted | Non
             return None
         for step in found:
             before = steps[-1] if steps else None
-            if isinstance(step, Times) and isinstance(before, Times) and _same_axis(step, before):
+            if isinstance(step, Times) and isinstance(before, Times) and _are_one(step, before):
                 steps[-1] = Times(before.factors * step.factors, 0)
             else:
                 steps.append(step)
@@ -136,8 +136,12 @@ def _steps(operation: Operation, shape: tuple[int, ...], viewed: tuple[int, ...]
     if isinstance(operation, Rotate) and (signs := _signs(operation, axis, shape, viewed)) is not None:
         size = operation.rotations[0].size
         order = size // find_construction(size).copies
-        dim = axis.dim + (len(viewed) - len(shape))
-        return Times(_spread(axis, signs * order**-0.5, shape, viewed), 0), Mix(dim, size)
+        mix = Mix(axis.dim + (len(viewed) - len(shape)), size)
+        if math.isqrt(order) ** 2 == order and order & (order - 1) == 0:
+            return Times(_spread(axis, signs * order**-0.5, shape, viewed), 0), mix
+        # Not before the sums: those of bfloat16 numbers are exact, and what cancels is 0.
+        norm = torch.full([1] * len(viewed), order**-0.5, dtype=torch.float64)
+        return Times(_spread(axis, signs, shape, viewed), 0), mix, Times(norm, 0)
     return (operation,) if viewed == shape else None
 
 
@@ -175,8 +179,11 @@ def _spread(axis: Axis, values: Tensor, shape: tuple[int, ...], viewed: tuple[in
     return spread.reshape(1 if rows == 1 else viewed[0], rows if rows == 1 else viewed[1], *spread.shape[1:])
 
 
-def _same_axis(one: Times, other: Times) -> bool:
-    return one.offset == other.offset == 0 and one.factors.shape == other.factors.shape
+def _are_one(one: Times, other: Times) -> bool:
+    """True if the product of the factors is no larger than they are."""
+    if one.offset or other.offset:
+        return False
+    return one.factors.shape == other.factors.shape or 1 in (one.factors.numel(), other.factors.numel())
 
 
 def _passes(steps: Sequence[Step], shape: tuple[int, ...]) -> list[Pass]:

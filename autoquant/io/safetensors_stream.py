@@ -1,19 +1,18 @@
-"""Read tensors one by one from safetensors shards, and write shards tensor by tensor.
+"""Read tensors one by one from safetensors shards.
 
 The format is 8 bytes of header length (little endian), a JSON header ``{name: {dtype, shape, data_offsets}}`` and the
-tensors' bytes. All shapes being known before the first tensor is computed, the header is written first and the tensors
-follow one at a time, so that no more than one of them is in memory. (``safetensors.torch.save_file`` wants a whole
-shard at once.)
+tensors' bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -142,14 +141,14 @@ def _read_header(folder: Path, file: str, metadata: dict[str, str]) -> dict[str,
                 raise ValueError(f"the name {name!r} holds what cannot be printed")
             if described["dtype"] not in DTYPES:
                 raise ValueError(f"{name} is of the unknown type {described['dtype']!r}")
-            entry = Entry(file, DTYPES[described["dtype"]], tuple(described["shape"]))
             begin, end = described["data_offsets"]
+            entry = Entry(file, DTYPES[described["dtype"]], tuple(described["shape"]), begin)
             if any(type(number) is not int or number < 0 for number in (*entry.shape, begin, end)):
                 raise ValueError(f"{name} has a shape or an offset that is no natural number")
             if end - begin != math.prod(entry.shape) * entry.dtype.itemsize:
                 raise ValueError(f"{name} has {end - begin} bytes, its shape and type want another number")
             spans.append((begin, end, name))
-            entries[name] = entry
+            entries[name] = replace(entry, begin=8 + length + begin)
         reached = 0
         for begin, end, name in sorted(spans):
             if begin != reached:
@@ -167,42 +166,14 @@ def _brief(error: Exception) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def write_shard(
-    path: Path,
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    make: Callable[[str], Tensor],
-    metadata: dict[str, str],
-) -> None:
-    """Write a shard whose tensors are made one after the other, in the order given, and flush it to disk.
-
-    ``make(name)`` must return the dtype and shape announced.
-    """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        length = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + length]}
-        offset += length
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
-        stream.write(encoded)
-        for name, (dtype, shape) in tensors.items():
-            tensor = make(name).contiguous()
-            assert tensor.dtype is dtype and tuple(tensor.shape) == shape, name
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies, from which byte of the file on, and what it is."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    begin: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +191,7 @@ class Shards:
     prefix: str = ""
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """One tensor, on the CPU: a view of the file, whose bytes are read where they are looked at."""
         path = self.folder / self.entries[name].file
         try:
             with safe_open(path, framework="pt") as file:
@@ -228,3 +199,13 @@ class Shards:
         except (SafetensorError, OSError) as error:
             raise AutoQuantError(f"{path}: {name} cannot be read ({_brief(error)})") from error
         return tensor
+
+    def read_ahead(self, name: str, first: int, length: int) -> None:
+        """Have the system fetch some bytes of a tensor while others are worked on."""
+        entry = self.entries[name]
+        with contextlib.suppress(OSError):  # a hint
+            descriptor = os.open(self.folder / entry.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, entry.begin + first, length, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)

@@ -2,17 +2,19 @@
 
 All dtypes and shapes being known beforehand, the headers are written first and each tensor goes to its place when it is
 there, so that no more than one is in memory. The same tensors give the same bytes, whatever their order.
+(``safetensors.torch.save_file`` wants a whole file at once.)
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -21,6 +23,11 @@ from autoquant.io.safetensors_stream import INDEX, NAMES, SINGLE
 
 Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
+PT = {"format": "pt"}
+_AT_ONCE = 1 << 30
+"""Bytes of one write; the system takes no more than 2 GiB."""
+_FLUSHED = 1 << 28
+"""A file is flushed each time so many bytes were written."""
 SHARD_BYTES = 5_000_000_000
 """A file of a checkpoint holds so many bytes of tensors at most, one large tensor apart."""
 
@@ -58,45 +65,123 @@ def write_checkpoint_tensors(
 class _Place:
     """Where a tensor goes."""
 
-    stream: BinaryIO
+    file: int
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-def _write(files: list[tuple[Path, Described]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Files whose headers are written, and whose tensors are put into them by any thread, in any order.
+
+    ``left``: bytes of each tensor that are still to come; ``behind`` puts on disk what is written, meanwhile.
+    """
+
+    places: Mapping[str, _Place]
+    left: dict[str, int]
+    lock: Lock
+    behind: Behind
+
+    def put(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Write a tensor, or those of its rows that begin at ``first``. Raises OSError as the system does."""
+        place = self.places[name]
+        row = torch.Size(place.shape[1:]).numel() * place.dtype.itemsize
+        rows = tensor.shape[1:] == place.shape[1:] and first + len(tensor) <= place.shape[0] if place.shape else False
+        assert tensor.dtype is place.dtype and (tensor.shape == place.shape or rows), name
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < len(content):
+            done += os.pwrite(place.file, content[done : done + _AT_ONCE], place.offset + first * row + done)
+        with self.lock:
+            self.left[name] -= len(content)
+        self.behind.wrote(place.file, len(content))
+
+    def is_whole(self, name: str) -> bool:
+        """True if nothing of a tensor is still to come."""
+        return not self.left[name]
+
+    def put_again(self, name: str, tensor: Tensor) -> None:
+        """Write a whole tensor of which something was written before."""
+        with self.lock:
+            self.left[name] = tensor.numel() * tensor.element_size()
+        self.put(name, tensor)
+
+
+class Behind:
+    """Has files flushed to disk while others are written, so that not all of it comes at the end."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._dirty: dict[int, int] = {}
+        self._flushes: list[Future[None]] = []
+
+    def wrote(self, file: int, size: int) -> None:
+        """Flush the file where much of it is not on disk."""
+        total = self._dirty.get(file, 0) + size  # a count that two threads spoil does no harm
+        self._dirty[file] = 0 if total >= _FLUSHED else total
+        if total >= _FLUSHED:
+            self._flushes.append(self._pool.submit(os.fdatasync, file))
+
+    def finish(self) -> None:
+        """Wait for all flushes. Raises OSError where one failed, of which the next would say nothing."""
+        for flush in self._flushes:
+            flush.result()
+
+
+@contextmanager
+def places(
+    files: Mapping[Path, Described], metadata: Mapping[str, str] = PT, *, ordered: bool = False
+) -> Iterator[Places]:
+    """Files with room for the described tensors, each of which must be put before the block ends; on disk then.
+
+    ``ordered``: the tensors lie as they are described; else as ``save_file`` has them. Raises OSError as the system
+    does.
+    """
     with ExitStack() as opened:
-        places: dict[str, _Place] = {}
-        streams = [opened.enter_context(open(path, "wb")) for path, _ in files]
-        for stream, (_, described) in zip(streams, files, strict=True):
-            places |= _begin(stream, described)
-        missing = set(places)
-        for name, tensor in tensors:
-            place = places[name]
-            assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), name
-            missing.remove(name)
-            place.stream.seek(place.offset)
-            place.stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found: dict[str, _Place] = {}
+        descriptors = []
+        for path, described in files.items():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            opened.callback(os.close, descriptor)
+            found |= _begin(descriptor, described, metadata, ordered)
+            descriptors.append(descriptor)
+        left = {name: torch.Size(place.shape).numel() * place.dtype.itemsize for name, place in found.items()}
+        with ThreadPoolExecutor(1, "autoquant-flush") as pool:
+            behind = Behind(pool)
+            yield Places(found, left, Lock(), behind)
+            behind.finish()
+        missing = [name for name, size in left.items() if size]
         assert not missing, missing
-        for stream in streams:
-            stream.flush()
-            os.fsync(stream.fileno())
+        for descriptor in descriptors:
+            os.fsync(descriptor)
 
 
-def _begin(stream: BinaryIO, described: Described) -> dict[str, _Place]:
+def _write(files: list[tuple[Path, Described]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    with places(dict(files)) as opened:
+        missing = set(opened.places)
+        for name, tensor in tensors:
+            missing.remove(name)
+            opened.put(name, tensor)
+        assert not missing, missing
+
+
+def _begin(file: int, described: Described, metadata: Mapping[str, str], ordered: bool) -> dict[str, _Place]:
     """Write a file's header and give it its full length; where in it each tensor goes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0
     # Wide elements first, so that each tensor begins at a multiple of its element's size.
-    for name, (dtype, shape) in sorted(described.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+    items = (
+        described.items() if ordered else sorted(described.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    )
+    for name, (dtype, shape) in items:
         offsets[name] = end
         end += torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    stream.write(len(encoded).to_bytes(8, "little"))
-    stream.write(encoded)
     begin = 8 + len(encoded)
-    stream.truncate(begin + end)
-    return {name: _Place(stream, begin + offset, *described[name]) for name, offset in offsets.items()}
+    os.pwrite(file, len(encoded).to_bytes(8, "little") + encoded, 0)
+    os.ftruncate(file, begin + end)
+    return {name: _Place(file, begin + offset, *described[name]) for name, offset in offsets.items()}

@@ -10,7 +10,7 @@ from autoquant.config.format import RotationMethod
 from autoquant.executor import pieces
 from autoquant.executor.operations import Add, Axis, Blocks, Fill, Operation, Rotate, Scale, run_all
 from autoquant.executor.pieces import Mix, Times, carry_out, execute, fit
-from autoquant.executor.rotation import make_rotation
+from autoquant.executor.rotation import hadamard_rotation, make_rotation
 
 
 def random(*shape: int) -> Tensor:
@@ -100,6 +100,15 @@ def test_a_fold_is_one_product_and_one_mix() -> None:
     assert fitted is not None
     (cut,) = fitted.passes
     assert [type(step) for step in cut.steps] == [Times, Mix] and cut.dim == 0
+
+
+def test_what_cancels_is_zero() -> None:
+    """8 is no square: the norm is not multiplied in before the sums, which would no longer be exact."""
+    weight = torch.tensor([[0.7, -0.7, 0.1, 0.2, -0.2, 1.3, -1.3, -0.1]] * 2).bfloat16()
+    rotation = Rotate("", plain(1, 8), ((0, torch.arange(8)[None]),), (hadamard_rotation(8),))
+    changed = execute([Scale("", plain(1, 8), torch.full((8,), 3.0, dtype=torch.float64)), rotation], weight)
+    assert torch.equal(changed, run_all([rotation], 3 * weight.double()).bfloat16())
+    assert not changed[:, 0].any() and changed[:, 1:].any()
 
 
 def test_where_pieces_are_large_the_copy_in_between_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:

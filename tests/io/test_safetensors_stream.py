@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from autoquant.errors import AutoQuantError
-from autoquant.io.safetensors_stream import open_shards, write_shard
+from autoquant.io.safetensors_stream import open_shards
+from autoquant.io.safetensors_writer import places
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -24,13 +25,15 @@ TENSORS = {
 
 def write(path: Path) -> None:
     described = {name: (t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
-    write_shard(path, described, TENSORS.__getitem__, {"format": "pt"})
+    with places({path: described}, ordered=True) as opened:
+        for name, tensor in TENSORS.items():
+            opened.put(name, tensor)
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors")
     loaded = load_file(tmp_path / "model.safetensors")
-    assert loaded.keys() == TENSORS.keys()
+    assert list(loaded) == list(TENSORS)
     assert all(torch.equal(loaded[n], t) and loaded[n].dtype is t.dtype for n, t in TENSORS.items())
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -38,7 +41,11 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_not_contiguous_is_written_in_order(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3).mT
-    write_shard(tmp_path / "model.safetensors", {"t": (torch.float32, (3, 2))}, lambda _: tensor, {})
+    with places({tmp_path / "model.safetensors": {"t": (torch.float32, (3, 2))}}, {}) as opened:
+        opened.put("t", tensor[1:], 1)
+        assert not opened.is_whole("t")
+        opened.put("t", tensor[:1])
+        assert opened.is_whole("t")
     assert torch.equal(load_file(tmp_path / "model.safetensors")["t"], tensor)
 
 

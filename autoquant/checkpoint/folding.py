@@ -1,0 +1,178 @@
+"""A checkpoint's tensors read, folded, checked and written once each, by several workers of one thread.
+
+A tensor is cut into rows where these do not depend on each other, so that no more than some megabytes are in memory and
+one large table does not keep a single worker. Its bytes are read from the file while they are folded; the system
+fetches those that come next, and puts on disk those that came before, meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoquant.checkpoint.finite import find_unused
+from autoquant.errors import AutoQuantError
+from autoquant.executor.apply import is_finite
+from autoquant.executor.operations import Fill, Operation
+from autoquant.executor.pieces import Fitted, carry_out, execute, fit
+from autoquant.io.safetensors_stream import Shards
+from autoquant.io.safetensors_writer import PT, Described, Places, places
+from autoquant.threads import cores, in_parallel
+
+PART = 1 << 23
+"""Elements of a tensor that are one piece of work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor to write: ``name`` there, ``parameter`` of the model (empty: none, written as it is), and under what
+    name it is ``stored`` in the source.
+    """
+
+    name: str
+    parameter: str
+    stored: str
+    dtype: torch.dtype
+    operations: tuple[Operation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """What is done to a checkpoint. ``files``: the outputs of each; ``names``: the stored name of each parameter, tied
+    ones once, and ``canonical`` which those are; ``tables``: parameters with a row for each token.
+    """
+
+    shards: Shards
+    files: Mapping[str, Sequence[Output]]
+    names: Mapping[str, str]
+    canonical: Mapping[str, str]
+    tables: Collection[str]
+
+    def outputs(self) -> Iterator[Output]:
+        return (output for outputs in self.files.values() for output in outputs)
+
+    def described(self, file: str) -> Described:
+        """The tensors of one file that is written."""
+        return {one.name: (one.dtype, self.shards.entries[one.stored].shape) for one in self.files[file]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows ``first`` to ``last`` of an output, or all of it where ``last`` is None."""
+
+    output: Output
+    fitted: Fitted | None
+    first: int = 0
+    last: int | None = None
+
+
+def fold(
+    folding: Folding, folder: Path, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write all files to ``folder``. ``workers`` None: as many as there are cores.
+
+    Warns of rows of token tables that are not finite. Raises AutoQuantError where all else is not, which is found out
+    of every tensor, and where a result overflows its dtype.
+    """
+    files = {folder / file: folding.described(file) for file in folding.files}
+    total = sum(map(len, folding.files.values()))
+    bad: set[str] = set()
+    done: set[str] = set()
+    with places(files, dict(folding.shards.metadata) or PT, ordered=True) as opened:
+        results = in_parallel(lambda part: _write(folding, part, opened, bad), _parts(folding), workers or cores())
+        with closing(results):
+            for name in results:
+                if opened.is_whole(name) and name not in done:
+                    done.add(name)
+                    if progress is not None:
+                        progress(len(done), total)
+        if bad:
+            _repair(folding, opened, bad)
+
+
+def _parts(folding: Folding) -> Iterator[_Part]:
+    """All work, in the order of the files; the system is told what is read next."""
+    shards = folding.shards
+    for output in folding.outputs():
+        entry = shards.entries[output.stored]
+        fitted = fit(output.operations, entry.shape)
+        granule = None if fitted is None or fitted.shape != entry.shape else fitted.rows
+        if granule is None or math.prod(entry.shape) <= PART:
+            shards.read_ahead(output.stored, 0, math.prod(entry.shape) * entry.dtype.itemsize)
+            yield _Part(output, fitted)
+            continue
+        row = math.prod(entry.shape[1:])
+        step = max(PART // row // granule, 1) * granule
+        for first in range(0, entry.shape[0], step):
+            last = min(first + step, entry.shape[0])
+            begin, end = (at * row * entry.dtype.itemsize for at in (first, last))
+            shards.read_ahead(output.stored, begin, end - begin)
+            yield _Part(output, fitted, first, last)
+
+
+def _write(folding: Folding, part: _Part, opened: Places, bad: set[str]) -> str:
+    """Read a part, fold it and put it to its place; the name of its output.
+
+    Where the source is not finite its name goes into ``bad``, and nothing is put. With anything but a token table in
+    there the work is in vain, so that no more is done than to look at the others.
+    """
+    output = part.output
+    tensor = folding.shards.read(output.stored)
+    given = tensor if part.last is None else tensor[part.first : part.last]
+    vain = bool(bad - {folding.names.get(table) for table in folding.tables})
+    hidden = any(isinstance(operation, Fill) for operation in output.operations)
+    if (vain or hidden) and not _is_sound(output, given):
+        bad.add(output.stored)
+    if vain or output.stored in bad:
+        return output.name
+    result = _folded(part, given)
+    if output.parameter and not is_finite(result):  # as it is where the source is not
+        if _is_sound(output, given):
+            raise _overflow(output)
+        bad.add(output.stored)
+        return output.name
+    opened.put(output.name, result, part.first)
+    return output.name
+
+
+def _is_sound(output: Output, given: Tensor) -> bool:
+    """True if what was read is finite, or has not to be."""
+    return not output.parameter or not given.is_floating_point() or is_finite(given)
+
+
+def _repair(folding: Folding, opened: Places, bad: Collection[str]) -> None:
+    """Write the token tables that are not finite in some rows, these as they were; AutoQuantError for all else."""
+    shards, names = folding.shards, folding.names
+    found = [name for name, stored in names.items() if stored in bad]
+    unused = find_unused(shards.folder, found, lambda name: shards.read(names[name]), folding.tables)
+    unused = unused.tied(folding.canonical)
+    for output in folding.outputs():
+        if output.stored in bad and output.parameter:
+            given = unused.hidden(output.parameter, shards.read(output.stored))
+            result = _folded(_Part(output, fit(output.operations, tuple(given.shape))), given)
+            if not is_finite(result):
+                raise _overflow(output)
+            opened.put_again(output.name, unused.restored(output.parameter, result))
+
+
+def _overflow(output: Output) -> AutoQuantError:
+    what = f"overflows {output.dtype} when transformed; choose a wider dtype"
+    return AutoQuantError(f"{output.parameter} {what}")
+
+
+@torch.no_grad()
+def _folded(part: _Part, given: Tensor) -> Tensor:
+    output = part.output
+    if not output.operations:
+        return given.to(output.dtype)
+    if part.fitted is None:
+        return execute(output.operations, given, output.dtype)
+    result = torch.empty(given.shape, dtype=output.dtype)
+    carry_out(part.fitted, given, result, part.first)
+    return result
