@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from autoquant.checkpoint.quantize import Done
+    from autoquant.checkpoint.quantize import Done, Recipe
     from autoquant.checkpoint.transform import TransformOptions
     from autoquant.config.format import Config, Strategy
     from autoquant.pipeline.select import Transforms
@@ -171,6 +171,8 @@ def quantize(
     format: str | None = None,
     target: str | None = None,
     low_memory: bool = False,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
     inplace: bool = False,
     force: bool = False,
     example_inputs: Any = None,
@@ -188,7 +190,10 @@ def quantize(
 
     ``format``: 'compressed-tensors', which servers load, or 'native', which holds everything; None: the first where it
     can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers' or 'any'; None: vllm, if it
-    can. Raises AutoQuantError, with nothing written, where anything does not fit or is not proved.
+    can. ``low_memory``: refuse what needs more than one layer in memory. ``device``: where a folder's model runs and is
+    changed (a module runs where it is); ``dtype``: of its calibration sweep, None or 'auto': bfloat16 on a GPU where
+    the folder has it, else float32. Raises AutoQuantError, with nothing written, where anything does not fit or is not
+    proved.
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
@@ -197,23 +202,22 @@ def quantize(
 
     wish = Wish(format, target)
     if not isinstance(model, str | Path):
-        if config is None or output is not None or wish != Wish():
-            what = "needs a config and takes no output, format or target"
+        if config is None or output is not None or wish != Wish() or device != "auto" or dtype is not None:
+            what = "needs a config and takes no output, format, target, device or dtype"
             raise AutoQuantError(f"a module in memory {what}; save_pretrained writes it")
-        from autoquant.checkpoint.in_memory import quantize_module_
-
-        loaded = config_of(config)
         batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
-        proof = proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)
-        recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
-        return quantize_module_(model if inplace else copy.deepcopy(model), recipe, progress)
+        loaded, changed = config_of(config), model if inplace else copy.deepcopy(model)
+        recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
+        return _quantized_module(changed, recipe, example_inputs, unproved, trust_remote_code, progress)
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
     from autoquant.calibration.texts import PACKAGED
     from autoquant.io.folders import check_target
     from autoquant.models.checkpoint_source import checkpoint_folder
+    from autoquant.models.device import device_of
     from autoquant.models.tokenizer import load_tokenizer
 
+    place = device_of(device)
     source, folder = checkpoint_folder(model, trust_remote_code=trust_remote_code), Path(output)
     check_target(source, folder, force)
     loaded = analyzed_config(config, source, trust_remote_code, progress)
@@ -228,9 +232,19 @@ def quantize(
     text = Path(calibration).name if isinstance(calibration, str | Path) else None
     options = {"strategy": recipe.strategy.value, "transforms": str(chosen), "seed": seed}
     options |= {"sequences": sequences, "length": length, "calibration": text}
-    how = {"low_memory": low_memory, "force": force, "trust_remote_code": trust_remote_code}
+    how: dict[str, Any] = {"low_memory": low_memory, "force": force, "trust_remote_code": trust_remote_code}
+    how |= {"device": place, "dtype": dtype_of(dtype)}
     done = quantize_checkpoint(source, folder, recipe, options, wish=wish, progress=progress, **how)
     return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged)
+
+
+def _quantized_module(
+    model: nn.Module, recipe: Recipe, example_inputs: Any, unproved: bool, trust_remote_code: bool, progress: Progress
+) -> nn.Module:
+    from autoquant.checkpoint.in_memory import quantize_module_
+
+    proof = proof_of(recipe.config, model, example_inputs, unproved, trust_remote_code, progress)
+    return quantize_module_(model, replace(recipe, proof=proof), progress)
 
 
 def _calibrates(source: Path, config: Config, used: Strategy | None, chosen: Transforms, trust: bool) -> bool:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 
-def run_in_step(
-    works: Sequence[Callable[[], None]],
-    layers: Mapping[str, nn.Module],
-    enter: Callable[[str], None],
-    leave: Callable[[str], None],
-) -> None:
+def in_step(works: Sequence[Callable[[], None]], layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, bool]]:
     """Carry out ``works``, each of which calls the layers in some order; each waits at a layer until it is entered.
 
-    Every work has a thread of its own and one thread runs at a time: those that wait for the same layer run through it
-    between ``enter(path)`` and ``leave(path)``, called here, in the order of ``works``. So the result does not depend
-    on chance. An error of any work is raised here and ends all of them.
+    Yields ``(path, False)`` before they run through a layer and ``(path, True)`` afterwards. Every work has a thread of
+    its own and one thread runs at a time: those that wait for the same layer run through it in the order of ``works``.
+    So the result does not depend on chance. An error of any work is raised here and ends all of them, as closing does.
     """
     walks = [_Walk(work) for work in works]
     here = threading.local()
@@ -56,13 +51,13 @@ def run_in_step(
             thread.start()
             walk.resume()
         while (path := next((walk.wants for walk in walks if walk.wants is not None), None)) is not None:
-            enter(path)
+            yield path, False
             entered = path
             for walk in walks:
                 if walk.wants == path:
                     walk.resume()
             entered = None
-            leave(path)
+            yield path, True
     finally:
         cancelled = True
         for thread, walk in zip(threads, walks, strict=True):

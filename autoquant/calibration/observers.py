@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.aten import FACTORS
-from autoquant.calibration.runner import Progress, Runner, silent, whole
+from autoquant.calibration.runner import Progress, Runner, headless, silent, whole
 from autoquant.executor.online import key_rotations
 from autoquant.library_patches import TorchDispatchMode
 from autoquant.models.caches import DynamicCache
@@ -49,7 +49,8 @@ def sweep(
 ) -> Sweep:
     """Run ``batches`` of token ids [B, S] through the model once; ``cache``: keys and values are observed as well."""
     inputs, stored = LinearInputs(weights), CachedStates()
-    runner(model, batches, (inputs, stored) if cache else (inputs,), progress)
+    with headless(model, inputs.names):
+        runner(model, batches, (inputs, stored) if cache else (inputs,), progress)
     return Sweep(inputs.maxima, stored.maxima)
 
 

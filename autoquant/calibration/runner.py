@@ -7,19 +7,20 @@ function with this one signature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from autoquant.analyzer.layers import find_stacks
-from autoquant.calibration.layer_by_layer import run_in_step
+from autoquant.calibration.layer_by_layer import in_step
 from autoquant.calibration.windows import check_fit
 from autoquant.models.structure import ModelStructure
+from autoquant.models.vocabulary import output_embedding, token_tables
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and of how much."""
@@ -73,16 +74,45 @@ def whole(
             progress(done, len(batches))
 
 
+@contextmanager
+def headless(model: nn.Module, weights: Iterable[str]) -> Iterator[None]:
+    """A context in which a pass ends where the head would begin, unless one of ``weights`` is the head's.
+
+    The head is the largest product of many models, and nothing of what it makes is looked at.
+    """
+    head = output_embedding(model)
+    names = set(weights)
+    own = () if head is None else (name for name, module in model.named_modules() if module is head)
+    if head is None or any(f"{path}.{last}" in names for path in own for last in head._parameters):
+        yield
+        return
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _HeadReached
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _HeadReached(BaseException):
+    """Ends a pass. No Exception, so that no model's code catches it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerByLayer:
     """All batches side by side through one decoder layer after the other, whose parameters are read when it is entered.
 
-    The model is on the meta device; ``inventory`` names its parameters and ``read`` makes them. Those outside of the
-    layers (embeddings, head) stay in memory. ``progress`` is told of layers.
+    The model is on the meta device, its buffers on ``device``; ``inventory`` names its parameters and ``read`` makes
+    them there. Of those outside of the layers the token tables are there while they are used, the others stay.
+    ``progress`` is told of layers.
     """
 
     inventory: ModelStructure
     read: Callable[[str], Tensor]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __call__(
         self,
@@ -91,52 +121,91 @@ class LayerByLayer:
         observers: Sequence[Observer] = (),
         progress: Progress = silent,
     ) -> None:
+        for _ in self.steps(model, batches, observers, progress):
+            pass
+
+    def steps(
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        observers: Sequence[Observer] = (),
+        progress: Progress = silent,
+    ) -> Iterator[str]:
+        """The run, which yields the path of each layer that all batches went through while its parameters are there."""
         check_fit(model, batches)
-        layers = {
-            f"{stack.path}.{number}": module
-            for stack in find_stacks(model)
-            for number, module in enumerate(model.get_submodule(stack.path).children())
-        }
+        layers = layer_paths(model)
         inside = tuple(f"{path}." for path in layers)
-        held: dict[str, nn.Parameter] = {}
-        done = 0
-
-        def put(names: Sequence[str]) -> None:
-            for name in names:
-                first = self.inventory.canonical[name]
-                if first not in held:
-                    held[first] = nn.Parameter(self.read(name), requires_grad=False)
-                _set(model, name, held[first])
-            for observer in observers:
-                observer.refresh(model)
-
-        def names_of(path: str) -> list[str]:
-            return [name for name in self.inventory.shapes if name.startswith(f"{path}.")]
-
-        def leave(path: str) -> None:
-            nonlocal done
-            for name in names_of(path):
-                empty = torch.empty(self.inventory.shapes[name], device="meta")
-                _set(model, name, nn.Parameter(empty, requires_grad=False))
-            for first in held.keys() - kept:
-                del held[first]
-            for observer in observers:
-                observer.refresh(model)
-            done += 1
-            progress(done, len(layers))
-
+        tables = token_tables(model)
+        there = _Parameters(self, model, observers)
         with ExitStack() as stack:
             for observer in observers:
                 stack.enter_context(observer.attached(model))
-            put([name for name in self.inventory.shapes if not name.startswith(inside)])
-            kept = set(held)
-            works = [partial(_pass, model, batch, observers) for batch in batches]
-            run_in_step(works, layers, lambda path: put(names_of(path)), leave)
+            outside = [name for name in self.inventory.shapes if not name.startswith(inside)]
+            for name in tables.intersection(outside):
+                owner = model.get_submodule(name.rpartition(".")[0])
+                handle = owner.register_forward_pre_hook(partial(there.bring, (name,)))
+                stack.callback(handle.remove)
+            there.put([name for name in outside if name not in tables])
+            works = [partial(_pass, model, batch.to(self.device), observers) for batch in batches]
+            done = 0
+            for path, passed in in_step(works, layers):
+                names = [name for name in self.inventory.shapes if name.startswith(f"{path}.")]
+                if not passed:
+                    there.drop(tables)
+                    there.put(names)
+                    continue
+                yield path
+                there.drop(names)
+                done += 1
+                progress(done, len(layers))
+
+
+def layer_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of all of a model's stacks by their paths."""
+    return {
+        f"{stack.path}.{number}": module
+        for stack in find_stacks(model)
+        for number, module in enumerate(model.get_submodule(stack.path).children())
+    }
+
+
+@dataclass(slots=True, eq=False)
+class _Parameters:
+    """Which parameters of a model are in memory; tied ones are one. Mutable, and gone after the run."""
+
+    runner: LayerByLayer
+    model: nn.Module
+    observers: Sequence[Observer]
+    held: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def put(self, names: Iterable[str]) -> None:
+        for name in names:
+            first = self.runner.inventory.canonical[name]
+            if first not in self.held:
+                self.held[first] = nn.Parameter(self.runner.read(name), requires_grad=False)
+            _set(self.model, name, self.held[first])
+        for observer in self.observers:
+            observer.refresh(self.model)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Tied names of other layers keep the tensor until they are dropped themselves."""
+        for name in names:
+            shape, dtype = self.runner.inventory.shapes[name], self.model.get_parameter(name).dtype
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            _set(self.model, name, nn.Parameter(empty, requires_grad=False))
+            self.held.pop(self.runner.inventory.canonical[name], None)
+        for observer in self.observers:
+            observer.refresh(self.model)
+
+    def bring(self, names: Sequence[str], module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module's hook: its parameters are wanted now."""
+        if any(self.model.get_parameter(name).is_meta for name in names):
+            self.put(names)
 
 
 @torch.no_grad()  # here as well: a thread of its own begins with gradients
 def _pass(model: nn.Module, batch: Tensor, observers: Sequence[Observer]) -> None:
-    with ExitStack() as stack:
+    with suppress(_HeadReached), ExitStack() as stack:
         for observer in observers:
             stack.enter_context(observer.passing())
         model(batch)

@@ -84,13 +84,18 @@ def cut_windows(
 
 def rebatched(windows: Windows, batch: int) -> Windows:
     """The same windows in the same order, up to ``batch`` of equal length in a forward pass."""
+    return Windows(together(windows.batches, batch), windows.has_bos)
+
+
+def together(batches: Sequence[Tensor], most: int) -> tuple[Tensor, ...]:
+    """The same windows in the same order, up to ``most`` of equal length in a batch [B, S]."""
     groups: list[list[Tensor]] = []
-    for row in (row for part in windows.batches for row in torch.split(part, 1)):
-        if groups and len(groups[-1]) < batch and groups[-1][0].shape == row.shape:
+    for row in (row for part in batches for row in torch.split(part, 1)):
+        if groups and len(groups[-1]) < most and groups[-1][0].shape == row.shape:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return Windows(tuple(torch.cat(rows) for rows in groups), windows.has_bos)
+    return tuple(torch.cat(rows) for rows in groups)
 
 
 def calibration_batches(windows: Windows, count: int, seed: int | None = None) -> tuple[Tensor, ...]:

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoquant.calibration.idle_experts import idle_experts
+from autoquant.calibration.windows import together
 from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
-from autoquant.checkpoint.finite import hide_unused_, show_unused_
+from autoquant.checkpoint.finite import UnusedRows, hide_unused_, show_unused_
 from autoquant.checkpoint.formats import NATIVE, Changes, Chosen, Contents, Wish, choose_format, write_checkpoint
 from autoquant.checkpoint.formats.native import ready
+from autoquant.checkpoint.layerwise import (
+    Job,
+    LayerCalledAgain,
+    Made,
+    Place,
+    check_streamable,
+    quantize_layer_by_layer,
+)
 from autoquant.checkpoint.provenance import make_provenance
 from autoquant.checkpoint.side_files import check_links
-from autoquant.checkpoint.streamed import Streamed, check_streamable, open_weights, quantize_streamed
+from autoquant.checkpoint.streamed import StoredOtherwise, Weights, looked_through, open_weights
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
 from autoquant.io.folders import check_target
+from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.load import load_causal_lm, load_skeleton, load_with_unplaced
 from autoquant.models.tokenizer import has_tokenizer, load_tokenizer
@@ -33,6 +43,9 @@ from autoquant.pipeline.transform import Progress, prepare_held_, silent
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 
 IN_NATIVE = Wish(NATIVE)
+CPU = torch.device("cpu")
+WINDOWS_ON_GPU = 8
+"""In one forward pass: a GPU is not filled by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +78,8 @@ def quantize_checkpoint(
     options: dict[str, Any],
     *,
     low_memory: bool = False,
+    device: torch.device = CPU,
+    dtype: torch.dtype | None = None,
     force: bool = False,
     wish: Wish = IN_NATIVE,
     trust_remote_code: bool = False,
@@ -72,62 +87,155 @@ def quantize_checkpoint(
 ) -> Done:
     """Rotate, calibrate, smooth and quantize ``source`` and write it to ``target``; returns what was done.
 
-    Rotations are computed in float64 and everything else in float32; what stays in floating point is written in its own
-    stored dtype. ``low_memory``: one decoder layer is in memory at a time; the same bytes are written. Raises
-    AutoQuantError, with nothing left behind, where anything does not fit; in low memory also for what needs the whole
-    model at once (see ``check_streamable``) and for checkpoints whose tensors transformers renames on loading.
+    Rotations are computed in float64 and everything else in float32, on ``device``; ``dtype``: that of the calibration
+    sweep, None: bfloat16 on a GPU where most of the checkpoint is stored in it, else float32. What stays in floating
+    point is written in its own stored dtype. One decoder layer is in memory at a time, unless something needs the whole
+    model: ``low_memory`` refuses that (see ``check_streamable``), else it is loaded in float32. Raises AutoQuantError,
+    with nothing left behind, where anything does not fit.
     """
     check_target(source, target, force)
     progress("load", 0, 1)
     shards = open_checkpoint(source)
     check_links(source)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if has_tokenizer(source) else None
-    held: Streamed | InMemory
-    if low_memory:
-        weights = open_weights(source, trust_remote_code=trust_remote_code)
-        held, left, unused = Streamed(source, weights), weights.unplaced, weights.unused
-    else:
-        loaded = load_with_unplaced(source, "causal-lm", torch.float32, trust_remote_code=trust_remote_code)
-        held, left, unused = InMemory(loaded.model), loaded.unplaced, hide_unused_(source, loaded.model)
-    dtypes = stored_dtypes(shards, stored_names(held.inventory, shards))
+    opened = _Opened(source, target, recipe, options, shards, tokenizer, device, wish, force, trust_remote_code)
+    weights, selected = _streamable(opened, low_memory)
+    if weights is None or selected is None:
+        if dtype not in (None, torch.float32):
+            raise AutoQuantError(f"dtype {dtype}: what needs the whole model runs in float32; leave the dtype out")
+        return _quantize_in_memory(opened, progress)
+    weights = looked_through(weights, all_now=device.type == "cpu")
+    dtypes = stored_dtypes(shards, stored_names(weights.inventory, shards))
+    place = Place(device, dtype or _sweep_dtype(dtypes.most, device))
+    batches = _calibration(opened, selected, weights.unused)
+    job = Job(
+        source,
+        weights,
+        recipe.config,
+        recipe.strategy,
+        selected,
+        batches if device.type == "cpu" else together(batches, WINDOWS_ON_GPU),
+        has_static_cache(recipe),
+        dtypes,
+        place,
+    )
+    try:
+        return _write_streamed(opened, job, progress)
+    except LayerCalledAgain:
+        return _write_streamed(opened, replace(job, together=True), progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What was asked for, and a folder that was looked at."""
+
+    source: Path
+    target: Path
+    recipe: Recipe
+    options: dict[str, Any]
+    shards: Shards
+    tokenizer: Any
+    device: torch.device
+    wish: Wish
+    force: bool
+    trust_remote_code: bool
+
+
+def _streamable(opened: _Opened, low_memory: bool) -> tuple[Weights | None, Selected | None]:
+    """The parameters and what is done to them, one layer after the other; None where the whole model is needed.
+
+    Raises AutoQuantError in place of that for ``low_memory``.
+    """
+    recipe = opened.recipe
+    try:
+        weights = open_weights(opened.source, trust_remote_code=opened.trust_remote_code)
+    except StoredOtherwise as error:
+        if low_memory:
+            raise AutoQuantError(f"{error.message}; go without --low-memory") from error
+        return None, None
+    selected = select(recipe.config, weights.inventory, recipe.transforms, recipe.seed)
+    try:
+        check_streamable(recipe.config, recipe.strategy, selected)
+    except AutoQuantError:
+        if low_memory:
+            raise
+        return None, None
+    return weights, selected
+
+
+def _sweep_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    return stored if stored is torch.bfloat16 and device.type == "cuda" else torch.float32
+
+
+def _calibration(opened: _Opened, selected: Selected, unused: UnusedRows | None) -> tuple[Tensor, ...]:
+    """The windows, none where nothing has to be calibrated."""
+    recipe = opened.recipe
+    needed = needs_sweep(recipe.config, recipe.strategy, selected)
+    batches = required_calibration(recipe) if needed else ()
+    if unused is not None:
+        unused.check(batches)
+    return batches
+
+
+def _chosen(opened: _Opened, selected: Selected) -> Chosen:
+    """The format, as far as it can be told before the work."""
+    used, wish = used_config(opened.recipe), opened.wish
+    trust = opened.trust_remote_code
+    structure = None if wish.form == NATIVE else load_skeleton(opened.source, trust_remote_code=trust)
+    return choose_format(wish, used, foreseen(selected, used), structure)
+
+
+def _write_streamed(opened: _Opened, job: Job, progress: Progress) -> Done:
+    chosen = _chosen(opened, job.selected)
+    progress("rotate", 0, 1)
+    made = quantize_layer_by_layer(job, lambda *at: progress("calibrate", *at))
+    return _written(opened, made, job.weights.unplaced, chosen, job.dtypes.most)
+
+
+def _quantize_in_memory(opened: _Opened, progress: Progress) -> Done:
+    source, recipe, trust = opened.source, opened.recipe, opened.trust_remote_code
+    with warnings.catch_warnings():  # what is to be said of the stored weights was said
+        warnings.simplefilter("ignore")
+        loaded = load_with_unplaced(source, "causal-lm", torch.float32, trust_remote_code=trust)
+    unused = hide_unused_(source, loaded.model)
+    held = InMemory(loaded.model.to(opened.device))
+    dtypes = stored_dtypes(opened.shards, stored_names(held.inventory, opened.shards))
     config, strategy = recipe.config, recipe.strategy
     selected = select(config, held.inventory, recipe.transforms, recipe.seed)
-    used = used_config(recipe)
-    structure = None if wish.form == NATIVE else load_skeleton(source, trust_remote_code=trust_remote_code)
-    chosen = choose_format(wish, used, foreseen(selected, used), structure)
-    if low_memory:
-        check_streamable(config, strategy, selected)
-    batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
-    unused.check(batches)
+    chosen = _chosen(opened, selected)
+    batches = _calibration(opened, selected, unused)
     prepared = prepare_held_(held, selected, config, strategy, batches, cache=has_static_cache(recipe), tell=progress)
-    if isinstance(held, Streamed):
-        quantized = Quantized(idle=idle_experts(plan_linears(config, strategy), prepared.swept.inputs))
-        made = quantize_streamed(held, config, strategy, prepared.swept, dtypes, lambda *at: progress("write", *at))
-    else:
-        progress("quantize", 0, 1)
-        quantized = quantize_model_(
-            held.model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at)
-        )
-        narrow_(held.model, dtypes)
-        show_unused_(held.model, unused)
-        made = ready(held.model)
+    progress("quantize", 0, 1)
+    quantized = quantize_model_(
+        held.model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at)
+    )
+    narrow_(held.model, dtypes)
+    show_unused_(held.model, unused)
     progress("write", 0, 1)
-    changes = changes_of(prepared.plan, quantized)
+    made = Made(ready(held.model), prepared.plan, quantized)
+    return _written(opened, made, loaded.unplaced, chosen, dtypes.most)
+
+
+def _written(opened: _Opened, made: Made, left: tuple[str, ...], chosen: Chosen, dtype: torch.dtype) -> Done:
+    """Write what was made; of a stream all is known only when its tensors were taken."""
+    used, wish = used_config(opened.recipe), opened.wish
+    changes = changes_of(made.plan, made.quantized)
     if chosen.form != NATIVE:  # some biases are found to be needed on the way
         chosen = choose_format(wish, used, changes)
-    contents = Contents(
-        made.model,
-        used,
-        made.described,
-        made.tensors,
-        dtypes.most,
-        made.shared,
-        changes,
-        provenance(source, recipe, prepared.plan, options, quantized, left),
-        tokenizer,
-    )
-    write_checkpoint(target, contents, chosen.form, force=force)
-    return Done(quantized, chosen)
+    record: dict[str, Any] = {}
+
+    def note() -> None:
+        record.update(provenance(opened.source, opened.recipe, made.plan, opened.options, made.quantized, left))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from made.ready.tensors
+        note()
+
+    note()
+    described, shared = made.ready.described, made.ready.shared
+    contents = Contents(made.ready.model, used, described, tensors(), dtype, shared, changes, record, opened.tokenizer)
+    write_checkpoint(opened.target, contents, chosen.form, force=opened.force)
+    return Done(made.quantized, chosen)
 
 
 def foreseen(selected: Selected, config: Config) -> Changes:

@@ -18,7 +18,9 @@ from autoquant.cli import options
 @options.sequences(16)
 @options.length
 @options.seed()
-@click.option("--low-memory", is_flag=True, help="Hold one decoder layer at a time; the same bytes are written.")
+@click.option("--low-memory", is_flag=True, help="Refuse what needs the whole model in memory.")
+@options.device
+@options.dtype(["auto", "float32", "bfloat16"], "Of the sweep; auto: bfloat16 on a GPU where MODEL is stored in it.")
 @options.unproved
 @options.checkpoint_format
 @options.target

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from autoquant.errors import AutoQuantError
@@ -18,3 +20,9 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise AutoQuantError(f"device '{name}': there is none; {torch.cuda.device_count()} GPUs are seen")
     return device
+
+
+def computing_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a model of transformers that runs in ``dtype`` keeps a floating-point parameter in: some stay float32."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    return torch.float32 if kept.intersection(name.split(".")) else dtype

@@ -13,6 +13,12 @@ def token_embedding(model: Any) -> nn.Embedding | None:
     return table if isinstance(table, nn.Embedding) else None
 
 
+def output_embedding(model: Any) -> nn.Module | None:
+    """The module that makes logits; None where the model does not say."""
+    head = _said_by(model, "get_output_embeddings")
+    return head if isinstance(head, nn.Module) else None
+
+
 def _said_by(model: Any, getter: str) -> Any:
     try:
         return getattr(model, getter)()

@@ -218,6 +218,14 @@ def kv_scales(model: nn.Module, granularity: Granularity, maxima: CacheMaxima | 
     return KVScales(granularity, key, value)
 
 
+def empty_kv_scales(model: nn.Module, granularity: Granularity) -> KVScales:
+    """What :func:`kv_scales` gives, in shape alone: its static scales are zeros."""
+    if not granularity.is_static:
+        return KVScales(granularity, None, None)
+    layers = len(DynamicCache(config=model.config).layers)  # type: ignore[arg-type]  # a PreTrainedConfig
+    return KVScales(granularity, torch.zeros(layers), torch.zeros(layers))
+
+
 def _static_scales(model: nn.Module, maxima: Mapping[int, Tensor]) -> Tensor:
     """Float32 [layers]."""
     layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]  # a PreTrainedConfig

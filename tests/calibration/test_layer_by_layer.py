@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoquant.calibration.layer_by_layer import run_in_step
+from autoquant.calibration.layer_by_layer import in_step
 
 
 class Stack(nn.Module):
@@ -33,12 +33,8 @@ def walk(works: int, body: Callable[[Stack, Tensor], Tensor]) -> tuple[Stack, li
 
     layers = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
     try:
-        run_in_step(
-            [partial(work, i) for i in range(works)],
-            layers,
-            lambda path: events.append(f"enter {path}"),
-            lambda path: events.append(f"leave {path}"),
-        )
+        for path, passed in in_step([partial(work, i) for i in range(works)], layers):
+            events.append(f"{'leave' if passed else 'enter'} {path}")
     finally:
         assert not any(layer._forward_pre_hooks for layer in model.layers)
     return model, inputs, outputs, events
@@ -65,11 +61,19 @@ def test_an_error_ends_all_works_and_is_raised() -> None:
         walk(3, fail)
 
 
-def test_an_error_while_entering_ends_all_works() -> None:
-    model = Stack()
+def test_an_error_while_a_layer_is_entered_ends_all_works() -> None:
+    model, ended = Stack(), []
 
-    def refuse(path: str) -> None:
-        raise KeyError(path)
+    def work() -> None:
+        try:
+            model(torch.ones(1, 3))
+        finally:
+            ended.append(True)
+
+    def refuse() -> None:
+        for path, _ in in_step([work] * 2, {"layers.0": model.layers[0]}):
+            raise KeyError(path)
 
     with pytest.raises(KeyError, match=r"layers\.0"):
-        run_in_step([lambda: model(torch.ones(1, 3))] * 2, {"layers.0": model.layers[0]}, refuse, print)
+        refuse()
+    assert len(ended) == 2 and not model.layers[0]._forward_pre_hooks

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,32 +30,45 @@ def recipe(folder: Path, transforms: str, strategy: str = STATIC_KV, config: Con
     return Recipe(config or config_of(folder), Strategy(strategy), Transforms.parse(transforms), windows())
 
 
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What ``quantize_checkpoint`` does where the whole model is needed."""
+
+    def quantize(*arguments: Any, **named: Any) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("autoquant.checkpoint.quantize._streamable", lambda *_: (None, None))
+            quantize_checkpoint(*arguments, **named)
+
+    return quantize
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("transforms", ["fc_fc:0.5+rotation", "smooth:0.6+fc_fc", "none"])
 @pytest.mark.parametrize("model", ["packaged", "gpt2"])
-def test_low_memory_writes_the_same_bytes(model: str, transforms: str, tmp_path: Path) -> None:
+def test_layer_by_layer_the_same_bytes_are_written(model: str, transforms: str, whole: Any, tmp_path: Path) -> None:
     source = PACKAGED if model == "packaged" else gpt2(tmp_path / "gpt2")
     made = recipe(source, transforms)
-    quantize_checkpoint(source, tmp_path / "whole", made, {"seed": 1})
+    whole(source, tmp_path / "whole", made, {"seed": 1})
     layers: list[tuple[str, int, int]] = []
     quantize_checkpoint(
         source, tmp_path / "layered", made, {"seed": 1}, progress=lambda *at: layers.append(at), low_memory=True
     )
+    assert not {"quantize"}.intersection(step for step, _, _ in layers)
     assert files(tmp_path / "layered") == files(tmp_path / "whole")
     count = 5 if model == "packaged" else 3
     assert ("calibrate", count, count) in layers
 
 
-def test_low_memory_scales_keys_alike(tmp_path: Path) -> None:
+def test_layer_by_layer_keys_are_scaled_alike(whole: Any, tmp_path: Path) -> None:
     config = config_of(PACKAGED)
     groups = tuple(edited(g, enable=g.kind == "query_key" or None) for g in config.smoothing.groups)
     config = edited(config, smoothing=edited(config.smoothing, groups=groups))
     for strategy in (STATIC_KV, DYNAMIC):
         made = recipe(PACKAGED, "fc_fc:0.5+rotation", strategy, config)
-        quantize_checkpoint(PACKAGED, tmp_path / "whole", made, {}, force=True)
+        whole(PACKAGED, tmp_path / "whole", made, {}, force=True)
         quantize_checkpoint(PACKAGED, tmp_path / "layered", made, {}, force=True, low_memory=True)
         assert files(tmp_path / "layered") == files(tmp_path / "whole")
     weights = [load_float32(PACKAGED), autoquant.load(tmp_path / "whole", torch.float32)]
@@ -72,13 +86,15 @@ def test_low_memory_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         held.append(sum(not parameter.is_meta for parameter in model[0].model.layers.parameters()))
         return forward(module, x)
 
-    from autoquant.checkpoint import streamed
+    from autoquant.checkpoint import layerwise
 
-    build, model = streamed._build, []
-    monkeypatch.setattr(streamed, "_build", lambda *a: model.append(build(*a)) or model[-1])
+    build, model = layerwise._Run._model, []
+    monkeypatch.setattr(layerwise._Run, "_model", lambda run: model.append(build(run)) or model[-1])
     monkeypatch.setattr(nn.Linear, "forward", spy)
     quantize_checkpoint(PACKAGED, tmp_path / "out", made, {}, low_memory=True)
-    assert set(held) == {9}, "the parameters of one layer, also while the head runs behind the last"
+    assert set(held) == {9}, "the parameters of one layer"
+    assert len(held) == 2 * 35, "the head, of which nothing is asked, does not run"
+    assert all(parameter.is_meta for parameter in model[0].model.layers.parameters())
 
 
 @torch.no_grad()
