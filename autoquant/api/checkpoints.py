@@ -190,10 +190,9 @@ def quantize(
 
     ``format``: 'compressed-tensors', which servers load, or 'native', which holds everything; None: the first where it
     can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers' or 'any'; None: vllm, if it
-    can. ``low_memory``: refuse what needs more than one layer in memory. ``device``: where a folder's model runs and is
-    changed (a module runs where it is); ``dtype``: of its calibration sweep, None or 'auto': bfloat16 on a GPU where
-    the folder has it, else float32. Raises AutoQuantError, with nothing written, where anything does not fit or is not
-    proved.
+    can. ``low_memory``: refuse what needs more than one layer in memory. ``device``: where a folder's model is run and
+    changed; ``dtype``: of its sweep, None or 'auto': bfloat16 on a GPU where the folder has it, else float32. Raises
+    AutoQuantError, with nothing written, where anything does not fit or is not proved.
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
@@ -232,9 +231,10 @@ def quantize(
     text = Path(calibration).name if isinstance(calibration, str | Path) else None
     options = {"strategy": recipe.strategy.value, "transforms": str(chosen), "seed": seed}
     options |= {"sequences": sequences, "length": length, "calibration": text}
-    how: dict[str, Any] = {"low_memory": low_memory, "force": force, "trust_remote_code": trust_remote_code}
-    how |= {"device": place, "dtype": dtype_of(dtype)}
-    done = quantize_checkpoint(source, folder, recipe, options, wish=wish, progress=progress, **how)
+    how: dict[str, Any] = {"low_memory": low_memory, "force": force, "dtype": dtype_of(dtype), "device": place}
+    done = quantize_checkpoint(
+        source, folder, recipe, options, wish=wish, progress=progress, trust_remote_code=trust_remote_code, **how
+    )
     return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged)
 
 
