@@ -232,9 +232,8 @@ def quantize(
     options = {"strategy": recipe.strategy.value, "transforms": str(chosen), "seed": seed}
     options |= {"sequences": sequences, "length": length, "calibration": text}
     how: dict[str, Any] = {"low_memory": low_memory, "force": force, "dtype": dtype_of(dtype), "device": place}
-    done = quantize_checkpoint(
-        source, folder, recipe, options, wish=wish, progress=progress, trust_remote_code=trust_remote_code, **how
-    )
+    how |= {"wish": wish, "trust_remote_code": trust_remote_code, "progress": progress}
+    done = quantize_checkpoint(source, folder, recipe, options, **how)
     return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged)
 
 
