@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ALL_TRANSFORMS = "smooth+fc_fc+rotation"
 """Everything that the config enables."""
+_NEEDS = "needs a config and takes no output, format, target, device or dtype"
 _REASONS = 3
 """Why the format is another than the usual one: so many sentences at most."""
 
@@ -202,8 +203,7 @@ def quantize(
     wish = Wish(format, target)
     if not isinstance(model, str | Path):
         if config is None or output is not None or wish != Wish() or device != "auto" or dtype is not None:
-            what = "needs a config and takes no output, format, target, device or dtype"
-            raise AutoQuantError(f"a module in memory {what}; save_pretrained writes it")
+            raise AutoQuantError(f"a module in memory {_NEEDS}; save_pretrained writes it")
         batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
         loaded, changed = config_of(config), model if inplace else copy.deepcopy(model)
         recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
