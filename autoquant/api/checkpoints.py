@@ -55,6 +55,8 @@ def apply(
     length: int = 512,
     seed: int | None = None,
     dtype: str | torch.dtype | None = None,
+    device: str = "auto",
+    workers: int | None = None,
     inplace: bool = False,
     force: bool = False,
     example_inputs: Any = None,
@@ -68,7 +70,9 @@ def apply(
     changed module, a copy unless ``inplace``. ``calibration``: batches of token ids [1, S], or a text, for a module
     with the ``tokenizer`` that reads it; only smoothing needs one. ``field``: the column of a text that has columns. A
     folder without one is calibrated on a packaged text, which the result says. For folders alone: ``maxima`` kept by an
-    earlier ``save_maxima``, in place of calibration, and the ``dtype`` of the weights written (None: as stored).
+    earlier ``save_maxima``, in place of calibration, the ``dtype`` of the weights written (None: as stored), the
+    ``device`` that calibrates and folds ('auto': a GPU where there is one) and the ``workers`` beside it (None: one for
+    each core).
 
     Claims that were edited since they were proved are proved again, of a module on what ``example_inputs`` call (as for
     :func:`analyze`); ``unproved`` goes on without, which is recorded.
@@ -93,12 +97,12 @@ def apply(
         if calibration is not None and not isinstance(calibration, str | Path):
             given = calibration
         kept, keep = (None if path is None else Path(path) for path in (maxima, save_maxima))
-        wanted = TransformOptions(chosen, given, kept, keep, seed, dtype_of(dtype))
+        wanted = TransformOptions(chosen, given, kept, keep, seed, dtype_of(dtype), device, workers)
         recorded = {"calibration": text, "maxima": maxima, "sequences": sequences, "length": length, "seed": seed}
         trust = trust_remote_code
         return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, trust, progress)
-    if output is not None or maxima is not None or save_maxima is not None or dtype is not None:
-        raise AutoQuantError("a module in memory takes no output, maxima, save_maxima or dtype")
+    if (output, maxima, save_maxima, dtype, device, workers) != (None, None, None, None, "auto", None):
+        raise AutoQuantError("a module in memory takes no output, maxima, save_maxima, dtype, device or workers")
     from autoquant.models.structure import structure_of
     from autoquant.pipeline.quantize import select
     from autoquant.pipeline.transform import prepare_

@@ -41,6 +41,8 @@ from autoquant.models.vocabulary import token_tables
 
 ALTERNATIVE = "disable it in the config, or use --no-rotate"
 
+CPU = torch.device("cpu")
+
 Progress = Callable[[int, int], None]
 
 
@@ -58,22 +60,33 @@ def apply_checkpoint(
     force: bool = False,
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
+    device: torch.device = CPU,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Applied:
     """Write ``source`` changed by ``config`` to the folder ``target``, loadable with plain transformers.
 
-    Tensors are read, folded in float64 and written by ``workers`` (None: one for each core). A checkpoint whose tensor
-    names are not the model's own (transformers converts some on loading) is loaded and changed in memory instead.
-    ``options`` is recorded in the provenance file. Raises AutoQuantError, with nothing left behind, where anything does
-    not fit, where the result cannot be held by the model's class, and where ``target`` exists and ``force`` is false.
+    Tensors are read, folded in float64 on ``device`` and written by ``workers`` (None: one for each core). A checkpoint
+    whose tensor names are not the model's own (transformers converts some on loading) is loaded and changed in memory
+    instead. ``options`` is recorded in the provenance file. Raises AutoQuantError, with nothing left behind, where
+    anything does not fit, where the result cannot be held by the model's class, and where ``target`` exists and
+    ``force`` is false.
     """
     check_target(source, target, force)
     stored = open_stored(source, trust_remote_code=trust_remote_code)
     resolved = resolve(config, stored.inventory, rotate=rotate, smooth=smooth, only=only, seed=seed)
     check_stored(stored, resolved)
     return write_changed(
-        stored, target, config, resolved, scales, dtype=dtype, options=options, workers=workers, progress=progress
+        stored,
+        target,
+        config,
+        resolved,
+        scales,
+        dtype=dtype,
+        options=options,
+        device=device,
+        workers=workers,
+        progress=progress,
     )
 
 
@@ -131,6 +144,7 @@ def write_changed(
     dtype: torch.dtype | None = None,
     options: dict[str, Any] | None = None,
     proof: ProofNote | None = None,
+    device: torch.device = CPU,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Applied:
@@ -156,7 +170,7 @@ def write_changed(
     folding = _folding(stored, names, plan, dtype)
     with finished_folder(target) as folder:
         copy_side_files(source, folder)
-        fold(folding, folder, workers, progress)
+        fold(folding, folder, device, workers, progress)
         _write_index(folder, folding)
         _write_provenance(folder, source, config, applied, options, proof)
         _write_config(source, folder, bool(plan.untied), dtype)

@@ -8,6 +8,7 @@ fetches those that come next, and puts on disk those that came before, meanwhile
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -73,9 +74,13 @@ class _Part:
 
 
 def fold(
-    folding: Folding, folder: Path, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    folding: Folding,
+    folder: Path,
+    device: torch.device,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write all files to ``folder``. ``workers`` None: as many as there are cores.
+    """Write all files to ``folder``, folded on ``device``. ``workers`` None: as many as there are cores.
 
     Warns of rows of token tables that are not finite. Raises AutoQuantError where all else is not, which is found out
     of every tensor, and where a result overflows its dtype.
@@ -85,7 +90,9 @@ def fold(
     bad: set[str] = set()
     done: set[str] = set()
     with places(files, dict(folding.shards.metadata) or PT, ordered=True) as opened:
-        results = in_parallel(lambda part: _write(folding, part, opened, bad), _parts(folding), workers or cores())
+        results = in_parallel(
+            lambda part: _write(folding, part, device, opened, bad), _parts(folding), workers or cores()
+        )
         with closing(results):
             for name in results:
                 if opened.is_whole(name) and name not in done:
@@ -116,7 +123,7 @@ def _parts(folding: Folding) -> Iterator[_Part]:
             yield _Part(output, fitted, first, last)
 
 
-def _write(folding: Folding, part: _Part, opened: Places, bad: set[str]) -> str:
+def _write(folding: Folding, part: _Part, device: torch.device, opened: Places, bad: set[str]) -> str:
     """Read a part, fold it and put it to its place; the name of its output.
 
     Where the source is not finite its name goes into ``bad``, and nothing is put. With anything but a token table in
@@ -131,7 +138,7 @@ def _write(folding: Folding, part: _Part, opened: Places, bad: set[str]) -> str:
         bad.add(output.stored)
     if vain or output.stored in bad:
         return output.name
-    result = _folded(part, given)
+    result = _folded(part, given, device)
     if output.parameter and not is_finite(result):  # as it is where the source is not
         if _is_sound(output, given):
             raise _overflow(output)
@@ -155,7 +162,7 @@ def _repair(folding: Folding, opened: Places, bad: Collection[str]) -> None:
     for output in folding.outputs():
         if output.stored in bad and output.parameter:
             given = unused.hidden(output.parameter, shards.read(output.stored))
-            result = _folded(_Part(output, fit(output.operations, tuple(given.shape))), given)
+            result = _folded(_Part(output, fit(output.operations, tuple(given.shape))), given, given.device)
             if not is_finite(result):
                 raise _overflow(output)
             opened.put_again(output.name, unused.restored(output.parameter, result))
@@ -167,12 +174,39 @@ def _overflow(output: Output) -> AutoQuantError:
 
 
 @torch.no_grad()
-def _folded(part: _Part, given: Tensor) -> Tensor:
+def _folded(part: _Part, given: Tensor, device: torch.device) -> Tensor:
     output = part.output
     if not output.operations:
         return given.to(output.dtype)
+    if device.type != "cpu":
+        return _folded_on(part, given, device)
     if part.fitted is None:
         return execute(output.operations, given, output.dtype)
     result = torch.empty(given.shape, dtype=output.dtype)
     carry_out(part.fitted, given, result, part.first)
     return result
+
+
+def _folded_on(part: _Part, given: Tensor, device: torch.device) -> Tensor:
+    """The same on a GPU, over pinned memory and on a stream of the thread's own: workers copy while others compute."""
+    output = part.output
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        moved = given.pin_memory().to(device, non_blocking=True)
+        if part.fitted is None:
+            result = execute(output.operations, moved, output.dtype)
+        else:
+            result = torch.empty(moved.shape, dtype=output.dtype, device=device)
+            carry_out(part.fitted, moved, result, part.first)
+        back = torch.empty(result.shape, dtype=output.dtype, pin_memory=True).copy_(result, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+    return back
+
+
+_streams = threading.local()
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    found: torch.cuda.Stream | None = getattr(_streams, "stream", None)
+    if found is None or found.device != device:
+        found = _streams.stream = torch.cuda.Stream(device)
+    return found

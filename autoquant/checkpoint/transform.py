@@ -28,6 +28,7 @@ from autoquant.executor.plan import Scales, make_plan
 from autoquant.executor.resolved import Resolved
 from autoquant.io.files import check_target as check_file
 from autoquant.io.folders import check_target
+from autoquant.models.device import device_of
 from autoquant.models.load import class_of
 from autoquant.models.structure import structure_of
 from autoquant.models.tokenizer import load_tokenizer
@@ -42,8 +43,8 @@ class TransformOptions:
 
     ``calibration``: which part of which text, or batches of token ids [1, S]; ``maxima``: activation maxima kept by an
     earlier ``save_maxima``, in its place. ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None:
-    as stored. ``proof``: how the config's claims stand, which is recorded. ``workers``: that fold tensors, None: as
-    many as there are cores.
+    as stored. ``device``: what calibrates and folds; ``workers``: how many threads fold, None: as many as there are
+    cores. ``proof``: how the config's claims stand, which is recorded.
     """
 
     transforms: Transforms = EVERYTHING
@@ -52,8 +53,9 @@ class TransformOptions:
     save_maxima: Path | None = None
     seed: int | None = None
     dtype: torch.dtype | None = None
-    proof: ProofNote | None = None
+    device: str = "auto"
     workers: int | None = None
+    proof: ProofNote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,14 @@ def transform_checkpoint(
     check_target(source, target, force)
     if options.save_maxima is not None:
         check_file(options.save_maxima, force=True)
+    device = device_of(options.device)
     stored = open_stored(source, trust_remote_code=trust_remote_code)
     keys = SmoothingKind.NORM_LINEAR in options.transforms.alphas  # they are refused below, with what to do
     resolved = resolve_transforms(config, stored.inventory, options.transforms, options.seed, keys=keys)
     if not (resolved.spaces or resolved.groups or resolved.online):
         raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")
     check_stored(stored, resolved)
-    scales = _scales(stored, resolved, options, progress) if resolved.groups else None
+    scales = _scales(stored, resolved, options, device, progress) if resolved.groups else None
     applied = write_changed(
         stored,
         target,
@@ -100,6 +103,7 @@ def transform_checkpoint(
         dtype=options.dtype,
         options=recorded,
         proof=options.proof,
+        device=device,
         workers=options.workers,
         progress=lambda *at: progress("apply", *at),
     )
@@ -111,6 +115,7 @@ def _scales(
     stored: Stored,
     resolved: Resolved,
     options: TransformOptions,
+    device: torch.device,
     progress: Progress,
 ) -> Scales:
     """Scales of the groups, by the activations that the rotated model has."""
@@ -121,7 +126,7 @@ def _scales(
     progress("load", 0, 1)
     with warnings.catch_warnings():  # what is to be said of the stored weights was said
         warnings.simplefilter("ignore")
-        model = _load(stored)
+        model = _load(stored, device)
         hide_unused_(stored.source, model).check(windows)
     held = InMemory(model)
     plan = make_plan(replace(resolved, groups=()), structure_of(held.model), held.read, None)
@@ -144,8 +149,8 @@ def _windows(stored: Stored, calibration: CalibrationOptions | Sequence[Tensor])
     return calibration_windows(tokenizer, calibration)
 
 
-def _load(stored: Stored) -> nn.Module:
-    """The model in float32, on a GPU where there is one: its activations are those that smoothing will meet."""
+def _load(stored: Stored, device: torch.device) -> nn.Module:
+    """The model in float32: its activations are those that smoothing will meet."""
     source, trust = stored.source, stored.trust_remote_code
     name = class_of(source, trust_remote_code=trust).__name__
     if name != "AutoModelForCausalLM":
@@ -153,5 +158,4 @@ def _load(stored: Stored) -> nn.Module:
             f"{source}: smoothing is calibrated on text, which does not reach all of a model of {name}; "
             "use --transforms rotation"
         )
-    model = load_float32(source, trust_remote_code=trust)
-    return model.cuda() if torch.cuda.is_available() else model
+    return load_float32(source, trust_remote_code=trust).to(device)

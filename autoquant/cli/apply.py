@@ -22,6 +22,8 @@ DTYPES = ["as-stored", "float32", "bfloat16", "float16", "float64"]
 @options.length
 @options.seed()
 @options.dtype(DTYPES, "Of the weights written; folding is in float64 always.")
+@options.device
+@options.workers
 @options.unproved
 @options.trust_remote_code
 @options.force

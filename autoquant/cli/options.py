@@ -68,6 +68,9 @@ batch = click.option(
     show_default=True,
     help="Windows per forward pass, where no scale spans them.",
 )
+workers = click.option(
+    "--workers", type=click.IntRange(1), help="Threads that transform tensors.  [default: one for each core]"
+)
 tokens = click.option(
     "--tokens", type=click.IntRange(1), help="Measure on the first so many tokens only.  [default: all]"
 )

@@ -20,10 +20,12 @@ from autoquant.executor.operations import Add, Axis, Centre, Fill, Normalise, Op
 
 PIECE = 1 << 16
 """Elements of a float64 piece on the CPU: two buffers of 512 KiB stay in the cache of a core."""
-GPU_PIECE = 1 << 26
+GPU_PIECE = 1 << 24
 """The same on a GPU, whose memory the buffers only have to fit."""
 FOLD_BITS = 4
 """Sylvester factors of a fold have up to 2**4 rows: a third of the additions of 2**6, and still few passes."""
+GPU_FOLD_BITS = 6
+"""The same on a GPU, to which passes are dearer than additions."""
 NARROWEST = 32
 """Elements next to each other in memory that a piece takes at least; fewer are slow to gather."""
 _WIDE = 16
@@ -294,7 +296,8 @@ def _mix(step: Mix, piece: Tensor, free: list[Tensor]) -> Tensor:
 @lru_cache(maxsize=64)
 def factors_on(size: int, device: str) -> tuple[tuple[Tensor, Tensor], ...]:
     """The factors of the Hadamard matrix as they multiply from the right and from the left, innermost first."""
-    matrices = [torch.from_numpy(f).to(device, torch.float64) for f in factor_matrices(size, FOLD_BITS)]
+    bits = FOLD_BITS if torch.device(device).type == "cpu" else GPU_FOLD_BITS
+    matrices = [torch.from_numpy(f).to(device, torch.float64) for f in factor_matrices(size, bits)]
     return tuple((matrix, matrix.mT.contiguous()) for matrix in reversed(matrices))
 
 

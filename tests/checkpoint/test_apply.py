@@ -19,6 +19,7 @@ from handmade import LLAMA, build, change, llama_like, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from autoquant.checkpoint import folding
 from autoquant.checkpoint.apply import apply_checkpoint
 from autoquant.config.file import config_text
 from autoquant.config.format import Config
@@ -104,6 +105,25 @@ def test_memory_and_disk_give_the_same_bits(tmp_path: Path, name: str) -> None:
     model, after = load(tmp_path / "in"), load(tmp_path / "out")
     apply_(model, config, smooth="none")
     assert all(torch.equal(p, after.get_parameter(n)) for n, p in model.named_parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="folds on a GPU")
+def test_a_gpu_gives_the_same_bits(tmp_path: Path) -> None:
+    config = saved(tmp_path / "in", dtype=torch.bfloat16)
+    for name in ("cpu", "cuda"):
+        apply_checkpoint(tmp_path / "in", config, tmp_path / name, device=torch.device(name))
+    for file in (tmp_path / "cpu").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "cuda" / file.name).read_bytes()
+
+
+def test_rows_are_folded_apart_and_by_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = saved(tmp_path / "in", dtype=torch.bfloat16)
+    apply_checkpoint(tmp_path / "in", config, tmp_path / "out")
+    monkeypatch.setattr(folding, "PART", 64)
+    apply_checkpoint(tmp_path / "in", config, tmp_path / "parts", workers=3)
+    assert all(
+        file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes() for file in (tmp_path / "out").iterdir()
+    )
 
 
 def test_a_base_checkpoint_without_the_first_component(tmp_path: Path) -> None:
@@ -287,6 +307,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from autoquant.config.file import load_config
+from autoquant.checkpoint import folding
 from autoquant.checkpoint.apply import apply_checkpoint
 
 def progress(done, total):
