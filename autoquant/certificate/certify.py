@@ -29,6 +29,7 @@ from autoquant.certificate.state import randomise_buffers_
 from autoquant.config.format import Blocked, Certificate, CertificateRow, Config, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.reduce import grouped_experts, small, widened
+from autoquant.models.settings import settings_digest
 from autoquant.models.source import LoadedModel, ModelSource, layer_count, sub_configs
 from autoquant.threads import one_thread
 
@@ -69,7 +70,7 @@ def certify(
     ]
     kept = keep(config, [claim for claim in held if claim[0] not in unplaceable])
     kept = edited(kept, blocked=(*config.blocked, *blocked))
-    return edited(kept, certificate=_certificate(proof, dtype_of(carried.loaded.module), seed, digest_of(kept)))
+    return edited(kept, certificate=certificate_of(proof, dtype_of(carried.loaded.module), seed, kept, source))
 
 
 def _too_much(trial: Trial) -> str:
@@ -166,7 +167,8 @@ def _analysed(source: ModelSource, loaded: LoadedModel) -> tuple[Config, Capture
     return config, captured
 
 
-def _certificate(proof: Proof, dtype: torch.dtype, seed: int, digest: str) -> Certificate:
+def certificate_of(proof: Proof, dtype: torch.dtype, seed: int, config: Config, source: ModelSource) -> Certificate:
+    """What a ``proof`` on a small model of ``source`` shows of all that ``config`` claims."""
     failed = proof.failed()
     trials = [trial for trial in proof.trials if trial not in failed]
     return Certificate(
@@ -176,7 +178,8 @@ def _certificate(proof: Proof, dtype: torch.dtype, seed: int, digest: str) -> Ce
         seed=seed,
         rows=tuple(_rows(trials)),
         coverage=proof.coverage,
-        digest=digest,
+        digest=digest_of(config),
+        settings=None if source.config is None else settings_digest(source.config),
     )
 
 

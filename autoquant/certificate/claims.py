@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from autoquant.config.format import Blocked, Config, SmoothingGroup, Space, edited
+from autoquant.config.format import Blocked, Certificate, Config, SmoothingGroup, Space, edited
 from autoquant.config.layers import layer_bits, layer_numbers
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
@@ -45,11 +45,24 @@ IN_WORDS: dict[Standing, str] = {
 @dataclass(frozen=True, slots=True)
 class ProofNote:
     """How the claims of a config that is applied stand, for the provenance: ``proved`` True if they are proved, by the
-    file's certificate or just now; ``how`` says which.
+    file's certificate or just now; ``how`` says which. ``certificate``: that of a proof made now.
     """
 
     proved: bool
     how: str
+    certificate: Certificate | None = None
+
+
+def as_proved(config: Config, note: ProofNote | None) -> Config:
+    """The config as it is written beside what it was applied to: with the certificate of its own claims, or with none.
+
+    A certificate of claims that were edited since goes; where they were proved anew, the new one takes its place.
+    ``note``: how they stand, None where nobody asked.
+    """
+    if note is not None and note.certificate is not None:
+        return edited(config, certificate=note.certificate)
+    holds = standing(config) != "edited" and (note is None or note.proved)
+    return config if holds or config.certificate is None else edited(config, certificate=Certificate(proved=False))
 
 
 def claims(config: Config) -> Iterator[Claim]:

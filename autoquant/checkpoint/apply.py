@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoquant.certificate.claims import ProofNote
+from autoquant.certificate.claims import ProofNote, as_proved
 from autoquant.checkpoint.dtypes import restore_dtypes_, stored_names
 from autoquant.checkpoint.finite import find_unused, hide_unused_, show_unused_
 from autoquant.checkpoint.folding import Folding, Output, fold
@@ -308,7 +308,7 @@ def _write_provenance(
     options: dict[str, Any] | None,
     proof: ProofNote | None,
 ) -> None:
-    (folder / CONFIG).write_text(config_text(config), encoding="utf-8")
+    (folder / CONFIG).write_text(config_text(as_proved(config, proof)), encoding="utf-8")
     result = {"smoothed": list(applied.groups), "untied": list(applied.untied), "tensors_changed": applied.tensors}
     made = make_provenance("apply", source, config, options or {}, applied.constructions, result, proof)
     write_provenance(folder, made)

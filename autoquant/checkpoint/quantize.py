@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.windows import together
-from autoquant.certificate.claims import ProofNote
+from autoquant.certificate.claims import ProofNote, as_proved
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
 from autoquant.checkpoint.finite import UnusedRows, hide_unused_, show_unused_
 from autoquant.checkpoint.formats import NATIVE, Changes, Chosen, Contents, Wish, choose_format, write_checkpoint
@@ -275,9 +275,9 @@ def has_static_cache(recipe: Recipe) -> bool:
 
 
 def used_config(recipe: Recipe) -> Config:
-    """The config with the strategy that was used."""
+    """The config with the strategy that was used, and the certificate of its own claims."""
     section = edited(recipe.config.quantization, strategy=recipe.strategy)
-    return edited(recipe.config, quantization=section)
+    return edited(as_proved(recipe.config, recipe.proof), quantization=section)
 
 
 def changes_of(plan: Plan, quantized: Quantized) -> Changes:

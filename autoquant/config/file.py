@@ -15,7 +15,18 @@ from pydantic import BaseModel
 from pydantic import ValidationError as PydanticError
 
 from autoquant.config.check import JsonPath, Problem, json_path, problems
-from autoquant.config.format import FORMAT_VERSION, SCHEMA_NAME, Blocked, Config, IndexMap, Linear, Norm, Read, Slot
+from autoquant.config.format import (
+    FORMAT_VERSION,
+    SCHEMA_NAME,
+    Blocked,
+    Certificate,
+    Config,
+    IndexMap,
+    Linear,
+    Norm,
+    Read,
+    Slot,
+)
 from autoquant.config.jsonschema import config_schema
 from autoquant.config.spelling import did_you_mean
 from autoquant.config.text import Document, JsonSyntaxError, line_column, parse
@@ -32,6 +43,8 @@ MAX_WIDTH = 120
 # Facts leave out what has its default; everything else is a knob or a section and is written in full, so that a person
 # sees what there is to set.
 _FACTS = (Slot, IndexMap, Norm, Read, Linear, Blocked)
+_LATER = {(Certificate, "settings")}
+"""Fields that came later: a file that was written without them is written without them again."""
 
 _KINDS = {
     dict: "an object",
@@ -269,7 +282,7 @@ def _plain(value: Any) -> Any:
         result = {}
         for name, field in type(value).model_fields.items():
             item = getattr(value, name)
-            if not (isinstance(value, _FACTS) and item == field.default):
+            if item != field.default or not (isinstance(value, _FACTS) or (type(value), name) in _LATER):
                 result[field.alias or name] = _plain(item)
         return result
     if isinstance(value, tuple):

@@ -413,6 +413,11 @@ class Certificate(Strict):
         description="Digest of everything that is claimed (groups, spaces, online rotations, linears), knobs apart: "
         "tells whether the claims were edited since they were proved; null: not recorded.",
     )
+    settings: str | None = Field(
+        None,
+        description="Digest of the fields of the model's configuration that may change what it computes: a model of "
+        "the same structure and of other settings is proved again; left out: those of its type by default.",
+    )
 
 
 class Decision(Strict):

@@ -7,11 +7,13 @@ import pytest
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.certify import certify
-from autoquant.certificate.claims import digest_of, standing
+from autoquant.certificate.claims import ProofNote, as_proved, digest_of, standing
 from autoquant.certificate.ensure import ensure_proved
+from autoquant.config.file import config_text
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.repair import find_source
+from autoquant.models.settings import settings_digest
 from autoquant.models.source import ModelSource, build_structure
 from autoquant.models.structure import structure_of
 
@@ -85,6 +87,56 @@ def test_a_wrong_edit_is_refused() -> None:
             ensure_proved(other, lambda: source, "llama")
         note = ensure_proved(other, lambda: source, "llama", unproved=True)
         assert (note.proved, note.how) == (False, "unproved, as asked for: the config is edited since it was proved")
+
+
+def clipping(bound: float | None) -> ModelSource:
+    """A model of one structure, whose queries, keys and values are clamped or not."""
+    source = find_source("olmo", layers=2)
+    source.config.clip_qkv = bound
+    return source
+
+
+def test_a_model_of_other_settings_is_proved_again() -> None:
+    """Its parameters are the same, and its forward is not."""
+    source, other = clipping(None), clipping(8.0)
+    config = certify(analyze(source), source)
+    assert structure_of(build_structure(other)).fingerprint == config.provenance.fingerprint
+    assert config.certificate is not None
+    assert config.certificate.settings == settings_digest(source.config) != settings_digest(other.config)
+    note = ensure_proved(config, lambda: source, "olmo", settings=settings_digest(source.config))
+    assert (note.how, as_proved(config, note)) == ("by the certificate of the config", config)
+    clamped = settings_digest(other.config)
+    with pytest.raises(AutoQuantError, match=r"proved for a model of other settings, and .* is no smoothing group of"):
+        ensure_proved(config, lambda: other, "olmo", settings=clamped)
+    assert ensure_proved(config, lambda: other, "olmo").how == "by the certificate of the config"  # nothing is known
+
+
+def test_a_config_without_settings_is_one_of_the_default_ones() -> None:
+    source, config = proved()
+    assert config.certificate is not None
+    older = edited(config, certificate=edited(config.certificate, settings=None))
+    assert '"settings"' not in config_text(older)
+    assert '"settings"' in config_text(config)
+    by_default = settings_digest(find_source("llama").config)
+    assert ensure_proved(older, lambda: source, "llama", settings=by_default).how == "by the certificate of the config"
+    note = ensure_proved(older, lambda: source, "llama", settings=settings_digest(source.config))
+    assert note.how == "proved now: the config is proved for a model of other settings"
+    assert as_proved(older, note).certificate == config.certificate
+
+
+def test_what_is_written_carries_the_certificate_of_its_own_claims() -> None:
+    source, config = proved()
+    fewer = edited(config, smoothing=edited(config.smoothing, groups=config.smoothing.groups[1:]))
+    written = as_proved(fewer, ensure_proved(fewer, lambda: source, "llama"))
+    assert standing(written) == "proved"
+    assert written.certificate is not None
+    assert config.certificate is not None
+    assert sum(row.count for row in written.certificate.rows) == sum(row.count for row in config.certificate.rows) - 1
+    unproved = as_proved(fewer, ensure_proved(fewer, lambda: source, "llama", unproved=True))
+    assert (standing(unproved), standing(as_proved(fewer, None))) == ("unproved", "unproved")
+    assert (as_proved(config, None), as_proved(config, ProofNote(True, ""))) == (config, config)
+    bare = edited(config, certificate=None)
+    assert as_proved(bare, None) == bare
 
 
 def test_fewer_claims_and_fewer_layers_are_proved_again() -> None:
