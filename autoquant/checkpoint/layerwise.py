@@ -32,6 +32,7 @@ from autoquant.executor.apply import check_finite
 from autoquant.executor.pieces import execute
 from autoquant.executor.plan import Plan, Scales
 from autoquant.executor.resolved import Resolved, ResolvedGroup, check_not_learned
+from autoquant.models.caches import layers_share_cache
 from autoquant.models.device import computing_dtype
 from autoquant.models.load import build_empty
 from autoquant.models.structure import record_untied_
@@ -237,7 +238,7 @@ class _Run:
             if job.batches:
                 inputs, stored_states = LinearInputs(swept_weights(job.config, job.selected)), CachedStates()
                 swept = Sweep(inputs.maxima, stored_states.maxima)
-                observers = (inputs, stored_states) if job.cache or query_key_groups(job.selected) else (inputs,)
+                observers = (inputs, stored_states) if self._sees_cache else (inputs,)
                 model = self._model()
                 runner = LayerByLayer(weights.inventory, self._for_sweep(model), job.place.device)
                 with headless(model, inputs.names):
@@ -256,9 +257,15 @@ class _Run:
             if name not in self.final.inventory.shapes and not state[name].is_meta and not name.startswith(MODULE):
                 yield name, state[name]
 
+    @property
+    def _sees_cache(self) -> bool:
+        return self.job.cache or bool(query_key_groups(self.job.selected))
+
     def _model(self) -> Any:
         """The model that the text goes through."""
         model = _built(self.job, self.rotated, self.job.place.dtype)
+        if not (self._sees_cache or layers_share_cache(model.config)):  # it would grow with every layer
+            model.config.use_cache = False
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.job.place.device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD = 2_000_000_000
+AHEAD = 1_000_000_000
 """Bytes that are read before they are asked for, and that wait to be written."""
 READERS = 8
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ _AT_ONCE = 1 << 30
 """Bytes of one write; the system takes no more than 2 GiB."""
 _FLUSHED = 1 << 28
 """A file is flushed each time so many bytes were written."""
+_WRITERS = 4
+_BEHIND = 1 << 28
 SHARD_BYTES = 5_000_000_000
 """A file of a checkpoint holds so many bytes of tensors at most, one large tensor apart."""
 
@@ -158,11 +161,21 @@ def places(
 
 
 def _write(files: list[tuple[Path, Described]], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    with places(dict(files)) as opened:
+    """Write each while the next are made, which wait only where ``_BEHIND`` bytes are still to be written."""
+    with places(dict(files)) as opened, ThreadPoolExecutor(_WRITERS, "autoquant-write") as pool:
         missing = set(opened.places)
+        writing: deque[tuple[Future[None], int]] = deque()
+        held = 0
         for name, tensor in tensors:
             missing.remove(name)
-            opened.put(name, tensor)
+            writing.append((pool.submit(opened.put, name, tensor), tensor.nbytes))
+            held += tensor.nbytes
+            while held > _BEHIND:
+                written, size = writing.popleft()
+                written.result()
+                held -= size
+        for written, _ in writing:
+            written.result()
         assert not missing, missing
 
 
