@@ -48,6 +48,7 @@ from torch import Tensor, nn
 import autoquant as aq
 from autoquant.analyzer import analyze as analyzing
 from autoquant.certificate import ensure
+from autoquant.config.arrangement import arranged
 from autoquant.config.file import parse_config
 from autoquant.errors import AutoQuantError
 
@@ -313,7 +314,7 @@ def judge(one: Subject, each: int, seed: int, folder: Path) -> Row:
         if made is None:
             break
         name, config = made
-        text = json.dumps(config)
+        text = json.dumps(arranged(config))
         if not name or text in seen:
             continue
         seen.add(text)

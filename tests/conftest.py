@@ -35,7 +35,7 @@ def example_config() -> Config:
         }
 
     content = {
-        "format_version": 1,
+        "format_version": 2,
         "provenance": {
             "autoquant": "0.1.0",
             "torch": "2.13.0",

@@ -19,7 +19,6 @@ from autoquant.analyzer.templates import StackMap, disagreement, fold, name_acro
 from autoquant.analyzer.untraced import untraced
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import Captured, capture
-from autoquant.config.check import json_path
 from autoquant.config.format import (
     FORMAT_VERSION,
     SCHEMA_NAME,
@@ -30,6 +29,7 @@ from autoquant.config.format import (
     Rotation,
     Smoothing,
 )
+from autoquant.config.places import json_path
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import FakeTensorMode, marked_as_compiling
 from autoquant.models.build import build_meta

@@ -77,7 +77,7 @@ def check(
     file, loaded = name_of(config, "config"), config_of(config)
     if model is None:
         return Checked(loaded, file)
-    from autoquant.config.check import json_path
+    from autoquant.config.places import json_path
     from autoquant.executor.resolve import problems
     from autoquant.models.fit import MAX_EXPLAINED, problems_error
     from autoquant.models.source import build_structure

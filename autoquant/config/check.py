@@ -13,11 +13,10 @@ import numpy as np
 
 from autoquant.config.format import Config, IndexMap, Slot, SmoothingGroup, Space
 from autoquant.config.layers import LAYER, MAX_LAYERS, last_layer, layer_bits, layer_set, numbers_in
+from autoquant.config.places import JsonPath, json_path
 from autoquant.config.slots import MAX_POSITIONS, channels_of, index_problems
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
-
-JsonPath = tuple[str | int, ...]
 
 MAX_EXPANDED = 1 << 25
 TOO_MANY = (
@@ -324,14 +323,3 @@ def _unique(where: JsonPath, names: Sequence[str]) -> Iterator[Problem]:
         if first.setdefault(name, number) != number:
             place = json_path((*where, first[name]))
             yield Problem((*where, number, "name"), f"the name '{name}' is taken by {place}; expected a unique name")
-
-
-def json_path(path: JsonPath) -> str:
-    """``$.smoothing.groups[3].name``; keys that are no identifiers stand in brackets."""
-    text = "$"
-    for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        else:
-            text += f".{part}" if part.isidentifier() else f"[{part!r}]"
-    return text

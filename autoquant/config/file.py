@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic import BaseModel
 from pydantic import ValidationError as PydanticError
 
-from autoquant.config.check import JsonPath, Problem, json_path, problems
+from autoquant.config.arrangement import arranged, arrangement_problems, gathered
+from autoquant.config.check import Problem, problems
 from autoquant.config.format import (
     FORMAT_VERSION,
     SCHEMA_NAME,
@@ -27,7 +29,8 @@ from autoquant.config.format import (
     Read,
     Slot,
 )
-from autoquant.config.jsonschema import config_schema
+from autoquant.config.jsonschema import config_schema, first_schema
+from autoquant.config.places import JsonPath, in_file, json_path, path_text
 from autoquant.config.spelling import did_you_mean
 from autoquant.config.text import Document, JsonSyntaxError, line_column, parse
 from autoquant.errors import AutoQuantError
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from jsonschema import ValidationError
 
 MAX_SHOWN = 20
+MAX_BYTES = 64 * 2**20
+"""Far above any config: the largest of those that are generated has 0.2 MB."""
+FIRST_SCHEMA = "autoquant-config.v1.schema.json"
 MAX_DIGITS = 19
 MAX_WIDTH = 120
 
@@ -45,6 +51,9 @@ MAX_WIDTH = 120
 _FACTS = (Slot, IndexMap, Norm, Read, Linear, Blocked)
 _LATER = {(Certificate, "settings")}
 """Fields that came later: a file that was written without them is written without them again."""
+
+_LINES = {"weights", "activations"}
+"""Objects that stand on one line, where they fit."""
 
 _KINDS = {
     dict: "an object",
@@ -86,7 +95,7 @@ def parse_config(text: str, file: str = "<text>") -> Config:
     found = [(problem.offset, Problem((), problem.message)) for problem in document.problems]
     skip = {offset for offset, _ in found}
     bare = len(found)
-    config, wrong = _validate(document) if read is None else read
+    config, wrong = _validate(document) if read is None else (read[0], _placed(read[1], document))
     for problem in wrong:
         offset = document.offset(problem.path, key=problem.key)
         if offset not in skip:
@@ -108,12 +117,31 @@ def _read_quickly(text: str) -> tuple[Config, list[Problem]] | None:
             parse_int=lambda digits: int(digits) if len(digits) < MAX_DIGITS else _refused(digits),
             parse_float=lambda digits: _finite(float(digits)),
         )
-        config = Config.model_validate_json(text)
-    except (ValueError, RecursionError):  # pydantic's own error is a ValueError
-        return None
-    if "schema_" in value or type(value["format_version"]) is not int:  # which pydantic takes and the schema does not
+        if "schema_" in value or type(value["format_version"]) is not int:  # pydantic takes what the schema does not
+            return None
+        config = _config(value)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):  # pydantic's own error is a ValueError
         return None
     return config, problems(config)
+
+
+def _config(content: Mapping[str, Any]) -> Config:
+    """The config of a file's content. Raises as :func:`gathered`, and pydantic's own error."""
+    if content["format_version"] == 1:
+        plain, schema = dict(content), content.get("$schema")
+        if isinstance(schema, str) and schema.endswith(FIRST_SCHEMA):
+            plain["$schema"] = schema.removesuffix(FIRST_SCHEMA) + SCHEMA_NAME
+    elif content["format_version"] == FORMAT_VERSION:
+        plain = gathered(content)
+    else:
+        raise ValueError("another version of the format")
+    # From JSON text: strict mode then takes arrays for tuples and strings for enumerations, and nothing else.
+    return Config.model_validate_json(json.dumps({**plain, "format_version": FORMAT_VERSION}))
+
+
+def _placed(found: Sequence[Problem], document: Document) -> list[Problem]:
+    """Problems of a config by where their causes stand in its file."""
+    return [replace(problem, path=in_file(problem.path, document.value)) for problem in found]
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,7 +160,7 @@ def _refused(what: str) -> NoReturn:
 def config_text(config: Config) -> str:
     """The file's content: ``$schema`` first, two spaces a level, arrays of numbers on one line; always the same."""
     plain = {**_plain(config), "$schema": config.schema_ or SCHEMA_NAME}
-    return _render(plain, 0, inline=False) + "\n"
+    return _render(arranged(plain), 0, inline=False) + "\n"
 
 
 def save_config(config: Config, path: Path, *, force: bool = False) -> None:
@@ -150,14 +178,17 @@ def save_config(config: Config, path: Path, *, force: bool = False) -> None:
 
 def _read(path: Path) -> str:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise AutoQuantError(f"{path}: {path.stat().st_size:,} bytes; a config has {MAX_BYTES:,} at most")
         data = path.read_bytes()
     except FileNotFoundError as error:
         names = [entry.name for entry in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise AutoQuantError(f"{path}: no such file{did_you_mean(path.name, names)}") from error
     except OSError as error:
         raise AutoQuantError(f"{path}: cannot be read: {error.strerror}") from error
-    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise AutoQuantError(f"{path}:1:1: starts with a byte order mark; expected UTF-8 without one")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise AutoQuantError(f"{path}:1:1: is UTF-16, by its byte order mark; expected UTF-8: save it as that")
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -169,27 +200,29 @@ def _read(path: Path) -> str:
 def _validate(document: Document) -> tuple[Config | None, list[Problem]]:
     """The config, or what the JSON Schema, the classes or the checks in between refuse, whichever comes first."""
     version = document.value.get("format_version") if isinstance(document.value, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        message = f"version {version} of the format; this AutoQuant reads version {FORMAT_VERSION}"
+    if isinstance(version, int) and version not in (1, FORMAT_VERSION):
+        message = f"version {version} of the format; this AutoQuant reads versions 1 and {FORMAT_VERSION}"
         return None, [Problem(("format_version",), message)]
     errors: dict[Problem, None] = {}
-    for error in _validator().iter_errors(document.value):
+    for error in _validator(1 if version == 1 else FORMAT_VERSION).iter_errors(document.value):
         errors.update(dict.fromkeys(_explain(error)))
     if errors:
         return None, list(errors)
+    misplaced = [] if version == 1 else arrangement_problems(document.value)
+    if misplaced:
+        return None, misplaced
     try:
-        # From JSON text: strict mode then takes arrays for tuples and strings for enumerations, and nothing else.
-        config = Config.model_validate_json(json.dumps(document.value))
+        config = _config(document.value)
     except PydanticError as error:
-        return None, [Problem(tuple(item["loc"]), item["msg"]) for item in error.errors()]
-    return config, problems(config)
+        return None, _placed([Problem(tuple(item["loc"]), item["msg"]) for item in error.errors()], document)
+    return config, _placed(problems(config), document)
 
 
 @cache
-def _validator() -> Any:
+def _validator(version: int) -> Any:
     from jsonschema import Draft202012Validator  # which files with a mistake need alone
 
-    return Draft202012Validator(config_schema())
+    return Draft202012Validator(first_schema() if version == 1 else config_schema())
 
 
 def _explain(error: ValidationError) -> Iterator[Problem]:
@@ -243,7 +276,7 @@ def _explain_choice(error: ValidationError) -> Iterator[Problem]:
 def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" not in schema:
         return schema
-    definition: dict[str, Any] = _validator().schema["$defs"][schema["$ref"].rpartition("/")[2]]
+    definition: dict[str, Any] = _validator(FORMAT_VERSION).schema["$defs"][schema["$ref"].rpartition("/")[2]]
     return definition
 
 
@@ -260,11 +293,11 @@ def _kind(value: Any) -> str:
 def _error(file: str, document: Document, found: list[tuple[int, Problem]], bare: int) -> AutoQuantError:
     """The problems in the order of the file. The first ``bare`` are of the text and have no JSON path."""
     rows = [(offset, number, problem) for number, (offset, problem) in enumerate(found)]
-    rows.sort(key=lambda row: (row[0], "" if row[1] < bare else json_path(row[2].path), row[2].text))
+    rows.sort(key=lambda row: (row[0], "" if row[1] < bare else path_text(row[2].path), row[2].text))
     lines = []
     for offset, number, problem in rows[:MAX_SHOWN]:
         line, column = line_column(document.text, offset)
-        where = "" if number < bare else f"{json_path(problem.path)}: "
+        where = "" if number < bare else f"{path_text(problem.path)}: "
         lines.append(f"{file}:{line}:{column}: {where}{problem.message}")
     if len(found) == 1:
         return AutoQuantError(lines[0])
@@ -298,11 +331,12 @@ def _render(value: Any, level: int, *, inline: bool) -> str:
         return _scalar(value)
     if inline and isinstance(value, dict) and all(_is_flat(item) for item in value.values()):
         line = _scalar(value)
-        if 2 * level + len(line) < MAX_WIDTH:
+        # A line of knobs stays one, however long the name at its end: what there is to set stands in columns.
+        if 2 * level + len(line) < MAX_WIDTH or next(iter(value)) == "enable":
             return line
     indent = "  " * (level + 1)
     if isinstance(value, dict):
-        rows = [f"{_scalar(key)}: {_render(item, level + 1, inline=False)}" for key, item in value.items()]
+        rows = [f"{_scalar(key)}: {_render(item, level + 1, inline=key in _LINES)}" for key, item in value.items()]
         opening, closing = "{}"
     else:
         rows = [_render(item, level + 1, inline=True) for item in value]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from autoquant.config.overview import overview, overview_html
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCHEMA_NAME = f"autoquant-config.v{FORMAT_VERSION}.schema.json"
 """Of the file beside a config, which an editor reads through the config's ``$schema``; one for each format version."""
 
@@ -450,7 +450,7 @@ class Config(Strict):
     """AutoQuant configuration: what a model allows, what to use of it, and the proof."""
 
     schema_: str | None = Field(None, alias="$schema", description="Where editors find the schema.")
-    format_version: Literal[1] = Field(description="Version of this format.")
+    format_version: Literal[2] = Field(description="Version of this format.")
     provenance: Provenance = Field(description="Where this file comes from.")
     model: ModelFacts = Field(description="What the analyzer saw of the model.")
     smoothing: Smoothing = Field(description="SmoothQuant: the legal scale symmetries, and which to use.")

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoquant.config.check import JsonPath, Problem, json_path
+from autoquant.config.check import Problem
 from autoquant.config.format import Norm, Slot
 from autoquant.config.layers import fill
+from autoquant.config.places import JsonPath, json_path
 from autoquant.config.slots import channels_of
 from autoquant.executor.operations import Axis, Blocks
 from autoquant.executor.resolved import Member, ResolvedNorm

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Literal
 
-from autoquant.config.check import JsonPath, Problem
+from autoquant.config.check import Problem
 from autoquant.config.format import (
     Config,
     Online,
@@ -21,6 +21,7 @@ from autoquant.config.format import (
     Space,
 )
 from autoquant.config.layers import LAYER, fill, layer_numbers
+from autoquant.config.places import JsonPath
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.executor.checker import Checker, blocks_of

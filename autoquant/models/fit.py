@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from autoquant.config.check import JsonPath, Problem, json_path
+from autoquant.config.check import Problem
 from autoquant.config.format import Config, Linear, Norm, Read, Slot, Space
 from autoquant.config.layers import LAYER, fill, layer_bits, layer_set, layers_below, numbers_in
+from autoquant.config.places import JsonPath, in_file, json_path, path_text
 from autoquant.config.slots import index_problems
 from autoquant.config.spelling import did_you_mean
 from autoquant.config.text import line_column, parse
@@ -47,11 +48,12 @@ def check_structure(config: Config, model: ModelStructure) -> None:
 
 def problems_error(file: Path, model: str, found: Sequence[Problem]) -> AutoQuantError:
     """The problems as one error, each with line and column of the file that ``load_config`` has read."""
-    document = parse(file.read_text(encoding="utf-8"))
+    document = parse(file.read_text(encoding="utf-8-sig"))
     lines = []
     for problem in found[:MAX_EXPLAINED]:
-        line, column = line_column(document.text, document.offset(problem.path, key=problem.key))
-        lines.append((line, column, f"{file}:{line}:{column}: {json_path(problem.path)}: {problem.message}"))
+        path = in_file(problem.path, document.value)
+        line, column = line_column(document.text, document.offset(path, key=problem.key))
+        lines.append((line, column, f"{file}:{line}:{column}: {path_text(path)}: {problem.message}"))
     texts = tuple(text for _, _, text in sorted(lines))
     count = f"{len(found)} {'problem' if len(found) == 1 else 'problems'}"
     more = f", {len(texts)} of them shown" if len(found) > len(texts) else ""

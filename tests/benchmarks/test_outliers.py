@@ -61,7 +61,7 @@ def config(groups: tuple[str, ...] = ("attention", "mlp", "down")) -> Config:
     fingerprint = structure_of(model()).fingerprint
     versions = {"autoquant": "0", "torch": "0", "model": "test", "capture": "hand", "fingerprint": fingerprint}
     content = {
-        "format_version": 1,
+        "format_version": 2,
         "provenance": versions,
         "model": {"layers": LAYERS, "hidden_size": HIDDEN, "parameters": 21_048},
         "smoothing": {"groups": [every[name] for name in groups]},

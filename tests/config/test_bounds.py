@@ -43,7 +43,7 @@ def long_override(content: dict[str, Any]) -> None:
 
 
 def consistent_size(content: dict[str, Any]) -> None:
-    group = content["smoothing"]["groups"][0]
+    group = content["claims"]["groups"][0]
     group["channels"] = 3_000_000_000
     for slot in (*group["sources"], *group["targets"]):
         slot["size"] = 3_000_000_000
@@ -52,11 +52,11 @@ def consistent_size(content: dict[str, Any]) -> None:
 def consistent_blocks(content: dict[str, Any]) -> None:
     consistent_size(content)
     block = {"shape": [3_000_000_000], "stride": [1], "channel_stride": [1]}
-    content["smoothing"]["groups"][0]["targets"][0]["index"] = [block]
+    content["claims"]["groups"][0]["targets"][0]["index"] = [block]
 
 
 def copies_of_a_slot(content: dict[str, Any]) -> None:
-    group = content["smoothing"]["groups"][0]
+    group = content["claims"]["groups"][0]
     group["channels"] = 4_000_000
     block = {"shape": [4_000_000], "stride": [1], "channel_stride": [1]}
     group["targets"] = [{**group["targets"][0], "size": 4_000_000, "index": [block]}] * 300
@@ -65,7 +65,7 @@ def copies_of_a_slot(content: dict[str, Any]) -> None:
 def wide_slots(content: dict[str, Any]) -> None:
     """300 slots of 300 parameters, each with as many positions as one may have."""
     copies_of_a_slot(content)
-    group = content["smoothing"]["groups"][0]
+    group = content["claims"]["groups"][0]
     group["targets"] = [{**slot, "path": f"net.{{layer}}.w{i}"} for i, slot in enumerate(group["targets"])]
 
 

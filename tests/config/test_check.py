@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from autoquant.config.check import json_path, problems
+from autoquant.config.check import problems
+from autoquant.config.places import json_path
 
 if TYPE_CHECKING:
     from autoquant.config.format import Config
@@ -47,16 +48,16 @@ HEAD_LINEAR = {"path": "head", "weight": "head.weight", "in_features": 8, "out_f
     ("path", "value", "message"),
     [
         # names
-        ((*V_OUT, "name"), "norm-qkv", "name: the name 'norm-qkv' is taken by $.smoothing.groups[0]"),
+        ((*V_OUT, "name"), "norm-qkv", "name: the name 'norm-qkv' is taken by $.claims.groups[0]"),
         (("model", "linears", "+"), HEAD_LINEAR, "path: 'head' is there twice, first as $.model.linears[2]"),
         (("model", "tied", 0), ["a.weight", "a.weight"], "tied[0]: expected at least two different parameter names"),
         # layers
         ((*NORM, "layers"), "0-4", "layers: layer 4 does not exist; the model's layers are 0 to 3"),
-        ((*NORM, "layers"), "0-3:0", "$.smoothing.groups[0].layers: layer set '0-3:0': '0-3:0' has step 0"),
+        ((*NORM, "layers"), "0-3:0", "$.claims.groups[0].layers: layer set '0-3:0': '0-3:0' has step 0"),
         (
             (*V_OUT, "layers"),
             None,
-            "$.smoothing.groups[1]: 'net.{layer}.qkv.weight' holds {layer} and layers is missing; "
+            "$.claims.groups[1]: 'net.{layer}.qkv.weight' holds {layer} and layers is missing; "
             "expected the layers that it stands for, such as '0-3'",
         ),
         (
@@ -67,10 +68,10 @@ HEAD_LINEAR = {"path": "head", "weight": "head.weight", "in_features": 8, "out_f
         (("model", "linears", 2, "layers"), "0", "$.model.linears[2].layers: is given, and no path holds {layer}"),
         (("blocked", 0, "layers"), None, "$.blocked[0]: 'net.{layer}.out' holds {layer} and layers is missing"),
         (("rotation", "online", 0, "layers"), "7", "$.rotation.online[0].layers: layer 7 does not exist"),
-        ((*SPACE, "layers"), "0-9", "$.rotation.spaces[0].layers: layer 9 does not exist"),
+        ((*SPACE, "layers"), "0-9", "$.claims.spaces[0].layers: layer 9 does not exist"),
         ((*SPACE, "layers"), None, "writers[1]: 'net.{layer}.out.weight' holds {layer} and layers"),
         ((*SPACE, "writers", 0, "layers"), "0", "writers[0].layers: is given, and no path holds"),
-        ((*SPACE, "reads", 1, "layers"), "0", "$.rotation.spaces[0].reads[1].layers: is given, and no path holds"),
+        ((*SPACE, "reads", 1, "layers"), "0", "$.claims.spaces[0].reads[1].layers: is given, and no path holds"),
         # paths
         (
             ("quantization", "exclude", 0),
@@ -96,12 +97,12 @@ HEAD_LINEAR = {"path": "head", "weight": "head.weight", "in_features": 8, "out_f
         (
             (*SPACE, "reads", 0, "readers", 0, "path"),
             "net.{layer}.qvk.weight",
-            "$.rotation.spaces[0].reads[0].readers[0].path: 'net.{layer}.qvk.weight' is no weight in model.linears; "
+            "$.claims.spaces[0].reads[0].readers[0].path: 'net.{layer}.qvk.weight' is no weight in model.linears; "
             "did you mean 'net.{layer}.qkv.weight'?",
         ),
         # slots
         ((*NORM, "channels"), 9, "sources[0].size: without index, expected one position for each of the 9"),
-        ((*NORM, "sources", 0, "power"), 0, "$.smoothing.groups[0].sources[0].power: expected a power other than 0"),
+        ((*NORM, "sources", 0, "power"), 0, "$.claims.groups[0].sources[0].power: expected a power other than 0"),
         ((*NORM, "sources", 0, "stack"), 3, "sources[0].size: 8 positions are not a multiple of the 3"),
         ((*NORM, "sources", "+"), {"path": "net.{layer}.norm.weight", "size": 8}, "sources[1]: position 0 of"),
         (V_INDEX, [], "sources[0].index: expected at least one block, or null for the whole axis"),
@@ -118,11 +119,11 @@ HEAD_LINEAR = {"path": "head", "weight": "head.weight", "in_features": 8, "out_f
         ((*OUT_INDEX, "+"), HEADS, "targets[0].index: names more positions than the 8 of the axis"),
         ((*V_OUT, "channels"), 1 << 60, "index: channel 4 of 1152921504606846976 is on no position"),
         # rotation
-        ((*SPACE, "centre"), True, "$.rotation.spaces[0].centre: expected false: no LayerNorm reads the space"),
+        ((*SPACE, "centre"), True, "$.claims.spaces[0].centre: expected false: no LayerNorm reads the space"),
         (
             (*SPACE, "reads", 0, "norm", "kind"),
             "layer",
-            "$.rotation.spaces[0].centre: expected true: a LayerNorm reads the space",
+            "$.claims.spaces[0].centre: expected true: a LayerNorm reads the space",
         ),
         ((*SPACE, "blocks"), 2, "writers[0].size: without index, expected one position for each of the 16"),
     ],
@@ -156,7 +157,7 @@ def test_a_linear_in_two_sets_of_layers_is_one_path(example_config: Config) -> N
 
 
 def test_json_path() -> None:
-    assert json_path(("smoothing", "groups", 3, "$schema")) == "$.smoothing.groups[3]['$schema']"
+    assert json_path(("smoothing", "groups", 3, "$schema")) == "$.claims.groups[3]['$schema']"
 
 
 def test_a_reader_may_be_one_layer_written_out(example_config: Config) -> None:
@@ -164,4 +165,4 @@ def test_a_reader_may_be_one_layer_written_out(example_config: Config) -> None:
     path = (*SPACE, "reads", 0, "readers", 0, "path")
     assert not [line for line in found(changed(example_config, path, "net.3.qkv.weight")) if "is no weight" in line]
     (line,) = [line for line in found(changed(example_config, path, "net.4.qkv.weight")) if "is no weight" in line]
-    assert line.startswith("$.rotation.spaces[0].reads[0].readers[0].path: 'net.4.qkv.weight' is no weight in")
+    assert line.startswith("$.claims.spaces[0].reads[0].readers[0].path: 'net.4.qkv.weight' is no weight in")

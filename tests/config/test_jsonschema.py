@@ -28,7 +28,7 @@ def test_is_a_valid_schema_of_the_stated_dialect() -> None:
     schema = json.loads(schema_text())
     Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert schema["$id"] == "urn:autoquant:config:1"
+    assert schema["$id"] == "urn:autoquant:config:2"
     assert "$schema" in schema["properties"]
 
 

@@ -86,7 +86,7 @@ def make_config(
     structure = structure_of(model)
     provenance = Provenance(autoquant="0", torch="2", model="hand", capture="hand", fingerprint=structure.fingerprint)
     return Config(
-        format_version=1,
+        format_version=2,
         provenance=provenance,
         model=ModelFacts(layers=layers, parameters=structure.parameters, tied=structure.ties, linears=tuple(linears)),
         smoothing=Smoothing(groups=tuple(groups)),

@@ -117,7 +117,7 @@ def strided(start: int, count: int, channel: int = 0, stride: int = 1) -> IndexM
 )
 def test_a_wrong_slot_is_said(wrong: Slot, expected: str) -> None:
     model = TwoLinears()
-    assert problems(model, fc(model, [wrong], SECOND)) == ("$.smoothing.groups[0].sources[0]" + expected,)
+    assert problems(model, fc(model, [wrong], SECOND)) == ("$.claims.groups[0].sources[0]" + expected,)
 
 
 def test_all_problems_come_at_once() -> None:
@@ -146,7 +146,7 @@ def test_narrow_floats_are_refused() -> None:
     config = fc(model, FIRST, SECOND)
     model.second.weight = nn.Parameter(model.second.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     (found,) = problems(model, config)
-    at = "$.smoothing.groups[0].targets[0].path"
+    at = "$.claims.groups[0].targets[0].path"
     assert found.startswith(f"{at}: second.weight is torch.float8_e4m3fn; only float16")
 
 
@@ -178,15 +178,15 @@ def test_a_position_in_two_spaces_is_refused() -> None:
     model = TwoLinears()
     config = make_config(model, (), (space(), space(name="again")))
     assert problems(model, config)[0] == (
-        "$.rotation.spaces[1].writers[0]: the same positions of dimension 0 of first.weight are already in "
-        "$.rotation.spaces[0].writers[0]"
+        "$.claims.spaces[1].writers[0]: the same positions of dimension 0 of first.weight are already in "
+        "$.claims.spaces[0].writers[0]"
     )
 
 
 def test_a_position_twice_in_a_group_is_refused() -> None:
     model = TwoLinears()
     columns = slot("second.weight", 6, dim=1)
-    expected = "$.smoothing.groups[0].{}: the group names positions of dimension {} of {} twice"
+    expected = "$.claims.groups[0].{}: the group names positions of dimension {} of {} twice"
     found = problems(model, fc(model, FIRST, [columns, columns]))
     assert found == (expected.format("targets[1]", 1, "second.weight"),)
     turned = slot("first.bias", 6, index=(strided(5, 6, stride=-1),))
@@ -212,7 +212,7 @@ def test_one_expert_and_all_of_them_is_twice() -> None:
     first = slot("down", 8, dim=1, stack=2, index=(strided(0, 4),))
     source = [slot("up", 4, dim=2)]
     found = problems(model, fc(model, source, [every, last], channels=4))
-    assert found == ("$.smoothing.groups[0].targets[1]: the group names positions of dimension 1 of down twice",)
+    assert found == ("$.claims.groups[0].targets[1]: the group names positions of dimension 1 of down twice",)
     assert len(resolve(fc(model, source, [first, last], channels=4), structure_of(model)).groups[0].targets) == 2
 
 
@@ -220,15 +220,14 @@ def test_a_part_of_a_block_is_refused() -> None:
     model = TwoLinears()
     reads = (Read(readers=(Reader(path="second.weight", dim=1, size=6, index=(strided(0, 5),)),)),)
     found = problems(model, make_config(model, (), (space(reads=reads),)))
-    assert found == ("$.rotation.spaces[0].reads[0].readers[0].index: channel 5 of 6 is on no position",)
+    assert found == ("$.claims.spaces[0].reads[0].readers[0].index: channel 5 of 6 is on no position",)
 
 
 def test_centring_without_a_layer_norm_is_refused() -> None:
     model = TwoLinears()
     (found,) = problems(model, make_config(model, (), (space(centre=True),)))
     assert found == (
-        "$.rotation.spaces[0].reads[0]: reads a centred space without a LayerNorm, "
-        "and centring would change it (centre)"
+        "$.claims.spaces[0].reads[0]: reads a centred space without a LayerNorm, and centring would change it (centre)"
     )
 
 
@@ -236,7 +235,7 @@ def test_a_bias_of_another_shape_is_refused() -> None:
     model = TwoLinears()
     reads = (Read(readers=(Reader(path="second.weight", dim=1, size=6, bias="first.bias"),)),)
     (found,) = problems(model, make_config(model, (), (space(reads=reads),)))
-    at = "$.rotation.spaces[0].reads[0].readers[0].bias"
+    at = "$.claims.spaces[0].reads[0].readers[0].bias"
     assert found == f"{at}: 'first.bias' is [6] in the model; the linear's is [3]"
 
 
@@ -250,7 +249,7 @@ def test_a_norm_in_two_reads_is_refused() -> None:
     config = edited(config, rotation=edited(config.rotation, spaces=(changed,)))
     found = problems(model, config, smooth="none")
     assert (
-        "input_layernorm.weight is in $.rotation.spaces[0].reads[0].norm too; all its readers belong in one" in found[0]
+        "input_layernorm.weight is in $.claims.spaces[0].reads[0].norm too; all its readers belong in one" in found[0]
     )
 
 
@@ -259,7 +258,7 @@ def test_a_norm_of_another_size_is_refused() -> None:
     model.norm = nn.LayerNorm(5)
     reads = (Read(norm=Norm(kind="layer", weight="norm.weight"), readers=space().reads[0].readers),)
     (found,) = problems(model, make_config(model, (), (space(reads=reads),)))
-    at = "$.rotation.spaces[0].reads[0].norm.weight"
+    at = "$.claims.spaces[0].reads[0].norm.weight"
     assert found == f"{at}: 'norm.weight' is [5] in the model; the config says 6 elements"
 
 
@@ -268,7 +267,7 @@ def test_layers_missing_for_a_template_are_said() -> None:
     writers = (Writer(path="layers.{layer}.weight", size=6),)
     found = problems(model, make_config(model, (), (space(writers=writers),)))
     assert found == (
-        "$.rotation.spaces[0].writers[0].path: 'layers.{layer}.weight' holds {layer}, and no layers are given",
+        "$.claims.spaces[0].writers[0].path: 'layers.{layer}.weight' holds {layer}, and no layers are given",
     )
 
 

@@ -63,13 +63,14 @@ def many_blocked(content: dict[str, Any]) -> None:
 
 
 def many_groups(content: dict[str, Any]) -> None:
-    group = content["smoothing"]["groups"][1]
-    content["smoothing"]["groups"] = [{**group, "name": f"group {i}"} for i in range(2_000)]
+    group = content["claims"]["groups"][1]
+    content["claims"]["groups"] = [{**group, "name": f"group {i}"} for i in range(2_000)]
+    content["smoothing"]["groups"] = []
 
 
 def wide_slots(content: dict[str, Any]) -> None:
     """As many positions as a file's slots may have together, of parameters that are narrower."""
-    group = content["smoothing"]["groups"][0]
+    group = content["claims"]["groups"][0]
     group["channels"] = 4_000_000
     block = {"shape": [4_000_000], "stride": [1], "channel_stride": [1]}
     group["sources"][0].update(size=4_000_000)
@@ -77,7 +78,7 @@ def wide_slots(content: dict[str, Any]) -> None:
 
 
 def huge_size(content: dict[str, Any]) -> None:
-    group = content["smoothing"]["groups"][0]
+    group = content["claims"]["groups"][0]
     group["channels"] = 3_000_000_000
     for slot in (*group["sources"], *group["targets"]):
         slot["size"] = 3_000_000_000

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from autoquant.config.check import json_path
 from autoquant.config.check import problems as check_problems
 from autoquant.config.file import save_config
 from autoquant.config.format import IndexMap, edited
+from autoquant.config.places import json_path
 from autoquant.models.structure import fingerprint
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def test_a_missing_parameter_is_named_with_the_nearest(config: Config) -> None:
     assert found[0].startswith("$.provenance.fingerprint: the model's is sha256:")
     near = "the model has no parameter 'net.{layer}.norm.weight'; did you mean 'net.{layer}.nrom.weight'?"
     assert found[1:] == [
-        f"$.smoothing.groups[0].sources[0].path: {near}",
-        f"$.rotation.spaces[0].reads[0].norm.weight: {near}",
+        f"$.claims.groups[0].sources[0].path: {near}",
+        f"$.claims.spaces[0].reads[0].norm.weight: {near}",
     ]
 
 
@@ -78,9 +78,9 @@ def test_wrong_shapes(config: Config) -> None:
     found = messages(config, structure({"net.3.qkv.weight": (12, 9), "net.1.norm.weight": (7,)}))
     shape = "'net.{layer}.qkv.weight' (layers 3) is [12, 9] in the model"
     assert f"$.model.linears[0]: {shape}; the config says 8 (in_features) in dimension 1" in found
-    assert f"$.smoothing.groups[0].targets[0]: {shape}; the config says 8 positions (size) along dimension 1" in found
+    assert f"$.claims.groups[0].targets[0]: {shape}; the config says 8 positions (size) along dimension 1" in found
     norm = "'net.{layer}.norm.weight' (layers 1) is [7] in the model"
-    assert f"$.rotation.spaces[0].reads[0].norm.weight: {norm}; the config says 8 elements" in found
+    assert f"$.claims.spaces[0].reads[0].norm.weight: {norm}; the config says 8 elements" in found
 
 
 def test_another_depth_is_one_problem_and_not_one_for_each_path(config: Config) -> None:
@@ -123,7 +123,7 @@ def test_every_problem_has_its_line(config: Config, tmp_path: Path) -> None:
     save_config(config, path)
     error = problems_error(path, "made-up", structure_problems(config, structure({"net.0.out.weight": (8, 4)})))
     assert error.message == f"{path}: does not fit made-up: {len(error.details)} problems"
-    assert error.details[0].startswith(f"{path}:10:20: $.provenance.fingerprint: ")
+    assert error.details[0].startswith(f"{path}:50:20: $.provenance.fingerprint: ")
     lines = [int(detail.removeprefix(f"{path}:").partition(":")[0]) for detail in error.details]
     assert lines == sorted(lines)
 
@@ -147,7 +147,7 @@ def test_positions_are_checked_by_whatever_looks_at_a_model(config: Config) -> N
     index = (IndexMap(start=9, shape=(4,), stride=(1,), channel_stride=(1,)),)
     changed = edited(group, sources=(edited(group.sources[0], index=index), *group.sources[1:]))
     wrong = edited(config, smoothing=edited(config.smoothing, groups=(config.smoothing.groups[0], changed)))
-    expected = "$.smoothing.groups[1].sources[0].index[0]: position 12 is out of range; expected 0 to 11"
+    expected = "$.claims.groups[1].sources[0].index[0]: position 12 is out of range; expected 0 to 11"
     assert messages(wrong, structure()) == [expected]
 
 

@@ -74,7 +74,7 @@ def config_of(strategy: Strategy) -> Config:
     ]
     versions = {"autoquant": "0", "torch": "0", "model": "test", "capture": "export", "fingerprint": "0"}
     content = {
-        "format_version": 1,
+        "format_version": 2,
         "provenance": versions,
         "model": {"layers": 2, "parameters": 0, "linears": linears},
         "smoothing": {},
