@@ -45,7 +45,9 @@ def absmax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
 
 def scale_of(maximum: Tensor) -> Tensor:
     """Float32 scale of values up to ``maximum`` in magnitude, any shape; the module's text has the awkward cases."""
-    scale = (maximum.float() / QMAX).clamp_min(TINY)  # clamp_min passes NaN on
+    maximum = maximum.float()
+    # A tensor to divide by: CUDA would multiply by the rounded reciprocal of a number, and differ in the last bit.
+    scale = (maximum / torch.full_like(maximum, QMAX)).clamp_min(TINY)  # clamp_min passes NaN on
     return torch.where(scale.isinf(), torch.nan, scale)
 
 
