@@ -97,6 +97,15 @@ def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
     return dequantize(quantize_activations(x, scale), scale)
 
 
+def linear(x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + b`` in int8, [T, O] in x's dtype: what every faster path must give bit for bit.
+
+    ``values`` is int8 [O, I], ``scale`` float32 [O or 1, 1], ``input_scale`` float32 and broadcasts against [T, 1].
+    """
+    out_TO = matmul(quantize_activations(x_TI, input_scale), values.t()).float() * input_scale * scale.t()
+    return (out_TO if bias is None else out_TO + bias.float()).to(x_TI.dtype)
+
+
 def matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """Exact product of two int8 matrices, int32 [M, N], on the fastest kernel that proved itself exact on the device.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.errors import AutoQuantError
-from autoquant.quantizer import int8
+from autoquant.quantizer import cuda_linear, int8
 from autoquant.quantizer.strategies import Granularity
 
 Mode = Literal["int8", "fake"]
@@ -228,26 +228,32 @@ def linear(x: Tensor, weight: WeightView, bias: Tensor | None = None) -> Tensor:
         raise AutoQuantError(f"a linear needs an int8 weight [O, I]; it shows {tuple(weight.shape)}")
     if x.shape[-1:] != weight.shape[-1:]:
         raise AutoQuantError(f"an int8 weight [O, I] {tuple(weight.shape)} cannot take an input {tuple(x.shape)}")
-    x_TI = x.reshape(-1, x.shape[-1]).float()
-    scale = input_scale(x_TI, weight)
+    x_TI = x.reshape(-1, x.shape[-1])
     if weight.mode == "fake":
-        out_TO = int8.fake_quantize(x_TI, scale) @ weight.dequantize().t()
-    else:
-        out_TO = (
-            int8.matmul(int8.quantize_activations(x_TI, scale), weight.values.t()).float() * scale * weight.scale.t()
+        out_TO = int8.fake_quantize(x_TI, input_scale(x_TI, weight)) @ weight.dequantize().t()
+        out_TO = (out_TO if bias is None else out_TO + bias.float()).to(x.dtype)
+    elif cuda_linear.takes(x, weight.values):
+        per_token = weight.activation is Granularity.TOKEN_DYNAMIC
+        out_TO = torch.ops.autoquant.int8_linear(
+            x_TI, weight.values, weight.scale, _static_scale(weight), per_token, bias
         )
-    if bias is not None:
-        out_TO = out_TO + bias.float()
-    return out_TO.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+    else:
+        out_TO = int8.linear(x_TI, weight.values, weight.scale, input_scale(x_TI, weight), bias)
+    return out_TO.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def input_scale(x_TI: Tensor, weight: WeightView) -> Tensor:
     """Scale of an input, float32: [T, 1] per token, [1, 1] per dynamic tensor, [] static."""
-    if weight.activation.is_static:
-        if weight.input_scale is None:
-            raise AutoQuantError("an int8 weight with static activations has no input scale: calibrate first")
-        return weight.input_scale
+    static = _static_scale(weight)
+    if static is not None:
+        return static
     return int8.absmax_scale(x_TI, (1,) if weight.activation is Granularity.TOKEN_DYNAMIC else None)
+
+
+def _static_scale(weight: WeightView) -> Tensor | None:
+    if weight.activation.is_static and weight.input_scale is None:
+        raise AutoQuantError("an int8 weight with static activations has no input scale: calibrate first")
+    return weight.input_scale if weight.activation.is_static else None
 
 
 def product(x: Tensor, weight: WeightView) -> Tensor:
@@ -268,6 +274,18 @@ def product_from_left(weight: WeightView, x: Tensor) -> Tensor:
 
 def grouped_product(x: Tensor, weight: WeightView, offs: Tensor) -> Tensor:
     """``x[offs[e-1] : offs[e]] @ W[e]`` for every expert: x is [T, I] sorted by expert, the weight shows [E, I, O]."""
+    shown = weight.mT
+    if (
+        weight.mode == "int8"
+        and not shown.transposed
+        and weight.activation is not Granularity.TENSOR_DYNAMIC
+        and cuda_linear.takes(x, weight.values)
+        and len(weight.values) <= cuda_linear.MOST_EXPERTS
+    ):
+        grouped: Tensor = torch.ops.autoquant.int8_grouped_linear(
+            x, weight.values, weight.scale, _static_scale(weight), offs.to(torch.int32)
+        )
+        return grouped
     out_TO = x.new_zeros(x.shape[0], weight.shape[-1])
     start = 0
     for expert, end in enumerate(offs.tolist()):

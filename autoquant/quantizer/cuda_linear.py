@@ -1,0 +1,470 @@
+"""Int8 linears on CUDA: rows to int8 in one kernel, product, scales, bias and rounding in another; one row in one.
+
+The kernels are Triton's (:mod:`autoquant.quantizer.triton_kernels`), bound as the operators ``autoquant::int8_linear``
+and ``autoquant::int8_grouped_linear`` that torch.compile keeps whole. Which tiles are used is measured once for each
+shape and each power of two of rows, in each process; a tiling takes part only after it gave, bit for bit, what the CPU
+computes from inputs with extreme, tiny, NaN and zero rows. Where none does, or there is no Triton, torch's operations
+do the same arithmetic (:func:`autoquant.quantizer.int8.linear`).
+
+Shapes: E experts, O output channels, I input channels, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from autoquant.quantizer import int8
+
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+ALIGNED = 16
+"""O and I must be multiples: bytes of a vector load, and of a row that a tensor descriptor takes."""
+MOST_EXPERTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Extents of a tile in T, O and I, warps and pipeline stages of a program, and into how many parts I is split.
+
+    ``swap``: the weight is the left factor. ``tma``: tiles come through Hopper's copy engine. ``group``: rows of tiles
+    that are gone through together. ``rows`` = 1 is the single kernel for one row; its ``depth`` counts words of four.
+    """
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+    split: int = 1
+    swap: bool = False
+    tma: bool = False
+    group: int = 8
+
+
+ONE_ROW = (Tiling(1, 8, 256, 4, 3), Tiling(1, 16, 256, 4, 1), Tiling(1, 8, 256, 4, 1))
+MEDIUM = (
+    Tiling(128, 128, 128, 8, 4, tma=True),
+    Tiling(128, 128, 128, 4, 3, tma=True),
+    Tiling(128, 64, 256, 4, 4, tma=True),
+    Tiling(64, 64, 256, 4, 4, tma=True),
+    Tiling(64, 256, 128, 4, 4, tma=True),
+    Tiling(128, 256, 128, 8, 4, tma=True),
+)
+LARGE = (
+    Tiling(128, 256, 128, 8, 4, tma=True),
+    Tiling(128, 256, 128, 8, 4, tma=True, group=16),
+    Tiling(128, 256, 128, 8, 4, tma=True, group=32),
+    Tiling(256, 128, 128, 8, 4, tma=True),
+    Tiling(256, 128, 128, 8, 4, tma=True, swap=True),
+    Tiling(128, 256, 128, 8, 4, tma=True, swap=True),
+)
+OLDER = (Tiling(128, 128, 64, 8, 3), Tiling(64, 64, 64, 4, 3))
+"""For cards before Hopper: less shared memory, no tensor descriptors."""
+
+
+def tilings(rows: int, outputs: int, hopper: bool) -> tuple[Tiling, ...]:
+    """Candidates for a product of ``rows`` rows, the one to use unmeasured first."""
+    if rows == 1:
+        return ONE_ROW
+    if rows <= 64:
+        tall = max(16, _power_of_two(rows))
+        parts = (1, 2, 4) if outputs >= 64 * 90 else (4, 2, 1)  # enough programs to keep the memory busy
+        return tuple(Tiling(tall, 64, 256, 4, 4 if hopper else 2, split=split, swap=True) for split in parts)
+    if not hopper:
+        return OLDER
+    return MEDIUM if rows <= 768 else LARGE
+
+
+def takes(x: Tensor, values: Tensor) -> bool:
+    """True if the operators can compute with an input of x's dtype and device and a weight of these int8 values."""
+    outputs, inputs = values.shape[-2:]
+    return (
+        x.is_cuda
+        and values.is_cuda
+        and x.dtype in DTYPES
+        and x.numel() > 0
+        and outputs % ALIGNED == 0
+        and inputs % ALIGNED == 0
+        and inputs <= int8.EXACT_INT32_DEPTH
+        and values.is_contiguous()
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and has_triton()
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
+
+
+has_triton: Callable[[], bool] = torch.compiler.assume_constant_result(_has_triton)
+
+
+def linear(
+    x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor | None, per_token: bool, bias: Tensor | None
+) -> Tensor:
+    """``x @ W.T + b`` in x's dtype, bit for bit as :func:`autoquant.quantizer.int8.linear` on a CPU.
+
+    ``scale`` is float32 [O or 1, 1]. ``input_scale`` [] is a static one; None: one per token, else one for all of x.
+    """
+    x_TI, values, outputs = _aligned(x_TI), _aligned(values), values.shape[0]
+    per_token = input_scale is None and (per_token or x_TI.shape[0] == 1)
+    flags = Flags(x_TI.dtype, per_token, input_scale is None and not per_token, scale.numel() > 1, _dtype(bias))
+    with _on(x_TI.device):
+        tiling = _chosen(x_TI, values, scale, input_scale, bias, flags)
+        if tiling is None:
+            return int8.linear(x_TI, values, scale, _torch_scale(x_TI, input_scale, per_token), bias)
+        return run(tiling, x_TI, values, scale, input_scale, bias, flags).view(-1, outputs)
+
+
+def _torch_scale(x_TI: Tensor, input_scale: Tensor | None, per_token: bool) -> Tensor:
+    if input_scale is not None:
+        return input_scale
+    return int8.absmax_scale(x_TI, (1,) if per_token else None)
+
+
+def grouped_linear(x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor | None, offs: Tensor) -> Tensor:
+    """Rows sorted by expert, expert e's from ``offs[e - 1]`` to ``offs[e]`` (int32 [E]), each by its expert's weight.
+
+    ``values`` is [E, O, I], ``scale`` [E, O or 1, 1], ``input_scale`` [E] static or None for one per token. Rows behind
+    the last expert become zero. Nothing waits for the device.
+    """
+    x_TI, values, (experts, outputs, _) = _aligned(x_TI), _aligned(values), values.shape
+    flags = Flags(x_TI.dtype, input_scale is None, False, scale.shape[-2] > 1, None)
+    with _on(x_TI.device):
+        candidates = tilings(max(2, min(-(-x_TI.shape[0] // experts), 64)), outputs, _hopper(x_TI.device))
+        whole = [tiling for tiling in candidates if tiling.split == 1 and is_exact(tiling, flags, x_TI.device, 3)]
+        if not whole:
+            return _one_by_one(x_TI, values, scale, input_scale, offs)
+        return run_grouped(whole[0], x_TI, values, scale, input_scale, offs, flags)
+
+
+def run_grouped(
+    tiling: Tiling,
+    x_TI: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    input_scale: Tensor | None,
+    offs: Tensor,
+    flags: Flags,
+) -> Tensor:
+    """A grouped linear through the kernels of one tiling, [T, O]."""
+    out_TO = x_TI.new_zeros(x_TI.shape[0], values.shape[1])
+    q, row_scale, _ = _quantized(x_TI, input_scale, flags, 0, offs)
+    _product(tiling, q, values, row_scale, scale, None, out_TO, None, flags, offs)
+    return out_TO
+
+
+def _one_by_one(x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor | None, offs: Tensor) -> Tensor:
+    out_TO, start = x_TI.new_zeros(x_TI.shape[0], values.shape[1]), 0
+    for expert, end in enumerate(offs.tolist()):
+        x = x_TI[start:end]
+        given = _torch_scale(x, None if input_scale is None else input_scale[expert], True)
+        out_TO[start:end] = int8.linear(x, values[expert], scale[expert], given, None)
+        start = end
+    return out_TO
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What a kernel is compiled for: dtype of x, kind of scale (``token``, ``whole`` tensor, else given), weight scale
+    per channel, dtype of the bias.
+    """
+
+    dtype: torch.dtype
+    token: bool
+    whole: bool
+    channel: bool
+    bias: torch.dtype | None
+
+
+def run(
+    tiling: Tiling,
+    x_TI: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    flags: Flags,
+) -> Tensor:
+    """A linear through the kernels of one tiling, [T, O]."""
+    rows, outputs = x_TI.shape[0], values.shape[0]
+    out_TO = torch.empty(rows, outputs, dtype=x_TI.dtype, device=x_TI.device)
+    if tiling.rows == 1:
+        _row_product(tiling, x_TI, values, input_scale, scale, bias, out_TO, flags)
+        return out_TO
+    tiles = _up(rows, tiling.rows) * _up(outputs, tiling.outputs)
+    zeros = tiles + rows * outputs if tiling.split > 1 else 0
+    q, row_scale, work = _quantized(x_TI, input_scale, flags, zeros, None)
+    _product(tiling, q, values, row_scale, scale, bias, out_TO, work, flags, None)
+    return out_TO
+
+
+def _quantized(
+    x_TI: Tensor, input_scale: Tensor | None, flags: Flags, zeros: int, offs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Int8 rows, their scales, and ``zeros`` words of zeros to work with."""
+    kernels = _kernels()
+    (rows, inputs), device = x_TI.shape, x_TI.device
+    q = torch.empty(rows, inputs, dtype=torch.int8, device=device)
+    row_scale = torch.empty(rows if flags.token else 1, dtype=torch.float32, device=device)
+    work = torch.empty(zeros, dtype=torch.int32, device=device) if zeros else None
+    given = input_scale
+    block = min(2048, _power_of_two(inputs))
+    if flags.whole:
+        given = torch.zeros(1, dtype=torch.int32, device=device)
+        _launch(kernels.maximum_of_rows, (rows, 1, 1), (x_TI, given, inputs), (block,), warps=4)
+    parts = max(1, min(_up(inputs, block), 4)) if rows <= 64 else 1
+    experts = 0 if offs is None else offs.shape[0]
+    constants = (block, parts, flags.token, flags.whole, 0 if flags.token else _power_of_two(experts), _hopper(device))
+    arguments = (x_TI, q, row_scale, given, work, offs, inputs, zeros, experts)
+    warps = 16 if rows <= 64 or inputs > 4096 else 4
+    _launch(kernels.quantize_rows, (rows, parts, 1), arguments, constants, warps=warps)
+    return q, row_scale if given is None or flags.whole else given, work
+
+
+def _product(
+    tiling: Tiling,
+    q: Tensor,
+    values: Tensor,
+    row_scale: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_TO: Tensor,
+    work: Tensor | None,
+    flags: Flags,
+    offs: Tensor | None,
+) -> None:
+    rows, inputs = q.shape
+    experts, outputs = 0 if offs is None else offs.shape[0], values.shape[-2]
+    tiles = _up(rows, tiling.rows) + experts  # each expert has at most one tile that is not full
+    grid = (tiles * _up(outputs, tiling.outputs), tiling.split, 1)
+    hopper = _hopper(q.device)
+    tma = tiling.tma and hopper and not experts
+    a, w = (_tiled(q, tiling.rows, tiling.depth), _tiled(values, tiling.outputs, tiling.depth)) if tma else (q, values)
+    arguments = (a, w, row_scale, scale, bias, out_TO, work, offs, rows, outputs, inputs, experts)
+    extents = (tiling.rows, tiling.outputs, tiling.depth, tiling.group, tiling.split, tiling.swap)
+    kinds = (tma, inputs % tiling.depth == 0, flags.token, flags.channel, bias is not None, _power_of_two(experts))
+    _launch(
+        _kernels().product, grid, arguments, (*extents, *kinds, tiling.stages, hopper), warps=tiling.warps, pdl=hopper
+    )
+
+
+def _row_product(
+    tiling: Tiling,
+    x_TI: Tensor,
+    values: Tensor,
+    input_scale: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_TO: Tensor,
+    flags: Flags,
+) -> None:
+    outputs, inputs = values.shape
+    arguments = (x_TI, values.view(torch.int32), input_scale, scale, bias, out_TO, outputs, inputs)
+    kinds = (flags.token, flags.channel, bias is not None, not _interpreted())
+    constants = (_power_of_two(inputs), tiling.outputs, tiling.depth, *kinds, tiling.stages)
+    _launch(_kernels().row_product, (_up(outputs, tiling.outputs), 1, 1), arguments, constants, warps=tiling.warps)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    *,
+    warps: int,
+    pdl: bool = False,
+) -> None:
+    """Start a kernel; from its second time on without the twenty microseconds that Triton takes to look at arguments.
+
+    All that it would look at is in the key or the same in every call: integers that it tells apart are multiples of 16,
+    and so are addresses but for those it is told not to look at.
+    """
+    dtypes = tuple(getattr(argument, "dtype", None) for argument in arguments)
+    key = (kernel, torch.cuda.current_device() if torch.cuda.is_available() else None, dtypes, constants, warps)
+    compiled = COMPILED.get(key)
+    if compiled is not None:
+        compiled[grid](*arguments, *constants)
+        return
+    options = {"launch_pdl": True} if pdl else {}
+    COMPILED[key] = kernel[grid](*arguments, *constants, num_warps=warps, enable_fp_fusion=False, **options)
+
+
+COMPILED: dict[tuple[Any, ...], Any] = {}
+"""Compiled kernels by what they were compiled for; None under Triton's interpreter."""
+
+
+def _chosen(
+    x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, flags: Flags
+) -> Tiling | None:
+    """The fastest exact tiling for these shapes, measured at the first call; None if there is none.
+
+    While a graph is captured nothing can be measured: the first candidate that has proved itself.
+    """
+    outputs, inputs = values.shape
+    key = (_power_of_two(x_TI.shape[0]), outputs, inputs, flags, x_TI.device)
+    if key in CHOSEN:
+        return CHOSEN[key]
+    candidates = tilings(x_TI.shape[0], outputs, _hopper(x_TI.device))
+    if x_TI.is_cuda and torch.cuda.is_current_stream_capturing():
+        proved = [tiling for tiling in candidates if EXACT.get((tiling, flags, x_TI.device, 0))]
+        return proved[0] if proved else None
+    exact = [tiling for tiling in candidates if is_exact(tiling, flags, x_TI.device)]
+
+    def timed(tiling: Tiling) -> float:
+        return _milliseconds(lambda: run(tiling, x_TI, values, scale, input_scale, bias, flags))
+
+    CHOSEN[key] = _least(exact, timed)
+    return CHOSEN[key]
+
+
+CHOSEN: dict[tuple[Any, ...], Tiling | None] = {}
+"""Tilings by power of two of rows, O, I, flags and device."""
+
+
+def _least(exact: Sequence[Tiling], timed: Callable[[Tiling], float]) -> Tiling | None:
+    if len(exact) < 2:
+        return exact[0] if exact else None
+    try:
+        return min(exact, key=timed)
+    except torch.OutOfMemoryError:  # measuring takes memory of its own, to empty the cache
+        return exact[0]
+
+
+def _milliseconds(call: Callable[[], Tensor]) -> float:
+    from triton import testing  # type: ignore[import-not-found]  # where there is a GPU
+
+    return float(testing.do_bench(call, warmup=2, rep=8, return_mode="median"))
+
+
+def is_exact(tiling: Tiling, flags: Flags, device: torch.device, experts: int = 0) -> bool:
+    """True if the kernels of a tiling run on the device and give what the CPU computes, bit for bit; remembered."""
+    key = (tiling, flags, device, experts)
+    if key not in EXACT:
+        EXACT[key] = all(_probed(*key, inputs) for inputs in (2048, 2048 + ALIGNED))
+    return EXACT[key]
+
+
+EXACT: dict[tuple[Tiling, Flags, torch.device, int], bool] = {}
+
+
+def _probed(tiling: Tiling, flags: Flags, device: torch.device, experts: int, inputs: int) -> bool:
+    rows = 1 if tiling.rows == 1 else tiling.rows + 3
+    x, values, scale, bias = probe(rows, tiling.outputs + ALIGNED, inputs, flags)
+    given = None if flags.token or flags.whole else torch.tensor(0.037)
+    offs = torch.tensor([3, 3, rows - 2][:experts], dtype=torch.int32)
+    if experts:
+        values, scale = torch.stack([values, values, values.flip(0)]), torch.stack([scale, scale, scale.flip(0)])
+        given = None if given is None else torch.tensor([0.037, 0.01, 0.025])
+        wanted = _one_by_one(x, values, scale, given, offs)
+    else:
+        wanted = int8.linear(x, values, scale, _torch_scale(x, given, flags.token), bias)
+    try:
+        x, values, scale = x.to(device), values.to(device), scale.to(device)
+        given, bias = None if given is None else given.to(device), None if bias is None else bias.to(device)
+        if experts:
+            got = run_grouped(tiling, x, values, scale, given, offs.to(device), flags)
+        else:
+            got = run(tiling, x, values, scale, given, bias, flags)
+        return torch.allclose(got.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    except Exception:  # no compiler, too little shared memory, an instruction that the card lacks
+        return False
+
+
+def probe(rows: int, outputs: int, inputs: int, flags: Flags) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Input, int8 weight, its scale and bias on the CPU: halves that round to even, extremes whose sums leave float32's
+    integers, and rows with NaN, with infinity, huge, tiny and zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator)
+    x[::7] = torch.randint(-254, 255, x[::7].shape, generator=generator) * 0.5
+    x[1::7] = 1.0
+    if not flags.whole:  # all of it would be NaN
+        for row, value in ((2, torch.nan), (3, torch.inf)):
+            x[row::7, 5] = value
+    x[4::7] *= 1e-38 if flags.dtype != torch.float16 else 1e-6
+    x[5::7] = 0.0
+    values = torch.randint(-128, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    values[::3], values[1::3] = 127, -128
+    scale = torch.rand(outputs if flags.channel else 1, 1, generator=generator) * 1e-2
+    bias = None if flags.bias is None else torch.randn(outputs, generator=generator).to(flags.bias)
+    return x.to(flags.dtype), values, scale, bias
+
+
+def _tiled(matrix: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-not-found]  # where there is a GPU
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def _kernels() -> Any:
+    from autoquant.quantizer import triton_kernels
+
+    return triton_kernels
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def _interpreted() -> bool:
+    return not torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, at an address that kernels compiled for multiples of 16 take."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNED == 0 else tensor.clone()
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step)
+
+
+def _power_of_two(n: int) -> int:
+    return 0 if n == 0 else 1 << (n - 1).bit_length()
+
+
+def _fake_linear(
+    x: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor | None, per_token: bool, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+def _fake_grouped(x: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor | None, offs: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[1])
+
+
+LIBRARY = Library("autoquant", "FRAGMENT")
+LIBRARY.define(
+    "int8_linear(Tensor x, Tensor values, Tensor scale, Tensor? input_scale, bool per_token, Tensor? bias) -> Tensor"
+)
+LIBRARY.define("int8_grouped_linear(Tensor x, Tensor values, Tensor scale, Tensor? input_scale, Tensor offs) -> Tensor")
+LIBRARY.impl("int8_linear", linear, "CUDA")
+LIBRARY.impl("int8_grouped_linear", grouped_linear, "CUDA")
+register_fake("autoquant::int8_linear", _fake_linear, lib=LIBRARY)
+register_fake("autoquant::int8_grouped_linear", _fake_grouped, lib=LIBRARY)
