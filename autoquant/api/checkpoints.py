@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 ALL_TRANSFORMS = "smooth+fc_fc+rotation"
 """Everything that the config enables."""
 _NEEDS = "needs a config and takes no output, format, target, device or dtype"
+WEIGHTS = (".safetensors", ".onnx", ".data")
+"""How files end that hold weights, of a checkpoint and of what is made of it."""
 _REASONS = 3
 """Why the format is another than the usual one: so many sentences at most."""
 
@@ -193,11 +195,12 @@ def quantize(
     the column of a text that has columns. Claims that were edited since they were proved are proved again, of a module
     on what ``example_inputs`` call; ``unproved`` goes on without, which is recorded.
 
-    ``format``: 'compressed-tensors', which servers load, or 'native', which holds everything; None: the first where it
-    can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers' or 'any'; None: vllm, if it
-    can. ``low_memory``: refuse what needs more than one layer in memory. ``device``: where a folder's model is run and
-    changed; ``dtype``: of its sweep, None or 'auto': bfloat16 on a GPU where the folder has it, else float32. Raises
-    AutoQuantError, with nothing written, where anything does not fit or is not proved.
+    ``format``: 'compressed-tensors', which servers load, 'native', which holds everything, or 'onnx'; None: the first
+    where it can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers', 'any' or
+    'onnxruntime'; None: vllm, if it can. ``low_memory``: refuse what needs more than one layer in memory. ``device``:
+    where a folder's model is run and changed; ``dtype``: of its sweep, None or 'auto': bfloat16 on a GPU where the
+    folder has it, else float32. Raises AutoQuantError, with nothing written, where anything does not fit or is not
+    proved.
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
@@ -271,7 +274,9 @@ def _quantized(done: Done, source: Path, folder: Path, what: str, options: dict[
     from autoquant.report.results import Written
 
     idle, form = done.quantized.idle, done.chosen.form
-    before, after = (sum(path.stat().st_size for path in place.glob("*.safetensors")) for place in (source, folder))
+    before, after = (
+        sum(path.stat().st_size for path in place.iterdir() if path.suffix in WEIGHTS) for place in (source, folder)
+    )
     said = [f"{folder}: {what}, {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB, {form}"]
     said += [f"format native, not compressed-tensors: {reason}" for reason in done.chosen.against[:_REASONS]]
     said += [packaged_text(options)] if packaged else []

@@ -1,4 +1,4 @@
-"""What serves a checkpoint of compressed-tensors, and what of W8A8 int8 it takes.
+"""What serves a checkpoint of a format, and what of W8A8 int8 it takes.
 
 The table is ``targets.json``: facts of one version of each, named there. A target refuses before the work, and names
 the nearest thing that it takes.
@@ -20,21 +20,22 @@ from autoquant.quantizer.strategies import Granularity, PlannedLinear, plan_line
 
 DEFAULT_TARGET = "vllm"
 ANY = "any"
-"""What every target takes."""
+"""What every target of the first one's format takes."""
 _TABLE = Path(__file__).with_name("targets.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What one server takes. ``weights`` and ``activations``: of dense linears; the same of experts, empty where it
-    takes no int8 experts. ``float_experts``: it loads those that stay in floating point. ``lm_head``: it may be int8.
-    ``readers_alike``: linears of one module that read one tensor share a scheme and a static input scale. ``version``:
-    what it was read from. ``head_is_table``: model classes whose head is the embedding table even where the folder has
-    another.
+    """What one server takes. ``form``: the format of the folders that it reads. ``weights`` and ``activations``: of
+    dense linears; the same of experts, empty where it takes no int8 experts. ``float_experts``: it loads those that
+    stay in floating point. ``lm_head``: it may be int8. ``readers_alike``: linears of one module that read one
+    tensor share a scheme and a static input scale. ``version``: what it was read from. ``head_is_table``: model
+    classes whose head is the embedding table even where the folder has another.
     """
 
     name: str
     version: str
+    form: str
     weights: frozenset[str]
     activations: frozenset[Granularity]
     expert_weights: frozenset[str]
@@ -51,8 +52,8 @@ def targets() -> Mapping[str, Target]:
     """All targets by their names, ``any`` the last."""
     table = json.loads(_TABLE.read_text(encoding="utf-8"))
     known = {name: _target(name, row) for name, row in table.items()}
-    every = tuple(known.values())
-    return {**known, ANY: _all_of(every)}
+    alike = tuple(target for target in known.values() if target.form == known[DEFAULT_TARGET].form)
+    return {**known, ANY: _all_of(alike)}
 
 
 def target_named(name: str) -> Target:
@@ -93,7 +94,9 @@ def nearest(strategy: Strategy, target: Target) -> Strategy:
     """The strategy that a target takes and that loses least: finer scales in place of coarser ones, no int8 cache."""
     weight, activation = _scheme_names(strategy)
     weight = weight if weight in target.weights else "per_channel"
-    activation = activation if activation in target.activations else Granularity.TOKEN_DYNAMIC
+    if activation not in target.activations:
+        dynamic = Granularity.TOKEN_DYNAMIC in target.activations
+        activation = Granularity.TOKEN_DYNAMIC if dynamic else Granularity.TENSOR_STATIC
     if activation is Granularity.TOKEN_DYNAMIC:
         weight = "per_channel"  # the eight have no other with it
     return Strategy(f"w_int8_{weight}_a_int8_{activation.value}")
@@ -182,6 +185,7 @@ def _target(name: str, row: Mapping[str, object]) -> Target:
     return Target(
         name,
         ", ".join(f"{package} {version}" for package, version in versions.items()),
+        str(row["format"]),
         frozenset(listed("weights")),
         frozenset(map(Granularity, listed("activations"))),
         frozenset(listed("expert_weights")),
@@ -198,6 +202,7 @@ def _all_of(every: tuple[Target, ...]) -> Target:
     return Target(
         ANY,
         ", ".join(target.name for target in every),
+        every[0].form,
         frozenset.intersection(*(target.weights for target in every)),
         frozenset.intersection(*(target.activations for target in every)),
         frozenset.intersection(*(target.expert_weights for target in every)),

@@ -11,7 +11,7 @@ from autoquant.cli import options
 @click.command()
 @click.argument("folder", type=options.FILE)
 @options.output("Folder to write.")
-@click.option("--to", required=True, metavar="[native|compressed-tensors]", help="Format of the folder to write.")
+@click.option("--to", required=True, metavar="[native|compressed-tensors|onnx]", help="Format of the folder to write.")
 @options.target
 @options.trust_remote_code
 @options.force
@@ -20,7 +20,7 @@ from autoquant.cli import options
 def command(folder: Path, output: Path, form: str, quiet: bool, **how: Any) -> None:
     """Write a quantized folder in another format, where nothing is lost.
 
-    FOLDER is one of `autoquant quantize`. There and back again gives the same bytes.
+    FOLDER is one of `autoquant quantize`. There and back again gives the same bytes; from ONNX there is no way back.
     """
     from autoquant import api
 

@@ -142,14 +142,14 @@ def checkpoint_format(function: Callable[..., Any]) -> Callable[..., Any]:
     text = click.option("--result", "form", type=choice, default="text", show_default=True, help=said)(wrapper)
     return click.option(
         "--format",
-        metavar="[compressed-tensors|native]",
+        metavar="[compressed-tensors|native|onnx]",
         help="Of the folder.  [default: compressed-tensors where it holds the result, else native]",
     )(text)
 
 
 target = click.option(
     "--target",
-    metavar="[vllm|sglang|transformers|any]",
+    metavar="[vllm|sglang|transformers|any|onnxruntime]",
     help="What is to serve the folder; what it does not take is refused.  [default: vllm, if it takes the result]",
 )
 

@@ -66,7 +66,7 @@ def multiply_kronecker(x: Tensor, factors: list[Tensor], dim: int = -1, transpos
             y = y.reshape(-1, f) @ (factor.mT if transpose else factor)
         else:  # bmm: matmul would transpose y to make one product of it
             y = y.reshape(-1, f, inner)
-            y = torch.bmm((factor if transpose else factor.mT).contiguous().expand(len(y), f, f), y)
+            y = torch.bmm((factor if transpose else factor.mT).contiguous().expand(y.shape[0], f, f), y)
         inner *= f
     result: Tensor = (y * order**-0.5).reshape(x.shape)
     return result

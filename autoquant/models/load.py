@@ -242,6 +242,13 @@ def build_empty(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = F
     return model.eval()
 
 
+def built_anew(model: Any) -> Any:
+    """Another model of the class and configuration of ``model``, as :func:`build_empty` has it."""
+    with quiet(), parameters_on_meta():
+        made: Any = type(model)(copy.deepcopy(model.config))
+    return made.eval()
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules built in this context have their parameters on the meta device; buffers keep their real values."""

@@ -54,6 +54,11 @@ class PlannedLinear:
     weights: WeightQuantization = field(default_factory=WeightQuantization)
     activations: ActivationQuantization = field(default_factory=ActivationQuantization)
 
+    @property
+    def is_transposed(self) -> bool:
+        """True if the model keeps the weight as [I, O] (Conv1D)."""
+        return self.in_dim != (1 if self.stack is None else 2)
+
 
 def scheme_of(strategy: Strategy) -> Scheme:
     """Take a strategy's name apart: ``w_int8_per_<...>_a_int8_per_<...>[_kv_cache_int8_per_<...>]``."""

@@ -29,6 +29,7 @@ SERVED = {
     "sglang": {TOKEN},
     "transformers": {TOKEN, STATIC, TENSOR, DYNAMIC},
     "any": {TOKEN},
+    "onnxruntime": {STATIC, TENSOR},
 }
 
 
@@ -48,6 +49,8 @@ def test_a_refusal_names_the_nearest_thing_and_the_version() -> None:
     assert nearest(Strategy.PER_TENSOR_STATIC_KV, target_named("vllm")) is TENSOR
     assert nearest(TENSOR, target_named("sglang")) is TOKEN
     assert nearest(Strategy.PER_CHANNEL_DYNAMIC_KV, target_named("transformers")) is DYNAMIC
+    assert nearest(TOKEN, target_named("onnxruntime")) is STATIC
+    assert nearest(Strategy.PER_TENSOR_STATIC_KV, target_named("onnxruntime")) is TENSOR
 
 
 def test_what_is_one_module_at_the_server_needs_one_scheme() -> None:
@@ -94,7 +97,7 @@ def test_readers_of_one_tensor() -> None:
 
 
 def test_names() -> None:
-    assert list(targets()) == ["vllm", "sglang", "transformers", "any"]
+    assert list(targets()) == ["vllm", "sglang", "transformers", "onnxruntime", "any"]
     with pytest.raises(AutoQuantError, match=r"no target 'vlm'; did you mean 'vllm'\?; there are vllm, sglang, .*"):
         target_named("vlm")
     assert target_named("any").activations == {Granularity.TOKEN_DYNAMIC}

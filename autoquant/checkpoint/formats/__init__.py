@@ -28,6 +28,7 @@ from autoquant.models.own_code import copy_code
 
 NATIVE = "native"
 COMPRESSED_TENSORS = "compressed-tensors"
+ONNX = "onnx"
 PREFERRED = (COMPRESSED_TENSORS, NATIVE)
 """Without a wish, the first of these that can hold the result."""
 
@@ -76,9 +77,17 @@ class Wish:
         if self.form is not None:
             format_named(self.form)
         if self.target is not None:
-            target_named(self.target)
-            if self.form not in (None, COMPRESSED_TENSORS):
+            read = target_named(self.target).form
+            if self.form == NATIVE:
                 raise AutoQuantError(f"the format '{self.form}' runs in autoquant alone: leave the target out")
+            if self.form not in (None, read):
+                raise AutoQuantError(f"the target '{self.target}' reads the format '{read}', not '{self.form}'")
+
+    @property
+    def wanted(self) -> str | None:
+        """The format that is wished for, by its own name or by that of a target that reads no other."""
+        read = None if self.target is None else target_named(self.target).form
+        return self.form or (None if read == COMPRESSED_TENSORS else read)
 
 
 class CheckpointFormat(Protocol):
@@ -118,7 +127,8 @@ def register(checkpoint_format: CheckpointFormat) -> None:
 def formats() -> Mapping[str, CheckpointFormat]:
     """All formats by their names."""
     import autoquant.checkpoint.formats.compressed_tensors
-    import autoquant.checkpoint.formats.native  # noqa: F401  # they register themselves, and import this module
+    import autoquant.checkpoint.formats.native
+    import autoquant.checkpoint.formats.onnx  # noqa: F401  # they register themselves, and import this module
 
     return dict(_formats)
 
@@ -157,9 +167,10 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
 
     Raises AutoQuantError where the wish cannot be met, with the reasons and the nearest thing that could be.
     """
-    if wish.form is not None and wish.form != COMPRESSED_TENSORS:
-        check_format(wish.form, config, changes, model)
-        return Chosen(wish.form)
+    wanted = wish.wanted
+    if wanted not in (None, COMPRESSED_TENSORS):
+        check_format(wanted, config, changes, model)
+        return Chosen(wanted)
     reasons = refusals(wish.target or DEFAULT_TARGET, config, changes, model)
     if not reasons:
         return Chosen(COMPRESSED_TENSORS)
@@ -174,7 +185,8 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
 def refusals(target: str, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
     """Why a target, or the format that it loads, does not take such a model, a sentence each; none where it does."""
     served = reasons_against(target, config, _untied(changes, model))
-    return (*served, *format_named(COMPRESSED_TENSORS).reasons_against(config, changes, model))
+    held = format_named(target_named(target).form).reasons_against(config, changes, model)
+    return tuple(dict.fromkeys((*served, *held)))
 
 
 def _untied(changes: Changes, model: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""A runnable model of a built one and the tensors of a folder."""
+"""A runnable model of a built one and the tensors of a folder, or of what is about to be written."""
 
 from __future__ import annotations
 
@@ -7,10 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from autoquant.checkpoint.formats import Changes, Contents
 from autoquant.checkpoint.formats.checked import check_tensors
 from autoquant.errors import AutoQuantError
+from autoquant.executor.online import install_ as install_rotations_
+from autoquant.models.load import built_anew
+from autoquant.quantizer.linear import replace_with_empty_
+from autoquant.quantizer.strategies import plan_linears
+
+
+def assembled(contents: Contents, folder: Path) -> Any:
+    """The runnable model of what is about to be written, floats in float32; its cache and prefix are left out."""
+    model = built_anew(contents.model)
+    change_(model, contents.changes)
+    replace_with_empty_(model, plan_linears(contents.config))
+    return as_loaded_(fill_(model, dict(contents.tensors), contents.shared, folder), torch.float32)
+
+
+def change_(model: nn.Module, changes: Changes) -> None:
+    """Give a model built by its class the structure of the quantized one."""
+    for name in changes.created:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        weight = owner.get_parameter("weight")
+        owner.register_parameter(name.rpartition(".")[2], nn.Parameter(weight.new_zeros(weight.shape[0])))
+    for path in changes.identities:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Identity())
+    install_rotations_(model, changes.online)
 
 
 def fill_(model: Any, tensors: Mapping[str, Tensor], shared: Mapping[str, str], directory: Path) -> Any:

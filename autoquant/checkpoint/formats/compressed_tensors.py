@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autoquant.checkpoint.formats import COMPRESSED_TENSORS, Changes, Contents, register
 from autoquant.checkpoint.formats.model_card import model_card
 from autoquant.checkpoint.formats.quantization_config import REGEX, Group, section_of
+from autoquant.checkpoint.formats.transposed import transposed_reasons
 from autoquant.checkpoint.formats.stored import is_stored, load_stored, stored_contents
 from autoquant.checkpoint.formats.surroundings import write_surroundings
 from autoquant.config.format import Config, Strategy, edited
@@ -39,11 +40,8 @@ class CompressedTensors:
     name = COMPRESSED_TENSORS
 
     def reasons_against(self, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
-        reasons = [*_config_reasons(config), *_structure_reasons(changes)]
         planned = plan_linears(config)
-        reasons += [
-            f"{linear.path}: its weight is transposed (Conv1D); exclude it" for linear in planned if _turned(linear)
-        ]
+        reasons = [*_config_reasons(config), *_structure_reasons(changes), *transposed_reasons(planned)]
         if model is not None and not reasons:
             reasons += _layout_reasons(model, planned)
         return tuple(reasons)
@@ -105,10 +103,6 @@ def _structure_reasons(changes: Changes) -> list[str]:
     ]
     made = [f"{name}: a bias that the model's class does not have; disable what makes it" for name in changes.created]
     return [*online, *gone, *made]
-
-
-def _turned(linear: PlannedLinear) -> bool:
-    return linear.in_dim != (1 if linear.stack is None else 2)
 
 
 def _layout_reasons(model: Any, planned: Sequence[PlannedLinear]) -> list[str]:

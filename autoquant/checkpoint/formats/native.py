@@ -22,13 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoquant.checkpoint.formats import NATIVE, Changes, Contents, register, write_checkpoint
-from autoquant.checkpoint.formats.assembled import as_loaded_, fill_
+from autoquant.checkpoint.formats.assembled import as_loaded_, change_, fill_
 from autoquant.checkpoint.formats.surroundings import stored_tokenizer, write_surroundings
 from autoquant.checkpoint.provenance import CONFIG, read_provenance
 from autoquant.config.file import load_config
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
-from autoquant.executor.online import install_ as install_rotations_
 from autoquant.executor.resolved import ResolvedOnline
 from autoquant.io.safetensors_stream import open_file
 from autoquant.io.safetensors_writer import Described, write_tensors
@@ -190,7 +189,7 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
     model = build_empty(directory, facts.dtype, trust_remote_code=trust_remote_code)
     granularity = kv_granularity(config)
     try:
-        _change_(model, facts.changes)
+        change_(model, facts.changes)
         replace_with_empty_(model, plan_linears(config))
         if granularity is not None:
             install_(model, KVScales(granularity, *(tensors.get(f"{MODULE}.{name}") for name in ("key", "value"))))
@@ -231,18 +230,6 @@ def read_facts(directory: Path) -> Facts:
         raise AutoQuantError(f"{directory / FACTS}: damaged: {' '.join(str(error).split())[:200]}") from error
     online = tuple(ResolvedOnline(one.kind, one.path, one.size, None) for one in known.online)
     return Facts(dtype, known.shared, Changes(known.created, known.identities, online))
-
-
-def _change_(model: nn.Module, changes: Changes) -> None:
-    """Give a model built by its class the structure of the quantized one."""
-    for name in changes.created:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        weight = owner.get_parameter("weight")
-        owner.register_parameter(name.rpartition(".")[2], nn.Parameter(weight.new_zeros(weight.shape[0])))
-    for path in changes.identities:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Identity())
-    install_rotations_(model, changes.online)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
