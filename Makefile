@@ -16,7 +16,7 @@ UNIT := $(filter-out tests/test_api.py,$(wildcard tests/test_*.py)) tests/config
 SERVE_VENV := serve-venv
 SERVED := $(SERVE_VENV)/.installed
 
-.PHONY: serve test-serve demo lint check test test-slow configs survey picture install clean
+.PHONY: serve test-serve test-onnx demo lint check test test-slow configs survey picture install clean
 
 demo: $(INSTALLED)
 	mkdir -p $(OUT)
@@ -38,6 +38,12 @@ serve: $(INSTALLED) $(SERVED)
 # What vLLM and transformers compute from folders of several architectures: writes benchmarks/serve.md.
 test-serve: $(INSTALLED) $(SERVED)
 	$(BIN)/python benchmarks/serve.py --python $(SERVE_VENV)/bin/python
+
+# What onnxruntime computes from our ONNX folders: the tests that need it, and benchmarks/onnx.md.
+test-onnx: $(INSTALLED)
+	$(BIN)/python -m pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+	$(BIN)/pytest -q tests/checkpoint/formats/test_onnx.py
+	$(BIN)/python benchmarks/onnx_check.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

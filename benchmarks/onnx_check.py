@@ -1,4 +1,4 @@
-"""What onnxruntime computes from our ONNX folders: python benchmarks/onnx_check.py
+"""What onnxruntime computes from our ONNX folders: make test-onnx, or python benchmarks/onnx_check.py
 
 Quantizes the packaged model, small random ones of several architectures and, where they are at hand, trained ones;
 writes each as ONNX, runs it in onnxruntime on the CPU and here, and writes onnx.md. Needs `pip install
@@ -237,8 +237,9 @@ def main(output: Path, tokens: int, only: str) -> None:
 
 HEAD = f"""# What onnxruntime computes from our ONNX folders
 
-Written by `python benchmarks/onnx_check.py`. The wikinanos, stories260K and babyllama361 are trained; all other models
-are small and random, so that their perplexities say nothing but whether two programs compute the same.
+Written by `make test-onnx` (`python benchmarks/onnx_check.py`). The wikinanos, stories260K and babyllama361 are
+trained; all other models are small and random, so that their perplexities say nothing but whether two programs compute
+the same.
 
 - Perplexity on the packaged text, windows of 64 behind BOS; in brackets what it is above ours.
 - median, largest: of the absolute difference of the tokens' log-probabilities. 1e-6 and less is the rounding of

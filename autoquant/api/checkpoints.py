@@ -199,8 +199,7 @@ def quantize(
     where it can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers', 'any' or
     'onnxruntime'; None: vllm, if it can. ``low_memory``: refuse what needs more than one layer in memory. ``device``:
     where a folder's model is run and changed; ``dtype``: of its sweep, None or 'auto': bfloat16 on a GPU where the
-    folder has it, else float32. Raises AutoQuantError, with nothing written, where anything does not fit or is not
-    proved.
+    folder has it, else float32. Raises AutoQuantError, with nothing written, where anything does not fit.
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)

@@ -35,7 +35,7 @@ KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias"
 @click.option("--offline", is_flag=True, help="No rotation at inference: neither R3 nor R4.")
 @click.option(
     "--target",
-    metavar="[vllm|sglang|transformers|any]",
+    metavar="[vllm|sglang|transformers|any|onnxruntime]",
     help="What is to serve the result: only what it takes is tried.",
 )
 @options.seed(0, "Draws windows.")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from autoquant.checkpoint.formats import COMPRESSED_TENSORS, Changes, Contents, register
 from autoquant.checkpoint.formats.model_card import model_card
 from autoquant.checkpoint.formats.quantization_config import REGEX, Group, section_of
-from autoquant.checkpoint.formats.transposed import transposed_reasons
 from autoquant.checkpoint.formats.stored import is_stored, load_stored, stored_contents
 from autoquant.checkpoint.formats.surroundings import write_surroundings
+from autoquant.checkpoint.formats.transposed import transposed_reasons
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_writer import write_checkpoint_tensors

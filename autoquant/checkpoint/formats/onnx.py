@@ -19,8 +19,8 @@ from autoquant.checkpoint.formats.assembled import assembled
 from autoquant.checkpoint.formats.model_card import onnx_card
 from autoquant.checkpoint.formats.onnx_graph import GRAPH, check_installed, write_graph
 from autoquant.checkpoint.formats.onnx_session import answers_of, check_answers, open_session
-from autoquant.checkpoint.formats.transposed import transposed_reasons
 from autoquant.checkpoint.formats.surroundings import write_surroundings
+from autoquant.checkpoint.formats.transposed import transposed_reasons
 from autoquant.checkpoint.targets import nearest, reasons_against, target_named
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
