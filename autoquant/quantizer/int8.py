@@ -14,7 +14,7 @@ What a scale is for awkward groups of values:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -130,25 +130,30 @@ def reference_matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     return out_MN
 
 
-def probe_int_mm(device: str) -> bool:
-    """True if ``torch._int_mm`` exists on the device type and gets every probe right.
+def probes() -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of int8 matrices [M, K], [K, N] that a kernel must multiply exactly.
 
-    The probes hold extreme values: AVX2 kernels shift one factor to 0 ... 255 and multiply by ``vpmaddubsw``, which
-    saturates the sum of two products to int16 in silence; random data rarely shows it. They cover single rows, ragged
-    sizes and several K.
+    They hold extreme values: AVX2 kernels shift one factor to 0 ... 255 and multiply by ``vpmaddubsw``, which saturates
+    the sum of two products to int16 in silence; random data rarely shows it. They cover single rows, ragged sizes and
+    several K.
     """
     generator = torch.Generator().manual_seed(0)
     for m, k, n in ((1, 64, 64), (3, 70, 5), (32, 2048, 64), (65, 1100, 33)):
         ones = torch.ones(m, k, dtype=torch.int8), torch.ones(k, n, dtype=torch.int8)
         random = [torch.randint(QMIN, QMAX + 1, s, generator=generator, dtype=torch.int8) for s in ((m, k), (k, n))]
-        extreme = [(ones[0] * a, ones[1] * b) for a in (QMIN, QMAX) for b in (QMIN, QMAX)]
-        for a, b in (*extreme, random):
-            try:
-                product = _int_mm(a.to(device), b.to(device)).cpu()
-            except (RuntimeError, NotImplementedError):  # no kernel for this device or these shapes
-                return False
-            if not torch.equal(product.long(), a.long() @ b.long()):
-                return False
+        yield from ((ones[0] * a, ones[1] * b) for a in (QMIN, QMAX) for b in (QMIN, QMAX))
+        yield random[0], random[1]
+
+
+def probe_int_mm(device: str) -> bool:
+    """True if ``torch._int_mm`` exists on the device type and gets every probe right."""
+    for a, b in probes():
+        try:
+            product = _int_mm(a.to(device), b.to(device)).cpu()
+        except (RuntimeError, NotImplementedError):  # no kernel for this device or these shapes
+            return False
+        if not torch.equal(product.long(), a.long() @ b.long()):
+            return False
     return True
 
 

@@ -1,0 +1,212 @@
+"""Int8 linears on a CPU: oneDNN's int8 product with a packed weight, and rows in blocks that stay in the cache.
+
+The numbers are those of :func:`autoquant.quantizer.int8.linear` bit for bit: the kernel gives the float32 of each int32
+sum, and proves it on every machine before it is used. Where it does not (AVX2 without VNNI adds pairs of products in
+int16 and saturates), there is :func:`autoquant.quantizer.int8.matmul`.
+
+Packing copies a weight into the order that the kernel reads, once; the copy lives as long as the weight does. Values
+that were changed are packed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoquant.quantizer import int8
+
+MOST_ROWS = 1024
+"""Rows of one product. Many: each product reads the whole weight."""
+CACHED = 1 << 17
+"""Elements of one elementwise step: half a MiB in float32, which stays in the cache, and is memory used before."""
+HALF_EVEN = 12582912.0
+"""1.5 * 2**23. Added to a float32 below 2**22 in magnitude it rounds half to even; the low byte is the integer's."""
+
+
+@dataclass(eq=False, slots=True)
+class Packed:
+    """Packed forms of ``source``, int8 [(E,) O, I], or of its experts, by address and version; a copy begins empty.
+
+    Holding on to the source keeps its memory, so that an address is never another tensor's.
+    """
+
+    source: Tensor | None = None
+    held: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> Packed:
+        return Packed()
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+        return Packed, ()
+
+    def shares(self, values: Tensor) -> bool:
+        """True if ``values`` lie in the memory of the source."""
+        return self.source is not None and _memory(values) == _memory(self.source)
+
+    def of(self, values: Tensor) -> Any:
+        """The packed form of int8 values [O, I] in the memory of the source."""
+        key = (values.data_ptr(), values._version)
+        if key not in self.held:
+            for old in [other for other in self.held if other[0] == key[0]]:
+                del self.held[old]
+            self.held[key] = torch.ops.onednn.qlinear_prepack(values.contiguous(), None)
+        return self.held[key]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def takes(x: Tensor, values: Tensor, packed: Packed | None) -> bool:
+    """True if :func:`linear` can compute with an input of x's dtype and device and int8 values [O, I].
+
+    False while a graph is traced or compiled, for fakes, for values that ``packed`` is not of, and where gradients are
+    wanted.
+    """
+    return (
+        packed is not None
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and type(values) is Tensor
+        and x.device.type == values.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.numel() > 0
+        and values.numel() > 0
+        and values.shape[-1] <= int8.EXACT_INT32_DEPTH
+        and not values.is_inference()  # these have no version
+        and packed.shares(values)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and is_exact()
+    )
+
+
+def linear(
+    x_TI: Tensor,
+    values: Tensor,
+    packed: Packed,
+    scale: Tensor,
+    input_scale: Tensor | None,
+    per_token: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    """``x @ W.T + b`` in x's dtype, [T, O].
+
+    ``scale`` is float32 [O or 1, 1]. ``input_scale`` is float32 and broadcasts against [T, 1]; None: one scale for each
+    token, or one for all of x.
+    """
+    weight, bias_O = packed.of(values), None if bias is None else bias.float()
+    if input_scale is None and not per_token:
+        input_scale = _scales(x_TI).amax()
+    if x_TI.shape[0] <= MOST_ROWS:
+        return _linear(x_TI, weight, scale.reshape(1, -1), input_scale, bias_O)
+    out_TO = torch.empty(x_TI.shape[0], values.shape[0], dtype=x_TI.dtype)
+    for start in range(0, x_TI.shape[0], MOST_ROWS):
+        block = slice(start, start + MOST_ROWS)
+        given = input_scale if input_scale is None or input_scale.numel() == 1 else input_scale[block]
+        out_TO[block] = _linear(x_TI[block], weight, scale.reshape(1, -1), given, bias_O)
+    return out_TO
+
+
+def _linear(x_TI: Tensor, weight: Any, scale_O: Tensor, given: Tensor | None, bias_O: Tensor | None) -> Tensor:
+    q, row_scale = quantized(x_TI, given)
+    if row_scale.numel() == 1:
+        sums, each = product(q, weight, row_scale.item()), None
+    else:
+        sums, each = product(q, weight), row_scale
+    if sums.numel() <= CACHED:
+        return _finished(sums, each, scale_O, bias_O).to(x_TI.dtype)
+    out_TO, step = torch.empty(sums.shape, dtype=x_TI.dtype), max(1, CACHED // sums.shape[1])
+    for start in range(0, sums.shape[0], step):
+        part = slice(start, start + step)
+        out_TO[part] = _finished(sums[part], None if each is None else each[part], scale_O, bias_O)
+    return out_TO
+
+
+def _finished(sums: Tensor, each: Tensor | None, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Float32 sums, scaled in place."""
+    if each is not None:
+        sums.mul_(each)
+    sums.mul_(scale_O)
+    return sums if bias_O is None else sums.add_(bias_O)
+
+
+def quantized(x_TI: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Int8 rows by the ``given`` scale [] or [T, 1], or each by its own, and the scales: ``int8.quantize_activations``
+    in fewer steps.
+    """
+    scales = _scales(x_TI) if given is None else given
+    if x_TI.numel() <= CACHED:
+        return _rounded(x_TI, scales, given is not None).to(torch.int8), scales
+    q, step = torch.empty(x_TI.shape, dtype=torch.int8), max(1, CACHED // x_TI.shape[1])
+    for start in range(0, x_TI.shape[0], step):
+        part = slice(start, start + step)
+        q[part] = _rounded(x_TI[part], scales if scales.numel() == 1 else scales[part], given is not None)
+    return q, scales
+
+
+def _rounded(x_TI: Tensor, scale: Tensor, clamped: bool) -> Tensor:
+    """int32 whose low byte is the int8 value; conversion to int8 keeps that alone.
+
+    A row under its own scale needs no clamp. NaN becomes a NaN whose low byte is zero, but for one that a float32 input
+    brings along with bits of its own.
+    """
+    y = x_TI / scale if x_TI.dtype == torch.float32 else x_TI.float().div_(scale)
+    if clamped:
+        y.clamp_(int8.QMIN, int8.QMAX)
+        if x_TI.dtype == torch.float32:
+            y.nan_to_num_(0.0)
+    return y.add_(HALF_EVEN).view(torch.int32)
+
+
+def _scales(x_TI: Tensor) -> Tensor:
+    """``int8.absmax_scale`` of each row, [T, 1]; of half-sized floats by their bits, ordered as magnitudes are."""
+    if x_TI.dtype == torch.float32:
+        maximum = torch.maximum(x_TI.amax(1, keepdim=True), x_TI.amin(1, keepdim=True).neg_())
+    else:
+        bits = x_TI.contiguous().view(torch.int16).bitwise_and(0x7FFF)
+        maximum = bits.amax(1, keepdim=True).view(x_TI.dtype).float()
+    scale = maximum.div_(int8.QMAX).clamp_min_(int8.TINY)
+    return scale.add_(scale - scale)  # NaN of infinity
+
+
+def product(q: Tensor, weight: Any, scale: float = 1.0) -> Tensor:
+    """Float32 of the int32 sums of int8 rows [M, K] with a packed weight, times a scale, [M, N].
+
+    Raises RuntimeError, NotImplementedError or AttributeError where the kernel is missing.
+    """
+    sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+        q, scale, 0, weight, ONE, ZERO, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return sums
+
+
+ONE, ZERO = torch.ones(1, device="cpu"), torch.zeros(1, dtype=torch.int32, device="cpu")
+
+
+def probe_product() -> bool:
+    """True if :func:`product` exists here and gets every probe of :func:`autoquant.quantizer.int8.probes` right."""
+    for a, b in int8.probes():
+        exact = (a.long() @ b.long()).float()
+        for scale in (1.0, 0.0371, int8.TINY):
+            scale = torch.tensor(scale).item()  # as a float32 holds it
+            try:
+                sums = product(a, torch.ops.onednn.qlinear_prepack(b.t().contiguous(), None), scale)
+            except (RuntimeError, NotImplementedError, AttributeError):
+                return False
+            if not torch.equal(sums, exact * scale):
+                return False
+    return True
+
+
+def _remembered_probe() -> bool:
+    if not PROBED:
+        PROBED.append(probe_product())
+    return PROBED[0]
+
+
+PROBED: list[bool] = []
+is_exact: Callable[[], bool] = torch.compiler.assume_constant_result(_remembered_probe)

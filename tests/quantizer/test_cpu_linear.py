@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoquant.quantizer import cpu_linear, int8
+from autoquant.quantizer.cpu_linear import Packed
+from autoquant.quantizer.strategies import Granularity
+from autoquant.quantizer.weight import Int8Weight, linear
+
+exact = pytest.mark.skipif(not cpu_linear.is_exact(), reason="oneDNN's int8 product is not exact here")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def probes_forgotten() -> Iterator[None]:
+    cpu_linear.PROBED.clear()
+    yield
+    cpu_linear.PROBED.clear()
+
+
+def inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Halves, tiny, zero, NaN and infinite rows among ordinary ones."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    x = torch.randn(rows, columns, generator=generator)
+    x[::7] = torch.randint(-254, 255, x[::7].shape, generator=generator) * 0.5
+    x[2::7] *= 1e-7 if dtype == torch.float16 else 1e-38
+    x[3::7] = 0.0
+    x[4::7, 1] = torch.nan
+    x[5::7, 2] = -torch.inf
+    return x.to(dtype)
+
+
+def weight(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    values[..., ::3, :] = -128
+    return values
+
+
+@exact
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 48), (3, 70, 5), (150, 2050, 33), (300, 1000, 9), (1030, 140, 130)])
+def test_the_numbers_are_those_of_the_formula(shape: tuple[int, int, int], bias: bool, dtype: torch.dtype) -> None:
+    rows, columns, outputs = shape
+    x, values = inputs(rows, columns, dtype), weight(outputs, columns)
+    scale = torch.rand(outputs, 1, generator=torch.Generator().manual_seed(1)) * 1e-3
+    added = torch.linspace(-1, 1, outputs).to(dtype) if bias else None
+    clean = torch.where(x.isfinite(), x, 1.0)
+    for per_token, given, of in ((True, None, x), (False, None, clean), (False, torch.tensor(0.03), x)):
+        shared = given if given is not None else int8.absmax_scale(of, (1,) if per_token else None)
+        for weight_scale in (scale, scale[:1]):
+            wanted = int8.linear(of, values, weight_scale, shared, added)
+            got = cpu_linear.linear(of, values, Packed(values), weight_scale, given, per_token, added)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@exact
+def test_a_nan_with_bits_of_its_own_is_zero_under_a_static_scale() -> None:
+    x = torch.tensor([[1.0, 2.0]])
+    x.view(torch.int32)[0, 0] = 0x7FC00013
+    assert x.isnan().tolist() == [[True, False]]
+    assert cpu_linear.quantized(x, torch.tensor(1.0))[0].tolist() == [[0, 2]]
+
+
+@exact
+def test_a_scale_for_each_row_can_be_given() -> None:
+    x, values, scale = inputs(300, 64, torch.float32), weight(5, 64), torch.full((5, 1), 0.01)
+    x, given = torch.where(x.isfinite(), x, 1.0), torch.linspace(0.001, 0.1, 300)[:, None]
+    wanted = int8.linear(x, values, scale, given, None)
+    assert torch.equal(cpu_linear.linear(x, values, Packed(values), scale, given, False, None), wanted)
+
+
+@exact
+def test_values_that_change_are_packed_again() -> None:
+    made = Int8Weight(weight(6, 8), torch.ones(6, 1), None, Granularity.TOKEN_DYNAMIC, torch.float32, False)
+    x = torch.eye(8)
+    for change in (lambda: made.values.zero_(), lambda: made.values.copy_(weight(6, 8, seed=1))):
+        before = linear(x, made.view())
+        assert len(made.packed.held) == 1
+        change()
+        assert not torch.equal(linear(x, made.view()), before)
+        assert torch.equal(linear(x, made.view()) * 127, made.values.t() * 127.0 * int8.absmax_scale(x, (1,)) * 127)
+    made.load_state_dict({"values": weight(6, 8, seed=2), "scale": torch.ones(6, 1)}, assign=True)
+    wanted = int8.linear(x, weight(6, 8, seed=2), torch.ones(6, 1), int8.absmax_scale(x, (1,)), None)
+    assert torch.equal(linear(x, made.view()), wanted)
+
+
+@exact
+def test_experts_are_packed_one_by_one_and_copies_of_them_not_at_all() -> None:
+    made = Int8Weight(weight(3, 6, 8), torch.ones(3, 6, 1), None, Granularity.TOKEN_DYNAMIC, torch.float32, False)
+    x = torch.eye(8)
+    for expert in (0, torch.tensor(2)):
+        linear(x, made[expert])
+    assert len(made.packed.held) == 2
+    chosen = made[torch.tensor([1, 1])][0]
+    assert not cpu_linear.takes(x, chosen.values, chosen.packed)
+    assert torch.equal(linear(x, chosen), linear(x, made[1]))
+
+
+@exact
+def test_copies_begin_empty() -> None:
+    made = Int8Weight(weight(6, 8), torch.ones(6, 1), None, Granularity.TOKEN_DYNAMIC, torch.float32, False)
+    linear(torch.eye(8), made.view())
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert not twin.packed.held
+        assert torch.equal(linear(torch.eye(8), twin.view()), linear(torch.eye(8), made.view()))
+
+
+def test_a_kernel_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch, probes_forgotten: None) -> None:
+    honest = int8.reference_matmul
+
+    def saturating(q: Tensor, packed: Any, scale: float = 1.0) -> Tensor:
+        """AVX2's vpmaddubsw: q is made unsigned, pairs of products are added in int16, the shift is taken off."""
+        b = packed.to_dense().long()
+        pairs = ((q.long() + 128)[:, :, None] * b[None]).unflatten(1, (-1, 2)).sum(2)
+        return (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)).float() * scale
+
+    few = torch.randint(-60, 60, (3, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    packed = torch.ops.onednn.qlinear_prepack(few, None)
+    assert torch.equal(saturating(few // 4, packed), cpu_linear.product(few // 4, packed))  # where nothing saturates
+    monkeypatch.setattr(cpu_linear, "product", saturating)
+    assert not cpu_linear.is_exact()
+    a = torch.full((4, 64), 127, dtype=torch.int8)
+    made = Int8Weight(a, torch.ones(4, 1), torch.tensor(1.0), Granularity.TENSOR_STATIC, torch.float32, False)
+    assert torch.equal(linear(a.float(), made.view()), honest(a, a.t()).float())
+    assert not made.packed.held
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError])
+def test_where_the_kernel_is_missing_there_is_another(
+    monkeypatch: pytest.MonkeyPatch, probes_forgotten: None, error: type[Exception]
+) -> None:
+    def missing(q: Tensor, packed: Any, scale: float = 1.0) -> Tensor:
+        raise error("no kernel")
+
+    monkeypatch.setattr(cpu_linear, "product", missing)
+    assert not cpu_linear.is_exact()
+
+
+def test_gradients_fakes_and_other_dtypes_are_not_taken() -> None:
+    values = weight(6, 8)
+    packed = Packed(values)
+    assert cpu_linear.takes(torch.ones(2, 8), values, packed) == cpu_linear.is_exact()
+    for x in (torch.ones(2, 8, requires_grad=True), torch.ones(2, 8, dtype=torch.float64), torch.ones(0, 8)):
+        assert not cpu_linear.takes(x, values, packed)
+    assert not cpu_linear.takes(torch.ones(2, 8), values.clone(), packed)
+    assert not cpu_linear.takes(torch.ones(2, 8), values, None)
