@@ -4,7 +4,8 @@ Both get the same windows of token ids and give the log-probability of every tok
 both round the same values the logits are equal but for the order of the float operations in between, and the median
 difference is a unit in the last place of float32. Where that order tips a rounding, a model with massive activations
 carries it on, so single tokens may differ by much and the largest difference says nothing. What says something is the
-median, and the perplexity.
+median, and the perplexity. What says most are the linears alone: given what the server gave its own, our int8 values,
+scales and sums have to make what it made, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from autoquant.calibration.windows import Windows
 from autoquant.checkpoint.load import load
 from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import logits_of
-from autoquant.quantizer.linear import int8_weights
+from autoquant.evaluation.products import Products
+from autoquant.quantizer import int8
+from autoquant.quantizer.linear import Int8Linear, int8_weights
+from autoquant.quantizer.weight import WeightView, input_scale
 
 ENGINES = {"vllm": "autoquant.evaluation.vllm_scores", "transformers": "autoquant.models.transformers_scores"}
 """The module that scores with each, run by an interpreter that has it."""
@@ -39,7 +43,8 @@ EQUAL = 1e-5
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """One folder in one engine. ``median``: of the absolute differences of log-probabilities; ``equal``: the share of
-    tokens that differ by EQUAL at most; both, and ``theirs``, are None where the engine said ``error``.
+    tokens that differ by EQUAL at most; both, and ``theirs``, are None where the engine said ``error``. ``bits``: the
+    share of what its int8 linears gave that ours give bit for bit, of the same inputs; None where it has none.
     """
 
     folder: Path
@@ -52,6 +57,7 @@ class Agreement:
     median: float | None = None
     equal: float | None = None
     error: str | None = None
+    bits: float | None = None
 
     @property
     def change(self) -> float | None:
@@ -85,10 +91,11 @@ def agreements(
     Raises AutoQuantError where the engine cannot be started, or a folder does not load here.
     """
     rows = [ids.tolist() for batch in windows.batches for ids in batch]
-    scores, versions = _elsewhere(folders, rows, engine, python, dtype)
+    scores, versions, products = _elsewhere(folders, rows, engine, python, dtype)
     found = []
-    for folder, score in zip(folders, scores, strict=True):
-        model = load(folder, torch.float32)
+    for folder, score, made in zip(folders, scores, products, strict=True):
+        model, own = load(folder, torch.float32), Products(lambda module: isinstance(module, Int8Linear), 0)
+        own.attach_(model)
         ours, static = _here(model, windows), _is_static(model)
         shared = (folder, engine, versions, static, len(ours), _perplexity(ours))
         if isinstance(score, dict):
@@ -97,8 +104,47 @@ def agreements(
         theirs = torch.tensor([value for window in score for value in window], dtype=torch.float32)
         difference = (theirs - ours).abs()
         equal = (difference <= EQUAL).double().mean().item()
-        found.append(Agreement(*shared, _perplexity(theirs), difference.median().item(), equal))
+        bits = equal_bits(made, own.linears())
+        found.append(Agreement(*shared, _perplexity(theirs), difference.median().item(), equal, bits=bits))
     return tuple(found)
+
+
+def equal_bits(made: Sequence[tuple[Tensor, Tensor]], linears: Sequence[nn.Module]) -> float | None:
+    """The share of the outputs that a server's int8 linears ``made`` of their inputs, and ours make bit for bit.
+
+    Both in the order of the calls; a server's linear may be several of ours, whose outputs it has side by side. None
+    where the two do not fit together, as where a server's linears compute in floating point.
+    """
+    left, equal, total = list(linears), 0, 0
+    for x, y in made:
+        parts: list[Tensor] = []
+        while sum(part.shape[1] for part in parts) < y.shape[1]:
+            if not left or getattr(left[0], "in_features", None) != x.shape[1]:
+                return None
+            parts.append(_product(x, left.pop(0)))
+        expected = torch.cat(parts, 1)
+        if expected.shape != y.shape:
+            return None
+        equal, total = equal + int((expected == y).sum()), total + y.numel()
+    return equal / total if total and not left else None
+
+
+def _product(x: Tensor, ours: Any) -> Tensor:
+    """What our int8 values of the inputs and of the weight make, floats multiplied in the order of vLLM's CPU kernels.
+
+    oneDNN multiplies the sum with the product of both scales where the input's is static, else with the weight's and
+    then with the token's; a token's values are x * (1 / scale) where ours are x / scale.
+    """
+    view: WeightView = ours.weight.view()
+    bias: Tensor | None = ours.bias
+    scale, weight_scale = input_scale(x, view), view.scale.t()
+    if view.activation.is_static:
+        sums = int8.matmul(int8.quantize_activations(x, scale), view.values.t()).float()
+        found = sums * (scale * weight_scale)
+    else:
+        values = int8.quantize_activations(x * (1 / scale), torch.ones_like(scale))
+        found = int8.matmul(values, view.values.t()).float() * weight_scale * scale
+    return found if bias is None else found + bias.float()
 
 
 @torch.no_grad()
@@ -122,8 +168,8 @@ def _perplexity(log_probabilities: Tensor) -> float:
 
 def _elsewhere(
     folders: Sequence[Path], rows: list[list[int]], engine: str, python: str | Path, dtype: str
-) -> tuple[list[Any], dict[str, str]]:
-    """What the engine gives for each folder, and the versions that it has."""
+) -> tuple[list[Any], dict[str, str], list[list[tuple[Tensor, Tensor]]]]:
+    """What the engine gives for each folder, the versions that it has, and what its int8 linears made."""
     request = {"folders": [str(folder.resolve()) for folder in folders], "windows": rows, "dtype": dtype}
     package = Path(__file__).parents[2]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -143,4 +189,6 @@ def _elsewhere(
                 "its own and give that one's interpreter by --python"
             )
         found = json.loads(answer.read_text(encoding="utf-8"))
-    return found["scores"], found["versions"]
+        kept = [Path(temporary, f"products-{number}.pt") for number in range(len(folders))]
+        products = [torch.load(path) if path.is_file() else [] for path in kept]
+    return found["scores"], found["versions"], products

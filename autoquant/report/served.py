@@ -9,7 +9,7 @@ from autoquant.evaluation.serving import NEAR, Agreement
 from autoquant.report.columns import columns
 from autoquant.report.results import WIDTH, shown
 
-HEADER = ("folder", "perplexity here", "there", "change", "median difference", "equal tokens", "")
+HEADER = ("folder", "perplexity here", "there", "change", "median difference", "equal tokens", "int8 bits", "")
 
 
 @shown
@@ -43,9 +43,16 @@ class ServeCheck:
 def row_of(one: Agreement) -> tuple[str, ...]:
     """The cells of :data:`HEADER`."""
     if one.theirs is None or one.change is None or one.median is None or one.equal is None:
-        return (str(one.folder), f"{one.ours:.3f}", "", "", "", "", "refused")
+        return (str(one.folder), f"{one.ours:.3f}", "", "", "", "", "", "refused")
     cells = (f"{one.ours:.3f}", f"{one.theirs:.3f}", f"{one.change:+.2%}", f"{one.median:.1e}", f"{one.equal:.0%}")
-    return (str(one.folder), *cells, verdict(one))
+    return (str(one.folder), *cells, bits_text(one), verdict(one))
+
+
+def bits_text(one: Agreement) -> str:
+    """How much of what the int8 linears gave is equal bit for bit; nothing where the engine has none."""
+    if one.bits is None:
+        return ""
+    return "equal" if one.bits == 1 else f"{one.bits:.2%}"
 
 
 def verdict(one: Agreement) -> str:
@@ -68,6 +75,7 @@ def _facts(one: Agreement) -> dict[str, Any]:
         "perplexity_there": one.theirs,
         "median_difference": one.median,
         "equal_tokens": one.equal,
+        "equal_bits": one.bits,
         "holds": one.holds,
         "error": one.error,
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from quantized import PACKAGED, config_of, windows
+from torch import Tensor, nn
 
 from autoquant.calibration.windows import Windows
 from autoquant.checkpoint.formats import COMPRESSED_TENSORS, Wish
@@ -19,9 +20,11 @@ from autoquant.cli.main import main
 from autoquant.config.format import Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.evaluation import serving
-from autoquant.evaluation.serving import EQUAL, NEAR, Agreement, agreements
+from autoquant.evaluation.products import Products
+from autoquant.evaluation.serving import EQUAL, NEAR, Agreement, agreements, equal_bits
 from autoquant.pipeline.select import Transforms
-from autoquant.report.served import ServeCheck, verdict
+from autoquant.quantizer.linear import Int8Linear
+from autoquant.report.served import ServeCheck, bits_text, verdict
 
 TEXT = Windows(windows(), True)
 
@@ -43,7 +46,7 @@ def scores(folder: Path) -> list[list[float]]:
 
 
 def says(monkeypatch: pytest.MonkeyPatch, *found: Any) -> None:
-    monkeypatch.setattr(serving, "_elsewhere", lambda *_: (list(found), {"vllm": "0"}))
+    monkeypatch.setattr(serving, "_elsewhere", lambda *_: (list(found), {"vllm": "0"}, [[] for _ in found]))
 
 
 def test_the_same_numbers_are_equal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +54,57 @@ def test_the_same_numbers_are_equal(folder: Path, monkeypatch: pytest.MonkeyPatc
     (one,) = agreements([folder], TEXT)
     assert (one.holds, one.static, one.median, one.equal, one.change) == (True, True, 0.0, 1.0, 0.0)
     assert one.tokens == 2 * 24 and verdict(one) == "equal"
+
+
+def served_products(folder: Path) -> tuple[list[tuple[Tensor, Tensor]], list[nn.Module]]:
+    """What a server's linears make, q, k and v one module as are gate and up; and ours. Written out once more."""
+    model, made = load(folder, torch.float32), []
+    products = Products(lambda module: isinstance(module, Int8Linear))
+    products.attach_(model)
+    model(TEXT.batches[0])
+    linears = [linear for linear in products.linears() if isinstance(linear, Int8Linear)]
+    for (x, _), linear in zip(products.kept(), linears, strict=True):
+        weight, static = linear.weight.view(), linear.weight.input_scale
+        scale = x.abs().amax(-1, keepdim=True) / 127 if static is None else static
+        values = ((x * (1 / scale)) if static is None else x / scale).round().clamp(-128, 127)
+        sums = (values.double() @ weight.values.double().T).float()
+        out = sums * (scale * weight.scale.T) if static is not None else sums * weight.scale.T * scale
+        made.append((x, out if linear.bias is None else out + linear.bias))
+    layers = [made[at : at + 7] for at in range(0, len(made), 7)]
+    fused = [
+        [(qkv[0][0], torch.cat([y for _, y in qkv], 1)), o, (gate[0], torch.cat([gate[1], up[1]], 1)), down]
+        for *qkv, o, gate, up, down in layers
+    ]
+    return [one for layer in fused for one in layer], list(linears)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.PER_CHANNEL_STATIC, Strategy.PER_CHANNEL_PER_TOKEN])
+@torch.no_grad()
+def test_int8_linears_are_compared_bit_for_bit(strategy: Strategy, tmp_path: Path) -> None:
+    recipe = Recipe(config_of(PACKAGED), strategy, Transforms.parse("none"), windows())
+    quantize_checkpoint(PACKAGED, tmp_path / "x", recipe, {}, wish=Wish(COMPRESSED_TENSORS))
+    made, linears = served_products(tmp_path / "x")
+    assert len(made) == 4 * 5 and len(linears) == 7 * 5
+    assert equal_bits(made, linears) == 1.0
+    x, y = made[3]
+    made[3] = (x, y.clone())
+    made[3][1][2, 5] += 1e-6 * y[2, 5].abs() + 1e-9
+    total = sum(y.numel() for _, y in made)
+    assert equal_bits(made, linears) == 1 - 1 / total
+    assert equal_bits(made[:-1], linears) is None, "one is left over"
+    assert equal_bits([(x[:, :-1], y) for x, y in made], linears) is None
+    assert equal_bits([], linears) is None, "an engine without int8 linears"
+
+
+def test_the_first_rows_are_kept_in_order() -> None:
+    linear = nn.Linear(3, 2)
+    products = Products(lambda module: isinstance(module, nn.Linear), 5)
+    products.attach_(linear)
+    x = torch.arange(21.0).view(7, 3)
+    linear(x[:4][None])
+    linear(x[4:][None])
+    ((kept, made),) = products.kept()
+    assert torch.equal(kept, x[:5]) and torch.allclose(made, linear(x[:5]))
 
 
 def test_a_few_tokens_that_tip_are_let_through_and_a_shift_is_not(
@@ -83,6 +137,7 @@ def test_what_a_server_refuses_is_said(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(found.failed) == 1
     facts = json.loads(json.dumps(found.as_dict()))["folders"]
     assert [one["holds"] for one in facts] == [False, True] and facts[1]["equal_tokens"] == 1.0
+    assert facts[1]["equal_bits"] is None and bits_text(found.found[1]) == ""
 
 
 def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
