@@ -10,7 +10,7 @@ taken out and listed as blocked; the rest is proved again and written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,14 @@ from autoquant.analyzer.analyze import Analyzed, build_config, captured_from, st
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.analyzer.templates import fold, name_across_layers
 from autoquant.capture.routes import Captured, check_against_eager
-from autoquant.certificate.claims import REFUSED, Claim, claims, digest_of, keep, plain
+from autoquant.certificate.claims import REFUSED, Claim, claims, digest_of, keep, layers_of, plain, with_layers
 from autoquant.certificate.depth import DEEP, hangs_on_depth
-from autoquant.certificate.match import match
+from autoquant.certificate.match import Depth, match
 from autoquant.certificate.prove import TOLERANCE, Proof, Trial, dtype_of, fitting, placeable, prove
 from autoquant.certificate.runs import with_short_windows
 from autoquant.certificate.state import randomise_buffers_
 from autoquant.config.format import Blocked, Certificate, CertificateRow, Config, edited
+from autoquant.config.layers import layer_set
 from autoquant.errors import AutoQuantError
 from autoquant.models.reduce import grouped_experts, small, widened
 from autoquant.models.settings import settings_digest
@@ -43,34 +44,80 @@ class SmallClaims:
     refused: Mapping[Claim, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why a claim is taken out; ``layers``: of these of its layers alone, which are those of the full-size model too,
+    None: of all.
+    """
+
+    why: str
+    layers: frozenset[int] | None = None
+
+
 @one_thread()
 def certify(
     analyzed: Analyzed, source: ModelSource, *, seed: int = 0, progress: Callable[[str], None] = lambda step: None
 ) -> Config:
     """The config of all claims that hold, with its certificate. The others are listed as blocked (:data:`REFUSED`), as
-    are online rotations that the executor cannot place.
+    are online rotations that the executor cannot place. A claim that fails in some of its layers holds in the others,
+    where the small model is as deep as the full-size one.
 
     Raises AutoQuantError where no claim holds, and where the small model cannot be built or captured.
     """
     carried = small_claims(analyzed, source, seed, progress)
-    refused = dict(carried.refused)
-    config, unfit = fitting(carried.loaded.module, carried.config)
-    config, unplaceable = placeable(carried.loaded.module, config)
-    proof = prove(carried.loaded, config, seed=seed, progress=progress)
-    refused |= unfit | {(trial.name, trial.kind): _too_much(trial) for trial in proof.failed()}
-    gone = {(plain(name), kind): why for (name, kind), why in refused.items()}
+    module = carried.loaded.module
+    small, unfit = fitting(module, carried.config)
+    small, unplaceable = placeable(module, small)
+    separable = _separable(
+        small, analyzed.config, [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    )
+    proof = prove(carried.loaded, small, seed=seed, split=separable.__contains__, progress=progress)
+    refusals = {claim: _Refusal(why) for claim, why in (carried.refused | unfit).items()}
+    for trial in proof.failed():
+        claim = (trial.name, trial.kind)
+        mine = frozenset(layers_of(small, claim)) - {*proof.partly.get(claim, ())}
+        refusals[claim] = _Refusal(_too_much(trial), mine if claim in separable else None)
+    if proof.partly:
+        progress("proving the rest again")
+        again = with_layers(small, proof.partly)
+        failed = {(t.name, t.kind) for t in proof.failed()} - {*proof.partly}
+        proof = prove(carried.loaded, keep(again, [*({*claims(again)} - failed)]), seed=seed, progress=progress)
+        refusals |= {(t.name, t.kind): _Refusal(_too_much(t)) for t in proof.failed()}
+    gone: dict[Claim, list[_Refusal]] = {}
+    for (name, kind), refusal in refusals.items():
+        gone.setdefault((plain(name), kind), []).append(refusal)
     config = analyzed.config
-    held = [claim for claim in claims(config) if (plain(claim[0]), claim[1]) not in gone]
+    left = {claim: _left(config, claim, gone.get((plain(claim[0]), claim[1]), ())) for claim in claims(config)}
+    held = [claim for claim, layers in left.items() if layers is None or layers]
     if gone and not any(name not in unplaceable for name, _ in held):
-        (name, kind), why = next(iter(refused.items()))
-        raise AutoQuantError(f"{source.name}: '{name}' ({kind}) {_said(why, name)}; no claim holds, nothing is written")
-    blocked = [
-        *_unplaceable(config, unplaceable),
-        *_refused(config, gone),
-    ]
+        (name, kind), refusal = next(iter(refusals.items()))
+        said = _said(refusal.why, name)
+        raise AutoQuantError(f"{source.name}: '{name}' ({kind}) {said}; no claim holds, nothing is written")
+    blocked = [*_unplaceable(config, unplaceable), *_refused(config, left, gone)]
     kept = keep(config, [claim for claim in held if claim[0] not in unplaceable])
+    kept = with_layers(kept, {claim: layers for claim, layers in left.items() if layers})
     kept = edited(kept, blocked=(*config.blocked, *blocked))
-    return edited(kept, certificate=certificate_of(proof, dtype_of(carried.loaded.module), seed, kept, source))
+    return edited(kept, certificate=certificate_of(proof, dtype_of(module), seed, kept, source))
+
+
+def _separable(small: Config, large: Config, held: Collection[str]) -> frozenset[Claim]:
+    """The claims of ``small`` that are about each of several layers, and those the layers of the full-size model."""
+    depth = Depth(large, held)
+    paths = {(group.name, group.kind.value): group.sources[0].path for group in small.smoothing.groups}
+    paths |= {(space.name, space.kind): space.writers[0].path for space in small.rotation.spaces}
+    paths |= {(online.path, online.kind): online.path for online in small.rotation.online}
+    return frozenset(claim for claim, path in paths.items() if layers_of(small, claim) and depth.same(path))
+
+
+def _left(config: Config, claim: Claim, refusals: Sequence[_Refusal]) -> tuple[int, ...] | None:
+    """The layers in which a claim of the full-size model is left, None where nothing is taken of it."""
+    layers = layers_of(config, claim)
+    gone: set[int] = set()
+    for refusal in refusals:
+        gone |= set(layers) if refusal.layers is None else refusal.layers
+        if not layers:
+            return ()
+    return tuple(layer for layer in layers if layer not in gone) if gone.intersection(layers) else None
 
 
 def _too_much(trial: Trial) -> str:
@@ -201,29 +248,37 @@ def _unplaceable(config: Config, refused: Mapping[str, str]) -> list[Blocked]:
     ]
 
 
-def _refused(config: Config, gone: Mapping[Claim, str]) -> list[Blocked]:
-    """An entry for each claim of ``config`` whose plain name and kind are ``gone``, at the first that reads it."""
-    found = []
+def _refused(
+    config: Config, left: Mapping[Claim, tuple[int, ...] | None], gone: Mapping[Claim, Sequence[_Refusal]]
+) -> Iterator[Blocked]:
+    """An entry for what is not ``left`` of each claim of ``config``, at the first that reads it."""
     for group in config.smoothing.groups:
-        why = gone.get((plain(group.name), group.kind.value))
-        if why is not None:
-            path = group.targets[0].path.rpartition(".")[0]
-            found.append(_entry(path, group.layers, "smoothing", group.name, group.kind.value, why))
+        path = group.targets[0].path.rpartition(".")[0]
+        yield from _entry(config, (group.name, group.kind.value), path, group.layers, "smoothing", left, gone)
     for space in config.rotation.spaces:
-        why = gone.get((plain(space.name), space.kind))
-        if why is not None:
-            read = space.reads[0]
-            path = read.readers[0].path.rpartition(".")[0]
-            found.append(_entry(path, read.layers or space.layers, "rotation", space.name, space.kind, why))
+        read = space.reads[0]
+        path, layers = read.readers[0].path.rpartition(".")[0], read.layers or space.layers
+        yield from _entry(config, (space.name, space.kind), path, layers, "rotation", left, gone)
     for online in config.rotation.online:
-        why = gone.get((plain(online.path), online.kind))
-        if why is not None:
-            found.append(_entry(online.path, online.layers, "rotation", online.path, online.kind, why))
-    return found
+        yield from _entry(config, (online.path, online.kind), online.path, online.layers, "rotation", left, gone)
 
 
-def _entry(path: str, layers: str | None, what: str, name: str, kind: str, why: str) -> Blocked:
+def _entry(
+    config: Config,
+    claim: Claim,
+    path: str,
+    layers: str | None,
+    what: str,
+    left: Mapping[Claim, tuple[int, ...] | None],
+    gone: Mapping[Claim, Sequence[_Refusal]],
+) -> Iterator[Blocked]:
+    kept, (name, kind) = left[claim], claim
+    if kept is None:
+        return
+    if kept:
+        layers = layer_set(set(layers_of(config, claim)) - set(kept))
+    why = gone[plain(name), kind][0].why
     reason = f"{REFUSED} ('{name}' {_said(why, name)}): please report"
-    return Blocked.model_validate(
+    yield Blocked.model_validate(
         {"path": path, "layers": layers, "what": what, "reason": reason, "operator": kind, "at": path}
     )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from autoquant.config.format import Blocked, Certificate, Config, SmoothingGroup, Space, edited
-from autoquant.config.layers import layer_bits, layer_numbers
+from autoquant.config.format import Blocked, Certificate, Config, Online, SmoothingGroup, Space, edited
+from autoquant.config.layers import layer_bits, layer_numbers, layer_set
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 
 _Named = TypeVar("_Named", SmoothingGroup, Space)
+_Item = TypeVar("_Item", SmoothingGroup, Space, Online)
 
 Claim = tuple[str, str]
 """(name, kind); an online rotation goes by its path."""
@@ -85,6 +86,45 @@ def keep(config: Config, chosen: Collection[Claim]) -> Config:
         config,
         smoothing=edited(smoothing, groups=groups),
         rotation=edited(rotation, spaces=spaces, online=online),
+    )
+
+
+def layers_of(config: Config, claim: Claim) -> tuple[int, ...]:
+    """The layers of a claim that says the same of each of them by itself; none where it is about several together."""
+    for group in config.smoothing.groups:
+        if (group.name, group.kind.value) == claim and group.layers:
+            return layer_numbers(group.layers)
+    for space in config.rotation.spaces:
+        if (space.name, space.kind) == claim and space.layers and space.kind != "R1":
+            return layer_numbers(space.layers)
+    for online in config.rotation.online:
+        if (online.path, online.kind) == claim and online.layers:
+            return layer_numbers(online.layers)
+    return ()
+
+
+def with_layers(config: Config, chosen: Mapping[Claim, Collection[int]]) -> Config:
+    """The config, each claim of ``chosen`` of these of its layers alone; it goes where there is none."""
+
+    def left(items: Sequence[_Item], name: Callable[[_Item], Claim]) -> tuple[_Item, ...]:
+        found = []
+        for item in items:
+            layers = chosen.get(name(item))
+            if layers is None:
+                found.append(item)
+            elif layers:
+                found.append(edited(item, layers=layer_set(layers)))
+        return tuple(found)
+
+    smoothing, rotation = config.smoothing, config.rotation
+    return edited(
+        config,
+        smoothing=edited(smoothing, groups=left(smoothing.groups, lambda group: (group.name, group.kind.value))),
+        rotation=edited(
+            rotation,
+            spaces=left(rotation.spaces, lambda space: (space.name, space.kind)),
+            online=left(rotation.online, lambda online: (online.path, online.kind)),
+        ),
     )
 
 

@@ -132,7 +132,7 @@ def _slots(slots: Iterable[Slot]) -> tuple[Shape, ...]:
 
 def _with_layers_of(large: Config, small: Config, held: Collection[str]) -> Config:
     """``small`` with the layer sets of ``large``, as far as the small model has these layers."""
-    depth = _Depth(large, held)
+    depth = Depth(large, held)
 
     def group(one: SmoothingGroup) -> SmoothingGroup:
         said = [g.layers for g in large.smoothing.groups if _alike(g, one) and g.layers]
@@ -205,7 +205,7 @@ def _member(member: Writer | Read) -> object:
     return (repr(member.norm and (member.norm.weight, member.norm.bias)), _slots(member.readers))
 
 
-class _Depth:
+class Depth:
     """How deep stacks of layers are, by what stands before ``{layer}``."""
 
     def __init__(self, large: Config, held: Collection[str]) -> None:
@@ -221,6 +221,11 @@ class _Depth:
     def small(self, head: str) -> int:
         pattern = re.compile(re.escape(head) + r"(\d+)\.")
         return max((1 + int(m[1]) for name in self.held if (m := pattern.match(name))), default=0)
+
+    def same(self, path: str) -> bool:
+        """True if the small model has as many layers as the large one where ``path`` is."""
+        head = path.partition(LAYER)[0]
+        return self.small(head) == self.full.get(head)
 
     def carried(self, path: str, said: Sequence[str], own: str | None, twins: Sequence[str] = ()) -> str | None:
         """The layers of ``said`` that a small model has, ``own`` where nothing is said of any; without those of

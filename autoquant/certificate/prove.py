@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from autoquant.certificate.claims import Claim, claims, keep
+from autoquant.certificate.claims import Claim, claims, keep, layers_of, with_layers
 from autoquant.certificate.experts import Unit, choices_of, reached, units_of, unreached
 from autoquant.certificate.runs import Reference, departure, further_runs, given, refer
 from autoquant.config.format import Config, Coverage, RotationMethod, edited
@@ -65,11 +65,15 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Every trial, those that failed included, and what the runs reached."""
+    """Every trial, those that failed included, and what the runs reached.
+
+    ``partly``: of a claim that fails and may be split, the layers in which it holds by itself, if it does in some.
+    """
 
     trials: tuple[Trial, ...]
     tolerance: float
     coverage: Coverage
+    partly: Mapping[Claim, tuple[int, ...]] = field(default_factory=dict)
 
     def failed(self) -> tuple[Trial, ...]:
         """The claims that changed an output."""
@@ -96,11 +100,19 @@ class _Bench:
         return self.change(config) <= self.tolerance
 
 
-def prove(loaded: LoadedModel, config: Config, *, seed: int = 0, progress: Progress = lambda step: None) -> Proof:
+def prove(
+    loaded: LoadedModel,
+    config: Config,
+    *,
+    seed: int = 0,
+    split: Callable[[Claim], bool] = lambda claim: False,
+    progress: Progress = lambda step: None,
+) -> Proof:
     """Apply each claim alone and then all that hold together, and compare the outputs of every run.
 
-    In float64 the model's own casts to float32 are widened. Raises AutoQuantError where the config does not fit the
-    model, the model's own outputs are not finite, or a weight is not.
+    ``split``: whether a claim that fails is tried layer by layer. In float64 the model's own casts to float32 are
+    widened. Raises AutoQuantError where the config does not fit the model, the model's own outputs are not finite, or a
+    weight is not.
     """
     widen = float64_throughout() if runs_in_float64(loaded) else contextlib.nullcontext()
     chosen = list(claims(config))
@@ -123,9 +135,23 @@ def prove(loaded: LoadedModel, config: Config, *, seed: int = 0, progress: Progr
             trials |= _together(bench, config, trials, progress)
         units = units_of(config, loaded.module)
         seen = _reached(loaded, units, reference)
-    missed = unreached(config, units, seen)
-    tried = tuple(Trial(*claim, change, missed.get(claim, "")) for claim, change in trials.items())
-    return Proof(tried, tolerance, _coverage(reference, units, seen))
+        missed = unreached(config, units, seen)
+        tried = tuple(Trial(*claim, change, missed.get(claim, "")) for claim, change in trials.items())
+        failed = [(trial.name, trial.kind) for trial in tried if not trial.holds(tolerance)]
+        partly = {claim: _layers_that_hold(bench, config, claim, units, seen) for claim in failed if split(claim)}
+    return Proof(tried, tolerance, _coverage(reference, units, seen), {c: held for c, held in partly.items() if held})
+
+
+def _layers_that_hold(
+    bench: _Bench, config: Config, claim: Claim, units: Collection[Unit], seen: Collection[Unit] | None
+) -> tuple[int, ...]:
+    """The layers in which a claim holds by itself in every run, if those are some of its layers and not all."""
+    layers, found = layers_of(config, claim), []
+    for layer in layers if len(layers) > 1 else ():
+        one = keep(with_layers(config, {claim: (layer,)}), [claim])
+        if claim not in unreached(one, units, seen) and bench.holds(one):
+            found.append(layer)
+    return tuple(found) if len(found) < len(layers) else ()
 
 
 def _together(bench: _Bench, config: Config, alone: dict[Claim, float], progress: Progress) -> dict[Claim, float]:
