@@ -13,7 +13,6 @@ layer that is read differently, pairs of layers that share keys) shows as a diff
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from autoquant.capture.alike import (
     position_attributes,
     shared_parameters,
 )
+from autoquant.capture.copies import copied
 from autoquant.capture.executed import Between, Executed, Signature, execute, loose
 
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
@@ -256,7 +256,7 @@ def _prune(module: nn.Module, stacks: Sequence[LayerStack], kept: Mapping[str, t
         layers = module.get_submodule(stack.path)
         dropped = (layers.get_submodule(str(i)) for i in range(stack.length) if i not in kept[stack.path])
         memo |= {id(layer): nn.Identity() for layer in dropped}  # what deepcopy finds here it takes for copied
-    pruned = copy.deepcopy(module, memo)
+    pruned = copied(module, memo)
     done: set[tuple[int, int]] = set()
     visited: set[int] = set()
     for stack in stacks:

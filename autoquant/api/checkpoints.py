@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +104,7 @@ def apply(
         return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, trust, progress)
     if (output, maxima, save_maxima, dtype, device, workers) != (None, None, None, None, "auto", None):
         raise AutoQuantError("a module in memory takes no output, maxima, save_maxima, dtype, device or workers")
+    from autoquant.capture.copies import copied
     from autoquant.models.structure import structure_of
     from autoquant.pipeline.quantize import select
     from autoquant.pipeline.transform import prepare_
@@ -114,7 +114,7 @@ def apply(
     if selected.resolved.groups and not batches:
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
     proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)
-    changed = model if inplace else copy.deepcopy(model)
+    changed = model if inplace else copied(model)
     prepare_(changed, loaded, loaded.quantization.strategy, chosen, batches, seed, cache=False, tell=progress)
     return changed
 
@@ -203,6 +203,7 @@ def quantize(
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
+    from autoquant.capture.copies import copied
     from autoquant.checkpoint.formats import Wish
     from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 
@@ -211,7 +212,7 @@ def quantize(
         if config is None or output is not None or wish != Wish() or device != "auto" or dtype is not None:
             raise AutoQuantError(f"a module in memory {_NEEDS}; save_pretrained writes it")
         batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
-        loaded, changed = config_of(config), model if inplace else copy.deepcopy(model)
+        loaded, changed = config_of(config), model if inplace else copied(model)
         recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
         return _quantized_module(changed, recipe, example_inputs, unproved, trust_remote_code, progress)
     if output is None:

@@ -181,8 +181,10 @@ def lower(
     program: torch.export.ExportedProgram, names: Names, described: Sequence[GraphInput] | None = None
 ) -> Subgraph:
     """An exported program as a subgraph: functional, without dead nodes, autocast and no-grad regions inlined."""
-    if any(_mutates(node) for part in program.graph_module.modules() for node in _nodes(part)):
-        program = program.run_decompositions({})  # no decomposition, but every in-place operator made functional
+    mutating = any(_mutates(node) for part in program.graph_module.modules() for node in _nodes(part))
+    if mutating or _maps(program.graph_module):
+        # No decomposition, but every in-place operator made functional, and those under a vmap made ones of a batch.
+        program = program.run_decompositions({})
     graph = program.graph_module
     _inline_regions(graph)
     _remove_dead(graph)
@@ -258,6 +260,17 @@ def _nodes(part: nn.Module) -> Iterable[torch.fx.Node]:
 
 def _mutates(node: torch.fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _maps(graph: torch.fx.GraphModule) -> bool:
+    """True if an output depends on what a vmap made: within it, tensors have one dimension more than is written."""
+    queue, seen = [graph.graph.output_node()], set()
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue += node.all_input_nodes
+    return any(getattr(node.target, "__name__", "") == "_remove_batch_dim" for node in seen)
 
 
 def _remove_dead(graph: torch.fx.GraphModule) -> None:

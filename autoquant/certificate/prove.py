@@ -8,13 +8,13 @@ so the groups are also applied without the rotations. Only where that fails is e
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from autoquant.capture.copies import copied
 from autoquant.certificate.claims import Claim, claims, keep, layers_of, with_layers
 from autoquant.certificate.experts import Unit, choices_of, reached, units_of, unreached
 from autoquant.certificate.runs import Reference, departure, further_runs, given, refer
@@ -229,7 +229,7 @@ def _copy_sharing(module: nn.Module, inventory: ModelStructure, plan: Plan) -> n
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if inventory.canonical[name] not in written
     ]
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in kept})
+    return copied(module, {id(parameter): parameter for parameter in kept})
 
 
 def _reached(loaded: LoadedModel, units: Collection[Unit], reference: Reference) -> set[Unit] | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
+from autoquant.capture.copies import copied
 from autoquant.errors import AutoQuantError
 from autoquant.models.source import ModelSource, build_structure
 from autoquant.models.structure import structure_of
@@ -37,8 +37,8 @@ def _copied(module: nn.Module) -> nn.Module:
     A factory is called in a context that makes new floating-point tensors meta tensors; copying knows none of that.
     """
     if not torch.empty(0).is_meta:
-        return copy.deepcopy(module)
+        return copied(module)
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    return copy.deepcopy(module, memo)
+    return copied(module, memo)

@@ -7,7 +7,6 @@ their values relate: a width that was heads x head size, or a multiple of the hi
 from __future__ import annotations
 
 import contextlib
-import copy
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from autoquant.capture.copies import copied
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
 from autoquant.models.build import build, build_meta, changed, with_inputs
@@ -131,7 +131,7 @@ def widened(loaded: LoadedModel) -> LoadedModel:
         name for name, held in loaded.kwargs.items() if isinstance(held, torch.Tensor) and held.is_floating_point()
     }
     kwargs = {name: held.double() if name in floats else held for name, held in loaded.kwargs.items()}
-    wide = replace(loaded, module=copy.deepcopy(loaded.module).double(), kwargs=kwargs)
+    wide = replace(loaded, module=copied(loaded.module).double(), kwargs=kwargs)
     return wide if runs_in_float64(wide) else loaded
 
 

@@ -421,3 +421,23 @@ def test_a_graph_that_cannot_be_run_is_an_error_of_one_line() -> None:
     module, x = Mapped(), torch.randn(2, 3, 4)
     with pytest.raises(AutoQuantError, match=r"captured graph of Mapped: it cannot be run, .*vmap"):
         check_against_eager(module, (x,), {}, capture(module, (x,), {}, "export"))
+
+
+class Mapped(nn.Module):
+    """Two linears under a vmap over the sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.vmap(lambda row: self.down(self.up(row).relu()))(x)
+
+
+def test_what_is_mapped_over_becomes_operators_of_a_batch() -> None:
+    module, x = Mapped().eval(), torch.randn(2, 3, 4)
+    captured = capture(module, (x,), {})
+    (subgraph,) = captured.subgraphs
+    names = {str(node.target) for node in subgraph.graph.graph.nodes if node.op == "call_function"}
+    assert {name.partition(".")[0] for name in names} == {"aten"}
+    assert check_against_eager(module, (x,), {}, captured) < 1e-6
