@@ -72,7 +72,7 @@ def certify(
         small, analyzed.config, [name for name, _ in module.named_parameters(remove_duplicate=False)]
     )
     proof = prove(carried.loaded, small, seed=seed, split=separable.__contains__, progress=progress)
-    refusals = {claim: _Refusal(why) for claim, why in (carried.refused | unfit).items()}
+    refusals = {claim: _Refusal(why) for claim, why in {**carried.refused, **unfit}.items()}
     for trial in proof.failed():
         claim = (trial.name, trial.kind)
         mine = frozenset(layers_of(small, claim)) - {*proof.partly.get(claim, ())}
