@@ -203,7 +203,6 @@ def quantize(
     """
     chosen, used = transforms_of(transforms), None if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
-    from autoquant.capture.copies import copied
     from autoquant.checkpoint.formats import Wish
     from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 
@@ -212,9 +211,9 @@ def quantize(
         if config is None or output is not None or wish != Wish() or device != "auto" or dtype is not None:
             raise AutoQuantError(f"a module in memory {_NEEDS}; save_pretrained writes it")
         batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
-        loaded, changed = config_of(config), model if inplace else copied(model)
+        loaded = config_of(config)
         recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed)
-        return _quantized_module(changed, recipe, example_inputs, unproved, trust_remote_code, progress)
+        return _quantized_module(model, inplace, recipe, example_inputs, unproved, trust_remote_code, progress)
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
     from autoquant.calibration.texts import PACKAGED
@@ -245,12 +244,20 @@ def quantize(
 
 
 def _quantized_module(
-    model: nn.Module, recipe: Recipe, example_inputs: Any, unproved: bool, trust_remote_code: bool, progress: Progress
+    model: nn.Module,
+    inplace: bool,
+    recipe: Recipe,
+    example_inputs: Any,
+    unproved: bool,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> nn.Module:
+    from autoquant.capture.copies import copied
     from autoquant.checkpoint.in_memory import quantize_module_
 
-    proof = proof_of(recipe.config, model, example_inputs, unproved, trust_remote_code, progress)
-    return quantize_module_(model, replace(recipe, proof=proof), progress)
+    changed = model if inplace else copied(model)
+    proof = proof_of(recipe.config, changed, example_inputs, unproved, trust_remote_code, progress)
+    return quantize_module_(changed, replace(recipe, proof=proof), progress)
 
 
 def _calibrates(source: Path, config: Config, used: Strategy | None, chosen: Transforms, trust: bool) -> bool:
