@@ -1,0 +1,1 @@
+"""Other tools' recipes: written from a config, read back, and put to the proof."""

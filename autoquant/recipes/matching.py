@@ -1,0 +1,106 @@
+"""Which modules a mapping of another tool takes, found as that tool finds them.
+
+LLM Compressor goes through the modules in their order and closes a set where a further match lies outside of what the
+set has in common (``compressed_tensors.utils.match.match_modules_set``, compressed-tensors 0.19.0). Quark looks each
+name up in every decoder layer (``torch/algorithm/utils/prepare.py``, amd-quark 0.13).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from autoquant.errors import AutoQuantError
+
+RE = "re:"
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenMapping:
+    """A hand-made mapping: ``smooth`` is divided, ``balance`` multiplied; names, or expressions behind ``re:``.
+
+    ``layers``: the module list whose members the names are in, in each of them; empty where they are of the model.
+    ``modifier``: which of the tool's algorithms it is for; some leave out what others stop at.
+    """
+
+    smooth: str
+    balance: tuple[str, ...]
+    layers: str = ""
+    modifier: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.smooth} -> {', '.join(self.balance)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedPair:
+    """One set of modules that a mapping takes."""
+
+    smooth: str
+    balance: tuple[str, ...]
+
+
+def matched_pairs(mapping: WrittenMapping, modules: Mapping[str, str]) -> list[MatchedPair]:
+    """The sets that ``mapping`` takes of ``modules``, names in their order and their classes; [] where it takes none.
+
+    Raises AutoQuantError where the tool stops with an error.
+    """
+    if mapping.layers:
+        return _in_layers(mapping, modules)
+    found = []
+    for smooth, *balance in match_sets(modules, (mapping.smooth, *mapping.balance)):
+        if len(smooth) > 1:
+            raise AutoQuantError(f"it takes {len(smooth)} modules for the one to scale: {', '.join(smooth[:3])}, ...")
+        found.append(MatchedPair(smooth[0], tuple(name for names in balance for name in names)))
+    return found
+
+
+def match_sets(modules: Mapping[str, str], targets: Sequence[str]) -> Iterable[list[list[str]]]:
+    """Sets of names, in the order of ``targets``. Raises AutoQuantError where the tool does."""
+    matches: dict[str, list[str]] = defaultdict(list)
+    context: str | None = None
+    missing = set(targets)
+    for name, kind in modules.items():
+        taken = [target for target in dict.fromkeys(targets) if is_match(name, kind, target)]
+        if len(taken) > 1:
+            raise AutoQuantError(f"'{name}' is taken by {len(taken)} expressions: {', '.join(taken)}")
+        for target in taken:
+            wider = _common(name, context)
+            if not missing and wider != context:
+                yield [matches[target] for target in targets]
+                matches, wider, missing = defaultdict(list), name, set(targets)
+            matches[target].append(name)
+            context = wider
+            missing.discard(target)
+    if missing == set(targets):
+        return
+    if missing:
+        raise AutoQuantError(f"the last set is incomplete: nothing is taken by {', '.join(sorted(missing))}")
+    yield [matches[target] for target in targets]
+
+
+def is_match(name: str, kind: str, target: str) -> bool:
+    """True if an expression (``re:``, from the start of the name), a name or a class's name takes this module."""
+    if target.startswith(RE):
+        return re.match(target.removeprefix(RE), name) is not None
+    return target in (name, kind)
+
+
+def _common(name: str, other: str | None) -> str:
+    """What two dotted names have in common in front."""
+    names = [n for n in (name, other) if n is not None]
+    prefix = os.path.commonprefix([f".{min(names)}.", f".{max(names)}."])
+    return prefix[1 : prefix.rfind(".")]
+
+
+def _in_layers(mapping: WrittenMapping, modules: Mapping[str, str]) -> list[MatchedPair]:
+    start = re.compile(re.escape(mapping.layers) + r"\.\d+(?=\.)")
+    found = []
+    for prefix in dict.fromkeys(match[0] for name in modules if (match := start.match(name))):
+        smooth, *balance = (f"{prefix}.{name}" for name in (mapping.smooth, *mapping.balance))
+        if smooth in modules and all(name in modules for name in balance):
+            found.append(MatchedPair(smooth, tuple(balance)))
+    return found

@@ -1,0 +1,23 @@
+"""Run by LLM Compressor's own Python: prints its registries of mappings as JSON. Imports nothing of this project."""
+
+import importlib.metadata
+import json
+
+from llmcompressor.modifiers.transform.awq.dynamic_mappings import AWQ_DYNAMIC_MAPPING_REGISTRY
+from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
+from llmcompressor.modifiers.transform.smoothquant.utils import MAPPINGS_REGISTRY
+
+smooth = {
+    name: [[list(mapping.balance_layers), mapping.smooth_layers] for mapping in mappings]
+    for name, mappings in MAPPINGS_REGISTRY.items()
+}
+awq = {
+    name: [{"smooth_layer": m.smooth_layer, "balance_layers": list(m.balance_layers)} for m in mappings]
+    for name, mappings in AWQ_MAPPING_REGISTRY.items()
+}
+content = {
+    "version": importlib.metadata.version("llmcompressor"),
+    "registries": {"SmoothQuantModifier": smooth, "AWQModifier": awq},
+    "made_at_run_time": {"AWQModifier": sorted(AWQ_DYNAMIC_MAPPING_REGISTRY)},
+}
+print(json.dumps(content))
