@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PACKAGED = ROOT / "autoquant" / "data" / "wikinano1m"
 FUNCTIONS = sorted(set(aq.__all__) - {"__version__", "AutoQuantError"})
-OF_COMMAND = {"eval": "evaluate"}
+OF_COMMAND = {"eval": "evaluate", "export": "export_recipe", "import": "import_recipe"}
 STATIC = "w_int8_per_channel_a_int8_per_tensor_static"
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = tuple(
     "errors version threads steps library_patches aten io config capture models analyzer executor certificate "
-    "quantizer calibration algorithms pipeline checkpoint evaluation searcher survey report api cli".split()
+    "quantizer calibration algorithms pipeline checkpoint recipes evaluation searcher survey report api cli".split()
 )
 """A layer imports those before it only; ``survey`` may import ``report`` too."""
 

@@ -17,3 +17,6 @@ from autoquant.api.evaluation import evaluate as evaluate
 from autoquant.api.evaluation import search as search
 from autoquant.api.evaluation import serve_check as serve_check
 from autoquant.api.pages import write_page as write_page
+from autoquant.api.recipes import audit as audit
+from autoquant.api.recipes import export_recipe as export_recipe
+from autoquant.api.recipes import import_recipe as import_recipe

@@ -71,6 +71,11 @@ def part_taken(kind: Kind, config: Any) -> Any:
     return next(iter(parts.values())) if len(parts) == 1 and "text_config" not in parts else None
 
 
+def types_of_class(name: str) -> list[tuple[str, Kind]]:
+    """The model types whose registered class has this name, each with its task."""
+    return [(model_type, kind) for kind in KINDS for model_type, found in _names(kind).items() if found == name]
+
+
 def _names(kind: Kind) -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 

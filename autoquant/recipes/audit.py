@@ -98,7 +98,7 @@ def bench_for(source: ModelSource, seed: int = 0, progress: Progress = lambda st
 def audit(bench: Bench, mappings: Sequence[WrittenMapping], tool: str, seed: int = 0) -> Audit:
     """Judge each of ``mappings`` alone, as ``tool`` applies it."""
     names = modules_of(bench.loaded.module)
-    groups = list(_groups(bench.config))
+    groups = list(groups_of(bench.config))
     judged, used = [], set()
     for mapping in mappings:
         try:
@@ -191,7 +191,7 @@ EXPERT_PARTS = {"up_proj": "gate_up_proj", "gate_proj": "gate_up_proj", "down_pr
 """Where transformers 5 stacks what tools take apart into one linear an expert, in this order: rows of gate, then up."""
 
 
-def _groups(config: Config) -> Iterator[tuple[SmoothingGroup, set[str], set[str]]]:
+def groups_of(config: Config) -> Iterator[tuple[SmoothingGroup, set[str], set[str]]]:
     """The groups of each layer with the modules that make their channels and those that read them."""
     for group in config.smoothing.groups:
         if group.kind is SmoothingKind.QUERY_KEY:
@@ -243,7 +243,7 @@ def scale_(module: nn.Module, pair: MatchedPair, tool: str, seed: int) -> None:
     rows.copy_((rows + offset) / made.view(-1, *[1] * (weight.dim() - 1)) - offset)
     if bias is not None:
         if len(bias) != len(made):
-            raise AutoQuantError(f"the bias of '{pair.smooth}' has {len(bias)} channels, of which {len(made)} are scaled")
+            raise AutoQuantError(f"the bias of '{pair.smooth}' has {len(bias)} channels, {len(made)} are scaled")
         bias.div_(made)
     for column in columns:
         column.mul_(scales.view(1, -1))

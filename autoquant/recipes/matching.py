@@ -7,7 +7,7 @@ name up in every decoder layer (``torch/algorithm/utils/prepare.py``, amd-quark 
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,10 +90,9 @@ def is_match(name: str, kind: str, target: str) -> bool:
 
 
 def _common(name: str, other: str | None) -> str:
-    """What two dotted names have in common in front."""
-    names = [n for n in (name, other) if n is not None]
-    prefix = os.path.commonprefix([f".{min(names)}.", f".{max(names)}."])
-    return prefix[1 : prefix.rfind(".")]
+    """The modules that two names have in common in front; the name itself where there is no other."""
+    parts = zip(name.split("."), (name if other is None else other).split("."), strict=False)
+    return ".".join(part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def _in_layers(mapping: WrittenMapping, modules: Mapping[str, str]) -> list[MatchedPair]:

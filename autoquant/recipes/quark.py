@@ -16,6 +16,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.quantizer.strategies import scheme_of
 from autoquant.recipes.pairs import Refusal, ScalePair, scale_pairs
 from autoquant.recipes.spaces import WholeSpace, whole_spaces
+from autoquant.recipes.unpaired import in_float
 
 ALGORITHMS = ("smoothquant", "awq", "autosmoothquant")
 _NAMES = {"smoothquant": "smooth", "awq": "awq", "autosmoothquant": "autosmoothquant"}
@@ -40,13 +41,18 @@ def recipe(config: Config, algorithm: str = "smoothquant") -> tuple[str, list[Re
         section["model_decoder_layers"] = _decoder_layers(inside[0].smooth)
         section["scaling_layers"] = [_scaling(pair) for pair in inside if pair.alpha == alpha]
         sections.append(section)
-    content = {"algo_config": sections, "global_quant_config": _scheme(config), "exclude": _excluded(config)}
+    content = {
+        "algo_config": sections,
+        "global_quant_config": _scheme(config),
+        "exclude": [path.replace(LAYER, "*") for path in in_float(config)],
+    }
     return json.dumps(content, indent=2) + "\n", [*refused, *outside, *others, *unsaid]
 
 
 def _by_layer(config: Config, pairs: Sequence[ScalePair]) -> tuple[list[ScalePair], list[Refusal]]:
     """The pairs that stand in every decoder layer, and the others."""
-    found, refused = [], []
+    found: list[ScalePair] = []
+    refused: list[Refusal] = []
     every = tuple(range(config.model.layers))
     for pair in pairs:
         prefix = _decoder_layers(pair.smooth)
@@ -152,7 +158,7 @@ def _residual(space: WholeSpace) -> dict[str, Any]:
 def _scheme(config: Config) -> dict[str, Any]:
     """Quark's names for the strategy's granularities."""
     scheme = scheme_of(config.quantization.strategy)
-    weight = {
+    weight: dict[str, Any] = {
         "dtype": "int8",
         "qscheme": "per_channel" if scheme.weight_per_channel else "per_tensor",
         "symmetric": True,
@@ -162,9 +168,3 @@ def _scheme(config: Config) -> dict[str, Any]:
     activation: dict[str, Any] = {"dtype": "int8", "symmetric": True, "is_dynamic": not scheme.activation.is_static}
     activation["qscheme"] = "per_token" if "token" in scheme.activation.value else "per_tensor"
     return {"weight": weight, "input_tensors": activation}
-
-
-def _excluded(config: Config) -> list[str]:
-    """Linears in floating point, with Quark's ``*`` for the layer."""
-    kept = [linear.path for linear in config.model.linears if linear.role != "linear"]
-    return [path.replace(LAYER, "*") for path in dict.fromkeys([*config.quantization.exclude, *kept])]

@@ -72,7 +72,11 @@ def _llm_compressor(entry: Any, modifier: str) -> WrittenMapping:
 
 def _mapping(smooth: Any, balance: Any, layers: str = "", modifier: str = "") -> WrittenMapping:
     balance = [balance] if isinstance(balance, str) else balance
-    if not isinstance(smooth, str) or not isinstance(balance, list | tuple) or not all(isinstance(b, str) for b in balance):
+    if (
+        not isinstance(smooth, str)
+        or not isinstance(balance, list | tuple)
+        or not all(isinstance(b, str) for b in balance)
+    ):
         raise AutoQuantError(f"mapping {smooth!r:.40} <- {balance!r:.80}: expected one name and a list of names")
     if not balance:
         raise AutoQuantError(f"mapping {smooth!r:.40}: no layer undoes it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,7 @@ def _whole(space: Space) -> WholeSpace:
     )
 
 
-def _reasons(space: Space, roles: dict[str, str]) -> Iterator[str]:
+def _reasons(space: Space, roles: Mapping[str, str]) -> Iterator[str]:
     """What other tools do not know of a space."""
     if space.kind == "other":
         yield "a space of its own kind, neither the residual stream nor the values of heads"
@@ -104,7 +104,7 @@ def _reasons(space: Space, roles: dict[str, str]) -> Iterator[str]:
                 yield f"'{reader.path}' is not the weight of a linear, or is transposed"
 
 
-def _slot_reasons(space: Space, slot: Slot, roles: dict[str, str]) -> Iterator[str]:
+def _slot_reasons(space: Space, slot: Slot, roles: Mapping[str, str]) -> Iterator[str]:
     if slot.stack is not None:
         yield f"'{slot.path}' holds stacked experts"
     elif roles.get(slot.path) == "router":

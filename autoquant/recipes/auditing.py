@@ -1,0 +1,101 @@
+"""What is put to the proof: a recipe file and a model, or the registry of an installed tool, class by class."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from autoquant.config.spelling import did_you_mean
+from autoquant.errors import AutoQuantError
+from autoquant.models.auto_classes import types_of_class
+from autoquant.models.repair import find_source
+from autoquant.models.source import ModelSource, named_type
+from autoquant.recipes.audit import Audit, Bench, audit, bench_for
+from autoquant.recipes.matching import WrittenMapping
+from autoquant.recipes.reading import TOOLS, mappings_in, read_recipe
+
+Progress = Callable[[str], None]
+_REGISTRIES = {"llm-compressor": "registry_llm_compressor.py", "quark": "registry_quark.py"}
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a registry put to one type of model; ``audit`` is None where it could not be, and why."""
+
+    name: str
+    modifier: str
+    model: str
+    audit: Audit | None
+    why: str = ""
+
+
+def audit_file(path: Path, tool: str, source: ModelSource, progress: Progress) -> Entry:
+    """A recipe file put to a model."""
+    mappings = read_recipe(path, tool)
+    return Entry(str(path), "", source.name, audit(bench_for(source, progress=progress), mappings, tool))
+
+
+def audit_registry(name: str, tool: str, python: Path, progress: Progress) -> tuple[str, list[Entry]]:
+    """The version of an installed tool, and its registry's entry for a class or a model type, or ``all`` of them.
+
+    Raises AutoQuantError where the registry cannot be read or has no such entry.
+    """
+    content = registry_of(tool, python)
+    registries: Mapping[str, Mapping[str, Any]] = content["registries"]
+    names = list(dict.fromkeys(entry for found in registries.values() for entry in found))
+    if name != ALL and name not in names:
+        raise AutoQuantError(f"{tool} {content['version']} has no entry '{name}'{did_you_mean(name, names)}")
+    return content["version"], [
+        entry for one in (names if name == ALL else [name]) for entry in _entries(one, registries, tool, progress)
+    ]
+
+
+def _entries(name: str, registries: Mapping[str, Mapping[str, Any]], tool: str, progress: Progress) -> Iterator[Entry]:
+    """One entry of each registry, put to the type that has the class; the small model is built once."""
+    types = (
+        types_of_class(name) if tool == "llm-compressor" else ([(name, None)] if named_type(name) is not None else [])
+    )
+    if not types:
+        for modifier in (m for m, found in registries.items() if name in found):
+            yield Entry(name, modifier, "", None, "this transformers has no such class")
+        return
+    model, kind = types[0]
+    bench: Bench | None = None
+    why = ""
+    try:
+        bench = bench_for(find_source(model, kind=kind), progress=progress)
+    except AutoQuantError as error:
+        why = error.message
+    for modifier, found in registries.items():
+        if name in found:
+            mappings = written(found[name], modifier, tool)
+            yield Entry(name, modifier, model, None if bench is None else audit(bench, mappings, tool), why)
+
+
+def written(content: Any, modifier: str, tool: str) -> list[WrittenMapping]:
+    """The mappings of a registry's entry."""
+    section = {modifier: {"mappings": content}} if tool == "llm-compressor" else {"name": modifier, **content}
+    return mappings_in(section, tool)
+
+
+def registry_of(tool: str, python: Path) -> dict[str, Any]:
+    """The registry of the tool that is installed for ``python``. Raises AutoQuantError where that cannot be read."""
+    if tool not in _REGISTRIES:
+        raise AutoQuantError(f"no registry of '{tool}' is read; known: {', '.join(TOOLS)}")
+    script = files("autoquant.recipes").joinpath(_REGISTRIES[tool]).read_text()
+    try:  # from standard input: a script's folder would come first in the path of what it imports
+        run = subprocess.run([python, "-"], input=script, capture_output=True, text=True, check=False, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AutoQuantError(f"{python}: cannot be run: {error}") from error
+    lines = [line for line in run.stdout.splitlines() if line.startswith('{"version"')]
+    if not lines:
+        last = run.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        raise AutoQuantError(f"{python}: the registry of {tool} cannot be read: {last[0]}")
+    content: dict[str, Any] = json.loads(lines[-1])
+    return content
