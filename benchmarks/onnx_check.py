@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -196,8 +196,7 @@ def row(case: Case, found: Found) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def measured(cases: Sequence[Case], work: Path, tokens: int) -> list[tuple[Case, Found]]:
-    done = []
+def measured(cases: Sequence[Case], work: Path, tokens: int) -> Iterator[tuple[Case, Found]]:
     for case in cases:
         folder = SHARED / case.model if case.model in TRAINED else model_of(case.model, work / case.model)
         if not folder.is_dir():
@@ -212,9 +211,7 @@ def measured(cases: Sequence[Case], work: Path, tokens: int) -> list[tuple[Case,
         config = config_of(case, folder)
         autoquant.quantize(folder, config, plain, format="native", calibration=text, sequences=6, length=64, **how)
         print(autoquant.convert(plain, written, to="onnx"))
-        done.append((case, compare(plain, written, windows)))
-        print(row(*done[-1]))
-    return done
+        yield case, compare(plain, written, windows)
 
 
 @click.command()
@@ -223,14 +220,17 @@ def measured(cases: Sequence[Case], work: Path, tokens: int) -> list[tuple[Case,
 @click.option("--only", default="", help="Cases whose name contains this.")
 def main(output: Path, tokens: int, only: str) -> None:
     """Write the table."""
-    with tempfile.TemporaryDirectory() as temporary:
-        done = measured([case for case in CASES if only in case.name], Path(temporary), tokens)
     versions = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnx", "onnxscript", "torch"))
     head = ("model", "strategy", "perplexity here", "onnxruntime", "median", "largest", "equal", "logits")
     head += ("int8 inputs", "decoded", "holds")
-    rows = [row(case, found) for case, found in done]
-    lines = [HEAD.format(versions=versions), "| " + " | ".join(head) + " |", "| --- " * len(head) + "|", *rows]
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [HEAD.format(versions=versions), "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    done = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for case, found in measured([case for case in CASES if only in case.name], Path(temporary), tokens):
+            done.append((case, found))
+            lines.append(row(case, found))
+            print(lines[-1], flush=True)
+            output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if failed := [case.name for case, found in done if not found.holds]:
         sys.exit(f"not computed as promised: {', '.join(failed)}")
 

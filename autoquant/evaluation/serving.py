@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.windows import Windows
+from autoquant.checkpoint.formats import ONNX, format_of
 from autoquant.checkpoint.load import load
 from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import logits_of
@@ -88,8 +89,12 @@ def agreements(
 
     ``dtype``: of floats in the engine. In float32 it uses no AMX, whose kernels take none and ignore static scales.
 
-    Raises AutoQuantError where the engine cannot be started, or a folder does not load here.
+    Raises AutoQuantError where the engine cannot be started, or a folder does not load here or is for another one.
     """
+    for folder in folders:
+        found_format = format_of(folder)
+        if found_format is not None and found_format.name == ONNX:
+            raise AutoQuantError(f"{folder}: is an ONNX graph, for onnxruntime; `autoquant eval` measures it there")
     rows = [ids.tolist() for batch in windows.batches for ids in batch]
     scores, versions, products = _elsewhere(folders, rows, engine, python, dtype)
     found = []

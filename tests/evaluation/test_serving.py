@@ -164,3 +164,10 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
         agreements([PACKAGED], TEXT, "vllm")
     with pytest.raises(AutoQuantError, match="python: cannot be run: No such file or directory"):
         agreements([PACKAGED], TEXT, "vllm", tmp_path / "python")
+
+
+def test_an_onnx_graph_is_for_another_engine(tmp_path: Path) -> None:
+    for name in ("model.onnx", "autoquant_provenance.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(AutoQuantError, match="is an ONNX graph, for onnxruntime; `autoquant eval` measures it there"):
+        agreements([tmp_path], Windows((), True))
