@@ -15,10 +15,8 @@ from autoquant.checkpoint.formats.onnx_graph import GRAPH, check_installed
 from autoquant.errors import AutoQuantError
 from autoquant.models.source import one_line
 
-_ENTRIES = ("session.qdqisint8allowed", "session.x64quantprecision")
-"""Without the first onnxruntime on x86 takes int8 kernels only for inputs that one linear reads, and floats for others;
-without the second kernels for CPUs that have no VNNI may saturate in int16.
-"""
+INT8_ACTIVATIONS = "session.qdqisint8allowed"
+"""Without it onnxruntime on x86 takes int8 kernels only for inputs that one linear reads, and floats for others."""
 
 _CALLS = ((1, 7, 1), (3, 4, 2))
 """Of a proof: sequences, tokens, and further tokens. None of it is what the graph was traced with."""
@@ -72,8 +70,7 @@ def open_session(folder: Path, config: Any) -> OnnxModel:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    for entry in _ENTRIES:
-        options.add_session_config_entry(entry, "1")
+    options.add_session_config_entry(INT8_ACTIVATIONS, "1")
     try:
         session = runtime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # whatever onnxruntime says to a file
