@@ -38,6 +38,14 @@ def commands(config: Path) -> dict[str, Callable[[Path, int], list[str]]]:
             *["quantize", model, given, "-o", str(out), "--force", "--seed", str(seed), "--strategy", STATIC, *SMALL],
             *["--format", "native"],
         ],
+        "quantize, served": lambda out, seed: [
+            *["quantize", model, given, "-o", str(out), "--force", "--seed", str(seed), "--strategy", STATIC, *SMALL],
+            *["--target", "vllm"],
+        ],
+        "convert": lambda out, seed: [
+            *["convert", str(config.with_name(f"native-{seed}")), "-o", str(out), "--force"],
+            *["--to", "compressed-tensors", "--target", "vllm"],
+        ],
         "search": lambda out, seed: [
             *["search", model, given, "-o", str(out), "--force", "--seed", str(seed), "--strategy", STATIC, *SMALL],
             *["--held-out", "2", "--knobs", "alpha"],
@@ -205,6 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", help="a command")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     import torch
@@ -227,7 +236,13 @@ def main() -> int:
         config = Path(temporary, "config.json")
         log = Path(temporary, "analyze")  # by a child as well: a pool of threads of this process would not live in them
         assert finish(start(["analyze", str(MODEL), "-o", str(config)], log)) == 0, log.read_text()
-        for name, command in commands(config).items():
+        made = commands(config)
+        for seed in (0, 1):
+            native = made["quantize"](config.with_name(f"native-{seed}"), seed)
+            assert finish(start(native, log)) == 0, log.read_text()
+        for name, command in made.items():
+            if options.only and name not in options.only:
+                continue
             folder = Path(temporary, name)
             folder.mkdir()
             out = folder / ("out.json" if name == "search" else "out")

@@ -1,6 +1,7 @@
-"""LLM Compressor's SmoothQuant and W8A8 static on windows of tokens, timed: what speed_quantize.py compares with.
+"""LLM Compressor's SmoothQuant and W8A8 on windows of tokens, timed: beside ours in speed_quantize.py and servable.py.
 
-PYTHON benchmarks/smoothquant_llmc.py MODEL WINDOWS.json OUTPUT DEVICE, in an environment with llmcompressor
+PYTHON benchmarks/smoothquant_llmc.py MODEL WINDOWS.json OUTPUT DEVICE [static|token], in an environment with
+llmcompressor; static, the default, or per token is how activations are rounded.
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 START = time.monotonic()
+
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "static": {"strategy": "tensor", "dynamic": False},
+    "token": {"strategy": "token", "dynamic": True},
+}
 
 
 def told(step: str, since: float) -> float:
@@ -19,7 +27,7 @@ def told(step: str, since: float) -> float:
     return now
 
 
-def main(folder: str, windows: str, output: str, device: str) -> None:
+def main(folder: str, windows: str, output: str, device: str, activations: str = "static") -> None:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -41,7 +49,7 @@ def main(folder: str, windows: str, output: str, device: str) -> None:
     scheme = QuantizationScheme(
         targets=["Linear"],
         weights=QuantizationArgs(**each, strategy="channel"),
-        input_activations=QuantizationArgs(**each, strategy="tensor", dynamic=False),
+        input_activations=QuantizationArgs(**each, **INPUTS[activations]),
     )
     recipe = [
         SmoothQuantModifier(smoothing_strength=0.5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from autoquant.checkpoint.formats import NATIVE, Wish, check_format, choose_format, format_of, write_checkpoint
+from autoquant.checkpoint.side_files import check_links
 from autoquant.errors import AutoQuantError
 from autoquant.io.folders import check_target
 
@@ -14,8 +15,8 @@ def convert_checkpoint(
 ) -> str:
     """Write ``source`` to ``output`` in the format wished for; returns the name of the one that it has.
 
-    Raises AutoQuantError, with nothing left behind, where it is no quantized folder, has that format already, or has
-    what the format or the target does not take.
+    Raises AutoQuantError, with nothing left behind, where it is no quantized folder, has that format already, holds a
+    link that leads out of it, or has what the format or the target does not take.
     """
     check_target(source, output, force)
     found = format_of(source)
@@ -23,6 +24,7 @@ def convert_checkpoint(
         raise AutoQuantError(f"{source}: no quantized checkpoint that can be converted; `autoquant quantize` makes one")
     if found.name == wish.form:
         raise AutoQuantError(f"{source}: is of the format '{wish.form}' already")
+    check_links(source)
     contents = found.contents(source, trust_remote_code=trust_remote_code)
     if wish.form != NATIVE and wish.target is not None:
         choose_format(wish, contents.config, contents.changes, contents.model)

@@ -96,7 +96,7 @@ def agreements(
         if found_format is not None and found_format.name == ONNX:
             raise AutoQuantError(f"{folder}: is an ONNX graph, for onnxruntime; `autoquant eval` measures it there")
     rows = [ids.tolist() for batch in windows.batches for ids in batch]
-    scores, versions, products = _elsewhere(folders, rows, engine, python, dtype)
+    scores, versions, products = scores_elsewhere(folders, rows, engine, python, dtype)
     found = []
     for folder, score, made in zip(folders, scores, products, strict=True):
         model, own = load(folder, torch.float32), Products(lambda module: isinstance(module, Int8Linear), 0)
@@ -171,7 +171,7 @@ def _perplexity(log_probabilities: Tensor) -> float:
     return (-log_probabilities.double().mean()).exp().item()
 
 
-def _elsewhere(
+def scores_elsewhere(
     folders: Sequence[Path], rows: list[list[int]], engine: str, python: str | Path, dtype: str
 ) -> tuple[list[Any], dict[str, str], list[list[tuple[Tensor, Tensor]]]]:
     """What the engine gives for each folder, the versions that it has, and what its int8 linears made."""

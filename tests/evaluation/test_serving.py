@@ -46,7 +46,7 @@ def scores(folder: Path) -> list[list[float]]:
 
 
 def says(monkeypatch: pytest.MonkeyPatch, *found: Any) -> None:
-    monkeypatch.setattr(serving, "_elsewhere", lambda *_: (list(found), {"vllm": "0"}, [[] for _ in found]))
+    monkeypatch.setattr(serving, "scores_elsewhere", lambda *_: (list(found), {"vllm": "0"}, [[] for _ in found]))
 
 
 def test_the_same_numbers_are_equal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,14 @@ from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 from autoquant.checkpoint.targets import reasons_against, targets
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
-from autoquant.config.format import Config, QuantizationOverride, Strategy, edited
+from autoquant.config.format import (
+    ActivationQuantization,
+    Config,
+    QuantizationOverride,
+    StaticClip,
+    Strategy,
+    edited,
+)
 from autoquant.errors import AutoQuantError
 from autoquant.io.folders import PROVENANCE
 from autoquant.pipeline.select import Transforms
@@ -100,6 +107,30 @@ def test_there_and_back_again_is_the_same_bytes(strategy: Strategy, made: Path, 
     assert files(tmp_path / "served") == files(served)
     assert convert_checkpoint(tmp_path / "served", tmp_path / "native", Wish(NATIVE)) == COMPRESSED_TENSORS
     assert files(tmp_path / "native") == files(native)
+
+
+def test_several_schemes_come_back_as_the_same_bytes(tmp_path: Path) -> None:
+    """What `search --target vllm` finds: single linears with scales per token, clipped scales."""
+    config = config_of(PACKAGED)
+    spiky = QuantizationOverride(path="model.layers.{layer}.mlp.down_proj", layers="0,4", strategy=TOKEN)
+    clip = ActivationQuantization(clip=StaticClip.MSE)
+    section = edited(config.quantization, overrides=(spiky,), activations=clip)
+    found = recipe(STATIC, edited(config, quantization=section))
+    for form in (NATIVE, COMPRESSED_TENSORS):
+        quantize_checkpoint(PACKAGED, tmp_path / form, found, {}, wish=Wish(form))
+    convert_checkpoint(tmp_path / NATIVE, tmp_path / "served", Wish(COMPRESSED_TENSORS, "vllm"))
+    assert files(tmp_path / "served") == files(tmp_path / COMPRESSED_TENSORS)
+    convert_checkpoint(tmp_path / "served", tmp_path / "back", Wish(NATIVE))
+    assert files(tmp_path / "back") == files(tmp_path / NATIVE)
+
+
+def test_convert_takes_no_folder_with_a_link_out_of_it(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / f"{TOKEN.name}-{NATIVE}", tmp_path / "native")
+    (tmp_path / "secret").write_text("x")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(AutoQuantError, match=r"notes\.txt: is a link out of the checkpoint"):
+        convert_checkpoint(folder, tmp_path / "out", Wish(COMPRESSED_TENSORS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "secret"]
 
 
 def test_a_loaded_model_saves_what_it_was_loaded_from(made: Path, tmp_path: Path) -> None:
