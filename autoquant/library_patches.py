@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "compiled_by_dynamo",
+    "constant_in_traces",
     "device_constructors",
     "int_mm",
     "marked_as_compiling",
@@ -34,10 +38,13 @@ __all__ = [
     "pytree",
     "reset_dynamo",
     "without_amx_",
+    "without_dynamo",
     "without_modes",
     "without_shape_guards",
     "without_vmap",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 OpOverload = torch._ops.OpOverload
 """The type of an ATen operator in a graph: its schema names it."""
@@ -74,6 +81,7 @@ def without_vmap(is_known: Callable[[Tensor], bool]) -> Iterator[None]:
 
     These are: what is done with a tensor before and after it is mapped over, and an index that is mapped over.
     """
+    _with_dynamo_()
     from torch._dynamo import _trace_wrapped_higher_order_op as higher_order
     from torch._functorch import vmap
 
@@ -112,6 +120,7 @@ def without_shape_guards() -> Iterator[None]:
 
     It writes one guard for every size of every parameter, a third of the time of an export. No shape is dynamic here.
     """
+    _with_dynamo_()
     from torch._dynamo import functional_export
 
     name = "_suggest_or_raise_constraint_violation"
@@ -126,14 +135,111 @@ def without_shape_guards() -> Iterator[None]:
         setattr(functional_export, name, check)
 
 
+def constant_in_traces(function: Function) -> Function:
+    """Marked so that torch.compile asks once and goes on; ``torch.compiler.assume_constant_result`` imports Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@contextlib.contextmanager
+def without_dynamo() -> Iterator[None]:
+    """Whatever asks for Dynamo in this context only to keep functions from it, or to name them to it, does without.
+
+    Its import takes seconds. Where it is asked for more it comes, and :func:`_with_dynamo_` makes up for what was left.
+    Nothing is done where it is there.
+    """
+    if _DYNAMO in sys.modules:
+        yield
+        return
+    stand_in, higher_order = ModuleType(_DYNAMO), ModuleType(_HIGHER_ORDER)
+    vars(stand_in).update(
+        disable=_disabled_later,
+        allow_in_graph=_allowed_later,
+        assume_constant_result=constant_in_traces,
+        __getattr__=functools.partial(_real, _DYNAMO),
+        __path__=[],
+    )
+    vars(higher_order).update(
+        TransformGetItemToIndex=_item_to_index, __getattr__=functools.partial(_real, _HIGHER_ORDER)
+    )
+    sys.modules |= {_DYNAMO: stand_in, _HIGHER_ORDER: higher_order}
+    try:
+        yield
+    finally:
+        _remove_stand_ins_()
+
+
+_DYNAMO = "torch._dynamo"
+_HIGHER_ORDER = "torch._dynamo._trace_wrapped_higher_order_op"
+_allowed: list[Callable[..., Any]] = []
+_undone: list[Callable[..., Any]] = []
+
+
+def _remove_stand_ins_() -> None:
+    for name in (_DYNAMO, _HIGHER_ORDER):
+        if name in sys.modules and sys.modules[name].__spec__ is None:
+            del sys.modules[name]
+
+
+def _real(module: str, name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    _with_dynamo_()
+    return getattr(importlib.import_module(module), name)
+
+
+def _item_to_index() -> Any:
+    """A ``TransformGetItemToIndex``."""
+    _with_dynamo_()
+    return importlib.import_module(_HIGHER_ORDER).TransformGetItemToIndex()
+
+
+def _allowed_later(function: Function) -> Function:
+    """``torch.compiler.allow_in_graph``, done with the rest."""
+    _allowed.append(function)
+    return function
+
+
+def _disabled_later(function: Any = None, *given: Any, **options: Any) -> Any:
+    """``torch.compiler.disable``: without Dynamo nothing has to be kept from it."""
+    if function is None:
+        return functools.partial(_disabled_later, **options)
+    if options.get("wrapping") is False:  # by torch itself, which keeps the answer beside the function
+        _undone.append(function)
+        return function
+
+    @functools.wraps(function)
+    def later(*arguments: Any, **named: Any) -> Any:
+        if _DYNAMO not in sys.modules or sys.modules[_DYNAMO].__spec__ is None:
+            return function(*arguments, **named)
+        return torch.compiler.disable(function, *given, **options)(*arguments, **named)
+
+    return later
+
+
+def _with_dynamo_() -> None:
+    """Import Dynamo, and put what is its own where :func:`without_dynamo` left other things, which it cannot trace."""
+    _remove_stand_ins_()
+    real = importlib.import_module(_HIGHER_ORDER).TransformGetItemToIndex
+    for module in [*sys.modules.values()]:
+        if vars(module).get("TransformGetItemToIndex") is _item_to_index:
+            vars(module)["TransformGetItemToIndex"] = real
+    while _allowed:
+        torch.compiler.allow_in_graph(_allowed.pop())
+    while _undone:
+        vars(_undone.pop()).pop("__dynamo_disable", None)
+
+
 def compiled_by_dynamo(module: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
     """``module`` under Dynamo, each graph handed to ``backend(graph, inputs)``; breaks are allowed, sizes are fixed."""
+    _with_dynamo_()
     compiled: Callable[..., Any] = torch._dynamo.optimize(backend, dynamic=False)(module)
     return compiled
 
 
 def reset_dynamo() -> None:
     """Drop what Dynamo has compiled and counted."""
+    _with_dynamo_()
     torch._dynamo.reset()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def command(model: str, config: Path, output: Path, form: str, quiet: bool, **ho
     MODEL is a folder with safetensors, or a hub id. The result loads with plain transformers.
     """
     from autoquant import api
-    from autoquant.cli.progress import steps
+    from autoquant.cli.progress import importing_little, steps
 
-    with steps(quiet) as shown:
-        written = api.apply(model, config, output, progress=shown.progress, **how)
+    with steps(quiet) as shown, ExitStack() as held:
+        written = api.apply(model, config, output, progress=importing_little(shown.progress, held), **how)
     options.print_result(written, form, quiet)

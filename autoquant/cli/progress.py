@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -27,6 +27,24 @@ def steps(quiet: bool = False) -> AbstractContextManager[Shown]:
     if quiet or stderr is None:
         return nullcontext(Shown(silent, lambda line: None))
     return _bar(stderr) if stderr.isatty() else _lines(stderr)
+
+
+def importing_little(progress: Progress, held: ExitStack) -> Progress:
+    """The same; from when it is told of imports on, and until ``held`` ends, they go without Dynamo, which a config
+    needs not.
+
+    For commands alone: whoever goes on with torch.compile in the same process is better off with the real one.
+    """
+    from autoquant.api.arguments import IMPORTING
+
+    def told(step: str, done: int, total: int) -> None:
+        progress(step, done, total)
+        if step == IMPORTING:
+            from autoquant.library_patches import without_dynamo
+
+            held.enter_context(without_dynamo())
+
+    return told
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def command(model: Path, config: Path | None, output: Path, form: str, quiet: bo
     model of the result, `autoquant eval` measures it.
     """
     from autoquant import api
-    from autoquant.cli.progress import steps
+    from autoquant.cli.progress import importing_little, steps
 
-    with steps(quiet) as shown:
-        written = api.quantize(model, config, output, progress=shown.progress, **how)
+    with steps(quiet) as shown, ExitStack() as held:
+        progress = shown.progress if config is None else importing_little(shown.progress, held)
+        written = api.quantize(model, config, output, progress=progress, **how)
     options.print_result(written, form, quiet)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from autoquant.library_patches import constant_in_traces
 from autoquant.quantizer import int8
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -105,7 +106,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.version.hip is None
 
 
-has_triton: Callable[[], bool] = torch.compiler.assume_constant_result(_has_triton)
+has_triton: Callable[[], bool] = constant_in_traces(_has_triton)
 
 
 def linear(

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import int_mm
+from autoquant.library_patches import constant_in_traces, int_mm
 
 QMAX = 127
 QMIN = -128
@@ -165,7 +165,7 @@ def _remembered_probe(device: str) -> bool:
 
 PROBED: dict[str, bool] = {}
 # Marked so that torch.compile asks once and goes on, instead of tracing the probes.
-int_mm_is_exact: Callable[[str], bool] = torch.compiler.assume_constant_result(_remembered_probe)
+int_mm_is_exact: Callable[[str], bool] = constant_in_traces(_remembered_probe)
 
 
 def _int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:

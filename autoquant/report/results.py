@@ -13,7 +13,6 @@ from autoquant.certificate.claims import IN_WORDS, standing
 from autoquant.config.format import Config, Coverage, edited
 from autoquant.io.inert import inert
 from autoquant.report.columns import columns, wrapped
-from autoquant.report.table import ran, summary_lines
 
 if TYPE_CHECKING:
     from autoquant.certificate.prove import Trial
@@ -56,6 +55,8 @@ class Analysis:
 
     def lines(self, width: int = WIDTH, proof: bool = True) -> list[str]:
         """The table of linears, what is blocked and why, totals; ``proof`` False says nothing of the certificate."""
+        from autoquant.report.table import summary_lines  # imports rich
+
         return summary_lines(
             self.config if proof else edited(self.config, certificate=None), self.unknown_operators, width
         )
@@ -122,6 +123,8 @@ class Verification:
         rows = [(t.name, t.kind, f"{t.change:.1e}", _verdict(t, t in failed)) for t in self.trials]
         subject = "its own weights" if self.own_weights else "a small random model of its structure"
         held = len(self.trials) - len(failed)
+        from autoquant.report.table import ran  # imports rich
+
         return [
             *columns(("claim", "kind", "change of the logits", ""), rows, width),
             *(line for path, why in self.refused.items() for line in wrapped(f"not tried: {path}: {why}", width)),
