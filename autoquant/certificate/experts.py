@@ -51,26 +51,51 @@ def force_choices(counts: Collection[int]) -> Iterator[None]:
         yield
 
 
+_RANKING: dict[Any, str] = {
+    **dict.fromkeys((torch.topk, Tensor.topk), "topk"),
+    **dict.fromkeys((torch.argmax, Tensor.argmax), "argmax"),
+    **dict.fromkeys((torch.max, Tensor.max), "max"),
+    **dict.fromkeys((torch.sort, Tensor.sort), "sort"),
+    **dict.fromkeys((torch.argsort, Tensor.argsort), "argsort"),
+}
+"""What ranks candidates, by the function that is called."""
+
+_ORDER: dict[str, tuple[str, ...]] = {
+    "topk": ("input", "k", "dim"),
+    "argmax": ("input", "dim", "keepdim"),
+    "max": ("input", "dim", "keepdim"),
+    "sort": ("input", "dim", "descending"),
+    "argsort": ("input", "dim", "descending"),
+}
+"""The names of their arguments, as they may be given by position."""
+
+
 def _forced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counts: Collection[int]) -> Any:
-    top, largest = func in (torch.topk, Tensor.topk), func in (torch.argmax, Tensor.argmax)
-    if not (top or largest):
+    ranks = _RANKING.get(func)
+    if ranks is None:
         return None
-    named = dict(zip(("input", "k", "dim") if top else ("input", "dim", "keepdim"), args, strict=False)) | kwargs
-    scores, dim = named.get("input", named.get("self")), named.get("dim", -1 if top else None)
-    if not isinstance(scores, Tensor) or dim is None or scores.dim() == 0 or scores.shape[dim] not in counts:
+    named = dict(zip(_ORDER[ranks], args, strict=False)) | kwargs
+    scores, dim = named.get("input", named.get("self")), named.get("dim", None if "max" in ranks else -1)
+    if not isinstance(scores, Tensor) or type(dim) is not int or scores.dim() == 0 or scores.shape[dim] not in counts:
         return None
-    chosen = _in_turn(scores, int(dim), int(named["k"]) if top else 1)
-    if largest:
-        return chosen if named.get("keepdim") else chosen.squeeze(dim)
-    return torch.return_types.topk((scores.gather(dim, chosen), chosen))
+    count = int(named["k"]) if ranks == "topk" else scores.shape[dim] if "sort" in ranks else 1
+    chosen = _in_turn(scores, dim, count, each=1 if "sort" in ranks else count)
+    if "sort" in ranks and not named.get("descending"):  # the best come last
+        chosen = chosen.flip(dim)
+    values = scores.gather(dim, chosen)
+    if ranks in ("argmax", "max") and not named.get("keepdim"):
+        chosen, values = chosen.squeeze(dim), values.squeeze(dim)
+    if ranks.startswith("arg"):
+        return chosen
+    return getattr(torch.return_types, ranks)((values, chosen))
 
 
-def _in_turn(scores: Tensor, dim: int, k: int) -> Tensor:
-    """Indices along ``dim``: row r of all rows takes k candidates from number r * k on, and begins anew at the end."""
+def _in_turn(scores: Tensor, dim: int, k: int, each: int) -> Tensor:
+    """Indices along ``dim``: row r takes k candidates from number r * each on, and begins anew at the end."""
     moved = scores.movedim(dim, -1)
-    rows = moved.shape[:-1].numel()
-    chosen = (torch.arange(rows * k, device=scores.device) % moved.shape[-1]).reshape(*moved.shape[:-1], k)
-    return chosen.movedim(-1, dim).contiguous()
+    rows = torch.arange(moved.shape[:-1].numel(), device=scores.device)
+    chosen = (rows[:, None] * each + torch.arange(k, device=scores.device)) % moved.shape[-1]
+    return chosen.reshape(*moved.shape[:-1], k).movedim(-1, dim).contiguous()
 
 
 def units_of(config: Config, module: nn.Module) -> list[Unit]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,19 +87,7 @@ def lengths(seed: int) -> Scenario:
     few = rng.choice((plan.length, plan.length + 1, 8, 16, 31, 64, 100, 150))
     name = rng.choice(list(LENGTHS))
     plan.blocks[at] = (form, f"{name} ({few})", LENGTHS[name](few))
-    made = _scenario("lengths", seed, plan, at_lengths(seed, (*NEAR, FAR)))
-    if few <= NEAR[-1]:
-        return made
-    # Beyond the second reading the proof alone sees it, and refuses the claim for all layers that it is written for.
-    alike = {
-        own_group(f"layers.{i}", other) for i, (other, _, _) in enumerate(plan.blocks) if written_alike(other, form)
-    }
-    return replace(made, plants=tuple(plant for plant in made.plants if plant not in alike))
-
-
-def written_alike(form: str, other: str) -> bool:
-    """True if the own groups of two forms are written as one."""
-    return (FORMS[form].left, FORMS[form].right) == (FORMS[other].left, FORMS[other].right)
+    return _scenario("lengths", seed, plan, at_lengths(seed, (*NEAR, FAR)))
 
 
 def layers(seed: int) -> Scenario:
@@ -395,9 +382,6 @@ def experts(seed: int) -> Scenario:
         drawn.append((f"stacked, {name}, {act}, routed {routed}", lambda r=routed, a=again, c=act: Experts(r, a, c)))
         group = Claimed("group", (f"{path}.first",), (f"{path}.second",), 5 if act == "relu" else None)
         (plants if table is SAME and act == "relu" else traps).append(group)
-    if any(trap.sources[0].endswith(".first") for trap in traps):
-        # Written for all layers as one claim, refused where no run can reach an expert in one of them.
-        plants = [plant for plant in plants if not plant.sources[0].endswith(".first")]
     few = rng.choice(((0, 0, 0), (1, 0, 1), (2, 1, 2)))
     tokens = torch.tensor([few])
     every = torch.arange(WORDS)[None]

@@ -35,6 +35,22 @@ def test_choices_among_other_numbers_are_left_alone() -> None:
     assert torch.topk(scores, 2).indices.tolist() == [[1, 2], [0, 2]]
 
 
+def test_whatever_ranks_candidates_is_made_to_choose_each() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.3], [0.8, 0.2, 0.5], [0.0, 0.7, 0.6]])
+    with force_choices({3}):
+        values, indices = scores.max(dim=-1)
+        assert indices.tolist() == [0, 1, 2]
+        assert torch.equal(values, scores.diagonal())
+        assert torch.max(scores, 1, keepdim=True).indices.tolist() == [[0], [1], [2]]
+        ordered = torch.sort(scores, descending=True)
+        assert ordered.indices.tolist() == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+        assert torch.equal(ordered.values, scores.gather(1, ordered.indices))
+        assert scores.argsort(-1)[:, -1].tolist() == [0, 1, 2]  # the best come last
+        assert scores.max() == 0.9  # no candidate is chosen
+        assert torch.max(scores, scores + 1).equal(scores + 1)
+    assert scores.max(dim=-1).indices.tolist() == [1, 0, 1]
+
+
 class Sometimes(nn.Module):
     """Experts that are chosen by a comparison; the last one by a score that no input has."""
 
