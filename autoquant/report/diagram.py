@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from autoquant.config.format import Config, Norm, Online, Slot, SmoothingGroup, Space
+from autoquant.config.format import Config, Norm, Online, Slot, SmoothingGroup, SmoothingOverride, Space
 from autoquant.config.layers import LAYER, fill, layer_numbers, layer_set, module_of
 from autoquant.report.summary import because
 
@@ -281,15 +281,20 @@ def _used(online: Online) -> str:
     return "on" if online.enable else "possible, off"
 
 
-def used_group(config: Config) -> dict[str, str]:
-    """What is switched on, by the name of the group or space, in words."""
+def used_group(config: Config, layer: int | None = None) -> dict[str, str]:
+    """What is switched on (in ``layer``), by the name of the group or space, in words."""
     smoothing, rotation = config.smoothing, config.rotation
     said = {}
     for group in smoothing.groups:
         default = smoothing.enable and group.kind.value != "query_key"
-        on = default if group.enable is None else group.enable
-        alpha = smoothing.alpha if group.alpha is None else group.alpha
-        some = f", {len(group.overrides)} overrides" if group.overrides else ""
+        chosen: list[SmoothingGroup | SmoothingOverride] = [
+            group,
+            *(o for o in group.overrides if layer is not None and layer in layer_numbers(o.layers)),
+        ]
+        on = next((one.enable for one in reversed(chosen) if one.enable is not None), default)
+        alpha = next((one.alpha for one in reversed(chosen) if one.alpha is not None), smoothing.alpha)
+        others = ", ".join(o.layers for o in group.overrides) if layer is None else ""
+        some = f"; otherwise in layers {others}" if others else ""
         said[group.name] = f"{group.channels:,} scales a layer; " + (f"on, alpha {alpha:g}" if on else "off") + some
     for space in rotation.spaces:
         on = rotation.enable if space.enable is None else space.enable

@@ -1,0 +1,191 @@
+"""Knobs set by short texts: ``smoothing.alpha=0.7``, ``layers 0-3: enable=false``, ``v_proj -> o_proj: alpha=0.6``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError as PydanticError
+
+from autoquant.config.check import problems
+from autoquant.config.format import (
+    Config,
+    QuantizationOverride,
+    RotationMethod,
+    Rounding,
+    SmoothingGroup,
+    SmoothingMethod,
+    SmoothingOverride,
+    StaticClip,
+    Strategy,
+    edited,
+)
+from autoquant.config.knobs import knob_text, knobs_of, names_of, with_knobs
+from autoquant.config.layers import layer_bits, layer_set, numbers_in
+from autoquant.config.places import JsonPath, json_path
+from autoquant.config.spelling import did_you_mean
+from autoquant.config.strategies import parse_strategy
+from autoquant.errors import AutoQuantError
+
+_LAYERS = re.compile(r"layers?\s+(?P<layers>[\d,:\-]+)\s*:\s*(?P<rest>.+)")
+_NAMED = re.compile(r"(?P<name>.+?)\s*:\s+(?P<rest>[a-z]+\s*=.+)")
+_ENTRY = re.compile(r"(?P<list>smoothing\.groups|rotation\.spaces|rotation\.online)\[(?P<number>\d+)\]\.(?P<knob>\w+)")
+FORMS = "'smoothing.alpha=0.7', 'layers 0-3: enable=false' or 'NAME: alpha=0.6'"
+
+
+def assign(config: Config, assignments: Sequence[str]) -> Config:
+    """``config`` with all of ``assignments`` made, in order. Raises AutoQuantError for one that cannot be."""
+    for text in assignments:
+        config = _assigned(config, text)
+    wrong = problems(config)
+    if wrong:
+        lines = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in wrong[:20])
+        raise AutoQuantError(f"the config would not fit together: {len(wrong)} problems", lines)
+    return config
+
+
+def _assigned(config: Config, text: str) -> Config:
+    if match := _LAYERS.fullmatch(text.strip()):
+        return _in_layers(config, match["layers"], *_pair(match["rest"], text), text)
+    if (match := _NAMED.fullmatch(text.strip())) is not None:
+        knob, value = _pair(match["rest"], text)
+        return _set(config, (*_named(config, match["name"], knob, text), knob), value, text)
+    name, value = _pair(text, text)
+    if match := _ENTRY.fullmatch(name):
+        section, _, key = match["list"].partition(".")
+        there = [known for known in names_of(config) if known[:2] == (section, key)]
+        if int(match["number"]) >= len(there):
+            raise AutoQuantError(f"'{text}': {match['list']} has {len(there)} entries, counted from 0")
+        return _set(config, (*there[int(match["number"])], match["knob"]), value, text)
+    return _set(config, tuple(name.split(".")), value, text)
+
+
+def _pair(text: str, whole: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise AutoQuantError(f"'{whole}': no '='; expected {FORMS}")
+    value = value.strip()
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
+
+
+def _set(config: Config, path: JsonPath, value: Any, text: str) -> Config:
+    known = knobs_of(config)
+    if path not in known:
+        plain = [knob_text(one) for one in known if len(one) < 4]
+        knobs = [str(one[3]) for one in known if len(one) == 4 and one[:3] == path[:3]]
+        near = did_you_mean(str(path[-1]), knobs) if knobs else did_you_mean(knob_text(path), plain)
+        there = f"; it has {', '.join(knobs)}" if knobs and not near else ""
+        raise AutoQuantError(f"'{text}': no knob '{knob_text(path) if len(path) < 4 else path[3]}'{near}{there}")
+    if path[-1] == "strategy":
+        value = parse_strategy(str(value))
+    try:
+        return with_knobs(config, {path: _typed(value, path)})
+    except PydanticError as error:
+        raise AutoQuantError(f"'{text}': {_refusal(path, value, error)}") from error
+
+
+def _typed(value: Any, path: JsonPath) -> Any:
+    """A value as the classes take it: a list as a tuple, a word as its enumeration, a whole number as a float."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and path[-1] == "exclude":
+        return (value,)
+    if isinstance(value, int) and not isinstance(value, bool) and path[-1] in ("alpha", "percentile"):
+        return float(value)
+    for choices in _enumerations(path):
+        words = [member.value for member in choices]
+        if value in words:
+            return choices(value)
+    return value
+
+
+def _enumerations(path: JsonPath) -> tuple[Any, ...]:
+    """The words that a knob of this name may have, in one section or another."""
+    return {"method": (SmoothingMethod, RotationMethod), "rounding": (Rounding,), "clip": (StaticClip,)}.get(
+        str(path[-1]), ()
+    )
+
+
+def _refusal(path: JsonPath, value: Any, error: PydanticError) -> str:
+    """What a value is refused for, with the words that there are."""
+    first = error.errors()[0]
+    if first["type"] in ("is_instance_of", "enum", "literal_error"):
+        several = {"smoothing": (SmoothingMethod,), "rotation": (RotationMethod,)}.get(
+            str(path[0]), _enumerations(path)
+        )
+        words = [member.value for choices in several for member in choices]
+        return f"{path[-1]} is one of {', '.join(words)}, not {value!r}{did_you_mean(str(value), words)}"
+    return _what(error)
+
+
+def _what(error: PydanticError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _number(known: Sequence[tuple[str, str, str]], section: str, key: str, name: str) -> int:
+    return [one[2] for one in known if one[:2] == (section, key)].index(name)
+
+
+def _named(config: Config, name: str, knob: str, text: str) -> tuple[str, str, str]:
+    """What has this knob and goes by a name, or by the end of one that no other ends with."""
+    values = knobs_of(config)
+    known = [one for one in names_of(config) if (*one, knob) in values] or list(names_of(config))
+    found = [one for one in known if one[2] == name] or [one for one in known if one[2].endswith(name)]
+    if not found:
+        raise AutoQuantError(f"'{text}': no group or space '{name}'{did_you_mean(name, [one[2] for one in known])}")
+    if len(found) > 1:
+        numbers = [f"{s}.{key}[{_number(known, s, key, one)}].{knob}" for s, key, one in found[:4]]
+        raise AutoQuantError(f"'{text}': {len(found)} go by '{name}'; give one by number: {', '.join(numbers)}")
+    return found[0]
+
+
+def _in_layers(config: Config, layers: str, knob: str, value: Any, text: str) -> Config:
+    """An override for some layers: of every smoothing group that has them, or the strategy of every linear."""
+    wanted = layer_bits(layers)
+    if knob == "strategy":
+        strategy = None if value is None else parse_strategy(str(value))
+        return _strategy_in_layers(config, wanted, strategy, text)
+    if knob not in ("enable", "alpha", "method"):
+        near = did_you_mean(knob, ["enable", "alpha", "method", "strategy"])
+        raise AutoQuantError(f"'{text}': layers have no '{knob}'{near}; expected enable, alpha, method or strategy")
+    groups, changed = [], 0
+    for group in config.smoothing.groups:
+        both = wanted & layer_bits(group.layers) if group.layers is not None else 0
+        if not both or group.kind.value == "query_key":
+            groups.append(group)
+            continue
+        groups.append(_overridden(group, layer_set(numbers_in(both)), knob, value, text))
+        changed += 1
+    if not changed:
+        raise AutoQuantError(f"'{text}': no smoothing group has any of the layers {layers}")
+    return edited(config, smoothing=edited(config.smoothing, groups=tuple(groups)))
+
+
+def _overridden(group: SmoothingGroup, layers: str, knob: str, value: Any, text: str) -> SmoothingGroup:
+    kept = [one for one in group.overrides if one.layers != layers]
+    before = next((one for one in group.overrides if one.layers == layers), SmoothingOverride(layers=layers))
+    try:
+        override = edited(before, **{knob: _typed(value, (knob,))})
+    except PydanticError as error:
+        raise AutoQuantError(f"'{text}': {_what(error)}") from error
+    return edited(group, overrides=(*kept, override))
+
+
+def _strategy_in_layers(config: Config, wanted: int, strategy: Strategy | None, text: str) -> Config:
+    added = []
+    for linear in config.model.linears:
+        both = wanted & layer_bits(linear.layers) if linear.layers is not None else 0
+        if both and linear.path not in config.quantization.exclude:
+            layers = layer_set(numbers_in(both))
+            added.append(QuantizationOverride(path=linear.path, layers=layers, strategy=strategy))
+    if not added:
+        raise AutoQuantError(f"'{text}': no linear that is quantized has any of these layers")
+    places = {(one.path, one.layers) for one in added}
+    kept = [one for one in config.quantization.overrides if (one.path, one.layers) not in places]
+    return edited(config, quantization=edited(config.quantization, overrides=(*kept, *added)))
