@@ -12,7 +12,7 @@ from typing import Any
 
 from autoquant.config.check import Problem
 from autoquant.config.places import KNOBS, SECTIONS, JsonPath
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import cut, did_you_mean
 
 
 def arranged(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,9 +59,9 @@ def arrangement_problems(content: Mapping[str, Any]) -> list[Problem]:
         for number, line in enumerate(content[section].get(key, ())):
             path: JsonPath = (section, key, number, "name")
             if line["name"] in seen:
-                found.append(Problem(path, f"'{line['name']}' has a line already"))
+                found.append(Problem(path, f"'{cut(line['name'])}' has a line already"))
             elif line["name"] not in claimed:
                 near = did_you_mean(line["name"], claimed)
-                found.append(Problem(path, f"no '{line['name']}' in claims.{key}{near}"))
+                found.append(Problem(path, f"no '{cut(line['name'])}' in claims.{key}{near}"))
             seen.add(line["name"])
     return found

@@ -15,7 +15,7 @@ from autoquant.config.format import Config, IndexMap, Slot, SmoothingGroup, Spac
 from autoquant.config.layers import LAYER, MAX_LAYERS, last_layer, layer_bits, layer_set, numbers_in
 from autoquant.config.places import JsonPath, json_path
 from autoquant.config.slots import MAX_POSITIONS, channels_of, index_problems
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import cut, did_you_mean
 from autoquant.errors import AutoQuantError
 
 MAX_EXPANDED = 1 << 25
@@ -314,7 +314,11 @@ def _bits(layers: str | None) -> int:
 
 def _known(where: JsonPath, name: str, names: Container[str], listed: Sequence[str], what: str) -> Iterator[Problem]:
     if name not in names:
-        yield Problem(where, f"'{name}' is no {what}", rest=partial(did_you_mean, name, listed))
+        if set(name) & set("*?[]|^$\\") and listed:
+            said = f"'{cut(name)}' is no {what}; there are no patterns: a name is written in full, as '{listed[0]}'"
+            yield Problem(where, said)
+        else:
+            yield Problem(where, f"'{cut(name)}' is no {what}", rest=partial(did_you_mean, name, listed))
 
 
 def _unique(where: JsonPath, names: Sequence[str]) -> Iterator[Problem]:
@@ -322,4 +326,6 @@ def _unique(where: JsonPath, names: Sequence[str]) -> Iterator[Problem]:
     for number, name in enumerate(names):
         if first.setdefault(name, number) != number:
             place = json_path((*where, first[name]))
-            yield Problem((*where, number, "name"), f"the name '{name}' is taken by {place}; expected a unique name")
+            yield Problem(
+                (*where, number, "name"), f"the name '{cut(name)}' is taken by {place}; expected a unique name"
+            )

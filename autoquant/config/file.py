@@ -31,7 +31,7 @@ from autoquant.config.format import (
 )
 from autoquant.config.jsonschema import config_schema, first_schema
 from autoquant.config.places import JsonPath, in_file, json_path, path_text
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import cut, did_you_mean, listed
 from autoquant.config.text import Document, JsonSyntaxError, line_column, parse
 from autoquant.errors import AutoQuantError
 from autoquant.io.files import write_text
@@ -214,8 +214,23 @@ def _validate(document: Document) -> tuple[Config | None, list[Problem]]:
     try:
         config = _config(document.value)
     except PydanticError as error:
-        return None, _placed([Problem(tuple(item["loc"]), item["msg"]) for item in error.errors()], document)
+        found = error.errors()
+        inner = [item for item in found if not any(_within(other["loc"], item["loc"]) for other in found)]
+        return None, _placed([Problem(tuple(item["loc"]), _what(item)) for item in inner], document)
     return config, _placed(problems(config), document)
+
+
+def _within(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    """True if one place is inside of another, whose error is then that of what is inside."""
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
+
+
+def _what(error: Any) -> str:
+    """A pydantic error in words; the schema takes 7.0 for an integer, which the classes do not."""
+    value = error["input"]
+    if error["type"] == "int_type" and isinstance(value, float):
+        return f"expected an integer, found {value:.1f}; write {value:.0f}"
+    return str(error["msg"])
 
 
 @cache
@@ -243,14 +258,14 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
     elif error.validator == "enum":
         names = [str(choice) for choice in limit]
         rest = partial(did_you_mean, value, names) if isinstance(value, str) else None
-        yield Problem(path, f"{json.dumps(value)[:80]} is not among {', '.join(map(json.dumps, limit))}", rest=rest)
+        yield Problem(path, f"{cut(json.dumps(value))} is not among {listed(list(map(json.dumps, limit)))}", rest=rest)
     elif error.validator == "type":
         yield Problem(path, f"expected {_expected(error.schema)}, found {_kind(value)}")
     elif error.validator == "pattern":
-        yield Problem(path, f"'{value[:80]}' is not of the form: {error.schema.get('description', limit)}")
+        yield Problem(path, f"'{cut(value)}' is not of the form: {error.schema.get('description', limit)}")
     elif error.validator in ("minimum", "maximum"):
         word = "at least" if error.validator == "minimum" else "at most"
-        yield Problem(path, f"{json.dumps(value)} is out of range; expected {word} {limit}")
+        yield Problem(path, f"{cut(json.dumps(value))} is out of range; expected {word} {limit}")
     elif error.validator == "minItems":
         yield Problem(path, f"expected at least {limit} {'entry' if limit == 1 else 'entries'}, found {len(value)}")
     else:
@@ -258,7 +273,7 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
 
 
 def _hint(key: str, known: list[str]) -> str:
-    return did_you_mean(key, known) or f"; expected {', '.join(known)}"
+    return did_you_mean(key, known) or f"; expected {listed(known)}"
 
 
 def _explain_choice(error: ValidationError) -> Iterator[Problem]:
@@ -282,7 +297,7 @@ def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _expected(schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return "one of " + ", ".join(map(json.dumps, schema["enum"]))
+        return "one of " + listed(list(map(json.dumps, schema["enum"])))
     return _TYPES.get(schema["type"], str(schema["type"]))
 
 

@@ -33,7 +33,8 @@ def path_text(path: JsonPath) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += f".{part}" if part.isidentifier() else f"[{part!r}]"
+            shown = part if len(part) <= 80 else f"{part[:79]}…"
+            text += f".{shown}" if part.isidentifier() else f"[{shown!r}]"
     return text
 
 

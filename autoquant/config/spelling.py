@@ -15,6 +15,21 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return lowered[matches[0]] if matches else None
 
 
+def cut(name: str, length: int = 80) -> str:
+    """A name as a message repeats it: the beginning of a long one."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def listed(names: Sequence[str], length: int = 200) -> str:
+    """Names in a row, as many as fit; of the others the number is said."""
+    shown, room = 0, length
+    while shown < len(names) and (room := room - len(names[shown]) - 2) >= 0:
+        shown += 1
+    shown = max(shown, 1)
+    more = f" and {len(names) - shown} more" if shown < len(names) else ""
+    return ", ".join(names[:shown]) + more
+
+
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     """The end of an error message: '; did you mean 'x'?', or nothing."""
     match = nearest(name, names)

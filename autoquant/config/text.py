@@ -21,6 +21,10 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _WORD = re.compile(r"-?[A-Za-z_][A-Za-z_0-9]*|[-+.0-9A-Za-z_]+")
+MAX_ECHO = 60
+"""Of what stands in the file, so many characters are repeated in a message."""
+
+_WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -69,7 +73,7 @@ def parse(text: str) -> Document:
     parser = _Parser(text)
     value = parser.value((), parser.skip(0))
     if parser.at < len(text):
-        raise JsonSyntaxError(parser.at, f"expected the end of the file, found {parser.found(parser.at)}")
+        raise parser.error(parser.at, "the end of the file")
     return Document(text, value, parser.keys, parser.values, tuple(parser.problems))
 
 
@@ -90,11 +94,25 @@ class _Parser:
         assert match is not None  # matches the empty string
         return match.end()
 
-    def found(self, at: int) -> str:
+    def error(self, at: int, expected: str) -> JsonSyntaxError:
+        """What was expected and what is there, with what to do where that can be told."""
         if at >= len(self.text):
-            return "the end of the file"
+            return JsonSyntaxError(at, f"expected {expected}, found the end of the file")
         word = _WORD.match(self.text, at)
-        return repr(word[0] if word else self.text[at])
+        found = word[0] if word else self.text[at]
+        shown = repr(found if len(found) <= MAX_ECHO else f"{found[: MAX_ECHO - 1]}…")
+        return JsonSyntaxError(at, f"expected {expected}, found {shown}{self.hint(found, at)}")
+
+    def hint(self, found: str, at: int) -> str:
+        if found == "#" or self.text[at : at + 2] in ("//", "/*"):
+            return "; JSON has no comments: remove it"
+        if found.lower() in ("true", "false", "null", "none"):
+            return f"; JSON writes {_WORDS[found.lower()]}"
+        if found == "'":
+            return "; strings stand in double quotes"
+        if found in "}]" and self.text[:at].rstrip().endswith(","):
+            return "; a comma after the last entry is not allowed"
+        return ""
 
     def value(self, path: Path, at: int) -> Any:
         self.values[path] = at
@@ -114,8 +132,7 @@ class _Parser:
         at = self.skip(at + 1)
         while self.text[at : at + 1] != "}" or result:
             if self.text[at : at + 1] != '"':
-                hint = "; a comma after the last entry is not allowed" if self.text[at : at + 1] == "}" else ""
-                raise JsonSyntaxError(at, f"expected a key in double quotes, found {self.found(at)}{hint}")
+                raise self.error(at, "a key in double quotes")
             key = self.string(at)
             child = (*path, key)
             if key in result:
@@ -123,7 +140,7 @@ class _Parser:
                 self.problems.append(TextProblem(at, f"key '{key}' is there twice, first in line {line}"))
             self.keys[child] = at
             if self.text[self.at : self.at + 1] != ":":
-                raise JsonSyntaxError(self.at, f"expected ':' after the key '{key}', found {self.found(self.at)}")
+                raise self.error(self.at, f"':' after the key '{key[:MAX_ECHO]}'")
             result[key] = self.value(child, self.skip(self.at + 1))
             at = self.at
             if self.text[at : at + 1] == "}":
@@ -137,7 +154,7 @@ class _Parser:
         at = self.skip(at + 1)
         while self.text[at : at + 1] != "]" or result:
             if self.text[at : at + 1] == "]":
-                raise JsonSyntaxError(at, "expected a value, found ']'; a comma after the last entry is not allowed")
+                raise self.error(at, "a value")
             result.append(self.value((*path, len(result)), at))
             at = self.at
             if self.text[at : at + 1] == "]":
@@ -148,7 +165,10 @@ class _Parser:
 
     def comma(self, at: int, closing: str) -> int:
         if self.text[at : at + 1] != ",":
-            raise JsonSyntaxError(at, f"expected ',' or '{closing}', found {self.found(at)}")
+            before = len(self.text[:at].rstrip(" \t\r\n"))
+            if self.text[at : at + 1] in ('"', "{", "[") and "\n" in self.text[before:at]:
+                raise JsonSyntaxError(before, f"expected ',' or '{closing}' here, at the end of the line")
+            raise self.error(at, f"',' or '{closing}'")
         return self.skip(at + 1)
 
     def string(self, at: int) -> str:
@@ -180,7 +200,7 @@ class _Parser:
             self.problems.append(TextProblem(at, f"{word[0]} is no JSON number; expected a finite number or null"))
             self.at = self.skip(word.end())
             return None
-        raise JsonSyntaxError(at, f"expected a value, found {self.found(at)}")
+        raise self.error(at, "a value")
 
     def number(self, match: re.Match[str], at: int) -> int | float:
         # Integers of more than 18 digits fit in no tensor and would cost quadratic time.

@@ -111,7 +111,7 @@ def misspelt(config: Config, old: str, new: str) -> str:
         (
             '"size": 8, "offset": 1}',
             '"size": 8.0, "offset": 1}',
-            "$.claims.groups[0].sources[0].size: Input should be",
+            "$.claims.groups[0].sources[0].size: expected an integer, found 8.0; write 8",
         ),
         ('"kind": "rms"', '"kid": "rms"', "$.claims.spaces[0].reads[0].norm.kid: unknown key; did you mean 'kind'?"),
         (
