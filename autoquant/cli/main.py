@@ -21,29 +21,37 @@ from autoquant.errors import INTERRUPTED, AutoQuantError
 from autoquant.io.inert import inert
 from autoquant.version import __version__
 
-# In the order of --help, which is that of the work. `name` is the object `command` of autoquant/cli/name.py.
-COMMANDS = (
-    "analyze",
-    "apply",
-    "check",
-    "search",
-    "quantize",
-    "convert",
-    "serve-check",
-    "eval",
-    "compare",
-    "report",
-    "export",
-    "import",
-    "audit",
-    "show",
-    "set",
-    "diff",
-    "merge",
-    "schema",
-    "verify",
-    "survey",
-)
+# In the order of --help. `name` is the object `command` of autoquant/cli/name.py.
+GROUPS = {
+    "Everyday": ("analyze", "quantize", "eval", "report", "apply", "convert", "serve-check"),
+    "Configs": ("show", "check", "verify", "set", "diff", "merge", "init-group", "export", "import"),
+    "Research": ("search", "compare", "audit"),
+    "Maintenance": ("schema", "survey"),
+}
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+
+EPILOG = r"""
+MODEL is a model type (llama), a folder, a config.json, a hub id, or package.module:factory. What reads weights
+(quantize, apply, search, eval, compare) takes a folder or a hub id.
+
+\b
+  autoquant quantize my-model -o my-int8            # analyzes and calibrates on its own; for vLLM
+  autoquant eval my-model my-int8 --data text.txt   # what it costs
+  autoquant report my.json -o my.html               # what the graph allows, as a page
+
+The eight strategies are w_int8_per_W_a_int8_per_A, with or without an int8 KV cache of the same kind. Take the default,
+channel / token_dynamic, where it is served: it costs least. tensor_static computes no scale while the model runs, and
+its outliers want rotation, or `autoquant search`.
+
+\b
+  W         A                 and with an int8 cache
+  channel   token_dynamic     _kv_cache_int8_per_token_dynamic
+  channel   tensor_dynamic    _kv_cache_int8_per_tensor_dynamic
+  channel   tensor_static     _kv_cache_int8_per_tensor_static
+  tensor    tensor_static     _kv_cache_int8_per_tensor_static
+
+Shell completion: eval "$(_AUTOQUANT_COMPLETE=bash_source autoquant)" in ~/.bashrc; zsh_source or fish_source there.
+"""
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
@@ -59,6 +67,14 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"autoquant.cli.{cmd_name.replace('-', '_')}").command
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Commands by what they are for."""
+        for title, names in GROUPS.items():
+            commands = {name: self.get_command(ctx, name) for name in names}
+            rows = [(name, one.get_short_help_str(80)) for name, one in commands.items() if one is not None]
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=12)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -116,6 +132,7 @@ def _leave(code: int) -> NoReturn:
 
 @click.group(
     cls=LazyGroup,
+    epilog=EPILOG,
     # A fixed width, so that the help is the same in every terminal and in the tests.
     context_settings={"help_option_names": ["-h", "--help"], "terminal_width": 100},
 )

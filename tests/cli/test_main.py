@@ -147,4 +147,4 @@ def test_check(example_config: Config, tmp_path: Path) -> None:
     path.write_text(text.replace('"alpha": 0.5', '"alhpa": 0.5').replace('"head"', '"haed"', 1), encoding="utf-8")
     bad = run("check", str(path))
     assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr == f"error: {path}:48:5: $.smoothing.alhpa: unknown key; did you mean 'alpha'?\n"
+    assert bad.stderr == f"error: {path}:6:5: $.smoothing.alhpa: unknown key; did you mean 'alpha'?\n"
