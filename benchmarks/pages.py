@@ -52,7 +52,8 @@ def config_of(name: str, out: Path) -> Path:
         text = text.replace('"layers": 61', '"layers": 126').replace('3-60"', '3-125"').replace('0-60"', '0-125"')
         path.write_text(text.replace('"model": "deepseek_v3"', '"model": "126 layers, 256 experts"').replace("../", ""))
     else:
-        subprocess.run([*RUN, "analyze", str(WIKINANO), "-o", str(path), "--force", "--quiet"], check=True)
+        model = str(WIKINANO.relative_to(ROOT))
+        subprocess.run([*RUN, "analyze", model, "-o", str(path), "--force", "--quiet"], check=True, cwd=ROOT)
     return path
 
 

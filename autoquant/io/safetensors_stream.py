@@ -129,6 +129,8 @@ def _read_header(folder: Path, file: str, metadata: dict[str, str]) -> dict[str,
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             size = os.fstat(stream.fileno()).st_size
+            if length.to_bytes(8, "little") == b"version ":
+                raise ValueError("a pointer of git-lfs: run `git lfs pull` in its folder")
             if length > size - 8:
                 raise ValueError("the header is cut short")
             if length > _LONGEST_HEADER:

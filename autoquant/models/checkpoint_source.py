@@ -65,11 +65,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
         check_ordinary(folder)
     if not (folder / "config.json").is_file():
         if (folder / ADAPTER).is_file():
-            raise AutoQuantError(
-                f"{folder}: holds an adapter (LoRA) and no model; merge it into its base first (merge_and_unload)"
-            )
+            raise AutoQuantError(adapter_alone(folder))
         raise AutoQuantError(f"{folder}: no config.json; expected a checkpoint folder of transformers")
     return read_settings_file(folder / "config.json")
+
+
+def adapter_alone(folder: Path) -> str:
+    """What is said of a folder that holds an adapter and nothing else."""
+    return f"{folder}: holds an adapter (LoRA) and no model; merge it into its base first (merge_and_unload)"
 
 
 def read_settings_file(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import device_constructors, pytree
 from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, part_taken
-from autoquant.models.checkpoint_source import read_settings_file
+from autoquant.models.checkpoint_source import ADAPTER, adapter_alone, read_settings_file
 from autoquant.models.tasks import Kind
 
 PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound)|(?P<video>video))\w*token_(id|index)$")
@@ -154,6 +154,8 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
         except Exception as error:  # some defaults fail their own checks
             raise AutoQuantError(f"{model}: has no valid default configuration: {one_line(error)}") from error
     if Path(model).expanduser().is_dir():
+        if (Path(model).expanduser() / ADAPTER).is_file():
+            raise AutoQuantError(adapter_alone(Path(model)))
         raise AutoQuantError(f"{model}: expected a config.json in this directory, there is none")
     if model.startswith((".", "/", "~")) or model.endswith(".json"):
         raise AutoQuantError(f"{model}: no such file or directory")

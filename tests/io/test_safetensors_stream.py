@@ -114,3 +114,9 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(AutoQuantError, match=r"not a safetensors file|corrupt"):
         open_shards(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_named_as_that(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 8\n")
+    with pytest.raises(AutoQuantError, match=r"model.safetensors: not a safetensors file \(a pointer of git-lfs: run"):
+        open_shards(tmp_path)

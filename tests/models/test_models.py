@@ -468,3 +468,9 @@ def test_a_small_model_that_loses_an_input_is_refused() -> None:
     assert reduction._lost(whole) is None
     error = reduction._lost(replace(whole, missing={"pixel_values": "no kernel", "input_features": "no size"}))
     assert str(error) == "no input_features: no size"
+
+
+def test_a_folder_with_an_adapter_alone_is_named_as_that(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(AutoQuantError, match=r"holds an adapter \(LoRA\) and no model; merge it into its base first"):
+        find_source(str(tmp_path))
