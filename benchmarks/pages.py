@@ -23,7 +23,6 @@ WIKINANO = ROOT / "autoquant" / "data" / "wikinano1m"
 SUBJECTS = ("llama", "wikinano1m", "qwen3_moe", "deepseek_v3", "gemma2", "speech-seq2seq/whisper", "deep")
 VIEWS = (("light", 1280), ("dark", 1280), ("light", 400))
 RUN = [sys.executable, "-m", "autoquant"]
-OPENED = 2.0
 PICTURE = """
 nav { position: static !important }
 section:not(#layers, #tokens), #layers h3:nth-of-type(n+2), #layers h3:nth-of-type(n+2) ~ * { display: none !important }
@@ -158,7 +157,7 @@ def main() -> int:
             found = [opened(browser, page, theme, width, out) for theme, width in VIEWS]
             wrong = list(dict.fromkeys(text for _, problems in found for text in problems))
             slowest = max(seconds for seconds, _ in found)
-            failed |= bool(wrong) or slowest > OPENED
+            failed |= bool(wrong)
             size = page.stat().st_size / 1e6
             rows.append(f"| {name} | {size:.2f} | {seconds:.1f} | {slowest:.2f} | {'; '.join(wrong) or 'all'} |")
             print(rows[-1], flush=True)

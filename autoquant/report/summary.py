@@ -47,19 +47,32 @@ def reached(config: Config, linear: Linear) -> dict[int | None, bool]:
 
     Query-key groups do not count: they scale keys in the cache, not what a linear reads.
     """
-    columns = linear.in_features * (linear.stack or 1)
-    covered = {layer: np.zeros(columns, dtype=np.bool_) for layer in _numbers(linear.layers)}
+    found: list[tuple[frozenset[int | None], Slot]] = []
     for group in config.smoothing.groups:
         if _is_query_key(group):
             continue
         for slot in _slots(group.targets, linear):
-            positions = positions_of(slot)
-            expert = np.arange(columns // slot.size)[:, None] * slot.size  # a slot without a stack is for all of them
             written_out = _weights(linear)[slot.path]
-            for layer in _numbers(group.layers) if written_out is None else (written_out,):
-                if layer in covered:
-                    covered[layer][(positions + expert).reshape(-1)] = True
-    return {layer: bool(mask.all()) for layer, mask in covered.items()}
+            found.append((frozenset(_numbers(group.layers) if written_out is None else (written_out,)), slot))
+    known: dict[tuple[int, ...], bool] = {}  # layers that the same slots reach are looked at once
+
+    def whole(layer: int | None) -> bool:
+        key = tuple(number for number, (layers, _) in enumerate(found) if layer in layers)
+        if key not in known:
+            known[key] = _covers(linear, [found[number][1] for number in key])
+        return known[key]
+
+    return {layer: whole(layer) for layer in _numbers(linear.layers)}
+
+
+def _covers(linear: Linear, slots: Iterable[Slot]) -> bool:
+    """True if slots reach every column of a linear."""
+    columns = linear.in_features * (linear.stack or 1)
+    covered = np.zeros(columns, dtype=np.bool_)
+    for slot in slots:
+        expert = np.arange(columns // slot.size)[:, None] * slot.size  # a slot without a stack is for all of them
+        covered[(positions_of(slot) + expert).reshape(-1)] = True
+    return bool(covered.all())
 
 
 def stack_of(path: str) -> str:
