@@ -131,6 +131,8 @@ def _blocked_smoothing(scales: Scales) -> list[Blocked]:
 
 def _reasons(scales: Scales, use: Use, where: Bools) -> list[Reason]:
     """The reason for most of the columns ``where``; none where there are no such columns."""
+    if not where.any():
+        return []
     whole = use.labels.shape[-1] == use.in_features  # else the product reads a slice of the weight
     labels = (use.labels[..., where] if whole else use.labels).reshape(-1).numpy()
     if not len(labels):
@@ -172,12 +174,12 @@ def _rotation_reason(rotations: Rotations, ids: Ints) -> Reason | None:
     fixed = ids[solution.fixed[ids]]
     if len(fixed):
         return analysis.variables.reasons[int(solution.reason[fixed[0]])]
-    mine = solution.component[ids]
-    for split in analysis.splits:
+    mine, finest, parts = solution.component[ids], None, 1
+    for split in analysis.splits:  # the one into most parts: heads are apart anyway where each channel is
         here = np.isin(solution.component[split.labels], mine)
-        if here.any() and len(np.unique(split.keys[here])) > 1:
-            return split.reason
-    return None
+        if here.any() and len(np.unique(split.keys[here])) > parts:
+            finest, parts = split.reason, len(np.unique(split.keys[here]))
+    return finest
 
 
 def _blocked(path: str, what: str, reason: Reason) -> Blocked:

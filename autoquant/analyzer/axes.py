@@ -11,7 +11,7 @@ for as long as nothing mixes the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -45,6 +45,14 @@ class Param:
 
     def viewed(self, move: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Param:
         return replace(self, views=(*self.views, move), shape=shape)
+
+    def picked(self, shape: tuple[int, ...], key: int) -> Param:
+        """Matrices of a stack (or rows of a table) that the data choose by an index of any shape."""
+
+        def any_of(labels: Tensor) -> Tensor:  # keyed labels are the same for all entries of the stack
+            return labels[:1].expand(shape) if labels.ndim == len(shape) else labels[0].expand(shape)
+
+        return Param(self.name, self.full_shape, (any_of,), shape, key)
 
     def replay(self, labels: Tensor) -> Tensor:
         for move in self.views:
@@ -156,6 +164,35 @@ class Axes:
             return None
         return Factors(columns.select(output, 0), rows.select(contracted, 0), column, row)
 
+    def contraction(
+        self, param: Param, contracted: Collection[int], kept: Collection[int], here: Reason
+    ) -> Factors | None:
+        """Column and row labels of a weight of which several dimensions of the view are summed, or several kept.
+
+        Labels have all dimensions of the view, of size 1 where they do not change. None where the view mixes rows and
+        columns, or the weight is no matrix in its last two dimensions.
+        """
+        if len(param.full_shape) < 2:
+            return None
+        lead = param.full_shape[:-2]
+        column, row = None, None
+        for dim in (len(param.full_shape) - 2, len(param.full_shape) - 1):
+            probe = torch.arange(param.full_shape[dim], dtype=torch.int32)
+            seen = self._spread(param, probe.view(*(1,) * len(lead), -1), dim)
+            if seen is None:
+                return None
+            if all(_constant_along(seen, d) for d in kept):
+                column = dim
+            if all(_constant_along(seen, d) for d in contracted) and (row is None or row == column):
+                row = dim
+        if column is None or row is None or column == row:
+            return None
+        columns = self._seen_axis(param, column, "column", here)
+        rows = self._seen_axis(param, row, "row", here)
+        if columns is None or rows is None:
+            return None
+        return Factors(_narrowed(columns), _narrowed(rows), column, row)
+
     def channels(self, param: Param, here: Reason) -> Tensor | None:
         """Labels ``[channels]`` of dimension 0 of a depthwise convolution's weight, None where a view mixed them up.
 
@@ -237,6 +274,14 @@ class Axes:
 
     def _use(self, param: Param, how: str, here: Reason) -> None:
         self._uses.setdefault(param.name, {}).setdefault(how, here)
+
+
+def _narrowed(labels: Tensor) -> Tensor:
+    """Of size 1 along the dimensions in which no label changes."""
+    for dim in range(labels.ndim):
+        if _constant_along(labels, dim):
+            labels = labels.narrow(dim, 0, 1)
+    return labels
 
 
 def _constant_along(labels: Tensor, dim: int) -> bool:

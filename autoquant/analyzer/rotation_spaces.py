@@ -10,15 +10,17 @@ import numpy.typing as npt
 import torch
 
 from autoquant.analyzer.axes import Axis
+from autoquant.analyzer.index_maps import index_maps
 from autoquant.analyzer.interpreter import Interpreter, Site, interpreted, shared_names
 from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rules import ROTATIONS
 from autoquant.analyzer.smoothing_groups import group_name, slot_of
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
 from autoquant.capture.routes import Captured
-from autoquant.config.format import Norm, Reader, Space, Writer, edited
+from autoquant.config.format import Norm, Reader, Slot, Space, Writer, edited
 from autoquant.config.format import Read as ConfigRead
 from autoquant.config.layers import module_of
+from autoquant.config.slots import channels_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +278,18 @@ def _name(kind: str, writers: Sequence[Writer], reads: Collection[tuple[Norm | N
     return "residual" if kind == "R1" else group_name(writers, [r for _, readers in reads for r in readers])
 
 
+def _for_all(slot: Slot, shape: Sequence[int]) -> Slot:
+    """A slot of which every stacked matrix is alike, as one of all of them: without a stack."""
+    if slot.stack is None or slot.dim == 0 or slot.size != slot.stack * shape[slot.dim]:
+        return slot
+    channels = channels_of(slot).reshape(slot.stack, -1)
+    if (channels != channels[:1]).any():
+        return slot
+    positions = np.flatnonzero(channels[0] >= 0)
+    index = index_maps(positions, channels[0][positions], shape[slot.dim])
+    return edited(slot, stack=None, size=shape[slot.dim], index=index)
+
+
 def _space(
     analysis: RotationAnalysis,
     axes: Sequence[Axis],
@@ -306,6 +320,7 @@ def _space(
         slot = slot_of(family, ids[here] - family.start, channel[here], size * len(rank_of_block), False, 1)
         if slot is None:
             return None
+        slot = _for_all(slot, family.full_shape)
         readers = _reads(analysis, family)
         if not readers:
             writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))

@@ -181,6 +181,20 @@ class RotationAnalysis:
                     labels = labels.narrow(d, 0, 1)
             self.arranged.append((site, labels.reshape(-1, labels.shape[-1])))
 
+    def added_along(self, site: Site, vector: Vector, dims: Sequence[int]) -> Vector:
+        """Vectors that lie along ``dims``, which are not the last axis, are added: they are rotated alike.
+
+        The axes stay, of size 1. Whatever tokens meet, meet in one instance.
+        """
+        self.arrange(site, vector.coordinates)
+        coordinates = self.variables.merge_along(vector.coordinates, dims, site.order, keepdim=True)
+        instances, factors = vector.instances, vector.factors
+        for dim in dims:
+            instances = _folded(instances, dim)
+            factors = None if factors is None else _folded(factors, dim)
+        instances = torch.unique(instances, return_inverse=True)[1].view(coordinates.shape)
+        return Vector(coordinates, instances, factors=factors)
+
     # --- data movement ------------------------------------------------------------------------------------------
 
     def move(
@@ -194,6 +208,8 @@ class RotationAnalysis:
             labels = self.axes.axis(first, 1, "row", site.because("it is a table"), stacked=False)
             labels = labels.expand(site.shape)
             return Vector(labels, fresh_instances(labels))
+        if isinstance(first, Param) and len(first.shape) > 2 and not first.views and picks_rows(site, args):
+            return first.picked(site.shape, 1)  # one rotation for all matrices of the stack
         if not isinstance(first, Vector):
             return self.end(site, [first, *args[1:]], NO_ROTATION)
         if site.operator == "index" and any(isinstance(i, Dynamic) for i in args[1]):
@@ -265,6 +281,14 @@ class RotationAnalysis:
         if factors is not None:  # any row may be picked: what a channel saw in all of them counts
             factors = _index_any(factors.sum(dims, keepdim=True).expand(factors.shape), indices)
         return Vector(coordinates, fresh_instances(coordinates), centred=vector.centred, factors=factors)
+
+
+def _folded(labels: Tensor, dim: int) -> Tensor:
+    """A number for each sequence of labels along ``dim``, which stays with size 1."""
+    first, *rest = labels.unbind(dim)
+    for part in rest:
+        first = mixed(first, part)
+    return first.unsqueeze(dim)
 
 
 def fresh_instances(coordinates: Tensor) -> Tensor:
@@ -372,6 +396,13 @@ def shape_of(value: Value) -> tuple[int, ...]:
     if isinstance(value, (Vector, Square, Mean)):
         return tuple(coordinates_of(value).shape)
     return tuple(value.value.shape) if isinstance(value, Constant) else tuple(getattr(value, "shape", ()))
+
+
+def picks_rows(site: Site, args: Sequence[Value]) -> bool:
+    """True if the data choose entries of the first dimension, and nothing else is chosen."""
+    if site.operator == "index_select":
+        return args[1] == 0 and isinstance(args[2], Dynamic)
+    return site.operator == "index" and len(args[1]) == 1 and isinstance(args[1][0], Dynamic)
 
 
 def _is_run_of_rows(param: Param) -> bool:

@@ -49,6 +49,8 @@ class ScaleAnalysis:
     uses: list[Use] = field(default_factory=list)
     grouped_by: dict[int, int] = field(default_factory=dict)
     scores: list[Scores] = field(default_factory=list)
+    lead: int = 1
+    """How many leading axes say which expert a row is for: those of the largest index that chose matrices."""
     cancelled: list[Tensor] = field(default_factory=list)
     """Labels of queries whose scales the keys cancel, and the like."""
 
@@ -113,8 +115,9 @@ class ScaleAnalysis:
 
     def meet(self, site: Site, *operands: Tensor) -> None:
         """Operands of an elementwise operator: tokens of different experts stay apart where row stays on row."""
+        lead = self.lead
         if self.variables.tagged and any(
-            o.ndim not in (0, len(site.shape)) or (o.ndim and o.shape[0] != site.shape[0]) for o in operands
+            o.ndim not in (0, len(site.shape)) or (o.ndim and o.shape[:lead] != site.shape[:lead]) for o in operands
         ):
             for operand in operands:
                 self.mixed(operand)
@@ -155,15 +158,17 @@ class ScaleAnalysis:
     def _keeps_rows(
         self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
     ) -> bool:
-        """True if every row (dimension 0) of the result is made of the same row of the argument."""
-        if not isinstance(args[0], Tensor) or args[0].ndim == 0:
+        """True if every row (the leading axes) of the result is made of the same row of the argument."""
+        if not isinstance(args[0], Tensor) or args[0].ndim < self.lead:
             return False
-        rows = torch.arange(args[0].shape[0]).view(-1, *(1,) * (args[0].ndim - 1)).expand(args[0].shape)
+        shape = args[0].shape[: self.lead]
+        numbers = torch.arange(shape.numel())
+        rows = numbers.view(*shape, *(1,) * (args[0].ndim - self.lead)).expand(args[0].shape)
         moved = function(*_to_labels(self, site, (rows, *args[1:])), **kwargs)
         for result in moved if isinstance(moved, (tuple, list)) else (moved,):
-            if result.ndim == 0 or result.shape[0] != args[0].shape[0]:
+            if result.shape[: self.lead] != shape:
                 return False
-            if not bool((result == torch.arange(result.shape[0]).view(-1, *(1,) * (result.ndim - 1))).all()):
+            if not bool((result == numbers.view(*shape, *(1,) * (result.ndim - self.lead))).all()):
                 return False
         return True
 
@@ -184,7 +189,8 @@ class ScaleAnalysis:
             and not source.views
         ):
             key = self.grouping(site.node.args[1][0], source.full_shape[0])  # type: ignore[index]  # the same indices, as nodes
-            return Param(source.name, source.full_shape, (_rows(site.shape),), site.shape, key)
+            self.lead = max(self.lead, len(indices[0].shape))
+            return source.picked(site.shape, key)
         labels = self.labels(site, source)
         self.mixed(labels)
         if any(isinstance(i, Tensor) for i in indices):
@@ -248,11 +254,6 @@ def _clamps_to(node: torch.fx.Node, experts: int) -> bool:
     high = node.args[position] if name != "clamp_min" and len(node.args) > position else node.kwargs.get("max")
     numbers = all(bound is None or isinstance(bound, int) for bound in bounds)
     return bool(numbers and (low is None or low <= 0) and (high is None or high >= experts - 1))  # type: ignore[operator]  # numbers
-
-
-def _rows(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Any row for every position of the index: keyed labels are the same for all rows."""
-    return lambda labels: labels[:1].expand(shape) if labels.ndim == len(shape) else labels[0].expand(shape)
 
 
 def shape_of(value: Value) -> tuple[int, ...]:

@@ -185,11 +185,11 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
         return a.end(site, [x, y], NO_ROTATION)
     if site.operator == "div" and vector is not x:
         return a.end(site, [x, y], "it is divided by")
-    if isinstance(factor, Param) and int(np.prod(factor.full_shape)) == 1 and len(factor.shape) <= len(site.shape):
+    if isinstance(factor, Param) and len(factor.shape) <= len(site.shape) and factor.shape[-1:] in ((), (1,)):
         return rotate_number(a, site, vector, factor)
     if isinstance(factor, (Param, Gain)):
         return rotate_gained(a, site, vector, factor if isinstance(factor, Gain) else Gain(factor, 0))
-    return rotate_scaled(a, site, vector, factor)
+    return rotate_scaled(a, site, vector, unexpanded(site.node.args[1 if vector is x else 0], factor))
 
 
 def rotate_scaled(a: RotationAnalysis, site: Site, vector: Vector, factor: Value) -> Value:
@@ -209,10 +209,31 @@ def rotate_scaled(a: RotationAnalysis, site: Site, vector: Vector, factor: Value
     return anew(replace(vector, table=None, factors=vector.times(keys + (site.order << 32))))
 
 
+def unexpanded(node: object, factor: Value) -> Value:
+    """A factor as it was before it was repeated along axes of size 1: ``F.normalize`` expands what it divides by."""
+    if not isinstance(factor, Dynamic):
+        return factor
+    shape = factor.shape
+    while isinstance(node, fx.Node) and operator_name(node) in REPEATED and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        if len(_shape(node)) != len(shape):
+            break
+        shape = _shape(node)
+    return Dynamic(shape, factor.dtype)
+
+
+REPEATED = frozenset(["expand", "expand_as", "broadcast_to"])
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
 def rotate_number(a: RotationAnalysis, site: Site, vector: Vector, param: Param) -> Value:
-    """One number that is a parameter: what is multiplied by it is rotated all the same."""
+    """Numbers that are a parameter, one for all channels: what is multiplied by them is rotated all the same."""
     a.axes.other_use(param, site.because("it is a number"), "a number")
-    return rotate_scaled(a, site, vector, Dynamic((), site.outputs[0].dtype))
+    return rotate_scaled(a, site, vector, Dynamic(param.shape, site.outputs[0].dtype))
 
 
 def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -> Value:

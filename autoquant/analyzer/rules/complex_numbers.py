@@ -11,7 +11,7 @@ from autoquant.analyzer.scale_state import ScaleAnalysis
 def scale_as_complex(a: ScaleAnalysis, site: Site, x: Value) -> Value:
     """Two numbers become one: they have one scale."""
     labels = a.labels(site, x)
-    if labels.ndim == 1:
+    if labels.ndim <= a.lead:
         a.mixed(labels)
     return a.variables.merge_along(labels, [labels.ndim - 1], site.order)
 

@@ -44,11 +44,11 @@ def scale_convolution(
     channel = labels.ndim - dims - 1
     labels = a.variables.merge_along(labels, [d for d in range(labels.ndim) if d != channel], site.order)
     here = site.because("it is a weight")
-    if groups == w.shape[0] and w.shape[1] == 1:
+    if w.shape[1] == 1:  # depthwise: each channel makes one or several
         found = a.axes.channels(w, here)
         if found is None:
             return a.block(site, [x, w, bias], "the channels of the weight are mixed by a reshape")
-        out = a.variables.product(labels, found, site.order)
+        out = a.variables.product(labels.repeat_interleave(w.shape[0] // groups), found, site.order)
     elif groups == 1 and not w.views:
         a.variables.equal(a.axes.axis(w, 1, "column", here, stacked=False), labels, site.order, ratio=-1.0)
         out = a.axes.axis(w, 0, "row", here, stacked=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
@@ -13,11 +11,16 @@ from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
-    fresh_instances,
-    varies,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
-from autoquant.analyzer.rules.products import use
+from autoquant.analyzer.rules.attention import scale_cancel
+from autoquant.analyzer.rules.contractions import (
+    combined,
+    rotate_contraction,
+    rotate_weighted,
+    scale_contraction,
+    spread,
+)
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     product_with_weight,
@@ -32,79 +35,75 @@ from autoquant.aten import (
 
 @scale_rule("einsum", says=product_with_weight, without="sublist")
 def scale_einsum(a: ScaleAnalysis, site: Site, equation: str, operands: Value, **kwargs: Value) -> Value:
-    """A weight and an activation, or two activations of which one has no scale: the other's labels come out."""
+    """A weight and an activation, or activations of which one has a scale: its labels come out."""
     found = einsum_letters(equation, [shape_of(operand) for operand in operands])
-    weights = [isinstance(operand, Param) for operand in operands]
-    if found is None or len(operands) != 2 or all(weights):
+    weights = [n for n, operand in enumerate(operands) if isinstance(operand, Param)]
+    if found is None or len(weights) > 1 or len(weights) == len(operands):
         return a.block(site, list(operands), NO_RULE)
-    letters, result = found
-    if any(weights):
-        w = weights.index(True)
-        return scale_contraction(a, site, operands[1 - w], operands[w], letters[1 - w], letters[w], result)
-    labels = [a.labels(site, operand) for operand in operands]
+    terms, result = found
+    rest = [n for n in range(len(operands)) if n not in weights]
+    labels = [a.labels(site, operands[n]) for n in rest]
+    free = [n for n, side in zip(rest, labels, strict=True) if not a.variables.all_fixed(side)]
+    if len(free) == len(operands) == 2 and not weights:
+        return scale_cancelling(a, site, labels, terms, result)
+    if len(free) > 1:
+        return a.block(site, list(operands), "it is a product of two activations")
+    if weights and len(operands) == 2:
+        return scale_contraction(
+            a, site, operands[rest[0]], operands[weights[0]], terms[rest[0]], terms[weights[0]], result
+        )
+    chosen, *others = free or rest[:1], *(n for n in rest if n not in (free or rest[:1]))
+    x, term = a.labels(site, operands[chosen[0]]), terms[chosen[0]]
+    for n in others:
+        union = term + "".join(c for c in terms[n] if c not in term)
+        sizes = dict(zip(term + terms[n], (*x.shape, *shape_of(operands[n])), strict=True))
+        x, term = spread(x, term, union).expand(tuple(sizes[c] for c in union)), union
+    if weights:
+        return scale_contraction(a, site, x, operands[weights[0]], term, terms[weights[0]], result)
+    a.mixed(x)
+    merged = a.variables.merge_along(x, [d for d, c in enumerate(term) if c not in result], site.order)
+    return spread(merged, "".join(c for c in term if c in result), result).expand(site.shape)
+
+
+def scale_cancelling(
+    a: ScaleAnalysis, site: Site, labels: Sequence[Tensor], terms: Sequence[str], result: str
+) -> Value:
+    """Queries meet keys: along what is summed, their scales must cancel."""
     for side in labels:
         a.mixed(side)
-    free = [not a.variables.all_fixed(side) for side in labels]
-    if all(free):
-        return a.block(site, list(operands), "it is a product of two activations")
-    chosen = 1 if free[1] else 0
-    term = letters[chosen]
-    merged = a.variables.merge_along(labels[chosen], [d for d, c in enumerate(term) if c not in result], site.order)
-    return spread(merged, "".join(c for c in term if c in result), result).expand(site.shape)
+    (x, y), (left, right) = labels, terms
+    summed = [c for c in left if c in right and c not in result]
+    if len(summed) != 1 or any(c not in right + result for c in left) or any(c not in left + result for c in right):
+        a.variables.fix(x, site.because("it is a product of two activations"))
+        a.variables.fix(y, site.because("it is a product of two activations"))
+        return a.fixed(site.shape, site.because("it is a product of two activations"))
+    both = [c for c in left if c in right and c in result]
+    own = [[c for c in term if c not in (*both, *summed)] for term in terms]
+    sides = [
+        spread(side, term, "".join((*both, *tokens, *summed))).flatten(len(both), len(both) + len(tokens) - 1)
+        if tokens
+        else spread(side, term, "".join((*both, *summed))).unsqueeze(-2)
+        for side, term, tokens in zip((x, y), terms, own, strict=True)
+    ]
+    scale_cancel(a, site, *sides)
+    return a.fixed(site.shape, site.because("it is a product of two activations"))
 
 
 @rotation_rule("einsum", says=written_by_weight, without="sublist")
 def rotate_einsum(a: RotationAnalysis, site: Site, equation: str, operands: Value, **kwargs: Value) -> Value:
-    """Attention or a mixture of streams: a sum of vectors with coefficients."""
+    """A product with a weight; or attention, a mixture of streams: a sum of vectors with coefficients."""
     found = einsum_letters(equation, [vector_shape(operand) for operand in operands])
-    vectors = [isinstance(operand, Vector) for operand in operands]
-    others = [isinstance(operand, (Constant, Dynamic)) for operand in operands]
-    if found is None or len(operands) != 2 or sum(vectors) != 1 or sum(others) != 1:
-        return a.end(site, list(operands), "it is a product of two activations")
-    letters, result = found
-    at = vectors.index(True)
-    values, term, coefficients = operands[at], letters[at], letters[1 - at]
-    summed = [d for d, c in enumerate(term) if c not in result]
-    if values.gain is not None or any(varies(values.coordinates, d) for d in summed):
-        return a.end(site, [values], "its channels are summed")
-    kept = [c for c in term if c in result]
-
-    def spread(labels: Tensor) -> Tensor:
-        ordered = labels.permute([kept.index(c) for c in result if c in kept])
-        return ordered[tuple(slice(None) if c in kept else None for c in result)].expand(site.shape)
-
-    labels = spread(a.variables.merge_along(values.coordinates, summed, site.order))
-    factors = None if values.factors is None else spread(values.factors.sum(summed) if summed else values.factors)
-    out = Vector(labels, fresh_instances(labels), factors=factors)
-    sizes = [size if c in coefficients else 1 for c, size in zip(result, site.shape, strict=True)]
-    keys = torch.arange(int(np.prod(sizes))).view(sizes).expand(site.shape)
-    a.split(out, keys, site.because("heads have attention weights of their own"))
-    a.values.append((site, labels))
-    return replace(out, factors=out.times(keys + (site.order << 32)))
-
-
-def scale_contraction(a: ScaleAnalysis, site: Site, x: Value, w: Param, x_term: str, w_term: str, result: str) -> Value:
-    """``einsum(f'{x_term},{w_term}->{result}', x, w)`` with one letter summed, and one that only the weight has."""
-    summed = [c for c in w_term if c in x_term and c not in result]
-    rows = [c for c in w_term if c in result and c not in x_term]
-    lost = [c for c in w_term if c not in x_term + result]
-    if len(summed) != 1 or len(rows) != 1 or lost or not isinstance(x, (Tensor, Constant, Dynamic)):
-        return a.block(site, [x, w], "it is a product with a weight that is no matrix")
-    found = a.axes.factors(w, w_term.index(summed[0]), w_term.index(rows[0]), site.because("it is a weight"))
     if found is None:
-        return a.block(site, [x, w], "rows and columns of the weight are mixed by a reshape")
-    labels = a.labels(site, x)
-    a.mixed(labels)
-    shared = [c for c in w_term if c in x_term]
-    merged = a.variables.merge_along(labels, [d for d, c in enumerate(x_term) if c not in shared], site.order)
-    column_term = "".join(c for c in w_term if c != rows[0])
-    seen = spread(merged, "".join(c for c in x_term if c in shared), column_term)
-    a.variables.equal(found.columns, seen, site.order, ratio=-1.0)
-    a.uses.append(use(site, w, None, found, seen.movedim(column_term.index(summed[0]), -1)))
-    return spread(found.rows, "".join(c for c in w_term if c != summed[0]), result).expand(site.shape)
-
-
-def spread(labels: Tensor, term: str, result: str) -> Tensor:
-    """Dimensions named by ``term`` in the order of ``result``, of size 1 where ``term`` has none."""
-    ordered = labels.permute([term.index(c) for c in result if c in term])
-    return ordered[tuple(slice(None) if c in term else None for c in result)]
+        return a.end(site, list(operands), "it is a product of two activations")
+    result = found[1]
+    operands, letters = combined(a, site, operands, found[0], result)
+    vectors = [n for n, operand in enumerate(operands) if isinstance(operand, Vector)]
+    weights = [n for n, operand in enumerate(operands) if isinstance(operand, Param)]
+    others = [n for n, operand in enumerate(operands) if isinstance(operand, (Constant, Dynamic))]
+    if len(operands) == 2 and len(weights) == 1:
+        w, x = weights[0], 1 - weights[0]
+        return rotate_contraction(a, site, operands[x], operands[w], letters[x], letters[w], result)
+    if len(vectors) == 1 and len(operands) == 1 + len(others) <= 2:
+        coefficients = letters[others[0]] if others else ""
+        return rotate_weighted(a, site, operands[vectors[0]], letters[vectors[0]], coefficients, result)
+    return a.end(site, list(operands), "it is a product of two activations")

@@ -77,7 +77,7 @@ def scale_clamp(a: ScaleAnalysis, site: Site, x: Value, low: Value = None, high:
 def scale_glu(a: ScaleAnalysis, site: Site, x: Value, dim: int = -1) -> Value:
     """``value * sigmoid(gate)``, the two halves of ``x``."""
     labels = a.labels(site, x)
-    if dim % labels.ndim == 0:
+    if dim % labels.ndim < a.lead:
         a.mixed(labels)
     value, gate = labels.chunk(2, dim)
     a.variables.fix(gate, site.because("its gate half goes through a sigmoid"))

@@ -9,7 +9,8 @@ from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
 )
-from autoquant.analyzer.rules.products import rotate_product, use
+from autoquant.analyzer.rules.contractions import use
+from autoquant.analyzer.rules.products import rotate_product
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     written_by_weight,

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from string import ascii_lowercase
 
 import torch
 from torch import Tensor
 
-from autoquant.analyzer.axes import Factors, Param
+from autoquant.analyzer.axes import Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
-    Read,
     RotationAnalysis,
     Vector,
     apply,
     fresh_instances,
-    mixed,
-    varies,
 )
+from autoquant.analyzer.rotation_state import shape_of as vector_shape
 from autoquant.analyzer.rules.attention import rotate_summed_over_tokens, scale_cancel
+from autoquant.analyzer.rules.contractions import rotate_contraction, rotate_read, scale_contraction, use
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     product_with_weight,
     written_by_weight,
 )
-from autoquant.analyzer.scale_state import ScaleAnalysis, Use
-from autoquant.analyzer.variables import ZERO
+from autoquant.analyzer.scale_state import ScaleAnalysis, shape_of
 from autoquant.aten import (
     NO_ROTATION,
 )
-from autoquant.config.format import Norm
 
 
 @scale_rule("linear", says=product_with_weight)
@@ -48,6 +46,9 @@ def rotate_linear(a: RotationAnalysis, site: Site, x: Value, w: Value, bias: Val
 
 @scale_rule("matmul mm bmm", says=product_with_weight, without="dtype")
 def scale_matmul(a: ScaleAnalysis, site: Site, x: Value, y: Value) -> Value:
+    terms = matmul_terms(site, shape_of(x), y)
+    if terms is not None:
+        return scale_contraction(a, site, x, y, *terms)
     if isinstance(y, Param) and len(y.shape) >= 2:
         return scale_product(a, site, x, y, len(y.shape) - 2)
     if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Tensor) and y.ndim >= 2:
@@ -58,6 +59,9 @@ def scale_matmul(a: ScaleAnalysis, site: Site, x: Value, y: Value) -> Value:
 
 @rotation_rule("matmul mm bmm", says=written_by_weight, without="dtype")
 def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
+    terms = matmul_terms(site, vector_shape(x), y)
+    if terms is not None:
+        return rotate_contraction(a, site, x, y, *terms)
     if isinstance(y, Param):
         return rotate_product(a, site, x, y, len(y.shape) - 2)
     if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Vector):
@@ -65,6 +69,24 @@ def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
     if isinstance(y, Vector) and isinstance(x, (Dynamic, Constant)):
         return rotate_summed_over_tokens(a, site, y)
     return a.end(site, [x, y], "it is a product of two activations")
+
+
+def matmul_terms(site: Site, x: tuple[int, ...], y: Value) -> tuple[str, str, str] | None:
+    """``x @ y`` as an einsum, where a stack of weights ``y`` is broadcast to ``x``, or ``x`` to it; else None."""
+    if not isinstance(y, Param) or len(y.shape) < 3 or len(x) < 2:
+        return None
+    lead = site.shape[:-2]
+    if x[:-2] == lead == y.shape[:-2]:
+        return None
+    batch = ascii_lowercase[: len(lead)]
+    x_term = "".join(
+        c if size == full else c.upper()
+        for c, size, full in zip(batch[len(lead) - len(x) + 2 :], x[:-2], lead[len(lead) - len(x) + 2 :], strict=True)
+    )
+    w_term = batch[len(lead) - len(y.shape) + 2 :]
+    if y.shape[:-2] != lead[len(lead) - len(y.shape) + 2 :]:
+        return None
+    return f"{x_term}yz", f"{w_term}zx", f"{batch}yx"
 
 
 @scale_rule("addmm", says=product_with_weight, without="dtype")
@@ -175,35 +197,6 @@ def rotate_product(
     return out
 
 
-def rotate_read(
-    a: RotationAnalysis, site: Site, x: Vector, columns: Tensor, found: Factors, weight: str, bias: Value
-) -> None:
-    real = x.coordinates != ZERO
-    one = torch.where(real, x.instances, x.instances.amax(-1, keepdim=True))
-    if bool((one != one[..., :1]).any()):
-        text = "channels of different tokens are read together"
-        a.end(site, [x], text)
-        a.variables.fix(columns, site.because(text))  # other readings of the weight would rotate them
-        return
-    summed = [x.coordinates.ndim - 2] if columns.ndim > 1 else range(x.coordinates.ndim - 1)
-    labels = a.variables.merge_along(x.coordinates, list(summed), site.order)
-    a.variables.equal(columns, labels, site.order)
-    if x.gain_index is not None and not bool((x.gain_index == torch.arange(x.gain_index.shape[-1])).all()):
-        a.end(site, [x], "the norm's weight is rearranged before it is read")
-    order = columns.argsort(-1)  # as they lie in the weight
-    a.arrange(site, labels.expand_as(columns).gather(-1, order))
-    if x.factors is not None and varies(x.factors, x.factors.ndim - 1):
-        a.split(x, x.factors, site.because("channels of different vectors are read together"))
-    if x.factors is not None:
-        seen = mixed(x.instances, x.factors).flatten(0, -2).sum(0)
-        reason = site.because("copies of its channels that saw different factors are read")
-        for copies, lie in zip(labels, order, strict=True) if labels.ndim > 1 else [(labels, order)]:
-            a.split_copies(copies[lie], seen[lie], reason)
-    name = bias.name if isinstance(bias, Param) else None
-    bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
-    a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))
-
-
 def rotate_product_from_left(a: RotationAnalysis, site: Site, w: Param, x: Vector) -> Value:
     """``w @ x``: the columns of ``w`` are summed with the rows of ``x``."""
     found = a.axes.factors(w, 1, 0, site.because("it is a weight"))
@@ -217,11 +210,3 @@ def rotate_product_from_left(a: RotationAnalysis, site: Site, w: Param, x: Vecto
 def swapped(a: ScaleAnalysis, site: Site, value: Value) -> Tensor:
     """Labels of a matrix, the other way round."""
     return a.labels(site, value).transpose(-1, -2)
-
-
-def use(site: Site, w: Param, bias: Value, found: Factors, labels: Tensor) -> Use:
-    """What is kept of a product: who reads which labels."""
-    name = bias.name if isinstance(bias, Param) else None
-    stack = int(torch.Size(w.full_shape[:-2]).numel()) if len(w.full_shape) > 2 else None
-    sizes = w.full_shape[found.column_dim], w.full_shape[found.row_dim]
-    return Use(site, w.name, name, found.column_dim, stack, *sizes, labels)

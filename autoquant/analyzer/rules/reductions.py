@@ -15,6 +15,7 @@ from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Square,
     Vector,
+    apply,
     fresh_instances,
     mixed,
     seen_along,
@@ -66,7 +67,14 @@ def rotate_reduce(
     if site.operator == "mean" and keepdim and dims == [ndim - 1]:
         rotate_centred(a, site, vector, dims)
         return Mean(vector)
+    if ndim - 1 not in dims:
+        return squeezed(a.added_along(site, vector, dims), () if keepdim else dims)
     return a.end(site, [x], "its channels are summed")
+
+
+def squeezed(vector: Vector, dims: Sequence[int]) -> Value:
+    """Without axes of size 1."""
+    return apply(vector, lambda labels: labels.squeeze(tuple(dims)))
 
 
 def scale_along(a: ScaleAnalysis, site: Site, x: Value, dim: Value, keepdim: Value) -> Tensor:
@@ -76,7 +84,7 @@ def scale_along(a: ScaleAnalysis, site: Site, x: Value, dim: Value, keepdim: Val
         dims = list(range(labels.ndim))
     else:
         dims = [d % max(labels.ndim, 1) for d in ([dim] if isinstance(dim, int) else dim)]
-    if 0 in dims:
+    if min(dims, default=a.lead) < a.lead:
         a.mixed(labels)
     return a.variables.merge_along(labels, dims, site.order, bool(keepdim))
 
@@ -179,6 +187,16 @@ def scale_running(a: ScaleAnalysis, site: Site, x: Value, dim: int, **kwargs: Va
     a.mixed(labels)
     merged = a.variables.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True).expand(labels.shape)
     return scale_with_positions(a, site, merged)
+
+
+@rotation_rule("cumsum", says="adds up whole vectors: all of them are rotated alike")
+def rotate_running(a: RotationAnalysis, site: Site, x: Value, dim: int, **kwargs: Value) -> Value:
+    """Sums over tokens, as far as each of them."""
+    if not isinstance(x, Vector) or x.gain is not None or varies(x.coordinates, dim % x.coordinates.ndim):
+        return a.end(site, [x], "its channels are summed")
+    along = [dim % x.coordinates.ndim]
+    labels = a.variables.merge_along(x.coordinates, along, site.order, keepdim=True).expand(site.shape)
+    return Vector(labels, fresh_instances(labels), factors=seen_along(x, along, True, site.shape))
 
 
 @scale_rule(*POOLS, says="adds or picks neighbours: all of them carry the same scale")
