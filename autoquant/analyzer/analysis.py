@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.interpreter import shared_names
+from autoquant.analyzer.interpreter import EXTENTS, data_sized, shared_names
+from autoquant.analyzer.lengths import common
 from autoquant.analyzer.linears import linears
 from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations
 from autoquant.analyzer.rules.sentences import qualified
@@ -46,8 +47,16 @@ def analyse(captured: Captured) -> Analysis:
     What is blocked is part of the result, with operator and module path; nothing is raised for a graph that was
     captured.
     """
-    scales = analyse_scales(captured)
-    rotations = analyse_rotations(captured)
+    analysis = _analyse(captured, EXTENTS[0])
+    if not data_sized(captured):
+        return analysis
+    return replace(analysis, findings=common(analysis.findings, _analyse(captured, EXTENTS[1]).findings))
+
+
+def _analyse(captured: Captured, extent: int) -> Analysis:
+    """With ``extent`` rows where the data say how many there are."""
+    scales = analyse_scales(captured, extent)
+    rotations = analyse_rotations(captured, extent)
     shared = shared_names(captured)
     found = linears(scales.analysis.uses)
     online, nowhere = _online(scales, rotations, found)

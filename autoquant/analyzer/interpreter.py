@@ -60,11 +60,42 @@ class Dynamic:
 
 @dataclass(frozen=True, slots=True)
 class Untracked:
-    """A tensor that cannot be followed: its size depends on the data, or it is too large. Nothing passes it."""
+    """A tensor that cannot be followed: its size depends on the data in a way that is not known, or it is too large.
+    Nothing passes it.
+    """
 
 
 MAX_FOLLOWED = 1 << 25
 """Largest activation that is labelled element by element."""
+
+
+EXTENTS = (3, 5)
+"""Sizes that stand for those that depend on the data. What holds for any number of rows is found for both."""
+
+
+def sized(fake: Tensor, extent: int) -> Tensor:
+    """A tensor of which the data say how many rows it has, with so many; any other as it is."""
+    if all(isinstance(size, int) for size in fake.shape):
+        return fake
+    sizes = [_size(size, extent) for size in fake.shape]
+    return fake if None in sizes else torch.empty(sizes, dtype=fake.dtype, device="meta")  # type: ignore[arg-type]  # no None is left
+
+
+def _size(size: Any, extent: int) -> int | None:
+    if isinstance(size, int):
+        return size
+    found = size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, extent))
+    return int(found) if found.is_integer and found > 0 else None
+
+
+def data_sized(captured: Captured) -> bool:
+    """True if the data say how large some tensor of the graphs is."""
+    return any(
+        isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape)
+        for subgraph in captured.subgraphs
+        for node in subgraph.graph.graph.nodes
+        for value in _flat(node.meta.get("val"))
+    )
 
 
 def unwieldy(fake: Tensor) -> bool:
@@ -125,6 +156,8 @@ class Interpreter:
     """Called with everything that a subgraph returns."""
     rescales: bool = False
     """Whether a weight times a number is the weight itself, where products alone read it."""
+    extent: int = EXTENTS[0]
+    """How many rows there are where the data say how many."""
     values: dict[fx.Node, Value] = field(default_factory=dict)
     order: int = 0
     precision: float = field(init=False)
@@ -166,7 +199,7 @@ class Interpreter:
                     self.values[node] = _aligned(site, self._call(site, names))
 
     def _site(self, node: fx.Node) -> Site:
-        outputs = tuple(v for v in _flat(node.meta.get("val")) if isinstance(v, Tensor))
+        outputs = tuple(sized(v, self.extent) for v in _flat(node.meta.get("val")) if isinstance(v, Tensor))
         return Site(node, self.order, operator_name(node), module_path(node), outputs)
 
     def _input(self, site: Site, subgraph: Subgraph, what: GraphInput | None) -> Value:
@@ -205,7 +238,16 @@ class Interpreter:
     def _value(self, argument: Any) -> Value:
         return fx.map_arg(argument, lambda node: self.values[node])
 
+    def _number(self, node: fx.Node) -> Value:
+        """How large a tensor is, or what is computed from that; a number that is read off a tensor is unknown."""
+        taken = [self.values[argument] for argument in node.all_input_nodes]
+        known = operator_name(node).startswith("sym_size") or all(isinstance(value, int) for value in taken)
+        size = _size(node.meta["val"], self.extent) if known and taken else None
+        return Dynamic((), torch.int64) if size is None else size
+
     def _call(self, site: Site, names: Mapping[tuple[str, str], str]) -> Value:
+        if isinstance(site.node.meta.get("val"), torch.SymInt):
+            return self._number(site.node)
         args, kwargs = self._value(site.node.args), dict(self._value(site.node.kwargs))
         args = tuple(args)
         if site.operator == "getitem":
@@ -236,6 +278,9 @@ class Interpreter:
             known = _evaluate(site, args, kwargs)
             if known is not None:
                 return known
+        if site.operator in CHOOSING and isinstance(args[0], Constant) and _uniform(args[0].value) and tensors[1:]:
+            value = args[0].value.reshape(-1)[:1]  # whichever rows the data choose
+            return Constant(value.expand(site.shape), args[0].settled)
         if all(isinstance(v, (Constant, Dynamic)) for v in tensors) or site.operator in RANDOM_LIKE:
             return _unknowns(site)
         if not site.outputs:  # it can only write to what it is given
@@ -262,6 +307,7 @@ def interpreted(
     give_up: Callable[[Site, Sequence[Value], str], Value],
     *,
     rescales: bool = False,
+    extent: int = EXTENTS[0],
 ) -> Interpreter:
     """A pass that is done; data movement, graph breaks, operators without a rule and outputs are the ``state``'s."""
     interpreter = Interpreter(
@@ -274,6 +320,7 @@ def interpreted(
         give_up=give_up,
         finish=state.finish,
         rescales=rescales,
+        extent=extent,
     )
     interpreter.run()
     return interpreter
@@ -351,6 +398,10 @@ def _function(site: Site) -> Callable[..., Any]:
         return lambda labels: labels.expand(site.shape)
     target: Callable[..., Any] = site.node.target  # type: ignore[assignment]  # a call_function node
     return target
+
+
+def _uniform(value: Tensor) -> bool:
+    return value.numel() > 0 and bool((value == value.reshape(-1)[0]).all())
 
 
 def _constant(value: Tensor, settled: bool = True) -> Constant | Dynamic:

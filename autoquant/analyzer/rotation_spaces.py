@@ -11,7 +11,7 @@ import torch
 
 from autoquant.analyzer.axes import Axis
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.analyzer.interpreter import Interpreter, Site, interpreted, shared_names
+from autoquant.analyzer.interpreter import EXTENTS, Interpreter, Site, interpreted, shared_names
 from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rules import ROTATIONS
 from autoquant.analyzer.smoothing_groups import group_name, slot_of
@@ -35,10 +35,10 @@ class Rotations:
     spaces: tuple[Space, ...]
 
 
-def analyse_rotations(captured: Captured) -> Rotations:
+def analyse_rotations(captured: Captured, extent: int = EXTENTS[0]) -> Rotations:
     """Find every vector space of the graph that an orthogonal matrix can be put on."""
     analysis = RotationAnalysis()
-    interpreter = interpreted(captured, ROTATIONS.table, analysis, analysis.end)
+    interpreter = interpreted(captured, ROTATIONS.table, analysis, analysis.end, extent=extent)
     for axes, reason in [*analysis.axes.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
         for family in axes:
             analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)

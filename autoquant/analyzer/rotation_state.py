@@ -216,6 +216,8 @@ class RotationAnalysis:
             return self._pick(site, first, list(args[1]))
         if site.operator == "index_select" and isinstance(args[2], Dynamic):
             return self._pick(site, first, [None] * (int(args[1]) % first.coordinates.ndim) + [args[2]])
+        if site.operator == "gather" and isinstance(args[2], Dynamic):
+            return self._gather(site, first, int(args[1]) % first.coordinates.ndim)
         rest = [_plain(arg) for arg in args[1:]]
         if any(isinstance(arg, (Dynamic, Vector, Square, Mean, Param)) for arg in rest):
             return self.end(site, [first], "it is rearranged by the data")
@@ -266,6 +268,23 @@ class RotationAnalysis:
             return part
         labels = self.axes.leaf(part, 0, site.because("it is a parameter"))
         return part if labels is None else Vector(labels, fresh_instances(labels))
+
+    def _gather(self, site: Site, vector: Vector, dim: int) -> Value:
+        """Rows chosen by data, position by position: whole vectors where the index is one for all channels."""
+        rows = whole_rows(site.node.args[2], None) and site.shape[-1:] == vector.coordinates.shape[-1:]
+        if vector.gain_index is not None:
+            moved = self._gather(site, replace(vector, gain=None, gain_index=None), dim)
+            index = vector.gain_index.narrow(dim, 0, 1).expand(site.shape)
+            return replace(moved, gain=vector.gain, gain_index=index) if isinstance(moved, Vector) else moved
+        if not rows or varies(vector.coordinates, dim) or dim == len(site.shape) - 1:
+            return self.end(site, [vector], "its channels are chosen by the data")
+        if any(n != m for d, (n, m) in enumerate(zip(site.shape, vector.coordinates.shape, strict=True)) if d != dim):
+            return self.end(site, [vector], "its channels are chosen by the data")
+        coordinates = vector.coordinates.narrow(dim, 0, 1).expand(site.shape)
+        factors = vector.factors
+        if factors is not None:
+            factors = factors.sum(dim, keepdim=True).expand(site.shape)
+        return Vector(coordinates, fresh_instances(coordinates), centred=vector.centred, factors=factors)
 
     def _pick(self, site: Site, vector: Vector, indices: list[Value]) -> Value:
         """Rows chosen by data: whole instances, as long as no coordinate axis is indexed."""

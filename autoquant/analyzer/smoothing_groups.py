@@ -10,7 +10,7 @@ import torch
 
 from autoquant.analyzer.axes import Axis
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.analyzer.interpreter import Interpreter, interpreted
+from autoquant.analyzer.interpreter import EXTENTS, Interpreter, interpreted
 from autoquant.analyzer.rules import SCALES
 from autoquant.analyzer.scale_state import ScaleAnalysis
 from autoquant.analyzer.variables import Bools, Floats, Ints, Solution
@@ -29,10 +29,10 @@ class Scales:
     groups: tuple[SmoothingGroup, ...]
 
 
-def analyse_scales(captured: Captured) -> Scales:
+def analyse_scales(captured: Captured, extent: int = EXTENTS[0]) -> Scales:
     """Find every scale that the graph leaves free."""
     analysis = ScaleAnalysis()
-    interpreter = interpreted(captured, SCALES.table, analysis, analysis.block, rescales=True)
+    interpreter = interpreted(captured, SCALES.table, analysis, analysis.block, rescales=True, extent=extent)
     for axes, reason in analysis.axes.conflicts():
         for family in axes:
             analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Constant, Site, Value
+from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
+    broadcast,
     fresh_instances,
     mixed,
     seen_along,
     varies,
     whole_rows,
 )
+from autoquant.analyzer.rotation_state import shape_of as vector_shape
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     WRITES,
@@ -56,6 +58,15 @@ def scale_write_rows(
     return written_along(a, site, labels, written, dim % max(labels.ndim, 1))
 
 
+@rotation_rule("scatter_add", says="adds whole vectors to rows: both are rotated alike")
+def rotate_scatter_add(a: RotationAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value) -> Value:
+    """Position by position; where the place is one for all channels, whole vectors are added."""
+    whole = isinstance(index, (Constant, Dynamic)) and whole_rows(site.node.args[2], index)
+    if not whole or shape_of(index) != vector_shape(source) or dim % len(site.shape) == len(site.shape) - 1:
+        return a.end(site, [x, source], "it is added to something else")
+    return rotate_index_add(a, site, x, dim, index, source)
+
+
 @rotation_rule("index_add", says="adds whole vectors to rows: both are rotated alike")
 def rotate_index_add(
     a: RotationAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, **kwargs: Value
@@ -68,11 +79,12 @@ def rotate_index_add(
         or not isinstance(source, Vector)
         or source.gain is not None
         or (into is not None and (into.gain is not None or varies(into.coordinates, dim)))
-        or varies(source.coordinates, dim)
+        or dim % source.coordinates.ndim == source.coordinates.ndim - 1
         or kwargs.get("alpha", 1) != 1
     ):
         return a.end(site, [x, source], "it is added to something else")
     dim %= source.coordinates.ndim
+    a.arrange(site, source.coordinates)  # rows of several experts, whose coordinates are one from here on
     labels = a.variables.merge_along(source.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
     if into is not None:
         labels = a.variables.merge(into.coordinates, labels, site.order)
@@ -117,15 +129,57 @@ def scale_index_put(
         return run(site, labels, [None if index is None else index.value for index in indices], written)
     if written.numel() == 1:
         return a.variables.merge(labels, written.reshape(()), site.order).expand(site.shape)
-    dims = [d for d, index in enumerate(indices) if index is not None]
-    if dims != list(range(dims[0], dims[-1] + 1)) or any(_is_mask(indices[d]) for d in dims):
+    found = written_places(indices, labels.shape)
+    if found is None:
         return a.block(site, [x, values], "it is written to places that the data choose")
-    chosen = torch.broadcast_shapes(*(shape_of(indices[d]) for d in dims))
+    dims, chosen = found
     first, last = labels.shape[: dims[0]], labels.shape[dims[-1] + 1 :]
     places = written.expand(*first, *chosen, *last)
     row = a.variables.merge_along(places, list(range(dims[0], dims[0] + len(chosen))), site.order)
     base = a.variables.merge_along(labels, dims, site.order)
     return a.variables.merge(base, row, site.order).reshape(*first, *(1,) * len(dims), *last).expand(site.shape)
+
+
+@rotation_rule("index_put", says="writes whole vectors to rows: both are rotated alike")
+def rotate_index_put(
+    a: RotationAnalysis, site: Site, x: Value, indices: Sequence[Value], values: Value, accumulate: bool = False
+) -> Value:
+    """Whole vectors are added to some of the rows, or replace them: wherever these are."""
+    plain = all(isinstance(index, (Constant, Dynamic, type(None))) for index in indices)
+    found = written_places(indices, site.shape) if plain else None
+    empty = isinstance(x, Constant) and not bool(x.value.any())
+    into = x if isinstance(x, Vector) else None
+    if found is None or not (empty or into) or not isinstance(values, Vector) or values.gain is not None:
+        return a.end(site, [x, values], "it is written to something else")
+    dims, chosen = found
+    first, last = site.shape[: dims[0]], site.shape[dims[-1] + 1 :]
+    values = broadcast(values, (*first, *chosen, *last))
+    places = list(range(dims[0], dims[0] + len(chosen)))
+    if not last or (into is not None and (into.gain is not None or any(varies(into.coordinates, d) for d in dims))):
+        return a.end(site, [x, values], "its channels are chosen by the data")
+    a.arrange(site, values.coordinates)
+
+    def spread(labels: Tensor) -> Tensor:
+        return labels.reshape(*first, *(1,) * len(dims), *last).expand(site.shape)
+
+    labels = spread(a.variables.merge_along(values.coordinates, places, site.order))
+    if into is not None:
+        labels = a.variables.merge(into.coordinates, labels, site.order)
+    factors = None if values.factors is None else spread(values.factors.sum(places))
+    if into is not None and into.factors is not None:
+        factors = into.factors if factors is None else mixed(into.factors, factors)
+    return Vector(labels, fresh_instances(labels), factors=factors)
+
+
+def written_places(indices: Sequence[Value], shape: Sequence[int]) -> tuple[list[int], tuple[int, ...]] | None:
+    """The consecutive dimensions that indices (or a mask) choose from, and the shape of what they choose."""
+    dims = [d for d, index in enumerate(indices) if index is not None]
+    if len(dims) == 1 and _is_mask(indices[dims[0]]):
+        covered = list(range(dims[0], dims[0] + len(shape_of(indices[dims[0]]))))
+        return (covered, (1,)) if covered and covered[-1] < len(shape) else None
+    if not dims or dims != list(range(dims[0], dims[-1] + 1)) or any(_is_mask(indices[d]) for d in dims):
+        return None
+    return dims, tuple(torch.broadcast_shapes(*(shape_of(indices[d]) for d in dims)))
 
 
 @scale_rule("masked_scatter", says=WRITES)
