@@ -30,6 +30,11 @@ from autoquant.models.structure import structure_of
 from autoquant.quantizer.strategies import Granularity, PlannedLinear, kv_granularity, plan_linears
 
 Shape = tuple[int, ...]
+_ONLINE = {
+    "R3": ", whose rotations of queries and keys servers ignore",
+    "R4": ": its transform_config ends in an error in vLLM 0.32 on a CPU, and was run nowhere else",
+}
+"""Why servers cannot be given these."""
 _KINDS = ("values", "scale", "input_scale")
 """The tensors of an int8 weight, by what follows the weight's name."""
 
@@ -96,7 +101,10 @@ def _config_reasons(config: Config) -> list[str]:
 
 def _structure_reasons(changes: Changes) -> list[str]:
     """What makes the model another than its class builds."""
-    online = [f"{o.path}: the online rotation {o.kind} has no place in the format; disable it" for o in changes.online]
+    online = [
+        f"{o.path}: the online rotation {o.kind} has no place in the format{_ONLINE.get(o.kind, '')}; disable it"
+        for o in changes.online
+    ]
     gone = [
         f"{path}: this norm was folded away, and the model's class has it; disable its space"
         for path in changes.identities
