@@ -217,14 +217,11 @@ def quantize(
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
     from autoquant.calibration.texts import PACKAGED
-    from autoquant.io.folders import check_target
-    from autoquant.models.checkpoint_source import checkpoint_folder
     from autoquant.models.device import device_of
     from autoquant.models.tokenizer import load_tokenizer
 
     place = device_of(device)
-    source, folder = checkpoint_folder(model, trust_remote_code=trust_remote_code), Path(output)
-    check_target(source, folder, force)
+    source, folder = _folders(model, Path(output), force, trust_remote_code)
     loaded = analyzed_config(config, source, trust_remote_code, progress)
     packaged = calibration is None and _calibrates(source, loaded, used, chosen, trust_remote_code)
     if packaged:
@@ -241,6 +238,18 @@ def quantize(
     how |= {"wish": wish, "trust_remote_code": trust_remote_code, "progress": progress}
     done = quantize_checkpoint(source, folder, recipe, options, **how)
     return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged)
+
+
+def _folders(model: str | Path, output: Path, force: bool, trust_remote_code: bool) -> tuple[Path, Path]:
+    """The folder that is read, and the one that may be written."""
+    from autoquant.calibration.processes import is_first
+    from autoquant.io.folders import check_target
+    from autoquant.models.checkpoint_source import checkpoint_folder
+
+    source = checkpoint_folder(model, trust_remote_code=trust_remote_code)
+    if is_first():
+        check_target(source, output, force)
+    return source, output
 
 
 def _quantized_module(

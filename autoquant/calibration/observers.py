@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.aten import FACTORS
+from autoquant.calibration.processes import Processes
 from autoquant.calibration.runner import Progress, Runner, headless, silent, whole
 from autoquant.executor.online import key_rotations
 from autoquant.library_patches import TorchDispatchMode
@@ -66,6 +67,7 @@ class LinearInputs:
         self.names = tuple(names)
         self.watched: dict[int, list[tuple[str, Tensor]]] = {}  # by storage, which several parameters may share
         self.maxima: dict[str, Tensor] = {}
+        self.merged: set[str] = set()
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -85,6 +87,14 @@ class LinearInputs:
             if not weight.is_meta:
                 self.watched.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
 
+    def merge(self, processes: Processes, prefix: str) -> None:
+        """For no prefix those that were not merged under another."""
+        if processes.count > 1:
+            names = [n for n in self.maxima if (n.startswith(prefix) if prefix else n not in self.merged)]
+            found = processes.largest({name: self.maxima[name] for name in names})
+            self.maxima |= found
+            self.merged |= found.keys()
+
 
 class CachedStates:
     """Observer of the keys and values that attention layers store; ``maxima`` fills up as of :func:`observe_cache`."""
@@ -100,6 +110,14 @@ class CachedStates:
 
     def refresh(self, model: nn.Module) -> None:
         """Nothing: no parameter is looked at."""
+
+    def merge(self, processes: Processes, prefix: str) -> None:
+        """All layers' every time: what is stored does not tell by whom."""
+        if processes.count > 1:
+            flat = {f"{kind} {layer}": one for kind, seen in self.maxima.items() for layer, one in seen.items()}
+            for key, maximum in processes.largest(flat).items():
+                kind, _, layer = key.partition(" ")
+                self.maxima.setdefault(kind, {})[int(layer)] = maximum
 
 
 class _Products(TorchDispatchMode):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autoquant.analyzer.layers import find_stacks
 from autoquant.calibration.layer_by_layer import in_step
+from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.windows import check_fit
 from autoquant.models.structure import ModelStructure
 from autoquant.models.vocabulary import output_embedding, token_tables
@@ -41,6 +42,9 @@ class Observer(Protocol):
 
     def refresh(self, model: nn.Module) -> None:
         """Look at the parameters that are in memory now: some came, others went."""
+
+    def merge(self, processes: Processes, prefix: str) -> None:
+        """Take over what other processes saw of parameters whose names begin with ``prefix``."""
 
 
 class Runner(Protocol):
@@ -72,6 +76,19 @@ def whole(
         for done, batch in enumerate(batches, 1):
             _pass(model, batch.to(device), observers)
             progress(done, len(batches))
+
+
+def shared(processes: Processes) -> Runner:
+    """The runner :func:`whole` for several processes, each of which runs its share."""
+
+    def run(
+        model: nn.Module, batches: Sequence[Tensor], observers: Sequence[Observer] = (), progress: Progress = silent
+    ) -> None:
+        whole(model, processes.share(batches), observers, progress)
+        for observer in observers:
+            observer.merge(processes, "")
+
+    return run
 
 
 @contextmanager
@@ -106,13 +123,14 @@ class LayerByLayer:
     """All batches side by side through one decoder layer after the other, whose parameters are read when it is entered.
 
     The model is on the meta device, its buffers on ``device``; ``inventory`` names its parameters and ``read`` makes
-    them there. Of those outside of the layers the token tables are there while they are used, the others stay.
-    ``progress`` is told of layers.
+    them there; ``processes`` run a share of the batches each. Of the parameters outside of the layers the token tables
+    are there while they are used, the others stay. ``progress`` is told of layers.
     """
 
     inventory: ModelStructure
     read: Callable[[str], Tensor]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    processes: Processes = ALONE
 
     def __call__(
         self,
@@ -146,7 +164,8 @@ class LayerByLayer:
                 handle = owner.register_forward_pre_hook(partial(there.bring, (name,)))
                 stack.callback(handle.remove)
             there.put([name for name in outside if name not in tables])
-            works = [partial(_pass, model, batch.to(self.device), observers) for batch in batches]
+            own = self.processes.share(batches)
+            works = [partial(_pass, model, batch.to(self.device), observers) for batch in own]
             done = 0
             for path, passed in in_step(works, layers):
                 names = [name for name in self.inventory.shapes if name.startswith(f"{path}.")]
@@ -154,10 +173,14 @@ class LayerByLayer:
                     there.drop(tables)
                     there.put(names)
                     continue
+                for observer in observers:
+                    observer.merge(self.processes, f"{path}.")
                 yield path
                 there.drop(names)
                 done += 1
                 progress(done, len(layers))
+            for observer in observers:
+                observer.merge(self.processes, "")
 
 
 def layer_paths(model: nn.Module) -> dict[str, nn.Module]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from autoquant.algorithms.gptq_qronos import needs_values
 from autoquant.calibration.idle_experts import idle_experts
 from autoquant.calibration.observers import CachedStates, LinearInputs, Sweep
+from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.runner import LayerByLayer, Progress, headless, layer_paths
 from autoquant.checkpoint.dtypes import Dtypes
 from autoquant.checkpoint.formats.native import Ready
@@ -78,10 +79,13 @@ def check_streamable(config: Config, strategy: Strategy, selected: Selected) -> 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the sweep runs, and in which dtype; all else is computed there in float32, rotations in float64."""
+    """Where the sweep runs, in which dtype and in how many processes, the first of which finishes what was calibrated;
+    all else is computed there in float32, rotations in float64.
+    """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +244,18 @@ class _Run:
                 swept = Sweep(inputs.maxima, stored_states.maxima)
                 observers = (inputs, stored_states) if self._sees_cache else (inputs,)
                 model = self._model()
-                runner = LayerByLayer(weights.inventory, self._for_sweep(model), job.place.device)
+                runner = LayerByLayer(weights.inventory, self._for_sweep(model), job.place.device, job.place.processes)
                 with headless(model, inputs.names):
+                    passed: set[str] = set()
                     for path in runner.steps(model, job.batches, observers, progress):
-                        if not job.together:
+                        if path in passed and not job.together:
+                            raise LayerCalledAgain(path)
+                        passed.add(path)
+                        if job.place.processes.is_first and not job.together:
                             yield from self._layer(path, swept)
                         self.held.clear()
+            if not job.place.processes.is_first:
+                return
             swept = yield from self._rest(swept)
         made.quantized = Quantized(idle=idle_experts(job.planned, swept.inputs))
         granularity = kv_granularity(job.config, job.strategy)
@@ -289,8 +299,6 @@ class _Run:
     def _layer(self, path: str, swept: Sweep) -> Iterator[tuple[str, Tensor]]:
         """What of a layer is final now."""
         names = [name for name in self.final.inventory.shapes if name.startswith(f"{path}.")]
-        if self.written.intersection(names):
-            raise LayerCalledAgain(path)
         here = _only(self.job.selected, self.local.get(path, ()))
         scales = smoothing_scales(here, swept, self._read)
         plan = smoothing_plan(here, self.rotated.inventory, self._read, scales)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.calibration.processes import Processes, joined
+from autoquant.calibration.runner import shared
 from autoquant.calibration.windows import together
 from autoquant.certificate.claims import ProofNote, as_proved
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
@@ -90,39 +92,25 @@ def quantize_checkpoint(
     Rotations are computed in float64 and everything else in float32, on ``device``; ``dtype``: that of the calibration
     sweep, None: bfloat16 on a GPU where most of the checkpoint is stored in it, else float32. What stays in floating
     point is written in its own stored dtype. One decoder layer is in memory at a time, unless something needs the whole
-    model: ``low_memory`` refuses that (see ``check_streamable``), else it is loaded in float32. Raises AutoQuantError,
-    with nothing left behind, where anything does not fit.
+    model: ``low_memory`` refuses that (see ``check_streamable``), else it is loaded in float32. Processes that torchrun
+    started run a share of the windows each; the first writes. Raises AutoQuantError, with nothing left behind, where
+    anything does not fit.
     """
-    check_target(source, target, force)
-    progress("load", 0, 1)
-    shards = open_checkpoint(source)
-    check_links(source)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if has_tokenizer(source) else None
-    opened = _Opened(source, target, recipe, options, shards, tokenizer, device, wish, force, trust_remote_code)
-    weights, selected = _streamable(opened, low_memory)
-    if weights is None or selected is None:
+    with joined(device) as processes:
+        if processes.is_first:
+            check_target(source, target, force)
+        progress("load", 0, 1)
+        shards = open_checkpoint(source)
+        check_links(source)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if has_tokenizer(source) else None
+        trust = trust_remote_code
+        opened = _Opened(source, target, recipe, options, shards, tokenizer, device, processes, wish, force, trust)
+        weights, selected = _streamable(opened, low_memory)
+        if weights is not None and selected is not None:
+            return _quantize_streamed(opened, weights, selected, dtype, progress)
         if dtype not in (None, torch.float32):
             raise AutoQuantError(f"dtype {dtype}: what needs the whole model runs in float32; leave the dtype out")
         return _quantize_in_memory(opened, progress)
-    weights = looked_through(weights, all_now=device.type == "cpu")
-    dtypes = stored_dtypes(shards, stored_names(weights.inventory, shards))
-    place = Place(device, dtype or _sweep_dtype(dtypes.most, device))
-    batches = _calibration(opened, selected, weights.unused)
-    job = Job(
-        source,
-        weights,
-        recipe.config,
-        recipe.strategy,
-        selected,
-        batches if device.type == "cpu" else together(batches, WINDOWS_ON_GPU),
-        has_static_cache(recipe),
-        dtypes,
-        place,
-    )
-    try:
-        return _write_streamed(opened, job, progress)
-    except LayerCalledAgain:
-        return _write_streamed(opened, replace(job, together=True), progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +124,7 @@ class _Opened:
     shards: Shards
     tokenizer: Any
     device: torch.device
+    processes: Processes
     wish: Wish
     force: bool
     trust_remote_code: bool
@@ -185,6 +174,24 @@ def _chosen(opened: _Opened, selected: Selected) -> Chosen:
     return choose_format(wish, used, foreseen(selected, used), structure)
 
 
+def _quantize_streamed(
+    opened: _Opened, weights: Weights, selected: Selected, dtype: torch.dtype | None, progress: Progress
+) -> Done:
+    device, recipe = opened.device, opened.recipe
+    weights = looked_through(weights, all_now=device.type == "cpu")
+    dtypes = stored_dtypes(opened.shards, stored_names(weights.inventory, opened.shards))
+    place = Place(device, dtype or _sweep_dtype(dtypes.most, device), opened.processes)
+    batches = _calibration(opened, selected, weights.unused)
+    if device.type != "cpu":
+        batches = together(batches, WINDOWS_ON_GPU)
+    config, strategy, cache = recipe.config, recipe.strategy, has_static_cache(recipe)
+    job = Job(opened.source, weights, config, strategy, selected, batches, cache, dtypes, place)
+    try:
+        return _write_streamed(opened, job, progress)
+    except LayerCalledAgain:
+        return _write_streamed(opened, replace(job, together=True), progress)
+
+
 def _write_streamed(opened: _Opened, job: Job, progress: Progress) -> Done:
     chosen = _chosen(opened, job.selected)
     progress("rotate", 0, 1)
@@ -198,13 +205,15 @@ def _quantize_in_memory(opened: _Opened, progress: Progress) -> Done:
         warnings.simplefilter("ignore")
         loaded = load_with_unplaced(source, "causal-lm", torch.float32, trust_remote_code=trust)
     unused = hide_unused_(source, loaded.model)
-    held = InMemory(loaded.model.to(opened.device))
+    held = InMemory(loaded.model.to(opened.device), shared(opened.processes))
     dtypes = stored_dtypes(opened.shards, stored_names(held.inventory, opened.shards))
     config, strategy = recipe.config, recipe.strategy
     selected = select(config, held.inventory, recipe.transforms, recipe.seed)
     chosen = _chosen(opened, selected)
     batches = _calibration(opened, selected, unused)
     prepared = prepare_held_(held, selected, config, strategy, batches, cache=has_static_cache(recipe), tell=progress)
+    if not opened.processes.is_first:
+        return Done(Quantized(), chosen)
     progress("quantize", 0, 1)
     quantized = quantize_model_(
         held.model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at)
@@ -232,8 +241,12 @@ def _written(opened: _Opened, made: Made, left: tuple[str, ...], chosen: Chosen,
         note()
 
     note()
-    described, shared = made.ready.described, made.ready.shared
-    contents = Contents(made.ready.model, used, described, tensors(), dtype, shared, changes, record, opened.tokenizer)
+    if not opened.processes.is_first:
+        for _ in tensors():
+            pass
+        return Done(made.quantized, chosen)
+    described, further = made.ready.described, made.ready.shared
+    contents = Contents(made.ready.model, used, described, tensors(), dtype, further, changes, record, opened.tokenizer)
     write_checkpoint(opened.target, contents, chosen.form, force=opened.force)
     return Done(made.quantized, chosen)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ def command(model: Path, config: Path | None, output: Path, form: str, quiet: bo
     """Rotate, smooth and quantize a checkpoint to int8, for vLLM and others to serve.
 
     MODEL is a folder with safetensors. Without CONFIG the model is analyzed first. autoquant.load makes a runnable
-    model of the result, `autoquant eval` measures it.
+    model of the result, `autoquant eval` measures it. `torchrun --nproc-per-node N -m autoquant quantize ...` shares
+    the calibration among N processes, on N GPUs where there are some.
     """
     from autoquant import api
     from autoquant.cli.progress import importing_little, steps
 
-    with steps(quiet) as shown, ExitStack() as held:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    with steps(quiet or not first) as shown, ExitStack() as held:
         progress = shown.progress if config is None else importing_little(shown.progress, held)
         written = api.quantize(model, config, output, progress=progress, **how)
-    options.print_result(written, form, quiet)
+    if first:
+        options.print_result(written, form, quiet)

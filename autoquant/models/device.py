@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from autoquant.errors import AutoQuantError
 
 
 def device_of(name: str) -> torch.device:
-    """``auto``: a GPU where there is one. Raises AutoQuantError for one that is not there."""
+    """``auto``: a GPU where there is one; ``auto`` and ``cuda``: of several processes that torchrun started each its
+    own. Raises AutoQuantError for one that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (own := os.environ.get("LOCAL_RANK")) is not None:
+        name = f"cuda:{own}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
