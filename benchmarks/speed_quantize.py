@@ -100,12 +100,12 @@ def cards(device: str) -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def windows_file(model: Path, target: Path, sequences: int, length: int) -> None:
+def windows_file(model: Path, target: Path, text: Path, sequences: int, length: int) -> None:
     """The windows that ours calibrates on, for the other."""
     from autoquant.calibration.windows import CalibrationOptions, calibration_windows
     from autoquant.models.tokenizer import load_tokenizer
 
-    found = calibration_windows(load_tokenizer(model), CalibrationOptions(TEXT, sequences, length))
+    found = calibration_windows(load_tokenizer(model), CalibrationOptions(text, sequences, length))
     target.write_text(json.dumps([window[0].tolist() for window in found]))
 
 
@@ -151,6 +151,7 @@ def put(page: Path, title: str, text: str) -> None:
 @click.option("--sequences", default=16, show_default=True)
 @click.option("--length", default=512, show_default=True)
 @click.option("--transforms", default="smooth+fc_fc+rotation", show_default=True)
+@click.option("--calibration", type=click.Path(path_type=Path), default=TEXT, help="[default: the packaged text]")
 @click.option("--processes", default=1, show_default=True)
 @click.option("--llm-compressor", metavar="PYTHON", help="Of an environment with llmcompressor.")
 @click.option("--llm-compressor-path", help="Its PYTHONPATH.")
@@ -164,6 +165,7 @@ def main(
     sequences: int,
     length: int,
     transforms: str,
+    calibration: Path,
     processes: int,
     llm_compressor: str | None,
     llm_compressor_path: str | None,
@@ -185,7 +187,7 @@ def main(
         notes.append(f"`autoquant analyze` of the model, once: {analysed.seconds:.1f} s, not in the table.")
     made = output / "ours"
     quantize = ["quantize", str(model), str(config), "-o", str(made), "--force", "--strategy", STATIC]
-    quantize += ["--transforms", transforms, "--calibration", str(TEXT), "--sequences", str(sequences)]
+    quantize += ["--transforms", transforms, "--calibration", str(calibration), "--sequences", str(sequences)]
     quantize += ["--length", str(length), "--device", device, "--dtype", dtype]
     rows = [measured(f"autoquant, {transforms}", [*ours, *quantize], environment)]
     if layers is not None and rows[0].failed is None:
@@ -203,7 +205,7 @@ def main(
         shutil.rmtree(several, ignore_errors=True)
     shutil.rmtree(made, ignore_errors=True)
     if llm_compressor is not None:
-        windows_file(model, output / "windows.json", sequences, length)
+        windows_file(model, output / "windows.json", calibration, sequences, length)
         script = [llm_compressor, str(HERE / "smoothquant_llmc.py"), str(model), str(output / "windows.json")]
         path = {"PYTHONPATH": llm_compressor_path or "", **environment}
         other = output / "llmc"

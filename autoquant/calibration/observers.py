@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -169,19 +168,20 @@ class _Products(TorchDispatchMode):
         start = offset // parameter.stride(dim) % parameter.shape[dim]
         length = inputs.shape[-1]
         if weight.dim() == 3 and offsets is not None:  # rows of x up to offsets[e] go to expert e
-            bounds = [0, *offsets.tolist()]
-            for e, (begin, end) in enumerate(pairwise(bounds)):
-                if end > begin:
-                    self._raise(maxima[e, start : start + length], inputs[begin:end])
+            ends = offsets.to(inputs.device)
+            rows = torch.arange(inputs.shape[0], device=inputs.device)
+            owners = torch.searchsorted(ends, rows, right=True).clamp_max(stack - 1)
+            kept = torch.where(rows[:, None] < ends[-1], inputs, 0.0)  # what is behind the last is of no expert
+            maxima[:, start : start + length].scatter_reduce_(0, owners[:, None].expand_as(kept), kept, "amax")
         elif weight.dim() == 3 and stack > 1 and weight.shape[0] == stack:
-            for e in range(stack):
-                self._raise(maxima[e, start : start + length], inputs[e])
+            self._raise(maxima[:, start : start + length], inputs.reshape(stack, -1, length).transpose(0, 1))
         elif inputs.numel():
             self._raise(maxima[matrix, start : start + length], inputs)
 
     @staticmethod
     def _raise(maxima: Tensor, inputs: Tensor) -> None:
-        torch.maximum(maxima, inputs.reshape(-1, inputs.shape[-1]).amax(0), out=maxima)
+        """``inputs`` [..., *maxima.shape]."""
+        torch.maximum(maxima, inputs.reshape(-1, *maxima.shape).amax(0), out=maxima)
 
 
 @contextmanager

@@ -285,10 +285,11 @@ class _Run:
         """A function that gives a parameter as the sweep wants it and keeps it as it is."""
 
         def read(name: str) -> Tensor:
-            tensor = self.rotated.read(name)
-            if _home(name, self.layers) is not None:
-                self.held[self.rotated.inventory.canonical[name]] = tensor
-            return tensor.to(computing_dtype(model, name, self.job.place.dtype))
+            dtype = computing_dtype(model, name, self.job.place.dtype)
+            if _home(name, self.layers) is None:
+                return self.rotated.rounded(name, dtype)
+            tensor = self.held[self.rotated.inventory.canonical[name]] = self.rotated.read(name)
+            return tensor.to(dtype)
 
         return read
 
@@ -323,7 +324,9 @@ class _Run:
             swept = smoothed(selected, swept, scales)
         for name in weights.inventory.shapes:
             if name not in self.written and weights.inventory.canonical[name] == name:
-                yield from self._finished(name, weights.read(name), swept)
+                linear = name in self.planned
+                tensor = weights.read(name) if linear else weights.rounded(name, self.described[name][0])
+                yield from self._finished(name, tensor, swept)
         return swept
 
     def _finished(self, name: str, tensor: Tensor, swept: Sweep) -> Iterator[tuple[str, Tensor]]:

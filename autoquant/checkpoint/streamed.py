@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from autoquant.checkpoint.finite import UnusedRows, find_unused
 from autoquant.checkpoint.unplaced import buffer_names, unplaced
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite, is_finite
-from autoquant.executor.pieces import execute
+from autoquant.executor.pieces import Fitted, carry_out, execute, fit
 from autoquant.executor.plan import Plan
 from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
@@ -25,6 +26,9 @@ from autoquant.models.hub_names import HubTensor, hub_layout
 from autoquant.models.load import listed, load_skeleton
 from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.models.vocabulary import token_tables
+
+_LARGE = 1 << 25
+"""Elements; a tensor of more is not held in float32 beside what it becomes."""
 
 
 class StoredOtherwise(AutoQuantError):
@@ -70,6 +74,38 @@ class Weights:
             tensor = execute(operations, tensor)
             check_finite(name, tensor, "overflows float32 when transformed")
         return tensor
+
+    def rounded(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One parameter, rounded to float32 and then to ``dtype``; a large one some rows at a time."""
+        steps = self._by_rows(name)
+        stored = None if steps is None else self._checked(steps[0])
+        if steps is None or stored is None or stored.numel() <= _LARGE:
+            return self.read(name).to(dtype)
+        result = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+        count = max(_LARGE // math.prod(stored.shape[1:]), 1)
+        for first in range(0, len(stored), count):
+            rows = stored[first : first + count].float()
+            for fitted in steps[1]:
+                changed = torch.empty_like(rows)
+                carry_out(fitted, rows, changed, first)
+                check_finite(name, changed, "overflows float32 when transformed")
+                rows = changed
+            result[first : first + count] = rows
+        return result
+
+    def _by_rows(self, name: str) -> tuple[str, list[Fitted]] | None:
+        """A parameter's first name and what all plans do to it, where they do it row by row."""
+        steps: list[Fitted] = []
+        for plan, before in zip(reversed(self.plans), reversed(self.inventories), strict=True):
+            if name in plan.created:
+                return None
+            name = name if name in plan.untied else before.canonical[name]
+            if operations := plan.operations.get(name, ()):
+                fitted = fit(operations, before.shapes[name])
+                if fitted is None or fitted.rows != 1 or fitted.shape != before.shapes[name]:
+                    return None
+                steps.insert(0, fitted)
+        return name, steps
 
     def _checked(self, name: str) -> Tensor:
         """One parameter as it is stored, zeros where unused rows were. Raises AutoQuantError where it is not finite."""

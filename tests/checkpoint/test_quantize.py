@@ -3,15 +3,17 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from quantized import DATA, PACKAGED, STATIC_KV, config_of, gpt2, windows
+from quantized import DATA, PACKAGED, STATIC, STATIC_KV, TINY, config_of, gpt2, windows
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import autoquant
 from autoquant.checkpoint.formats.native import TENSORS
@@ -20,6 +22,7 @@ from autoquant.cli.main import main
 from autoquant.config.file import save_config
 from autoquant.config.format import Config, Rounding, SmoothingMethod, Strategy, edited
 from autoquant.errors import AutoQuantError
+from autoquant.io.safetensors_stream import open_shards
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.linear import int8_weights
 
@@ -60,6 +63,27 @@ def test_layer_by_layer_the_same_bytes_are_written(model: str, transforms: str, 
     assert files(tmp_path / "layered") == files(tmp_path / "whole")
     count = 5 if model == "packaged" else 3
     assert ("calibrate", count, count) in layers
+
+
+def test_experts_that_are_stored_one_by_one_are_read_layer_by_layer(whole: Any, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mixtral", **TINY, num_local_experts=3, num_experts_per_tok=2), dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "in")
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in open_shards(tmp_path / "in").entries
+    batches = tuple(torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(0)).split(1))
+    made = replace(recipe(tmp_path / "in", "smooth+fc_fc+rotation", STATIC), calibration=batches)
+    whole(tmp_path / "in", tmp_path / "whole", made, {})
+    quantize_checkpoint(tmp_path / "in", tmp_path / "layered", made, {}, low_memory=True)
+    assert files(tmp_path / "layered") == files(tmp_path / "whole")
+
+
+def test_large_tables_are_rounded_by_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = recipe(PACKAGED, "fc_fc:0.5+rotation")
+    quantize_checkpoint(PACKAGED, tmp_path / "at once", made, {})
+    monkeypatch.setattr("autoquant.checkpoint.streamed._LARGE", 1000)
+    quantize_checkpoint(PACKAGED, tmp_path / "rows", made, {})
+    assert files(tmp_path / "rows") == files(tmp_path / "at once")
 
 
 def test_layer_by_layer_keys_are_scaled_alike(whole: Any, tmp_path: Path) -> None:
