@@ -69,7 +69,8 @@ def is_first() -> bool:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """A context in which the processes that torchrun started know each other; one process is alone in it.
+    """A context in which the processes that torchrun started know each other, and which all leave together; one process
+    is alone in it.
 
     Raises AutoQuantError where they cannot be joined.
     """
@@ -85,5 +86,6 @@ def joined(device: torch.device) -> Iterator[Processes]:
         raise AutoQuantError(f"the {count} processes cannot be joined: {' '.join(str(error).split())[:200]}") from error
     try:
         yield Processes(distributed.get_rank(), count, device)
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
