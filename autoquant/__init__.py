@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         search,
         serve_check,
         verify,
+        write_page,
     )
     from autoquant.errors import AutoQuantError
 
@@ -47,6 +48,7 @@ __all__ = [
     "search",
     "serve_check",
     "verify",
+    "write_page",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from autoquant.io.safetensors_stream import Shards, open_shards
 
 ADAPTER = "adapter_config.json"
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_FACTORY = re.compile(r"[\w.]+:\w+")
 _SCALED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
@@ -29,9 +31,15 @@ def checkpoint_folder(source: str | Path, *, weights: bool = True, trust_remote_
     name = str(source)
     if path.exists():
         raise AutoQuantError(f"{name}: is a file; name the checkpoint's folder")
+    if _FACTORY.fullmatch(name):
+        raise AutoQuantError(f"{name}: is a factory's, which has no weights in a file; name a folder or a hub id")
     if not _may_be_hub_id(source):
         near = did_you_mean(path.name, [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise AutoQuantError(f"{name}: no such folder{near}; expected a checkpoint of transformers")
+    from transformers import CONFIG_MAPPING
+
+    if name in CONFIG_MAPPING:
+        raise AutoQuantError(f"{name}: is a model type, which has no weights; name a folder or a hub id")
     import huggingface_hub
 
     patterns = [*_PATTERNS, *["*.safetensors"] * weights, *["*.py"] * trust_remote_code]

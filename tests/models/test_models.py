@@ -17,6 +17,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.models import reduce as reduction
 from autoquant.models import sizes as model_sizes
 from autoquant.models.build import build_meta
+from autoquant.models.checkpoint_source import checkpoint_folder
 from autoquant.models.reduce import float64_throughout, grouped_experts, layer_kinds, randomise_, small
 from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource, layer_count, limit_layers, one_line
@@ -474,3 +475,11 @@ def test_a_folder_with_an_adapter_alone_is_named_as_that(tmp_path: Path) -> None
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(AutoQuantError, match=r"holds an adapter \(LoRA\) and no model; merge it into its base first"):
         find_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("llama", "is a model type, which has no weights"), ("a.b:make", "is a factory's, which has no")]
+)
+def test_what_has_no_weights_is_named_as_that(name: str, said: str) -> None:
+    with pytest.raises(AutoQuantError, match=f"{name}: {said}.*name a folder or a hub id"):
+        checkpoint_folder(name)
