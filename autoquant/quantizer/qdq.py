@@ -46,6 +46,8 @@ class QDQLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:  # of two matrices and a bias onnxruntime makes a Gemm, and rounds the bias to its integers
+            return self(x.unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]  # a module's call is untyped
         rounded = _symbolic("QuantizeLinear", (x, self.input_scale, self.input_zero_point), torch.int8)
         inputs = _symbolic("DequantizeLinear", (rounded, self.input_scale, self.input_zero_point), torch.float32)
         axis = {"axis": 1} if self.scale.dim() else None

@@ -29,7 +29,7 @@ def test_tensors_are_as_matmul_takes_them(per_channel: bool) -> None:
     assert made.scale.shape == made.zero_points.shape == ((3,) if per_channel else ())
     assert made.input_scale.item() == 0.5 and made.bias is not None
     assert not made.zero_points.any() and made.zero_points.dtype is made.input_zero_point.dtype is torch.int8
-    assert made(torch.zeros(2, 4, 5)).shape == (2, 4, 3)
+    assert made(torch.zeros(2, 4, 5)).shape == (2, 4, 3) and made(torch.zeros(4, 5)).shape == (4, 3)
 
 
 def test_dynamic_scales_and_weights_of_other_modules_are_refused() -> None:
