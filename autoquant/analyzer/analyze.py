@@ -16,6 +16,7 @@ from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.layers import ends_apart, find_stacks, represent, whole
 from autoquant.analyzer.lengths import common, longer_inputs
 from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
+from autoquant.analyzer.unlisted import unlisted
 from autoquant.analyzer.untraced import untraced
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import Captured, capture
@@ -90,6 +91,7 @@ def analyze(
         if reason is None:
             break
     blocked = (*analysis.findings.blocked, *untraced(traced, captured, loaded.missing))
+    blocked = (*blocked, *unlisted(traced, captured, analysis, blocked))
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)
     config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
     if loaded.short is not None:

@@ -272,6 +272,10 @@ class Axes:
         """Note a use that gives the parameter no variables; it must be the only kind of use."""
         self._use(param, how, here)
 
+    def uses(self, name: str) -> dict[str, Reason]:
+        """The ways in which a parameter is used, in words, each where it was met first."""
+        return dict(self._uses.get(name, {}))
+
     def _use(self, param: Param, how: str, here: Reason) -> None:
         self._uses.setdefault(param.name, {}).setdefault(how, here)
 

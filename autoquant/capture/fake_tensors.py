@@ -43,6 +43,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     tables = [(now[key], dict(now[key])) for now, _ in attributes for key in _MODULE_TABLES]
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
     threshold, dtype = logging.root.manager.disable, torch.get_default_dtype()
+    fused = torch.backends.mha.get_fastpath_enabled()  # an encoder layer as one operator, of which nothing is known
     try:
         with (
             torch.random.fork_rng(devices=()),
@@ -54,11 +55,13 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))  # a failing export prints its graph
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             logging.disable(logging.CRITICAL)
+            torch.backends.mha.set_fastpath_enabled(False)
             module.eval()
             yield
     finally:
         reset_dynamo()
         torch.set_default_dtype(dtype)
+        torch.backends.mha.set_fastpath_enabled(fused)
         logging.disable(threshold)
         for now, before in attributes + tables:
             if list(map(id, now.values())) != list(map(id, before.values())) or list(now) != list(before):

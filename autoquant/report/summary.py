@@ -177,8 +177,12 @@ def _totals(config: Config, unknown: Sequence[str]) -> str:
     else:
         residual = "no residual that could be rotated"
     names = f" ({', '.join(unknown)})" if unknown else ""
+    paths = {linear.path for linear in config.model.linears}
+    parts = {(b.path, b.layers) for b in config.blocked if b.what == "smoothing" and b.path not in paths}
+    beside = sum(len(_numbers(layers)) for _, layers in parts)
+    more = f" ({beside} more {'part' if beside == 1 else 'parts'} with matrices: see the notes)" if beside else ""
     return (
-        f"{sum(flags)} of {len(flags)} linears smoothable, {residual}, "
+        f"{sum(flags)} of {len(flags)} linears smoothable{more}, {residual}, "
         f"{len(unknown)} {'operator' if len(unknown) == 1 else 'operators'} without a rule{names}"
     )
 

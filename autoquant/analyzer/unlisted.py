@@ -1,0 +1,67 @@
+"""Matrices that stand in no product: listed all the same, with what they are used for instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from autoquant.analyzer.analysis import NO_SOURCE, Analysis
+from autoquant.analyzer.rules.sentences import qualified
+from autoquant.analyzer.variables import Reason
+from autoquant.capture.routes import Captured
+from autoquant.config.format import Blocked
+from autoquant.config.layers import module_of
+
+UNUSED = "it is not traced: nothing that it computes reaches the logits"
+TABLE = "its rows are looked up, and what they write is not rotated"
+AS_A_TENSOR = "it stands in no product that could be followed: it is used as "
+KEPT = "a tensor that keeps its scale"
+
+
+def unlisted(
+    module: nn.Module, captured: Captured, analysis: Analysis, blocked: Iterable[Blocked]
+) -> tuple[Blocked, ...]:
+    """An entry for every parameter of two or more dimensions that is no linear's, in no claim, and not blocked yet."""
+    tied = {name: names for names in captured.aliases for name in names}
+    known = {other for name in _known(analysis) for other in tied.get(name, (name,))}
+    paths = {entry.path for entry in blocked}
+    uses = analysis.scales.analysis.axes.uses
+    found: dict[Blocked, None] = {}
+    for name, parameter in module.named_parameters():
+        names = tied.get(name, (name,))
+        if parameter.dim() < 2 or known.intersection(names) or any(_covered(one, paths) for one in names):
+            continue
+        text, reason = _why({how: reason for one in names for how, reason in uses(one).items()})
+        operator, at = ("forward", module_of(name)) if reason is None else (qualified(reason.operator), reason.at)
+        entry = Blocked(path=module_of(name), what="smoothing", reason=text, operator=operator, at=at)
+        found[entry] = None
+    return tuple(found)
+
+
+def _known(analysis: Analysis) -> Iterator[str]:
+    findings = analysis.findings
+    yield from (linear.weight for linear in findings.linears)
+    for group in findings.groups:
+        yield from (slot.path for slot in (*group.sources, *group.targets))
+    for space in findings.spaces:
+        yield from (slot.path for slot in space.writers)
+        yield from (slot.path for read in space.reads for slot in read.readers)
+
+
+def _covered(name: str, paths: set[str]) -> bool:
+    """True if the parameter, its module or a module around it is blocked already."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in paths for end in range(1, len(parts) + 1))
+
+
+def _why(uses: dict[str, Reason]) -> tuple[str, Reason | None]:
+    """What the parameter is used for, in words, and the operator that says so."""
+    if not uses:
+        return UNUSED, None
+    how, reason = max(uses.items(), key=lambda use: use[1].order)
+    if how == "a table":
+        return TABLE, reason
+    if how.startswith("a weight"):
+        return NO_SOURCE, reason
+    return (reason.text if how == KEPT else f"{AS_A_TENSOR}{how}"), reason

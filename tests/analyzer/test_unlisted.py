@@ -1,0 +1,46 @@
+"""Every matrix of a model is a linear, in a claim, or listed with what it is used for."""
+
+from __future__ import annotations
+
+import torch
+from small_graphs import Graph, lin, par
+from torch import nn
+from torch.nn import functional
+
+from autoquant.analyzer.analyze import analyze
+from autoquant.analyzer.rules.sentences import qualified
+from autoquant.analyzer.unlisted import AS_A_TENSOR, UNUSED
+from autoquant.models.source import ModelSource
+
+TOKENS = torch.tensor([[3, 1, 4], [1, 5, 2]])
+
+
+def listed(function: object, **parts: nn.Module | nn.Parameter) -> dict[str, tuple[str, str]]:
+    model = Graph(function, emb=nn.Embedding(8, 4), head=lin(), **parts)
+    config = analyze(ModelSource("made", factory=lambda: (model, (TOKENS,)))).config
+    return {b.path: (b.reason, b.operator) for b in config.blocked if b.what == "smoothing"}
+
+
+def test_a_weight_that_is_normalised_first_is_listed_with_the_operator() -> None:
+    found = listed(lambda s, t: s.head(functional.linear(s.emb(t), functional.normalize(s.w))), w=par(4, 4))
+    assert found["w"] == (f"{AS_A_TENSOR}a tensor", qualified("linalg_vector_norm"))
+
+
+def test_a_matrix_that_nothing_reads_is_listed() -> None:
+    found = listed(lambda s, t: s.head(s.emb(t)), spare=par(4, 4), vector=par(4))
+    assert found["spare"] == (UNUSED, "forward")
+    assert "vector" not in found
+
+
+def test_a_linear_and_a_table_in_a_claim_are_not_listed_again() -> None:
+    found = listed(lambda s, t: s.head(functional.rms_norm(s.emb(t), (4,), s.g)), g=nn.Parameter(torch.ones(4)))
+    assert found == {}
+
+
+def test_an_encoder_layer_is_not_one_operator() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, "relu", batch_first=True, norm_first=True).eval()
+    model = Graph(lambda s, t: s.head(s.layer(s.emb(t))), emb=nn.Embedding(8, 4), head=lin(), layer=layer)
+    config = analyze(ModelSource("made", factory=lambda: (model, (TOKENS,)))).config
+    assert {linear.weight for linear in config.model.linears} >= {"layer.linear1.weight", "layer.linear2.weight"}
+    assert "layer.linear1 -> linear2" in {group.name for group in config.smoothing.groups}
+    assert torch.backends.mha.get_fastpath_enabled()
