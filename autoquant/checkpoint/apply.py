@@ -7,6 +7,7 @@ interrupts the work, no folder that looks finished is left.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import warnings
@@ -32,12 +33,13 @@ from autoquant.executor.apply import Applied, execute_, is_finite, summarise
 from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
-from autoquant.io.folders import check_target, finished_folder
+from autoquant.io.folders import check_target, finished_folder, resumable_folder
 from autoquant.io.safetensors_stream import INDEX, Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.load import listed, load_skeleton, load_with_unplaced
 from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.models.vocabulary import token_tables
+from autoquant.version import __version__
 
 ALTERNATIVE = "disable it in the config, or use --no-rotate"
 
@@ -168,13 +170,34 @@ def write_changed(
     check_plain_plan(plan)
     applied = summarise(plan, resolved)
     folding = _folding(stored, names, plan, dtype)
-    with finished_folder(target) as folder:
+    digest = _digest(stored, config, resolved, scales, dtype, device)
+    with resumable_folder(target, digest) as (folder, journal):
         copy_side_files(source, folder)
-        fold(folding, folder, device, workers, progress)
+        fold(folding, folder, device, workers, journal, progress)
         _write_index(folder, folding)
         _write_provenance(folder, source, config, applied, options, proof)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
+
+
+def _digest(
+    stored: Stored,
+    config: Config,
+    resolved: Resolved,
+    scales: Scales | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> str:
+    """What stands for all that decides the bytes of the shards; of the source's files size and time do."""
+    found = hashlib.sha256(config.model_dump_json(by_alias=True).encode())
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in stored.shards.paths()]
+    spaces = [(one.name, one.layer, one.method.value, one.seeds) for one in resolved.spaces]
+    groups = [(one.name, one.layer) for one in resolved.groups]
+    said = (__version__, torch.__version__, str(stored.source.resolve()), files, spaces, groups, dtype, device.type)
+    found.update(repr(said).encode())
+    for key, values in (scales or {}).items():
+        found.update(repr(key).encode() + values.double().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def match_names(inventory: ModelStructure, shards: Shards) -> dict[str, str] | None:

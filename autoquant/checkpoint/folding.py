@@ -21,13 +21,16 @@ from autoquant.checkpoint.finite import find_unused
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import is_finite
 from autoquant.executor.operations import Fill, Operation
-from autoquant.executor.pieces import Fitted, carry_out, execute, fit
+from autoquant.executor.pieces import PIECE, PIECE_OF_MANY, Fitted, carry_out, execute, fit
+from autoquant.io.journal import Journal
 from autoquant.io.safetensors_stream import Shards
 from autoquant.io.safetensors_writer import PT, Described, Places, places
 from autoquant.threads import cores, in_parallel
 
 PART = 1 << 23
 """Elements of a tensor that are one piece of work."""
+_FEW = 4
+"""Workers whose calls do not yet keep the interpreter busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +76,24 @@ class _Part:
     last: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """Where, and in pieces of how many elements."""
+
+    device: torch.device
+    piece: int
+
+
 def fold(
     folding: Folding,
     folder: Path,
     device: torch.device,
     workers: int | None = None,
+    journal: Journal | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write all files to ``folder``, folded on ``device``. ``workers`` None: as many as there are cores.
+    """Write all files to ``folder``, folded on ``device``. ``workers`` None: as many as there are cores; ``journal``:
+    what is there already, and from now on.
 
     Warns of rows of token tables that are not finite. Raises AutoQuantError where all else is not, which is found out
     of every tensor, and where a result overflows its dtype.
@@ -89,10 +102,11 @@ def fold(
     total = sum(map(len, folding.files.values()))
     bad: set[str] = set()
     done: set[str] = set()
-    with places(files, dict(folding.shards.metadata) or PT, ordered=True) as opened:
-        results = in_parallel(
-            lambda part: _write(folding, part, device, opened, bad), _parts(folding), workers or cores()
-        )
+    with places(files, dict(folding.shards.metadata) or PT, ordered=True, journal=journal) as opened:
+        number = workers or cores()
+        how = _How(device, PIECE if number <= _FEW else PIECE_OF_MANY)
+        parts = _parts(folding, number)
+        results = in_parallel(lambda part: _write(folding, part, how, opened, bad), parts, number)
         with closing(results):
             for name in results:
                 if opened.is_whole(name) and name not in done:
@@ -103,33 +117,49 @@ def fold(
             _repair(folding, opened, bad)
 
 
-def _parts(folding: Folding) -> Iterator[_Part]:
-    """All work, in the order of the files; the system is told what is read next."""
+def _parts(folding: Folding, workers: int) -> Iterator[_Part]:
+    """All work: of as many files by turns as half of the workers, which would wait for each other at one file."""
     shards = folding.shards
-    for output in folding.outputs():
-        entry = shards.entries[output.stored]
-        fitted = fit(output.operations, entry.shape)
-        granule = None if fitted is None or fitted.shape != entry.shape else fitted.rows
-        if granule is None or math.prod(entry.shape) <= PART:
-            shards.read_ahead(output.stored, 0, math.prod(entry.shape) * entry.dtype.itemsize)
+    waiting = [_parts_of(folding, outputs) for outputs in folding.files.values()]
+    active: list[Iterator[_Part]] = []
+    while waiting or active:
+        while waiting and len(active) < max(workers // 2, 1):
+            active.append(waiting.pop(0))
+        for parts in [*active]:
+            part = next(parts, None)
+            if part is None:
+                active.remove(parts)
+                continue
+            entry = shards.entries[part.output.stored]
+            row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+            rows = (entry.shape[0] if entry.shape else 1) if part.last is None else part.last - part.first
+            shards.read_ahead(part.output.stored, part.first * row, rows * row)
+            yield part
+
+
+def _parts_of(folding: Folding, outputs: Sequence[Output]) -> Iterator[_Part]:
+    """The work on one file."""
+    for output in outputs:
+        shape = folding.shards.entries[output.stored].shape
+        fitted = fit(output.operations, shape)
+        granule = None if fitted is None or fitted.shape != shape else fitted.rows
+        if granule is None or math.prod(shape) <= PART:
             yield _Part(output, fitted)
             continue
-        row = math.prod(entry.shape[1:])
-        step = max(PART // row // granule, 1) * granule
-        for first in range(0, entry.shape[0], step):
-            last = min(first + step, entry.shape[0])
-            begin, end = (at * row * entry.dtype.itemsize for at in (first, last))
-            shards.read_ahead(output.stored, begin, end - begin)
-            yield _Part(output, fitted, first, last)
+        step = max(PART // math.prod(shape[1:]) // granule, 1) * granule
+        for first in range(0, shape[0], step):
+            yield _Part(output, fitted, first, min(first + step, shape[0]))
 
 
-def _write(folding: Folding, part: _Part, device: torch.device, opened: Places, bad: set[str]) -> str:
+def _write(folding: Folding, part: _Part, how: _How, opened: Places, bad: set[str]) -> str:
     """Read a part, fold it and put it to its place; the name of its output.
 
     Where the source is not finite its name goes into ``bad``, and nothing is put. With anything but a token table in
     there the work is in vain, so that no more is done than to look at the others.
     """
     output = part.output
+    if opened.holds(output.name, part.first, part.last):
+        return output.name
     tensor = folding.shards.read(output.stored)
     given = tensor if part.last is None else tensor[part.first : part.last]
     vain = bool(bad - {folding.names.get(table) for table in folding.tables})
@@ -138,7 +168,7 @@ def _write(folding: Folding, part: _Part, device: torch.device, opened: Places, 
         bad.add(output.stored)
     if vain or output.stored in bad:
         return output.name
-    result = _folded(part, given, device)
+    result = _folded(part, given, how)
     if output.parameter and not is_finite(result):  # as it is where the source is not
         if _is_sound(output, given):
             raise _overflow(output)
@@ -162,7 +192,7 @@ def _repair(folding: Folding, opened: Places, bad: Collection[str]) -> None:
     for output in folding.outputs():
         if output.stored in bad and output.parameter:
             given = unused.hidden(output.parameter, shards.read(output.stored))
-            result = _folded(_Part(output, fit(output.operations, tuple(given.shape))), given, given.device)
+            result = execute(output.operations, given, output.dtype) if output.operations else given.to(output.dtype)
             if not is_finite(result):
                 raise _overflow(output)
             opened.put_again(output.name, unused.restored(output.parameter, result))
@@ -174,17 +204,29 @@ def _overflow(output: Output) -> AutoQuantError:
 
 
 @torch.no_grad()
-def _folded(part: _Part, given: Tensor, device: torch.device) -> Tensor:
+def _folded(part: _Part, given: Tensor, how: _How) -> Tensor:
+    """The part as it is written, in memory that the thread's next one takes."""
     output = part.output
     if not output.operations:
         return given.to(output.dtype)
-    if device.type != "cpu":
-        return _folded_on(part, given, device)
+    if how.device.type != "cpu":
+        return _folded_on(part, given, how.device)
     if part.fitted is None:
         return execute(output.operations, given, output.dtype)
-    result = torch.empty(given.shape, dtype=output.dtype)
-    carry_out(part.fitted, given, result, part.first)
+    result = _kept_memory(given.numel() * output.dtype.itemsize).view(output.dtype).view(given.shape)
+    carry_out(part.fitted, given, result, part.first, how.piece)
     return result
+
+
+_kept = threading.local()
+
+
+def _kept_memory(size: int) -> Tensor:
+    """So many bytes, the same ones for each call of a thread: memory that is new is dear."""
+    found: Tensor | None = getattr(_kept, "memory", None)
+    if found is None or len(found) < size:
+        found = _kept.memory = torch.empty(size, dtype=torch.uint8)
+    return found[:size]
 
 
 def _folded_on(part: _Part, given: Tensor, device: torch.device) -> Tensor:
@@ -202,11 +244,8 @@ def _folded_on(part: _Part, given: Tensor, device: torch.device) -> Tensor:
     return back
 
 
-_streams = threading.local()
-
-
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    found: torch.cuda.Stream | None = getattr(_streams, "stream", None)
+    found: torch.cuda.Stream | None = getattr(_kept, "stream", None)
     if found is None or found.device != device:
-        found = _streams.stream = torch.cuda.Stream(device)
+        found = _kept.stream = torch.cuda.Stream(device)
     return found

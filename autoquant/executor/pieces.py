@@ -8,6 +8,7 @@ alone (heads); where there is none, in several passes with a copy in float64 bet
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ from autoquant.executor.operations import Add, Axis, Centre, Fill, Normalise, Op
 
 PIECE = 1 << 16
 """Elements of a float64 piece on the CPU: two buffers of 512 KiB stay in the cache of a core."""
+PIECE_OF_MANY = 1 << 20
+"""The same where many threads fold: with small pieces they would wait for the interpreter, and not for the memory."""
 GPU_PIECE = 1 << 24
 """The same on a GPU, whose memory the buffers only have to fit."""
 FOLD_BITS = 4
@@ -91,9 +94,9 @@ def execute(operations: Sequence[Operation], tensor: Tensor, dtype: torch.dtype 
 
 
 @torch.no_grad()
-def carry_out(fitted: Fitted, tensor: Tensor, result: Tensor, first: int = 0) -> None:
+def carry_out(fitted: Fitted, tensor: Tensor, result: Tensor, first: int = 0, piece: int | None = None) -> None:
     """Write to ``result`` what the operations make of ``tensor``, both contiguous: the parameter or, where it has
-    ``rows``, some of them that begin at ``first``.
+    ``rows``, some of them that begin at ``first``. ``piece``: elements at once on the CPU, None: ``PIECE``.
     """
     shape = (tensor.numel() // max(math.prod(fitted.shape[1:]), 1), *fitted.shape[1:])
     source, target = tensor.reshape(shape), result.view(shape)
@@ -102,7 +105,7 @@ def carry_out(fitted: Fitted, tensor: Tensor, result: Tensor, first: int = 0) ->
         between = torch.empty(shape, dtype=torch.float64, device=tensor.device)
     for number, cut in enumerate(fitted.passes):
         into = target if number == len(fitted.passes) - 1 else between
-        _pass(cut, source, into, first)
+        _pass(cut, source, into, first, piece or PIECE)
         source = between
 
 
@@ -234,12 +237,12 @@ def _mixed(step: Step, shape: tuple[int, ...]) -> dict[int, int]:
             return {}
 
 
-def _pass(cut: Pass, source: Tensor, target: Tensor, first: int) -> None:
-    most = PIECE if source.device.type == "cpu" else GPU_PIECE
+def _pass(cut: Pass, source: Tensor, target: Tensor, first: int, piece: int) -> None:
+    most = piece if source.device.type == "cpu" else GPU_PIECE
     length = source.shape[cut.dim] if source.dim() else 1
     across = source.numel() // max(length, 1)
     step = min(max(most // max(across, 1) // cut.granule, 1) * cut.granule, length)
-    rooms = [torch.empty(step * across, dtype=torch.float64, device=source.device) for _ in range(2)]
+    rooms = _rooms(step * across, source.device)
     steps = [_on_device(one, source.device) for one in cut.steps]
     for start in range(0, length, max(step, 1)):
         count = min(step, length - start)
@@ -248,8 +251,22 @@ def _pass(cut: Pass, source: Tensor, target: Tensor, first: int) -> None:
             if not source.dim()
             else (source.narrow(cut.dim, start, count), target.narrow(cut.dim, start, count))
         )
-        piece = rooms[0][: given.numel()].view(given.shape).copy_(given)
-        taken.copy_(_run(steps, piece, rooms[1], cut.dim, start + (first if cut.dim == 0 else 0)))
+        held = rooms[0][: given.numel()].view(given.shape).copy_(given)
+        taken.copy_(_run(steps, held, rooms[1], cut.dim, start + (first if cut.dim == 0 else 0)))
+
+
+_kept = threading.local()
+
+
+def _rooms(elements: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two buffers of float64; on the CPU those that this thread had before, whose memory is there."""
+    rooms: tuple[Tensor, Tensor] | None = getattr(_kept, "rooms", None) if device.type == "cpu" else None
+    if rooms is None or len(rooms[0]) < elements:
+        one, other = (torch.empty(elements, dtype=torch.float64, device=device) for _ in range(2))
+        rooms = one, other
+        if device.type == "cpu" and elements <= 2 * PIECE_OF_MANY:
+            _kept.rooms = rooms
+    return rooms
 
 
 def _run(steps: Sequence[Step], piece: Tensor, room: Tensor, dim: int, start: int) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from autoquant.errors import AutoQuantError
+from autoquant.io.journal import NAME as JOURNAL
+from autoquant.io.journal import Journal, begin, is_resumable, take
 from autoquant.io.locks import claim, left_behind, release
 
 PROVENANCE = "autoquant_provenance.json"
@@ -40,7 +42,7 @@ def check_target(source: Path, target: Path, force: bool) -> None:
     claim(target)
     probe = _beside(outside, "partial")
     try:
-        sweep(target)
+        sweep(target, resumable=False)
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -90,8 +92,11 @@ def check_report(target: Path) -> None:
         raise AutoQuantError(f"{target}: cannot be written: {error.strerror}") from error
 
 
-def sweep(target: Path) -> None:
-    """Remove what dead processes left beside ``target``; an old folder that one of them moved aside comes back."""
+def sweep(target: Path, *, resumable: bool = True) -> None:
+    """Remove what dead processes left beside ``target``; an old folder that one of them moved aside comes back.
+
+    ``resumable`` False leaves what the next run may go on with.
+    """
     target = target.resolve()
     for path in target.parent.glob(f".{_escaped(target.name)}.replaced-*"):
         if left_behind(path.name):
@@ -100,7 +105,7 @@ def sweep(target: Path) -> None:
             else:
                 path.rename(target)
     for path in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
-        if left_behind(path.name):
+        if left_behind(path.name) and (resumable or not is_resumable(path)):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -113,15 +118,37 @@ def finished_folder(target: Path, *, force: bool = True) -> Iterator[Path]:
     the next run removes. Raises AutoQuantError for what :func:`check_replaceable` refuses, and for what the operating
     system does (a full disk).
     """
+    with _finished(target, force, None) as (folder, _):
+        yield folder
+
+
+@contextmanager
+def resumable_folder(target: Path, digest: str) -> Iterator[tuple[Path, Journal]]:
+    """The same with a journal of what is written: what a kill left of a run with the same ``digest``, which stands for
+    all that decides what is written, is gone on with. Shards alone are kept, and what is no shard written anew.
+    """
+    with _finished(target, True, digest) as (folder, journal):
+        assert journal is not None
+        yield folder, journal
+
+
+@contextmanager
+def _finished(target: Path, force: bool, digest: str | None) -> Iterator[tuple[Path, Journal | None]]:
     check_replaceable(target, force)
     claim(target)
     place = target.resolve()
     partial = _beside(place, "partial")
+    journal = None
     try:
         try:
-            sweep(target)
-            partial.mkdir()
-            yield partial
+            journal = None if digest is None else _adopted(place, partial, digest)
+            sweep(target) if journal is None else None
+            if not partial.is_dir():
+                partial.mkdir()
+            if digest is not None and journal is None:
+                journal = begin(partial, digest)
+            yield partial, journal
+            (partial / JOURNAL).unlink(missing_ok=True)
             _flush(partial)
             check_replaceable(target, force)  # what came there meanwhile is kept
             _put(partial, place)
@@ -129,8 +156,27 @@ def finished_folder(target: Path, *, force: bool = True) -> Iterator[Path]:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise AutoQuantError(f"{target}: cannot be written: {reason}; nothing was left there") from error
     finally:
+        if journal is not None:
+            journal.close()
         shutil.rmtree(partial, ignore_errors=True)  # the old folder, where the two changed places
         release(target)
+
+
+def _adopted(place: Path, partial: Path, digest: str) -> Journal | None:
+    """The journal of a killed run's folder, which is now ``partial``; None where there is none to go on with."""
+    for path in sorted(place.parent.glob(f".{_escaped(place.name)}.partial-*")):
+        journal = take(path, digest) if left_behind(path.name) else None
+        if journal is not None:
+            if path != partial:
+                path.rename(partial)
+            for other in partial.iterdir():
+                if other.name != JOURNAL and other.suffix != ".safetensors":
+                    shutil.rmtree(other) if other.is_dir() and not other.is_symlink() else other.unlink()
+            for other in place.parent.glob(f".{_escaped(place.name)}.partial-*"):
+                if other != partial and left_behind(other.name):
+                    shutil.rmtree(other, ignore_errors=True)
+            return journal
+    return None
 
 
 def _put(partial: Path, place: Path) -> None:

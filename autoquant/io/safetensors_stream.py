@@ -192,6 +192,10 @@ class Shards:
     metadata: Mapping[str, str]
     prefix: str = ""
 
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [self.folder / file for file in self.files]
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU: a view of the file, whose bytes are read where they are looked at."""
         path = self.folder / self.entries[name].file

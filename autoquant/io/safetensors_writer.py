@@ -20,6 +20,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from autoquant.io.journal import Journal
 from autoquant.io.safetensors_stream import INDEX, NAMES, SINGLE
 
 Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -78,13 +79,16 @@ class _Place:
 class Places:
     """Files whose headers are written, and whose tensors are put into them by any thread, in any order.
 
-    ``left``: bytes of each tensor that are still to come; ``behind`` puts on disk what is written, meanwhile.
+    ``left``: bytes of each tensor that are still to come; ``behind`` puts on disk what is written, meanwhile;
+    ``journal`` takes it down under the ``names`` of the files.
     """
 
     places: Mapping[str, _Place]
     left: dict[str, int]
     lock: Lock
     behind: Behind
+    names: Mapping[int, str]
+    journal: Journal | None = None
 
     def put(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Write a tensor, or those of its rows that begin at ``first``. Raises OSError as the system does."""
@@ -99,6 +103,21 @@ class Places:
         with self.lock:
             self.left[name] -= len(content)
         self.behind.wrote(place.file, len(content))
+        if self.journal is not None:
+            self.journal.add((self.names[place.file], place.offset + first * row, len(content)), content)
+
+    def holds(self, name: str, first: int = 0, last: int | None = None) -> bool:
+        """True if an earlier run has put a tensor, or its rows from ``first`` to ``last``: they need not be put."""
+        if self.journal is None or not self.journal.done:
+            return False
+        place = self.places[name]
+        row = torch.Size(place.shape[1:]).numel() * place.dtype.itemsize
+        size = torch.Size(place.shape).numel() * place.dtype.itemsize if last is None else (last - first) * row
+        if not self.journal.holds((self.names[place.file], place.offset + first * row, size), place.file):
+            return False
+        with self.lock:
+            self.left[name] -= size
+        return True
 
     def is_whole(self, name: str) -> bool:
         """True if nothing of a tensor is still to come."""
@@ -134,7 +153,11 @@ class Behind:
 
 @contextmanager
 def places(
-    files: Mapping[Path, Described], metadata: Mapping[str, str] = PT, *, ordered: bool = False
+    files: Mapping[Path, Described],
+    metadata: Mapping[str, str] = PT,
+    *,
+    ordered: bool = False,
+    journal: Journal | None = None,
 ) -> Iterator[Places]:
     """Files with room for the described tensors, each of which must be put before the block ends; on disk then.
 
@@ -143,20 +166,21 @@ def places(
     """
     with ExitStack() as opened:
         found: dict[str, _Place] = {}
-        descriptors = []
+        names: dict[int, str] = {}
+        kept = os.O_TRUNC if journal is None or not journal.done else 0
         for path, described in files.items():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | kept, 0o666)
             opened.callback(os.close, descriptor)
             found |= _begin(descriptor, described, metadata, ordered)
-            descriptors.append(descriptor)
+            names[descriptor] = path.name
         left = {name: torch.Size(place.shape).numel() * place.dtype.itemsize for name, place in found.items()}
         with ThreadPoolExecutor(1, "autoquant-flush") as pool:
             behind = Behind(pool)
-            yield Places(found, left, Lock(), behind)
+            yield Places(found, left, Lock(), behind, names, journal)
             behind.finish()
         missing = [name for name, size in left.items() if size]
         assert not missing, missing
-        for descriptor in descriptors:
+        for descriptor in names:
             os.fsync(descriptor)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from autoquant.checkpoint import folding
 from autoquant.checkpoint.apply import apply_checkpoint
-from autoquant.config.file import config_text
+from autoquant.config.file import config_text, load_config
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
@@ -343,3 +343,30 @@ def test_a_signal_from_outside(tmp_path: Path, number: signal.Signals) -> None:
     else:  # a kill cannot clean up: what is left is hidden and no model, for it has no config.json
         assert remaining == [f".out.partial-{process.pid}"]
         assert not (tmp_path / remaining[0] / "config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_killed_run_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+) -> None:
+    """In another dtype nothing of it can be kept."""
+    (tmp_path / "config.json").write_text(config_text(saved(tmp_path / "in", dtype=torch.bfloat16)))
+    config = load_config(tmp_path / "config.json")
+    monkeypatch.chdir(tmp_path)
+    apply_checkpoint(Path("in"), config, Path("wanted"), dtype=dtype)
+    script = SCRIPT.replace("time.sleep(600)", "__import__('os').kill(__import__('os').getpid(), 9)")
+    killed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    folded: list[str] = []
+    actual = folding._folded
+
+    def counted(part: Any, *rest: Any) -> torch.Tensor:
+        folded.append(part.output.name)
+        return actual(part, *rest)
+
+    monkeypatch.setattr(folding, "_folded", counted)
+    apply_checkpoint(Path("in"), config, Path("out"), dtype=dtype)
+    assert left(tmp_path) == ["config.json", "in", "out", "wanted"]
+    assert 0 < len(folded) <= 21 - 10 if dtype is None else len(folded) == 21
+    for file in (tmp_path / "wanted").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
