@@ -165,7 +165,7 @@ def _text_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
     module: Any = loaded.module
     if takes_media(module) and not reads_text(module):
         return
-    for tokens in LENGTHS:
+    for tokens in (*LENGTHS, *_named_spans(module)):
         made = _text(loaded, 1, tokens, seed + tokens)
         if made is not None:
             yield Run(f"{tokens} tokens", tokens, partial(_call, loaded, (), made))
@@ -255,17 +255,31 @@ def _spans(module: nn.Module) -> list[int]:
         found += _named_in(type(part).forward, seen)
         for value in vars(part).values():
             found += _named_in(value, seen)
-    spans = [abs(value) for value in found if max(FACTORY_LENGTHS) <= abs(value) < _LONGEST]
+    return _beyond(found, max(FACTORY_LENGTHS))
+
+
+def _named_spans(module: nn.Module) -> list[int]:
+    """The same of a library's model, whose configuration names its windows: what the code of its own files says."""
+    seen: set[int] = set()
+    files = frozenset(type(part).__module__ for part in module.modules())
+    found = [value for part in module.modules() for value in _named_in(type(part).forward, seen, files)]
+    return _beyond(found, max(LENGTHS))
+
+
+def _beyond(found: Collection[int], longest: int) -> list[int]:
+    spans = [abs(value) for value in found if longest <= abs(value) < _LONGEST]
     return [max(spans) + 9] if spans else []
 
 
-def _named_in(function: Any, seen: set[int]) -> list[int]:
-    """The whole numbers in a function's code, its closure and the globals that it reads, and in functions there."""
+def _named_in(function: Any, seen: set[int], files: Collection[str] | None = None) -> list[int]:
+    """The whole numbers in a function's code, its closure and the globals that it reads, and in functions there, those
+    of ``files`` alone.
+    """
     if isinstance(function, partial):
         own = [value for value in (*function.args, *function.keywords.values()) if type(value) is int]
-        return own + _named_in(function.func, seen)
-    code = getattr(function, "__code__", None)
-    if code is None or id(code) in seen or (getattr(function, "__module__", None) or "").startswith("torch"):
+        return own + _named_in(function.func, seen, files)
+    code, file = getattr(function, "__code__", None), getattr(function, "__module__", None) or ""
+    if code is None or id(code) in seen or file.startswith("torch") or (files is not None and file not in files):
         return []
     seen.add(id(code))
     cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
@@ -277,7 +291,7 @@ def _named_in(function: Any, seen: set[int]) -> list[int]:
         constants = codes.pop().co_consts
         found += [value for value in constants if type(value) is int]
         codes += [value for value in constants if inspect.iscode(value)]
-    return found + [number for value in values for number in _named_in(value, seen)]
+    return found + [number for value in values for number in _named_in(value, seen, files)]
 
 
 def _is_filled(cell: CellType) -> bool:

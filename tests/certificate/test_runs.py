@@ -86,6 +86,27 @@ def test_a_library_model_is_padded_moved_and_decoded() -> None:
     assert given(module).length == 8
 
 
+FEW = 300
+
+
+class Branching(nn.Module):
+    """A part of a library's model whose code names a length that no configuration does."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.tanh() if hidden.shape[1] > FEW else hidden
+
+
+def test_a_length_that_the_code_names_is_exceeded() -> None:
+    from autoquant.models.reduce import small
+
+    made = small(find_source("llama", layers=2))
+    assert [run.length for run in further_runs(made, (), 0)][:3] == [1, 64, 12]
+    made.module.model.norm = nn.Sequential(made.module.model.norm, Branching())
+    (longest,) = [run for run in further_runs(made, (), 0) if run.length > 64]
+    assert (longest.name, longest.length) == ("309 tokens", FEW + 9)
+    assert longest(made.module)[0].shape[1] == longest.length
+
+
 def test_windows_are_shorter_than_the_longest_run() -> None:
     source = find_source("mistral")
     assert source.config.sliding_window == 4096
