@@ -129,10 +129,10 @@ def main(
 HEADER = ("| strategy | made by | perplexity in vLLM | above float |", "| --- | --- | ---: | ---: |")
 HEAD = """# The best that vLLM serves, measured by vLLM
 
-Perplexity as vLLM computes it (float32, AMX off; {versions}), windows of 500 tokens behind BOS; what it is above the
-float model's in the same run, with the standard error of that paired difference over windows. Limits of the project:
-static at most +1.0 %, per token at most +0.3 %. Calibrated on the first 64 windows of WikiText-2 valid; the test text
-is read here alone.
+Perplexity as vLLM computes it (float32, AMX off; {versions}),
+windows of 500 tokens behind BOS; what it is above the float model's in the same run, with the standard error of that
+paired difference over windows. Limits of the project: static at most +1.0 %, per token at most +0.3 %. Calibrated on
+the first 64 windows of WikiText-2 valid; the test text is read here alone. `--tokens` takes the first so many of it.
 
 ```
 python benchmarks/servable.py wikinano1m wikinano30m --data wiki.test.raw --calibration wiki.valid.raw \\
@@ -141,7 +141,10 @@ python benchmarks/servable.py wikinano1m wikinano30m --data wiki.test.raw --cali
 
 The configs are those that `autoquant search` found on calibration text (64 windows to fit, 32 others to judge), each
 with its evidence: [results/search/](results/search/)`MODEL-STRATEGY-vllm.json`. Up to four linears of a static one have
-scales per token, so that the folder has two schemes.
+scales per token, so that the folder has two schemes. Three of the searches were ended by a budget of 3.3 minutes on an
+H100 that they shared with each other, with these knobs: wikinano1m c/t static (all, to alpha), wikinano30m
+c/t static (spikes,clip,alpha,weights) and c/token (alpha,weights); wikinano1m c/token went through on a CPU
+(rotation,weights).
 
 ```
 autoquant search MODEL MODEL.json -o FOUND.json --calibration wiki.valid.raw --strategy STRATEGY --target vllm \\
