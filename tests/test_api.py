@@ -212,7 +212,7 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
 def test_a_config_that_is_saved_has_its_schema_beside_it(example_config: Config, tmp_path: Path) -> None:
     aq.save_config(example_config, tmp_path / "c.json")
     written = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
-    assert written["$schema"] == "autoquant-config.v1.schema.json"
+    assert written["$schema"] == "autoquant-config.v2.schema.json"
     assert (tmp_path / written["$schema"]).read_text(encoding="utf-8") == schema_text()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

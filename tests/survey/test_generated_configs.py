@@ -49,7 +49,7 @@ def test_each_is_valid_and_proved(name: str) -> None:
     config = load_config(FOLDER / f"{name}.json")
     assert config.provenance.model == split_name(name)[0]
     schema = (FOLDER / f"{name}.json").parent / config.schema_
-    assert schema.resolve() == FOLDER.parent / "schemas" / "autoquant-config.v1.schema.json"
+    assert schema.resolve() == FOLDER.parent / "schemas" / "autoquant-config.v2.schema.json"
     assert config.certificate is not None and config.certificate.proved
     assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == config_text(config)
 
