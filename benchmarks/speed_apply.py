@@ -1,6 +1,6 @@
 """``autoquant apply`` against copying the same files through safetensors: ``python benchmarks/speed_apply.py MODEL``.
 
-MODEL is a folder (``benchmarks/make_llama_1b.py``), DIR (``-o``) takes three copies of it. Both are a Python process
+MODEL is a folder (``benchmarks/make_llama.py``), DIR (``-o``) takes three copies of it. Both are a Python process
 that has imported what it needs, and are timed from there: ``copy`` loads each file with ``load_file``, writes it with
 ``save_file``, and flushes it to disk as ``apply`` does. The whole process, from its start, is in the last columns. Each
 is measured ``--rounds`` times by turns, the least counts; ``busy`` is beside ten processes that compute. Sections of
