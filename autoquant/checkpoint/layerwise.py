@@ -51,6 +51,7 @@ from autoquant.pipeline.quantize import (
 from autoquant.quantizer.kv_cache import MODULE, empty_kv_scales, install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
+from autoquant.threads import one_arena_
 
 
 def check_streamable(config: Config, strategy: Strategy, selected: Selected) -> None:
@@ -130,6 +131,7 @@ def quantize_layer_by_layer(job: Job, progress: Progress) -> Made:
     ``progress`` is told of layers. Raises AutoQuantError, also while tensors are taken, where anything does not fit,
     and LayerCalledAgain for a model that has to be done ``together``.
     """
+    one_arena_()
     plan = rotation_plan(job.selected, job.weights.inventory, job.weights.read)
     rotated = job.weights.planned(plan)
     ones = {(group.name, group.layer): torch.ones(group.channels) for group in job.selected.resolved.groups}
