@@ -123,15 +123,14 @@ def _judge(
     groups: Sequence[tuple[SmoothingGroup, set[str], set[str]]],
     seed: int,
 ) -> Judged:
-    module = copy.deepcopy(bench.loaded.module)
-    if mapping.modifier == "AWQModifier":
-        whole = len(pairs)
-        pairs = [pair for pair in pairs if not _skipped(module, pair)]
-        if not pairs:
-            return Judged(mapping, Verdict.SKIPPED, whole, why="it leaves projections of grouped queries alone")
+    module, whole = copy.deepcopy(bench.loaded.module), len(pairs)
     try:
+        if mapping.modifier == "AWQModifier":
+            pairs = [pair for pair in pairs if not _skipped(module, pair)]
+            if not pairs:
+                return Judged(mapping, Verdict.SKIPPED, whole, why="it leaves projections of grouped queries alone")
         for pair in pairs:
-            scale_(module, pair, tool, seed)
+            scale_(module, pair, tool, seed, fused=tool == "quark" or mapping.modifier == "AWQModifier")
     except AutoQuantError as error:
         return Judged(mapping, Verdict.STOPS, len(pairs), why=error.message)
     with bench.widen():
@@ -219,8 +218,10 @@ def modules_of(module: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def scale_(module: nn.Module, pair: MatchedPair, tool: str, seed: int) -> None:
+def scale_(module: nn.Module, pair: MatchedPair, tool: str, seed: int, *, fused: bool = False) -> None:
     """Divide ``pair.smooth`` by random scales and multiply ``pair.balance`` by them, as ``tool`` does.
+
+    ``fused``: of a packed projection with more rows the last are meant.
 
     Raises AutoQuantError where it would stop: no weight, or other sizes.
     """
@@ -232,7 +233,7 @@ def scale_(module: nn.Module, pair: MatchedPair, tool: str, seed: int) -> None:
     made = scales
     if tool == "quark" and weight.dim() == 2 and len(weight) < width and width % len(weight) == 0:
         made, scales = _repeated(module, scales, len(weight))
-    if len(weight) != len(made) and not (tool == "quark" and weight.dim() == 2 and len(weight) > len(made)):
+    if len(weight) != len(made) and not (fused and weight.dim() == 2 and len(weight) > len(made)):
         raise AutoQuantError(f"'{pair.smooth}' has {len(weight)} channels, '{pair.balance[0]}' reads {width}")
     for name, column in zip(pair.balance, columns, strict=True):
         if column.shape[1] != width:

@@ -145,3 +145,9 @@ def test_a_registry_needs_the_tool(tmp_path: Path) -> None:
         aq.audit("all", "llm-compressor")
     with pytest.raises(AutoQuantError, match="cannot be run"):
         aq.audit("all", "llm-compressor", python=tmp_path / "no-python")
+
+
+def test_a_module_without_a_weight_stops_every_algorithm(gemma2: Bench) -> None:
+    verdict, why = judged(gemma2, "re:.*act_fn$", "re:.*down_proj$", modifier="AWQModifier")
+    assert verdict == "stops"
+    assert why.endswith("has no weight to scale")

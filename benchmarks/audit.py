@@ -1,0 +1,91 @@
+"""Hand-made registries of other tools, class by class: python benchmarks/audit.py --llm-compressor PY --quark PY
+
+PY is the Python of an environment in which the tool is installed (`make bridges-venv` makes one for both). Each mapping
+is applied with random scales to a small float64 model of the class, as the tool applies it, and the logits are compared.
+Writes docs/audit.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+import torch
+import transformers
+
+import autoquant as aq
+from autoquant.recipes.auditing import Entry
+from autoquant.report.recipes import Audited, change_of
+
+PAGE = Path(__file__).parents[1] / "docs" / "audit.md"
+HEAD = """# Registries of other tools, audited
+
+`{command}`, with torch {torch}, transformers {transformers}. Facts only: each mapping is applied with random scales to a small
+random float64 model of the class, as the tool applies it, and the logits are compared at several lengths. How to read the
+verdicts, and how to audit a mapping of your own: [recipes.md](recipes.md). A class whose mappings are all right may still leave
+groups unused; those are listed as idle. "wrong" and "incomplete" say that the function of the model changes, by how much with
+scales between 0.37 and 2.7, and why; they do not say by how much a tuned checkpoint suffers.
+"""
+
+
+def command_of(tools: Iterable[str]) -> str:
+    return "python benchmarks/audit.py " + " ".join(f"--{tool} PYTHON" for tool in tools)
+
+
+def page(found: list[Audited]) -> str:
+    head = HEAD.format(
+        command=command_of(audited.tool for audited in found),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
+    return "\n".join([head, *(line for audited in found for line in section(audited))])
+
+
+def section(audited: Audited) -> Iterator[str]:
+    yield f"## {audited.tool} {audited.version}"
+    yield ""
+    entries = [entry for entry in audited.entries if entry.audit is not None]
+    counts = Counter(entry.audit.verdict.value for entry in entries if entry.audit is not None)
+    left = len(audited.entries) - len(entries)
+    said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    yield f"{len(entries)} entries judged: {said}. Not judged: {left}."
+    yield ""
+    yield "| entry | algorithm | verdict | mappings that do not hold | change of the logits | idle groups |"
+    yield "|---|---|---|---|---|---:|"
+    yield from (row(entry) for entry in audited.entries)
+    yield ""
+
+
+def row(entry: Entry) -> str:
+    if entry.audit is None:
+        return f"| {entry.name} | {entry.modifier} | not judged | {cell(entry.why)} | | |"
+    bad = [one for one in entry.audit.judged if one.verdict.value not in ("right", "skipped")]
+    why = "<br>".join(cell(f"{one.verdict.value}: {one.mapping}: {one.why}") for one in bad)
+    changes = "<br>".join(change_of(one) or "-" for one in bad)
+    cells = (entry.name, entry.modifier, entry.audit.verdict.value, why, changes, str(len(entry.audit.idle)))
+    return f"| {' | '.join(cells)} |"
+
+
+def cell(text: str) -> str:
+    """Text in a cell: no column, no markup of its own."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+@click.command()
+@click.option("--llm-compressor", "llm_compressor", type=click.Path(path_type=Path))
+@click.option("--quark", type=click.Path(path_type=Path))
+@click.option("--entry", default="all", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=PAGE, show_default=True)
+def main(llm_compressor: Path | None, quark: Path | None, entry: str, output: Path) -> None:
+    torch.set_num_threads(1)
+    found = []
+    for tool, python in (("llm-compressor", llm_compressor), ("quark", quark)):
+        if python is not None:
+            found.append(aq.audit(entry, tool, python=python, progress=lambda step, at, of: print(step, flush=True)))
+    output.write_text(page(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
