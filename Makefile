@@ -18,7 +18,11 @@ SERVE_VENV := serve-venv
 SERVE_PYTHON ?= $(SERVE_VENV)/bin/python
 SERVED := $(if $(filter $(SERVE_VENV)/bin/python,$(SERVE_PYTHON)),$(SERVE_VENV)/.installed)
 
-.PHONY: serve test-serve test-onnx demo lint check test test-slow configs survey picture install clean
+# Another for the tools that take our recipes.
+BRIDGE_VENV := bridge-venv
+BRIDGED := $(BRIDGE_VENV)/.installed
+
+.PHONY: test-bridges serve test-serve test-onnx demo lint check test test-slow configs survey picture install clean
 
 demo: $(INSTALLED)
 	mkdir -p $(OUT)
@@ -47,6 +51,11 @@ test-onnx: $(INSTALLED)
 	$(BIN)/pytest -q tests/checkpoint/formats/test_onnx.py
 	$(BIN)/python benchmarks/onnx_check.py
 
+# Our recipes run by LLM Compressor and Quark themselves (benchmarks/bridges.md), and their registries audited (docs/audit.md).
+test-bridges: $(INSTALLED) $(BRIDGED)
+	$(BIN)/python benchmarks/bridges.py --llm-compressor $(BRIDGE_VENV)/bin/python --quark $(BRIDGE_VENV)/bin/python
+	$(BIN)/python benchmarks/audit.py --llm-compressor $(BRIDGE_VENV)/bin/python --quark $(BRIDGE_VENV)/bin/python
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,6 +75,7 @@ test-slow: $(INSTALLED)
 configs: $(INSTALLED)
 	$(BIN)/python -m autoquant schema -o schemas --force
 	$(BIN)/python -m autoquant.survey.generate generated_configs
+	$(BIN)/python -m autoquant.survey.recipes generated_configs
 
 # All kinds of language models; `--task causal-lm` for one. Rows that are there are not made again: `rm -r docs/rows` for a new start.
 survey: $(INSTALLED)
@@ -93,5 +103,11 @@ $(SERVE_VENV)/.installed:
 	$(SERVE_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
+$(BRIDGED):
+	test -x $(BRIDGE_VENV)/bin/python || $(PYTHON) -m venv $(BRIDGE_VENV)
+	$(BRIDGE_VENV)/bin/python -m pip install -c constraints.txt torch
+	$(BRIDGE_VENV)/bin/python -m pip install llmcompressor==0.14.0.1 amd-quark==0.13 onnx
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(SERVE_VENV) $(OUT) build dist
+	rm -rf $(VENV) $(SERVE_VENV) $(BRIDGE_VENV) $(OUT) build dist

@@ -1,8 +1,7 @@
 """Hand-made registries of other tools, class by class: python benchmarks/audit.py --llm-compressor PY --quark PY
 
-PY is the Python of an environment in which the tool is installed (`make bridges-venv` makes one for both). Each mapping
-is applied with random scales to a small float64 model of the class, as the tool applies it, and the logits are compared.
-Writes docs/audit.md.
+PY is the Python of an environment in which the tool is installed. Each mapping is applied with random scales to a small
+float64 model of the class, as the tool applies it, and the logits are compared. Writes docs/audit.md.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ from autoquant.report.recipes import Audited, change_of
 PAGE = Path(__file__).parents[1] / "docs" / "audit.md"
 HEAD = """# Registries of other tools, audited
 
-`{command}`, with torch {torch}, transformers {transformers}. Facts only: each mapping is applied with random scales to a small
-random float64 model of the class, as the tool applies it, and the logits are compared at several lengths. How to read the
-verdicts, and how to audit a mapping of your own: [recipes.md](recipes.md). A class whose mappings are all right may still leave
-groups unused; those are listed as idle. "wrong" and "incomplete" say that the function of the model changes, by how much with
-scales between 0.37 and 2.7, and why; they do not say by how much a tuned checkpoint suffers.
+`{command}`, with torch {torch}, transformers {transformers}. Facts only: each mapping is applied with random scales
+to a small random float64 model of the class, as the tool applies it, and the logits are compared at several
+lengths. How to read the verdicts, and how to audit a mapping of your own: [recipes.md](recipes.md). A class whose
+mappings are all right may still leave groups unused: those are idle. "wrong" and "incomplete" say that the function
+of the model changes, by how much with scales between 0.37 and 2.7, and why; they do not say by how much a tuned
+checkpoint suffers.
 """
 
 

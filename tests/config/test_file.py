@@ -270,7 +270,7 @@ def in_first_version(config: Config) -> str:
 
 
 def test_every_committed_config_is_read_from_the_first_version() -> None:
-    paths = sorted(CONFIGS.rglob("*.json"))
+    paths = sorted(path for path in CONFIGS.rglob("*.json") if "recipes" not in path.parts)
     assert len(paths) == 334
     for path in paths:
         config = load_config(path)

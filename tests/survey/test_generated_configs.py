@@ -41,7 +41,8 @@ def test_there_is_one_for_every_type_that_the_survey_proved_something_of() -> No
     proved = {full_name(row["type"], row["kind"]) for row in rows if offers(row)}
     assert proved <= set(NAMES)
     assert not ({full_name(row["type"], row["kind"]) for row in rows} - proved) & set(NAMES)
-    assert len(NAMES) == len(list(FOLDER.rglob("*.json"))), "none lies where it does not belong"
+    lying = [path for path in FOLDER.rglob("*.json") if "recipes" not in path.parts]
+    assert len(NAMES) == len(lying), "none lies where it does not belong"
 
 
 @pytest.mark.parametrize("name", NAMES)
