@@ -31,3 +31,16 @@ def test_readme_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def squeezed(line: str) -> str:
     return re.sub(r"[ ─]+", " ", line).strip()
+
+
+@pytest.mark.slow
+def test_the_first_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(README.parent)
+    block = re.search(r"^```\npip install \.\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    lines = block[1].replace("out/", f"{tmp_path}/").splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output and f"{tmp_path}/int8" in result.output
