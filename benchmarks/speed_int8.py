@@ -1,13 +1,13 @@
-"""Time of int8 linears, quantizing included, against bf16: python benchmarks/speed_int8.py [--device cuda|cpu]
+"""Time of int8 linears, quantizing included, against others: python benchmarks/speed_int8.py [--device cuda|cpu]
 
-Writes its device's section of speed_int8.md and leaves the other's. CUDA: weights in turn, more than the cache holds;
-replayed as a CUDA graph, and launched one by one. CPU: processor seconds of one thread, the least of several rounds.
+Writes its device's section of speed_int8.md and leaves the other's.
 """
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,14 +25,39 @@ SHAPES = {"cuda": ((4096, 14336), (14336, 4096), (4096, 6144)), "cpu": ((2048, 5
 ROWS = {"cuda": (1, 16, 128, 512, 2048, 8192), "cpu": (1, 16, 128, 512)}
 BEYOND_L2 = 160_000_000
 """Bytes of int8 weights that are gone through in turn: more than three times the 50 MB of an H100's L2."""
+STATIC = 0.03
 Call = Callable[[], Tensor]
 
+ABOUT = {
+    "cuda": """{where}. `{command}`
 
-def int8_weight(inputs: int, outputs: int, device: str, activation: Granularity) -> Int8Weight:
-    values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
-    scale = torch.rand(outputs, 1, device=device) * 1e-3 + 1e-4
-    static = torch.tensor(0.03, device=device) if activation.is_static else None
-    return Int8Weight(values, scale, static, activation, torch.bfloat16, transposed=False)
+bf16 is `torch.nn.functional.linear`; both go through the same weights in turn, more of them than the L2 holds.
+First replayed as CUDA graphs, then launched one by one from Python, where the processor is the limit of small ones.
+"exact": equal to torch's own operations bit for bit, on the CPU up to 512 rows. Tiles: rows x outputs x depth, parts
+of the sum, chunks of rows.
+""",
+    "cpu": """{where}, one thread. `{command}`
+
+Processor milliseconds, the least of {rounds} rounds in which all take turns. "qlinear" is what torch has: quantized
+by torch's operations (times the reciprocal of a static scale; divided by a token's), `onednn.qlinear_pointwise` with
+the weight's scales and a static one in the product, the token's behind it. "product" is qlinear alone, its input int8
+already. Ours gives the numbers of `int8.linear` bit for bit: a division, and two multiplications in their order.
+""",
+}
+
+
+def weights(
+    inputs: int, outputs: int, device: str, activation: Granularity, copies: int
+) -> list[tuple[Int8Weight, Tensor]]:
+    """Int8 weights and the bf16 ones that they come from."""
+    made = []
+    for _ in range(copies):
+        weight = torch.randn(outputs, inputs, dtype=torch.bfloat16, device=device)
+        scale = int8.absmax_scale(weight, (1,))
+        static = torch.tensor(STATIC, device=device) if activation.is_static else None
+        values = int8.quantize(weight, scale)
+        made.append((Int8Weight(values, scale, static, activation, torch.bfloat16, transposed=False), weight))
+    return made
 
 
 def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
@@ -90,20 +115,17 @@ def on_cuda(activation: Granularity) -> list[str]:
         "exact",
         "tiles",
     )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = table_head(head)
     for inputs, outputs in SHAPES["cuda"]:
-        copies = max(2, -(-BEYOND_L2 // (inputs * outputs)))
-        weights = [int8_weight(inputs, outputs, "cuda", activation) for _ in range(copies)]
-        floats = [torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+        pairs = weights(inputs, outputs, "cuda", activation, max(2, -(-BEYOND_L2 // (inputs * outputs))))
         for rows in ROWS["cuda"]:
             x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
-            ours: list[Call] = [partial(int8_linear, x, w) for w in weights]
-            theirs: list[Call] = [partial(functional.linear, x, w) for w in floats]
-            exact = torch.equal(ours[0](), in_torch(x, weights[0], "cpu" if rows <= 512 else "cuda"))
+            ours: list[Call] = [partial(int8_linear, x, weight) for weight, _ in pairs]
+            theirs: list[Call] = [partial(functional.linear, x, weight) for _, weight in pairs]
+            exact = torch.equal(ours[0](), in_torch(x, pairs[0][0], "cpu" if rows <= 512 else "cuda"))
             before, after, again = replayed(theirs), replayed(ours), replayed(theirs)
-            slow, fast = launched(theirs), launched(ours)
-            bf16 = min(before, again)
-            chosen = [tiling for key, tiling in cuda_linear.CHOSEN.items() if key[1:3] == (outputs, inputs)][-1]
+            slow, fast, bf16 = launched(theirs), launched(ours), min(before, again)
+            ran = [tiling for key, tiling in cuda_linear.CHOSEN.items() if key[1:3] == (outputs, inputs)][-1]
             cells = (
                 f"{inputs} x {outputs}",
                 str(rows),
@@ -114,25 +136,114 @@ def on_cuda(activation: Granularity) -> list[str]:
                 f"{fast:.1f}",
                 f"{slow / fast:.2f}x",
                 "yes" if exact else "NO",
-                "" if chosen is None else f"{chosen.rows}x{chosen.outputs}x{chosen.depth}/{chosen.split}",
+                "" if ran is None else f"{ran.rows}x{ran.outputs}x{ran.depth}, {ran.split}, {ran.chunks}",
             )
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(line(cells))
             click.echo(lines[-1])
     return lines
 
 
 def in_torch(x: Tensor, weight: Int8Weight, device: str) -> Tensor:
     """The linear through torch's own operations on a device, brought back."""
-    x, weight = x.to(device), Int8Weight(*_buffers(weight, device), weight.activation, torch.bfloat16, False)
-    static = weight.input_scale
+    x, values, scale = x.to(device), weight.values.to(device), weight.scale.to(device)
     token = weight.activation is Granularity.TOKEN_DYNAMIC
-    scale = int8.absmax_scale(x, (1,) if token else None) if static is None else static
-    return int8.linear(x, weight.values, weight.scale, scale, None).cuda()
+    given = int8.absmax_scale(x, (1,) if token else None) if weight.input_scale is None else weight.input_scale
+    return int8.linear(x, values, scale, given.to(device), None).cuda()
 
 
-def _buffers(weight: Int8Weight, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    static = weight.input_scale
-    return weight.values.to(device), weight.scale.to(device), None if static is None else static.to(device)
+ROUNDS = 30
+
+
+def on_cpu() -> list[str]:
+    head = ("K x N", "M", "bf16", "product")
+    lines = table_head((*head, *CELLS, *(f"{cell}, static" for cell in CELLS)))
+    for inputs, outputs in SHAPES["cpu"]:
+        token, weight = weights(inputs, outputs, "cpu", Granularity.TOKEN_DYNAMIC, 1)[0]
+        static = Int8Weight(
+            token.values, token.scale, torch.tensor(STATIC), Granularity.TENSOR_STATIC, torch.bfloat16, False
+        )
+        packed = torch.ops.onednn.qlinear_prepack(token.values, None)
+        for rows in ROWS["cpu"]:
+            x = torch.randn(rows, inputs, dtype=torch.bfloat16)
+            q = int8.quantize(x, torch.tensor(STATIC))
+            calls: dict[str, Call] = {
+                "bf16": partial(functional.linear, x, weight),
+                "product": partial(qlinear, q, packed, STATIC, token.scale, torch.bfloat16),
+                "qlinear, token": partial(qlinear_token, x, packed, token.scale),
+                "ours, token": partial(int8_linear, x, token),
+                "qlinear, static": partial(qlinear_static, x, packed, token.scale),
+                "ours, static": partial(int8_linear, x, static),
+            }
+            ms = taking_turns(calls, -(-64 // rows))
+            cells = [f"{inputs} x {outputs}", str(rows), f"{ms['bf16']:.2f}", f"{ms['product']:.2f}"]
+            for kind in ("token", "static"):
+                theirs, ours = ms[f"qlinear, {kind}"], ms[f"ours, {kind}"]
+                cells += [f"{theirs:.2f}", f"{ours:.2f}", f"**{theirs / ours:.2f}x**", f"{ms['bf16'] / ours:.2f}x"]
+            lines.append(line(cells))
+            click.echo(lines[-1])
+    return lines
+
+
+CELLS = ("qlinear", "ours", "against qlinear", "against bf16")
+
+
+def taking_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
+    """Processor milliseconds of each call, the least of the rounds."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            call()
+            start = time.process_time()
+            for _ in range(repeats):
+                call()
+            best[name] = min(best[name], (time.process_time() - start) * 1e3 / repeats)
+    return best
+
+
+def qlinear(q: Tensor, packed: Tensor, scale: float, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    scales, zeros = weight_scale.flatten(), torch.zeros(len(weight_scale), dtype=torch.int32)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+        q, scale, 0, packed, scales, zeros, None, 1.0, 0, dtype, "none", [], ""
+    )
+    return out
+
+
+def qlinear_static(x: Tensor, packed: Tensor, weight_scale: Tensor) -> Tensor:
+    q = (x * (1 / STATIC)).round_().clamp_(-128, 127).to(torch.int8)
+    return qlinear(q, packed, STATIC, weight_scale, x.dtype)
+
+
+def qlinear_token(x: Tensor, packed: Tensor, weight_scale: Tensor) -> Tensor:
+    scale = x.abs().amax(1, keepdim=True).float() / 127
+    q = (x / scale).round_().clamp_(-128, 127).to(torch.int8)
+    return qlinear(q, packed, 1.0, weight_scale, torch.float32).mul_(scale).to(x.dtype)
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table_head(names: Sequence[str]) -> list[str]:
+    return [line(names), "|" + "---|" * len(names)]
+
+
+def where(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    models = [text.split(": ")[1].strip() for text in lines if text.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, torch {torch.__version__}"
+
+
+def written(output: Path, device: str, section: str) -> str:
+    """The file's text with the section of one device replaced."""
+    parts = {"cuda": "", "cpu": ""}
+    if output.is_file():
+        for part in output.read_text(encoding="utf-8").split("\n## ")[1:]:
+            parts[part.split("\n")[0].lower()] = part.partition("\n")[2].strip()
+    parts[device] = section.strip()
+    text = ["# Int8 linears", *(f"## {name.upper()}\n{part}" for name, part in parts.items() if part)]
+    return "\n\n".join(text) + "\n"
 
 
 @click.command()
@@ -145,8 +256,11 @@ def _buffers(weight: Int8Weight, device: str) -> tuple[Tensor, Tensor, Tensor | 
 def main(device: str, activation: str, output: Path) -> None:
     """Print the table of a device and write it to its section."""
     torch.manual_seed(0)
-    lines = on_cuda(Granularity(activation))
-    click.echo("\n".join(lines))
+    torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
+    command = f"python benchmarks/speed_int8.py --device {device}"
+    lines = on_cuda(Granularity(activation)) if device == "cuda" else on_cpu()
+    about = ABOUT[device].format(where=where(device), command=command, rounds=ROUNDS)
+    output.write_text(written(output, device, about + "\n" + "\n".join(lines)), encoding="utf-8")
 
 
 if __name__ == "__main__":

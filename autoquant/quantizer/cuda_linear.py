@@ -36,7 +36,8 @@ class Tiling:
     """Extents of a tile in T, O and I, warps and pipeline stages of a program, and into how many parts I is split.
 
     ``swap``: the weight is the left factor. ``tma``: tiles come through Hopper's copy engine. ``group``: rows of tiles
-    that are gone through together. ``rows`` = 1 is the single kernel for one row; its ``depth`` counts words of four.
+    that are gone through together. ``chunks``: x is taken in so many, one quantized while another is multiplied.
+    ``rows`` = 1 is the single kernel for one row; its ``depth`` counts words of four.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class Tiling:
     swap: bool = False
     tma: bool = False
     group: int = 8
+    chunks: int = 1
 
 
 ONE_ROW = (Tiling(1, 8, 256, 4, 3), Tiling(1, 16, 256, 4, 1), Tiling(1, 8, 256, 4, 1))
@@ -56,17 +58,20 @@ MEDIUM = (
     Tiling(128, 128, 128, 4, 3, tma=True),
     Tiling(128, 64, 256, 4, 4, tma=True),
     Tiling(64, 64, 256, 4, 4, tma=True),
-    Tiling(64, 256, 128, 4, 4, tma=True),
     Tiling(128, 256, 128, 8, 4, tma=True),
 )
 LARGE = (
     Tiling(128, 256, 128, 8, 4, tma=True),
     Tiling(128, 256, 128, 8, 4, tma=True, group=16),
-    Tiling(128, 256, 128, 8, 4, tma=True, group=32),
     Tiling(256, 128, 128, 8, 4, tma=True),
     Tiling(256, 128, 128, 8, 4, tma=True, swap=True),
-    Tiling(128, 256, 128, 8, 4, tma=True, swap=True),
 )
+LARGEST = (
+    Tiling(128, 256, 128, 8, 4, tma=True, chunks=4),
+    Tiling(256, 128, 128, 8, 4, tma=True, chunks=4),
+    Tiling(256, 128, 128, 8, 4, tma=True, swap=True, chunks=4),
+)
+"""Beside LARGE, where x in chunks still fills the card."""
 OLDER = (Tiling(128, 128, 64, 8, 3), Tiling(64, 64, 64, 4, 3))
 """For cards before Hopper: less shared memory, no tensor descriptors."""
 
@@ -81,7 +86,7 @@ def tilings(rows: int, outputs: int, hopper: bool) -> tuple[Tiling, ...]:
         return tuple(Tiling(tall, 64, 256, 4, 4 if hopper else 2, split=split, swap=True) for split in parts)
     if not hopper:
         return OLDER
-    return MEDIUM if rows <= 768 else LARGE
+    return MEDIUM if rows <= 768 else LARGE if rows <= 4096 else LARGE + LARGEST
 
 
 def takes(x: Tensor, values: Tensor) -> bool:
@@ -138,11 +143,13 @@ def grouped_linear(x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Ten
     ``values`` is [E, O, I], ``scale`` [E, O or 1, 1], ``input_scale`` [E] static or None for one per token. Rows behind
     the last expert become zero. Nothing waits for the device.
     """
-    x_TI, values, (experts, outputs, _) = _aligned(x_TI), _aligned(values), values.shape
+    x_TI, values, (experts, outputs, inputs) = _aligned(x_TI), _aligned(values), values.shape
     flags = Flags(x_TI.dtype, input_scale is None, False, scale.shape[-2] > 1, None)
     with _on(x_TI.device):
         candidates = tilings(max(2, min(-(-x_TI.shape[0] // experts), 64)), outputs, _hopper(x_TI.device))
-        whole = [tiling for tiling in candidates if tiling.split == 1 and is_exact(tiling, flags, x_TI.device, 3)]
+        whole = [
+            tiling for tiling in candidates if tiling.split == 1 and is_exact(tiling, flags, x_TI.device, inputs, 3)
+        ]
         if not whole:
             return _one_by_one(x_TI, values, scale, input_scale, offs)
         return run_grouped(whole[0], x_TI, values, scale, input_scale, offs, flags)
@@ -202,11 +209,46 @@ def run(
     if tiling.rows == 1:
         _row_product(tiling, x_TI, values, input_scale, scale, bias, out_TO, flags)
         return out_TO
+    if tiling.chunks > 1 and not flags.whole:
+        _run_in_chunks_(tiling, x_TI, values, scale, input_scale, bias, out_TO, flags)
+        return out_TO
     tiles = _up(rows, tiling.rows) * _up(outputs, tiling.outputs)
     zeros = tiles + rows * outputs if tiling.split > 1 else 0
     q, row_scale, work = _quantized(x_TI, input_scale, flags, zeros, None)
     _product(tiling, q, values, row_scale, scale, bias, out_TO, work, flags, None)
     return out_TO
+
+
+def _run_in_chunks_(
+    tiling: Tiling,
+    x_TI: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    out_TO: Tensor,
+    flags: Flags,
+) -> None:
+    """Chunks are quantized on the current stream and multiplied on one that goes before it where both have work.
+
+    The current stream waits for the other at the end, so that all that was allocated on it stays until then.
+    """
+    step = tiling.rows * _up(x_TI.shape[0], tiling.rows * tiling.chunks)
+    here, ahead = torch.cuda.current_stream(x_TI.device), _stream(x_TI.device)
+    held = []
+    for x, out in zip(x_TI.split(step), out_TO.split(step), strict=True):
+        q, row_scale, _ = _quantized(x, input_scale, flags, 0, None)
+        held.append((q, row_scale))
+        ahead.wait_event(here.record_event())
+        with torch.cuda.stream(ahead):
+            _product(tiling, q, values, row_scale, scale, bias, out, None, flags, None)
+    here.wait_stream(ahead)
+    del held
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _quantized(
@@ -253,9 +295,17 @@ def _product(
     a, w = (_tiled(q, tiling.rows, tiling.depth), _tiled(values, tiling.outputs, tiling.depth)) if tma else (q, values)
     arguments = (a, w, row_scale, scale, bias, out_TO, work, offs, rows, outputs, inputs, experts)
     extents = (tiling.rows, tiling.outputs, tiling.depth, tiling.group, tiling.split, tiling.swap)
-    kinds = (tma, inputs % tiling.depth == 0, flags.token, flags.channel, bias is not None, _power_of_two(experts))
+    early = hopper and tiling.chunks == 1  # starts while the rows are quantized, on the same stream
+    kinds = (
+        tma,
+        tma or inputs % tiling.depth == 0,
+        flags.token,
+        flags.channel,
+        bias is not None,
+        _power_of_two(experts),
+    )
     _launch(
-        _kernels().product, grid, arguments, (*extents, *kinds, tiling.stages, hopper), warps=tiling.warps, pdl=hopper
+        _kernels().product, grid, arguments, (*extents, *kinds, tiling.stages, early), warps=tiling.warps, pdl=early
     )
 
 
@@ -317,9 +367,9 @@ def _chosen(
         return CHOSEN[key]
     candidates = tilings(x_TI.shape[0], outputs, _hopper(x_TI.device))
     if x_TI.is_cuda and torch.cuda.is_current_stream_capturing():
-        proved = [tiling for tiling in candidates if EXACT.get((tiling, flags, x_TI.device, 0))]
+        proved = [tiling for tiling in candidates if EXACT.get(_proof(tiling, flags, x_TI.device, inputs, 0))]
         return proved[0] if proved else None
-    exact = [tiling for tiling in candidates if is_exact(tiling, flags, x_TI.device)]
+    exact = [tiling for tiling in candidates if is_exact(tiling, flags, x_TI.device, inputs)]
 
     def timed(tiling: Tiling) -> float:
         return _milliseconds(lambda: run(tiling, x_TI, values, scale, input_scale, bias, flags))
@@ -347,15 +397,21 @@ def _milliseconds(call: Callable[[], Tensor]) -> float:
     return float(testing.do_bench(call, warmup=2, rep=8, return_mode="median"))
 
 
-def is_exact(tiling: Tiling, flags: Flags, device: torch.device, experts: int = 0) -> bool:
+def is_exact(tiling: Tiling, flags: Flags, device: torch.device, inputs: int, experts: int = 0) -> bool:
     """True if the kernels of a tiling run on the device and give what the CPU computes, bit for bit; remembered."""
-    key = (tiling, flags, device, experts)
+    key = _proof(tiling, flags, device, inputs, experts)
     if key not in EXACT:
-        EXACT[key] = all(_probed(*key, inputs) for inputs in (2048, 2048 + ALIGNED))
+        EXACT[key] = _probed(*key)
     return EXACT[key]
 
 
-EXACT: dict[tuple[Tiling, Flags, torch.device, int], bool] = {}
+Proof = tuple[Tiling, Flags, torch.device, int, int]
+EXACT: dict[Proof, bool] = {}
+
+
+def _proof(tiling: Tiling, flags: Flags, device: torch.device, inputs: int, experts: int) -> Proof:
+    """What is proved at once, with experts and I of the probe: kernels differ where a tile's depth divides I."""
+    return tiling, flags, device, experts, 2048 if inputs % tiling.depth == 0 else 2048 + ALIGNED
 
 
 def _probed(tiling: Tiling, flags: Flags, device: torch.device, experts: int, inputs: int) -> bool:

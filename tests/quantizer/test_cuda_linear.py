@@ -55,13 +55,15 @@ def nothing_remembered() -> Iterator[None]:
 def test_kernels_give_what_the_cpu_computes_bit_for_bit(tiling: Tiling, flags: Flags) -> None:
     if flags.whole and tiling.rows == 1:
         pytest.skip("one row's scale is its own")
-    assert cuda_linear.is_exact(tiling, flags, DEVICE)
+    for inputs in (2048, 2064):
+        assert cuda_linear.is_exact(tiling, flags, DEVICE, inputs)
 
 
 @with_triton
 @pytest.mark.parametrize("flags", [FLAGS["per token"], Flags(DTYPE, False, False, False, None)])
 def test_grouped_kernels_give_what_the_cpu_computes_bit_for_bit(flags: Flags) -> None:
-    assert cuda_linear.is_exact(SMALL["weight on the left"], flags, DEVICE, experts=3)
+    for inputs in (2048, 2064):
+        assert cuda_linear.is_exact(SMALL["weight on the left"], flags, DEVICE, inputs, experts=3)
 
 
 @with_triton
@@ -73,7 +75,7 @@ def test_a_kernel_that_rounds_otherwise_is_found_out(monkeypatch: pytest.MonkeyP
         return torch.where(out == out[0, 0], out * (1 + 2.0**-7), out)
 
     monkeypatch.setattr(cuda_linear, "run", off)
-    assert not cuda_linear.is_exact(SMALL["plain"], TOKEN, DEVICE)
+    assert not cuda_linear.is_exact(SMALL["plain"], TOKEN, DEVICE, 2048)
 
 
 def test_where_no_tiling_is_exact_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
