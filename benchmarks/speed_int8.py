@@ -64,8 +64,23 @@ def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
     return linear(x, weight.view())
 
 
-def replayed(calls: Sequence[Call], rounds: int = 20) -> float:
-    """Microseconds of one call, all of them captured as one CUDA graph: the median of the rounds."""
+def replayed(*each: Sequence[Call], rounds: int = 20) -> list[float]:
+    """Microseconds of one call of each sequence, captured as one CUDA graph: medians over rounds that take turns."""
+    graphs = [captured(calls) for calls in each]
+    times: list[list[float]] = [[] for _ in each]
+    for number in range(3 + rounds):
+        for graph, calls, taken in zip(graphs, each, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if number >= 3:
+                taken.append(begin.elapsed_time(end) * 1000 / len(calls))
+    return [median(taken) for taken in times]
+
+
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -76,15 +91,7 @@ def replayed(calls: Sequence[Call], rounds: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return median(begin.elapsed_time(end) for begin, end in events) * 1000 / len(calls)
+    return graph
 
 
 def launched(calls: Sequence[Call], least: int = 60) -> float:
@@ -123,8 +130,8 @@ def on_cuda(activation: Granularity) -> list[str]:
             ours: list[Call] = [partial(int8_linear, x, weight) for weight, _ in pairs]
             theirs: list[Call] = [partial(functional.linear, x, weight) for _, weight in pairs]
             exact = torch.equal(ours[0](), in_torch(x, pairs[0][0], "cpu" if rows <= 512 else "cuda"))
-            before, after, again = replayed(theirs), replayed(ours), replayed(theirs)
-            slow, fast, bf16 = launched(theirs), launched(ours), min(before, again)
+            bf16, after = replayed(theirs, ours)
+            slow, fast = launched(theirs), launched(ours)
             ran = [tiling for key, tiling in cuda_linear.CHOSEN.items() if key[1:3] == (outputs, inputs)][-1]
             cells = (
                 f"{inputs} x {outputs}",
@@ -151,10 +158,7 @@ def in_torch(x: Tensor, weight: Int8Weight, device: str) -> Tensor:
     return int8.linear(x, values, scale, given.to(device), None).cuda()
 
 
-ROUNDS = 30
-
-
-def on_cpu() -> list[str]:
+def on_cpu(rounds: int) -> list[str]:
     head = ("K x N", "M", "bf16", "product")
     lines = table_head((*head, *CELLS, *(f"{cell}, static" for cell in CELLS)))
     for inputs, outputs in SHAPES["cpu"]:
@@ -174,7 +178,7 @@ def on_cpu() -> list[str]:
                 "qlinear, static": partial(qlinear_static, x, packed, token.scale),
                 "ours, static": partial(int8_linear, x, static),
             }
-            ms = taking_turns(calls, -(-64 // rows))
+            ms = taking_turns(calls, -(-64 // rows), rounds)
             cells = [f"{inputs} x {outputs}", str(rows), f"{ms['bf16']:.2f}", f"{ms['product']:.2f}"]
             for kind in ("token", "static"):
                 theirs, ours = ms[f"qlinear, {kind}"], ms[f"ours, {kind}"]
@@ -187,10 +191,10 @@ def on_cpu() -> list[str]:
 CELLS = ("qlinear", "ours", "against qlinear", "against bf16")
 
 
-def taking_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
+def taking_turns(calls: Mapping[str, Call], repeats: int, rounds: int) -> dict[str, float]:
     """Processor milliseconds of each call, the least of the rounds."""
     best = dict.fromkeys(calls, float("inf"))
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
             call()
             start = time.process_time()
@@ -251,15 +255,16 @@ def written(output: Path, device: str, section: str) -> str:
 @click.option(
     "--activation", type=click.Choice([g.value for g in Granularity]), default=Granularity.TOKEN_DYNAMIC.value
 )
+@click.option("--rounds", default=30, show_default=True, help="Of a CPU; more on a busy one.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".md"))
 @torch.no_grad()
-def main(device: str, activation: str, output: Path) -> None:
+def main(device: str, activation: str, rounds: int, output: Path) -> None:
     """Print the table of a device and write it to its section."""
     torch.manual_seed(0)
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
     command = f"python benchmarks/speed_int8.py --device {device}"
-    lines = on_cuda(Granularity(activation)) if device == "cuda" else on_cpu()
-    about = ABOUT[device].format(where=where(device), command=command, rounds=ROUNDS)
+    lines = on_cuda(Granularity(activation)) if device == "cuda" else on_cpu(rounds)
+    about = ABOUT[device].format(where=where(device), command=command, rounds=rounds)
     output.write_text(written(output, device, about + "\n" + "\n".join(lines)), encoding="utf-8")
 
 

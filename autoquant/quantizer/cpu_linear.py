@@ -176,12 +176,14 @@ def _scales(x_TI: Tensor) -> Tensor:
 def product(q: Tensor, weight: Any, scale: float = 1.0) -> Tensor:
     """Float32 of the int32 sums of int8 rows [M, K] with a packed weight, times a scale, [M, N].
 
+    A single row goes twice: oneDNN 3.12 takes 20 ms for it where N is 256, and 0.04 ms for two.
     Raises RuntimeError, NotImplementedError or AttributeError where the kernel is missing.
     """
+    rows = q if q.shape[0] > 1 else q.expand(2, -1).contiguous()
     sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-        q, scale, 0, weight, ONE, ZERO, None, 1.0, 0, torch.float32, "none", [], ""
+        rows, scale, 0, weight, ONE, ZERO, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return sums
+    return sums[: q.shape[0]]
 
 
 ONE, ZERO = torch.ones(1, device="cpu"), torch.zeros(1, dtype=torch.int32, device="cpu")
