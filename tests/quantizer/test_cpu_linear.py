@@ -63,6 +63,21 @@ def test_the_numbers_are_those_of_the_formula(shape: tuple[int, int, int], bias:
 
 
 @exact
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 700])
+def test_nan_and_infinity_make_their_row_nan_or_all_of_a_tensor(rows: int, dtype: torch.dtype, bad: float) -> None:
+    x, values = torch.ones(rows, 256, dtype=dtype), weight(5, 256)
+    x[0, 3] = bad
+    one = torch.ones(5, 1)
+    for per_token in (True, False):
+        wanted = int8.linear(x, values, one, int8.absmax_scale(x, (1,) if per_token else None), None)
+        got = cpu_linear.linear(x, values, Packed(values), one, None, per_token, None)
+        assert got.isnan().all(1).tolist() == [True, *[not per_token] * (rows - 1)]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@exact
 def test_a_nan_with_bits_of_its_own_is_zero_under_a_static_scale() -> None:
     x = torch.tensor([[1.0, 2.0]])
     x.view(torch.int32)[0, 0] = 0x7FC00013
