@@ -25,69 +25,12 @@ from torch.library import Library, register_fake
 
 from autoquant.library_patches import constant_in_traces
 from autoquant.quantizer import int8
+from autoquant.quantizer.tilings import Tiling, power_of_two, tilings
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 ALIGNED = 16
 """O and I must be multiples: bytes of a vector load, and of a row that a tensor descriptor takes."""
 MOST_EXPERTS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Extents of a tile in T, O and I, warps and pipeline stages of a program, and into how many parts I is split.
-
-    ``swap``: the weight is the left factor. ``tma``: tiles come through Hopper's copy engine. ``group``: rows of tiles
-    that are gone through together. ``chunks``: x is taken in so many, one quantized while another is multiplied.
-    ``rows`` = 1 is the single kernel for one row; its ``depth`` counts words of four.
-    """
-
-    rows: int
-    outputs: int
-    depth: int
-    warps: int
-    stages: int
-    split: int = 1
-    swap: bool = False
-    tma: bool = False
-    group: int = 8
-    chunks: int = 1
-
-
-ONE_ROW = (Tiling(1, 8, 256, 4, 3), Tiling(1, 16, 256, 4, 1), Tiling(1, 8, 256, 4, 1))
-MEDIUM = (
-    Tiling(128, 128, 128, 8, 4, tma=True),
-    Tiling(128, 128, 128, 4, 3, tma=True),
-    Tiling(128, 64, 256, 4, 4, tma=True),
-    Tiling(64, 64, 256, 4, 4, tma=True),
-    Tiling(128, 256, 128, 8, 4, tma=True),
-)
-LARGE = (
-    Tiling(128, 256, 128, 8, 4, tma=True),
-    Tiling(128, 256, 128, 8, 4, tma=True, group=16),
-    Tiling(256, 128, 128, 8, 4, tma=True),
-    Tiling(256, 128, 128, 8, 4, tma=True, swap=True),
-)
-LARGEST = (
-    Tiling(128, 256, 128, 8, 4, tma=True, chunks=4),
-    Tiling(256, 128, 128, 8, 4, tma=True, chunks=4),
-    Tiling(256, 128, 128, 8, 4, tma=True, swap=True, chunks=4),
-)
-"""Beside LARGE, where x in chunks still fills the card."""
-OLDER = (Tiling(128, 128, 64, 8, 3), Tiling(64, 64, 64, 4, 3))
-"""For cards before Hopper: less shared memory, no tensor descriptors."""
-
-
-def tilings(rows: int, outputs: int, hopper: bool) -> tuple[Tiling, ...]:
-    """Candidates for a product of ``rows`` rows, the one to use unmeasured first."""
-    if rows == 1:
-        return ONE_ROW
-    if rows <= 64:
-        tall = max(16, _power_of_two(rows))
-        parts = (1, 2, 4) if outputs >= 64 * 90 else (4, 2, 1)  # enough programs to keep the memory busy
-        return tuple(Tiling(tall, 64, 256, 4, 4 if hopper else 2, split=split, swap=True) for split in parts)
-    if not hopper:
-        return OLDER
-    return MEDIUM if rows <= 768 else LARGE if rows <= 4096 else LARGE + LARGEST
 
 
 def takes(x: Tensor, values: Tensor) -> bool:
@@ -262,13 +205,13 @@ def _quantized(
     row_scale = torch.empty(rows if flags.token else 1, dtype=torch.float32, device=device)
     work = torch.empty(zeros, dtype=torch.int32, device=device) if zeros else None
     given = input_scale
-    block = min(2048, _power_of_two(inputs))
+    block = min(2048, power_of_two(inputs))
     if flags.whole:
         given = torch.zeros(1, dtype=torch.int32, device=device)
         _launch(kernels.maximum_of_rows, (rows, 1, 1), (x_TI, given, inputs), (block,), warps=4)
     parts = max(1, min(_up(inputs, block), 4)) if rows <= 64 else 1
     experts = 0 if offs is None else offs.shape[0]
-    constants = (block, parts, flags.token, flags.whole, 0 if flags.token else _power_of_two(experts), _hopper(device))
+    constants = (block, parts, flags.token, flags.whole, 0 if flags.token else power_of_two(experts), _hopper(device))
     arguments = (x_TI, q, row_scale, given, work, offs, inputs, zeros, experts)
     warps = 16 if rows <= 64 or inputs > 4096 else 4
     _launch(kernels.quantize_rows, (rows, parts, 1), arguments, constants, warps=warps)
@@ -303,7 +246,7 @@ def _product(
         flags.token,
         flags.channel,
         bias is not None,
-        _power_of_two(experts),
+        power_of_two(experts),
     )
     _launch(
         _kernels().product, grid, arguments, (*extents, *kinds, tiling.stages, early), warps=tiling.warps, pdl=early
@@ -323,7 +266,7 @@ def _row_product(
     outputs, inputs = values.shape
     arguments = (x_TI, values.view(torch.int32), input_scale, scale, bias, out_TO, outputs, inputs)
     kinds = (flags.token, flags.channel, bias is not None, not _interpreted())
-    constants = (_power_of_two(inputs), tiling.outputs, tiling.depth, *kinds, tiling.stages)
+    constants = (power_of_two(inputs), tiling.outputs, tiling.depth, *kinds, tiling.stages)
     _launch(_kernels().row_product, (_up(outputs, tiling.outputs), 1, 1), arguments, constants, warps=tiling.warps)
 
 
@@ -363,7 +306,7 @@ def _chosen(
     While a graph is captured nothing can be measured: the first candidate that has proved itself.
     """
     outputs, inputs = values.shape
-    key = (_power_of_two(x_TI.shape[0]), outputs, inputs, flags, x_TI.device)
+    key = (power_of_two(x_TI.shape[0]), outputs, inputs, flags, x_TI.device)
     if key in CHOSEN:
         return CHOSEN[key]
     candidates = tilings(x_TI.shape[0], outputs, _hopper(x_TI.device))
@@ -507,10 +450,6 @@ def _dtype(tensor: Tensor | None) -> torch.dtype | None:
 
 def _up(n: int, step: int) -> int:
     return -(-n // step)
-
-
-def _power_of_two(n: int) -> int:
-    return 0 if n == 0 else 1 << (n - 1).bit_length()
 
 
 def _fake_linear(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from autoquant.quantizer import cuda_linear, int8
-from autoquant.quantizer.cuda_linear import Flags, Tiling
+from autoquant.quantizer.cuda_linear import Flags
 from autoquant.quantizer.strategies import Granularity
+from autoquant.quantizer.tilings import LARGE, Tiling
 from autoquant.quantizer.weight import Int8Weight, grouped_product, linear
 
 CUDA = torch.cuda.is_available()
@@ -94,25 +95,15 @@ def test_where_no_tiling_is_exact_torch_computes_the_same(monkeypatch: pytest.Mo
 
 
 def test_the_first_of_equal_candidates_is_used_and_the_fastest_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = dict(zip(cuda_linear.LARGE[:3], (3.0, 1.0, 2.0), strict=True))
-    assert cuda_linear._least(cuda_linear.LARGE[:3], seconds.__getitem__) == cuda_linear.LARGE[1]
-    assert cuda_linear._least(cuda_linear.LARGE, lambda tiling: 1.0) == cuda_linear.LARGE[0]
+    seconds = dict(zip(LARGE[:3], (3.0, 1.0, 2.0), strict=True))
+    assert cuda_linear._least(LARGE[:3], seconds.__getitem__) == LARGE[1]
+    assert cuda_linear._least(LARGE, lambda tiling: 1.0) == LARGE[0]
     assert cuda_linear._least([], lambda tiling: 1.0) is None
 
     def too_little_memory(tiling: Tiling) -> float:
         raise torch.OutOfMemoryError("no")
 
-    assert cuda_linear._least(cuda_linear.LARGE, too_little_memory) == cuda_linear.LARGE[0]
-
-
-@pytest.mark.parametrize("hopper", [True, False])
-def test_tiles_of_any_number_of_rows(hopper: bool) -> None:
-    for rows in (1, 2, 16, 17, 64, 65, 128, 512, 8192):
-        candidates = cuda_linear.tilings(rows, 4096, hopper)
-        assert candidates and len(set(candidates)) == len(candidates)
-        assert all((tiling.rows == 1) == (rows == 1) for tiling in candidates)
-        assert all(hopper or not tiling.tma for tiling in candidates)
-        assert all(not tiling.swap or tiling.rows >= min(rows, 128) for tiling in candidates)
+    assert cuda_linear._least(LARGE, too_little_memory) == LARGE[0]
 
 
 def test_a_cpu_is_not_taken() -> None:
