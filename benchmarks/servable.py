@@ -141,10 +141,10 @@ python benchmarks/servable.py wikinano1m wikinano30m --data wiki.test.raw --cali
 
 The configs are those that `autoquant search` found on calibration text (64 windows to fit, 32 others to judge), each
 with its evidence: [results/search/](results/search/)`MODEL-STRATEGY-vllm.json`. Up to four linears of a static one have
-scales per token, so that the folder has two schemes. Three of the searches were ended by a budget of 3.3 minutes on an
-H100 that they shared with each other, with these knobs: wikinano1m c/t static (all, to alpha), wikinano30m
-c/t static (spikes,clip,alpha,weights) and c/token (alpha,weights); wikinano1m c/token went through on a CPU
-(rotation,weights).
+scales per token, so that the folder has two schemes. Some were found in several runs, each from what the one before had
+found: an H100 was there for 3.3 minutes, which ended the first run of wikinano1m c/t static after alpha; weights came
+on a CPU. wikinano1m c/token: rotation and weights, then descent, on a CPU. wikinano30m: spikes, clip, alpha and
+weights, per token alpha and weights, on the H100. The evidence of all runs is in the config.
 
 ```
 autoquant search MODEL MODEL.json -o FOUND.json --calibration wiki.valid.raw --strategy STRATEGY --target vllm \\
