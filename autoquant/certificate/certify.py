@@ -10,6 +10,7 @@ taken out and listed as blocked; the rest is proved again and written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,8 @@ def _separable(small: Config, large: Config, held: Collection[str]) -> frozenset
     paths = {(group.name, group.kind.value): group.sources[0].path for group in small.smoothing.groups}
     paths |= {(space.name, space.kind): space.writers[0].path for space in small.rotation.spaces}
     paths |= {(online.path, online.kind): online.path for online in small.rotation.online}
-    return frozenset(claim for claim, path in paths.items() if layers_of(small, claim) and depth.same(path))
+    once = {claim for claim, count in Counter(claims(small)).items() if count == 1}
+    return frozenset(claim for claim in once if layers_of(small, claim) and depth.same(paths[claim]))
 
 
 def _left(config: Config, claim: Claim, refusals: Sequence[_Refusal]) -> tuple[int, ...] | None:

@@ -10,12 +10,14 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 from autoquant.certificate.claims import Claim, claims, keep, plain
 from autoquant.config.format import Config, Linear, Online, Read, Slot, SmoothingGroup, Space, Writer, edited
 from autoquant.config.layers import LAYER, layer_numbers, layer_set
 
 Shape = tuple[object, ...]
+_Claimed = TypeVar("_Claimed", Space, Online)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +142,19 @@ def _with_layers_of(large: Config, small: Config, held: Collection[str]) -> Conf
         return edited(one, layers=depth.carried(one.sources[0].path, said, one.layers, twins))
 
     def online(one: Online) -> Online:
-        said = [o.layers for o in large.rotation.online if (o.path, o.kind) == (one.path, one.kind) and o.layers]
-        return edited(one, layers=depth.carried(one.path, said, one.layers))
+        mine, theirs = (
+            [o for o in config.rotation.online if (o.path, o.kind) == (one.path, one.kind)] for config in (small, large)
+        )
+        said = [o.layers for o in _of_its_place(one, mine, theirs) if o.layers]
+        twins = [] if len(mine) == len(theirs) else [o.layers for o in mine if o.layers and o is not one]
+        return edited(one, layers=depth.carried(one.path, said, one.layers, twins))
 
     def space(one: Space) -> Space:
-        same = _counterparts(one, small, large)
+        same = _of_its_place(
+            one,
+            [s for s in small.rotation.spaces if _alike(s, one)],
+            [s for s in large.rotation.spaces if _alike(s, one)],
+        )
         own = [w.layers for s in (one, *same) for w in s.writers] + [r.layers for s in (one, *same) for r in s.reads]
         if one.kind == "R2" and not any(own):
             said = [s.layers for s in same if s.layers]
@@ -174,19 +184,19 @@ def _with_layers_of(large: Config, small: Config, held: Collection[str]) -> Conf
     )
 
 
-def _counterparts(one: Space, small: Config, large: Config) -> list[Space]:
-    """The spaces of ``large`` that ``one`` stands for: where each of several of one name is of layers of its own, and
-    there are as many, that of its place among them.
+def _of_its_place(one: _Claimed, mine: Sequence[_Claimed], theirs: Sequence[_Claimed]) -> Sequence[_Claimed]:
+    """Those of ``theirs`` that ``one`` of ``mine`` stands for: where each of several of one name is of layers of its
+    own, and there are as many, that of its place among them.
     """
-    theirs = [space for space in large.rotation.spaces if _alike(space, one)]
-    mine = [space for space in small.rotation.spaces if _alike(space, one)]
     if len(mine) == 1 or len(mine) != len(theirs):
         return theirs
     return [sorted(theirs, key=_first_layer)[sorted(mine, key=_first_layer).index(one)]]
 
 
-def _first_layer(space: Space) -> int:
-    members: tuple[Space | Writer | Read, ...] = (space, *space.writers, *space.reads)
+def _first_layer(claimed: Space | Online) -> int:
+    members: tuple[Space | Writer | Read | Online, ...] = (claimed,)
+    if isinstance(claimed, Space):
+        members = (claimed, *claimed.writers, *claimed.reads)
     return min((layer_numbers(member.layers)[0] for member in members if member.layers), default=0)
 
 

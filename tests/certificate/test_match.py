@@ -40,6 +40,20 @@ def test_spaces_of_one_name_keep_their_own_layers() -> None:
     ]
 
 
+def test_online_rotations_of_one_module_keep_their_own_layers() -> None:
+    """Two kinds of layers, of other sizes, rotate at one path."""
+    _, config = proved("llama")
+    first = next(online for online in config.rotation.online if online.kind == "R3")
+
+    def two(*layers: str) -> Config:
+        online = tuple(edited(first, layers=those) for those in layers)
+        return edited(keep(config, []), rotation=edited(config.rotation, spaces=(), online=online))
+
+    found = match(two("0-4,6-10", "5-11:6"), two("0-4", "5"), HELD[:12])
+    assert [online.layers for online in found.config.rotation.online] == ["0-4", "5"]
+    assert found.refused == {}
+
+
 def test_claims_that_do_not_fit_beside_each_other_are_left_out() -> None:
     """Each fits alone; the first of them is kept and the rest is not lost with the other."""
     loaded, config = proved("llama")
