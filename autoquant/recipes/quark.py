@@ -92,7 +92,7 @@ def _rotation(config: Config, spaces: Sequence[WholeSpace]) -> tuple[dict[str, A
         if space.kind == "R1" and not section.get("r1"):
             reason = _not_sequential(space, every)
             if reason is None:
-                section |= {"r1": True, **_residual(space)}
+                section |= {"r1": True, **_residual(space)}  # in place of what R2 alone names
                 continue
         elif space.kind == "R2" and not section.get("r2"):
             (value, layers), readers = space.writers[0], space.reads[0].linears
@@ -102,17 +102,20 @@ def _rotation(config: Config, spaces: Sequence[WholeSpace]) -> tuple[dict[str, A
             else:
                 start = len(f"{_decoder_layers(value)}.{LAYER}.")
                 section |= {"r2": True, "v_proj": value[start:], "o_proj": readers[0][start:]}
+                section.setdefault("scaling_layers", _named(value))
                 continue
         else:
             reason = "a second space of its kind"
         refused.append(Refusal(name, reason))
     if not section:
         return {}, refused
-    section = {"name": "rotation", "r1": False, "r2": False, "scaling_layers": _EMPTY} | section
-    return section, refused
+    return {"name": "rotation", "r1": False, "r2": False} | section, refused
 
 
-_EMPTY: dict[str, list[Any]] = {"first_layer": [], "middle_layers": [], "last_layer": []}
+def _named(value: str) -> dict[str, Any]:
+    """Scaling layers for R2 alone: Quark refuses those that match no module, and does nothing with these."""
+    inner = [{"target_modules": [value.replace(LAYER, "layer_id")]}]
+    return {"first_layer": inner, "middle_layers": inner, "last_layer": [{"target_modules": []}]}
 
 
 def _not_sequential(space: WholeSpace, every: tuple[int, ...]) -> str | None:
