@@ -8,8 +8,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from autoquant.analyzer.extents import EXTENTS, data_sized
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.interpreter import EXTENTS, data_sized, shared_names
+from autoquant.analyzer.interpreter import shared_names
 from autoquant.analyzer.lengths import common
 from autoquant.analyzer.linears import linears
 from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations

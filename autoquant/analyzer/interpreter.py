@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
+from autoquant.analyzer.extents import EXTENTS, indexed_dims, size_of, sized
 from autoquant.analyzer.variables import Reason
 from autoquant.aten import (
     CASTS,
@@ -67,35 +68,6 @@ class Untracked:
 
 MAX_FOLLOWED = 1 << 25
 """Largest activation that is labelled element by element."""
-
-
-EXTENTS = (3, 5)
-"""Sizes that stand for those that depend on the data. What holds for any number of rows is found for both."""
-
-
-def sized(fake: Tensor, extent: int) -> Tensor:
-    """A tensor of which the data say how many rows it has, with so many; any other as it is."""
-    if all(isinstance(size, int) for size in fake.shape):
-        return fake
-    sizes = [_size(size, extent) for size in fake.shape]
-    return fake if None in sizes else torch.empty(sizes, dtype=fake.dtype, device="meta")  # type: ignore[arg-type]  # no None is left
-
-
-def _size(size: Any, extent: int) -> int | None:
-    if isinstance(size, int):
-        return size
-    found = size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, extent))
-    return int(found) if found.is_integer and found > 0 else None
-
-
-def data_sized(captured: Captured) -> bool:
-    """True if the data say how large some tensor of the graphs is."""
-    return any(
-        isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape)
-        for subgraph in captured.subgraphs
-        for node in subgraph.graph.graph.nodes
-        for value in _flat(node.meta.get("val"))
-    )
 
 
 def unwieldy(fake: Tensor) -> bool:
@@ -159,6 +131,8 @@ class Interpreter:
     extent: int = EXTENTS[0]
     """How many rows there are where the data say how many."""
     values: dict[fx.Node, Value] = field(default_factory=dict)
+    states: dict[str, Value] = field(default_factory=dict)
+    """By placeholder, what tensors carry that the graph reads and writes anew."""
     order: int = 0
     precision: float = field(init=False)
     """Distance from 1 to the next number in the least precise floating-point format of the parameters, or in float32.
@@ -193,7 +167,8 @@ class Interpreter:
                     held = getattr(subgraph.graph, str(node.target), None)
                     self.values[node] = _constant(held) if isinstance(held, Tensor) else held
                 elif node.op == "output":
-                    values = [v for v in _flat(self._value(node.args)) if not _plain(v)]
+                    self._keep(site, subgraph, node)
+                    values = [v for v in _flat(self._value(self._results(subgraph, node))) if not _plain(v)]
                     self.finish(site, [v for v in values if not isinstance(v, Untracked)])
                 else:
                     self.values[node] = _aligned(site, self._call(site, names))
@@ -210,11 +185,28 @@ class Interpreter:
             return Dynamic((), fake.dtype)  # one number for all channels: it has no axis to carry a scale
         if what.kind == "parameter":
             return Param(what.name, tuple(fake.shape), (), tuple(fake.shape))
+        kept = site.node.name in subgraph.written and what.kind != "graph break"
+        if kept and fake.is_floating_point() and fake.ndim > 1 and not unwieldy(fake):
+            self.states[site.node.name] = self.state.held(site, indexed_dims(site.node))
+            return self.states[site.node.name]
         if what.kind == "graph break" and fake.is_floating_point():
             return self.graph_break(site)
         if what.kind in ("buffer", "constant") and site.node.name in subgraph.constants:
             return _constant(subgraph.constants[site.node.name], settled=what.kind == "constant")
         return Dynamic(tuple(fake.shape), fake.dtype)
+
+    def _keep(self, site: Site, subgraph: Subgraph, output: fx.Node) -> None:
+        """What the graph writes over a state is what it reads of it the next time: both carry the same."""
+        results: Any = output.args[0]
+        for name, result in zip(subgraph.written, results, strict=False):
+            if name in self.states:
+                self.state.keeps(site, self.states[name], self._value(result))
+
+    def _results(self, subgraph: Subgraph, output: fx.Node) -> Any:
+        """What a subgraph returns, without the states that it keeps."""
+        results: Any = output.args[0]
+        kept = [n for n, name in enumerate(subgraph.written) if name in self.states]
+        return [result for n, result in enumerate(results) if n not in kept]
 
     def _narrower(self, site: Site) -> str | None:
         """Why a scale does not pass a result of less precision than all parameters have; None where it is as precise.
@@ -242,7 +234,7 @@ class Interpreter:
         """How large a tensor is, or what is computed from that; a number that is read off a tensor is unknown."""
         taken = [self.values[argument] for argument in node.all_input_nodes]
         known = operator_name(node).startswith("sym_size") or all(isinstance(value, int) for value in taken)
-        size = _size(node.meta["val"], self.extent) if known and taken else None
+        size = size_of(node.meta["val"], self.extent) if known and taken else None
         return Dynamic((), torch.int64) if size is None else size
 
     def _call(self, site: Site, names: Mapping[tuple[str, str], str]) -> Value:

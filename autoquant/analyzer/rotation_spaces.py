@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 
 from autoquant.analyzer.axes import Axis
+from autoquant.analyzer.extents import EXTENTS
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.analyzer.interpreter import EXTENTS, Interpreter, Site, interpreted, shared_names
+from autoquant.analyzer.interpreter import Interpreter, Site, interpreted, shared_names
 from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
 from autoquant.analyzer.rules import ROTATIONS
 from autoquant.analyzer.smoothing_groups import group_name, slot_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -144,6 +144,19 @@ class RotationAnalysis:
 
     def graph_break(self, site: Site) -> Value:
         return Dynamic(site.shape, site.outputs[0].dtype)
+
+    def held(self, site: Site, along: Collection[int]) -> Vector:
+        """A tensor that the graph reads and writes anew: rows of it are vectors."""
+        labels = self.variables.state(site.shape, along)
+        return Vector(labels, fresh_instances(labels))
+
+    def keeps(self, site: Site, held: Vector, written: Value) -> None:
+        """What is written is what is read the next time, vector by vector."""
+        if not isinstance(written, Vector) or written.gain is not None or written.factors is not None:
+            self.end(site, [held, written], "it is kept for the next call, and no vector is written to it")
+            return
+        self.arrange(site, held.coordinates, written.coordinates)
+        self.variables.equal(held.coordinates, written.coordinates, site.order)
 
     def finish(self, site: Site, values: Sequence[Value]) -> None:
         self.end(site, values, "it is an output of the model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -127,6 +127,16 @@ class ScaleAnalysis:
 
     def graph_break(self, site: Site) -> Value:
         return self.fixed(site.shape, site.because("it crosses a graph break"))
+
+    def held(self, site: Site, along: Collection[int]) -> Tensor:
+        """A tensor that the graph reads and writes anew: a cache, the state of a scan."""
+        return self.variables.state(site.shape, along)
+
+    def keeps(self, site: Site, held: Tensor, written: Value) -> None:
+        """What is written is what is read the next time."""
+        labels = self.labels(site, written)
+        self.mixed(labels)
+        self.variables.equal(held, labels.expand(held.shape), site.order)
 
     def finish(self, site: Site, values: Sequence[Value]) -> None:
         for value in values:

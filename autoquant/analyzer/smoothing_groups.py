@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from autoquant.analyzer.axes import Axis
+from autoquant.analyzer.extents import EXTENTS
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.analyzer.interpreter import EXTENTS, Interpreter, interpreted
+from autoquant.analyzer.interpreter import Interpreter, interpreted
 from autoquant.analyzer.rules import SCALES
 from autoquant.analyzer.scale_state import ScaleAnalysis
 from autoquant.analyzer.variables import Bools, Floats, Ints, Solution

@@ -7,7 +7,8 @@ scale the element grows. Rules add linear equations between variables (``x = r *
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ Bools = npt.NDArray[np.bool_]
 
 ZERO = 0
 """Label of an element whose value is 0: it has every scale."""
+MAX_STATE = 1 << 16
+"""Most variables for what one tensor carries from one call of a model to the next."""
 ONE = 1
 """Label of an element of a constant: its scale is 1."""
 
@@ -69,6 +72,17 @@ class Variables:
         if np.any(tags):
             self._tags.append((start, np.broadcast_to(np.asarray(tags, dtype=np.int64), (number,))))
         return torch.arange(start, start + number)
+
+    def state(self, shape: Sequence[int], along: Collection[int]) -> Tensor:
+        """New free variables for a tensor of some shape, the same ones along some dimensions.
+
+        One with very many elements has the same ones along its first and its longest dimensions too.
+        """
+        sizes = [1 if d in along else size for d, size in enumerate(shape)]
+        for dim in (0, *sorted(range(len(sizes)), key=lambda d: -sizes[d])):
+            if math.prod(sizes) > MAX_STATE:
+                sizes[dim] = 1
+        return self.fresh(math.prod(sizes)).view(sizes).expand(tuple(shape))
 
     @property
     def tagged(self) -> bool:

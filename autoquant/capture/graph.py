@@ -49,6 +49,8 @@ class Subgraph:
     """Tensors made while tracing, by placeholder name."""
     mutated: int = 0
     """How many of the graph's outputs, the first ones, are new values of its inputs and not results."""
+    written: tuple[str, ...] = ()
+    """The placeholders that these are new values of, in the same order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,12 +211,12 @@ def lower(
                 raise AutoQuantError(f"graph input {placeholder}: {spec.kind.name} is not supported")
     held_by = {str(spec.target): spec.arg.name for spec in signature.input_specs if spec.target is not None}
     written = [str(spec.target) for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
-    mutated = _forget_rescaling(graph, [held_by.get(target, target) for target in written])
-    return Subgraph(graph, inputs, constants, mutated)
+    kept = _forget_rescaling(graph, [held_by.get(target, target) for target in written])
+    return Subgraph(graph, inputs, constants, len(kept), kept)
 
 
-def _forget_rescaling(graph: torch.fx.GraphModule, written: Sequence[str]) -> int:
-    """Leave out new values of inputs that are a number times the old ones, and count those that are left.
+def _forget_rescaling(graph: torch.fx.GraphModule, written: Sequence[str]) -> tuple[str, ...]:
+    """Leave out new values of inputs that are a number times the old ones, and return what is left of ``written``.
 
     ``written``: the placeholder that each of the first outputs is a new value of. Some models divide weights by powers
     of two when they first run. Where products alone read the scaled weight, and nothing the other one, any scaling
@@ -223,13 +225,13 @@ def _forget_rescaling(graph: torch.fx.GraphModule, written: Sequence[str]) -> in
     output = graph.graph.output_node()
     results: Any = output.args[0]
     kept = [
-        result
+        (name, result)
         for name, result in zip(written, results, strict=False)
         if not (isinstance(result, torch.fx.Node) and _rescales(result, name))
     ]
-    output.args = ((*kept, *results[len(written) :]),)
+    output.args = ((*(result for _, result in kept), *results[len(written) :]),)
     graph.recompile()
-    return len(kept)
+    return tuple(name for name, _ in kept)
 
 
 def _rescales(node: torch.fx.Node, name: str) -> bool:

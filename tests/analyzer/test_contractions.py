@@ -188,3 +188,15 @@ def test_a_pattern_of_vectors_is_that_of_every_row() -> None:
     assert found.tolist() == [0, 0, 2, 2]
     assert pattern_along_rows(rows, torch.ones_like(real)) is None
     assert pattern_along_rows(torch.tensor([[1, 1, 2, 2], [1, 2, 2, 1]]), torch.ones(2, 4, dtype=torch.bool)) is None
+
+
+def test_experts_that_are_added_with_coefficients_of_their_own_have_one_scale() -> None:
+    """The first product has a scale per expert; what is summed over experts may not keep it."""
+
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        index = s.r(x).topk(2, -1)[1]
+        h = torch.einsum("btedc,btc->bted", s.w[index], x)
+        return s.v(functional.relu(torch.einsum("bted,btek->btkd", h, s.each[index])).flatten(2))
+
+    findings = proved(stream(inner, r=lin(4, 5), w=par(5, 6, 4), each=par(5, 1), v=lin(6, 4)), TOKENS)
+    assert [(g.name, g.channels) for g in findings.groups][1:] == [("w -> v", 6)]

@@ -11,8 +11,8 @@ from small_graphs import Graph, lin, rms
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoquant.analyzer.extents import sized
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.interpreter import sized
 
 TOKENS = torch.tensor([[3, 1, 4], [1, 5, 2]])
 Inner = Callable[[Graph, Tensor], Tensor]

@@ -67,6 +67,7 @@ def scale_contraction(a: ScaleAnalysis, site: Site, x: Value, w: Param, x_term: 
     lead = len(w.shape) - len(w.full_shape) + 1  # of a stack from which the data chose: the axes of their choice
     a.mixed(labels[a.variables.tags(labels) != w.key] if w.key and letters.meets(lead) else labels)
     if letters.mixes(labels):
+        a.mixed(labels)  # tokens of different experts are added
         a.axes.other_use(w, site.because("it is a number"), "a number")
         merged = a.variables.merge_along(labels, letters.dims(x_term, letters.only_x), site.order)
         return spread(merged, letters.without(x_term, letters.only_x), result).expand(site.shape)

@@ -25,18 +25,49 @@ from autoquant.analyzer.rules.sentences import (
     WRITES,
 )
 from autoquant.analyzer.scale_state import ScaleAnalysis, shape_of
-from autoquant.aten import (
-    NO_RULE,
-)
+from autoquant.aten import NO_ROTATION, NO_RULE
+
+COPIES = "t Dict_str Dict_int Dict_bool Dict_float Dict_complex Dict_Tensor"
+"""Overloads of copy that are for no tensors."""
 
 
 @scale_rule(
     "copy",
     says="replaces a tensor: the scale of what is copied passes",
-    without="t Dict_str Dict_int Dict_bool Dict_float Dict_complex Dict_Tensor",
+    without=COPIES,
 )
 def scale_copy(a: ScaleAnalysis, site: Site, x: Value, source: Value, *args: Value) -> Value:
     return a.labels(site, source).expand(site.shape)
+
+
+@rotation_rule("copy", says="replaces a tensor: the vectors that are copied pass", without=COPIES)
+def rotate_copy(a: RotationAnalysis, site: Site, x: Value, source: Value, *args: Value) -> Value:
+    if not isinstance(source, Vector):
+        return a.end(site, [x, source], NO_ROTATION)
+    return broadcast(source, site.shape)
+
+
+@rotation_rule("slice_scatter", says="replaces whole vectors: both are rotated alike")
+def rotate_write_slice(
+    a: RotationAnalysis, site: Site, x: Value, source: Value, dim: int = 0, *args: Value, **kwargs: Value
+) -> Value:
+    """Some rows are replaced, wherever they are: those that stay and those that are written are rotated alike."""
+    empty = isinstance(x, Constant) and not bool(x.value.any())
+    vectors = [side for side in (x, source) if isinstance(side, Vector)]
+    last = dim % len(site.shape) == len(site.shape) - 1
+    if not isinstance(source, Vector) or not (empty or isinstance(x, Vector)) or last:
+        return a.end(site, [x, source], "it is written to something else")
+    if any(vector.gain is not None or vector.factors is not None for vector in vectors):
+        return a.end(site, [x, source], "it is written to something else")
+    dim %= len(site.shape)
+    a.arrange(site, *(vector.coordinates for vector in vectors))
+    labels = a.variables.merge_along(source.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
+    if isinstance(x, Vector):
+        labels = a.variables.merge(
+            a.variables.merge_along(x.coordinates, [dim], site.order, keepdim=True), labels, site.order
+        )
+    labels = labels.expand(site.shape)
+    return Vector(labels, fresh_instances(labels))
 
 
 @scale_rule("slice_scatter select_scatter", says=WRITES)
