@@ -104,6 +104,18 @@ def without_vmap(is_known: Callable[[Tensor], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_looks_at_masks() -> Iterator[None]:
+    """Let torch's encoders take a mask as it is: they compare it with a causal one, for a faster kernel alone."""
+    file: Any = importlib.import_module("torch.nn.modules.transformer")
+    looks = file._detect_is_causal_mask
+    file._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        file._detect_is_causal_mask = looks
+
+
+@contextlib.contextmanager
 def marked_as_compiling() -> Iterator[None]:
     """Let the library's code take the way that it takes while it is traced: ``torch.compiler.is_compiling()``."""
     before = torch.compiler._is_compiling_flag

@@ -21,7 +21,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from autoquant.library_patches import FakeTensorMode, pytree, reset_dynamo, without_modes, without_vmap
+from autoquant.library_patches import (
+    FakeTensorMode,
+    pytree,
+    reset_dynamo,
+    without_looks_at_masks,
+    without_modes,
+    without_vmap,
+)
 
 _MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 
@@ -56,6 +63,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             logging.disable(logging.CRITICAL)
             torch.backends.mha.set_fastpath_enabled(False)
+            quiet.enter_context(without_looks_at_masks())
             module.eval()
             yield
     finally:

@@ -44,3 +44,13 @@ def test_an_encoder_layer_is_not_one_operator() -> None:
     assert {linear.weight for linear in config.model.linears} >= {"layer.linear1.weight", "layer.linear2.weight"}
     assert "layer.linear1 -> linear2" in {group.name for group in config.smoothing.groups}
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_masked_encoder_is_traced_layer_by_layer() -> None:
+    """Its look whether the mask is causal is for a faster kernel: the mask goes in as it is."""
+    layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, "relu", batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    mask = nn.Transformer.generate_square_subsequent_mask(TOKENS.shape[1])
+    model = Graph(lambda s, t: s.head(s.encoder(s.emb(t), mask)), emb=nn.Embedding(8, 4), head=lin(), encoder=encoder)
+    groups = analyze(ModelSource("made", factory=lambda: (model, (TOKENS,)))).config.smoothing.groups
+    assert "encoder.layers.0.linear1 -> linear2" in {group.name.replace("{layer}", "0") for group in groups}
