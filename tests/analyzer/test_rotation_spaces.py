@@ -122,7 +122,7 @@ EXPECTED: dict[str, list[str]] = {
     "sort_values": [],
     "gather": [],
     "scatter": [],
-    "index_put": [],
+    "index_put": ["other 1 x 4 a.weight.0 a.bias.0 -> b.weight.1 +bias"],
     "select_scatter": [],
     "slice_assign": [],
     "relu_": [],
