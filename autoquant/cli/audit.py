@@ -13,7 +13,7 @@ from autoquant.errors import AutoQuantError
 @click.argument("model", required=False)
 @click.option("--tool", default="llm-compressor", show_default=True, metavar="TOOL", help="llm-compressor or quark.")
 @click.option("--python", type=options.FILE, metavar="PYTHON", help="Where TOOL is installed, to read its registry.")
-@options.task
+@options.which_task
 @options.trust_remote_code
 @options.format()
 @options.quiet

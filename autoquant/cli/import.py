@@ -14,7 +14,7 @@ from autoquant.cli import options
 @click.option("--from", "tool", required=True, metavar="TOOL", help="llm-compressor or quark.")
 @options.output("Config to write.")
 @options.layers
-@options.task
+@options.which_task
 @options.trust_remote_code
 @options.force
 @options.format()
