@@ -181,7 +181,7 @@ def which_task(function: Function) -> Function:
     """Which kind of model."""
     choice = click.Choice(KINDS)
     decorated = click.option("--task", type=choice, help="What to take MODEL for, where its type is of several kinds.")
-    return decorated(function)
+    return decorated(function)  # type: ignore[no-any-return]  # its own type
 
 
 def transforms(default: str, help: str) -> Decorator:
