@@ -408,19 +408,20 @@ def test_a_module_is_left_untraced_with_the_mask_too() -> None:
 
 
 def test_a_graph_that_cannot_be_run_is_an_error_of_one_line() -> None:
-    """Of torch.vmap the graph keeps the steps inside, and not the level."""
+    """A graph for two sequences is no graph for three."""
 
-    class Mapped(nn.Module):
+    class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Linear(4, 4)
+            self.inner = nn.Linear(12, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.vmap(lambda row: self.inner(row).relu())(x)
+            return self.inner(x.reshape(x.shape[0], -1))
 
-    module, x = Mapped(), torch.randn(2, 3, 4)
-    with pytest.raises(AutoQuantError, match=r"captured graph of Mapped: it cannot be run, .*vmap"):
-        check_against_eager(module, (x,), {}, capture(module, (x,), {}, "export"))
+    module, x = Flat(), torch.randn(2, 3, 4)
+    captured = capture(module, (x,), {}, "export")
+    with pytest.raises(AutoQuantError, match="captured graph of Flat: it cannot be run, .*cannot be multiplied"):
+        check_against_eager(module, (torch.randn(3, 3, 4),), {}, captured)
 
 
 class Mapped(nn.Module):
