@@ -420,7 +420,7 @@ def test_a_graph_that_cannot_be_run_is_an_error_of_one_line() -> None:
 
     module, x = Flat(), torch.randn(2, 3, 4)
     captured = capture(module, (x,), {}, "export")
-    with pytest.raises(AutoQuantError, match="captured graph of Flat: it cannot be run, .*cannot be multiplied"):
+    with pytest.raises(AutoQuantError, match=r"captured graph of Flat: it cannot be run, .*cannot be multiplied"):
         check_against_eager(module, (torch.randn(3, 3, 4),), {}, captured)
 
 
