@@ -174,14 +174,14 @@ def renamed(old: str, new: str, type: Any = None) -> Decorator:
 
 def task(function: Function) -> Function:
     """Which kind of model, for commands that once called it ``--kind``."""
-    return which_task(renamed("--kind", "--task")(function))
+    return which_task(renamed("--kind", "--task")(function))  # type: ignore[no-any-return]  # its own type
 
 
 def which_task(function: Function) -> Function:
     """Which kind of model."""
     choice = click.Choice(KINDS)
     decorated = click.option("--task", type=choice, help="What to take MODEL for, where its type is of several kinds.")
-    return decorated(function)  # type: ignore[no-any-return]  # its own type
+    return decorated(function)
 
 
 def transforms(default: str, help: str) -> Decorator:
