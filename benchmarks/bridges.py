@@ -22,27 +22,14 @@ from typing import Any
 import click
 import torch
 import yaml
+from serve import COMMON, EXPERTS, PACKAGED
 
 import autoquant as aq
 from autoquant.models.reduce import randomise_
 
 PAGE = Path(__file__).parent / "bridges.md"
-PACKAGED = Path(__file__).parents[1] / "autoquant" / "data" / "wikinano1m"
 CHILD = Path(__file__).parent / "bridges_child.py"
 EQUAL = 1e-6
-COMMON: dict[str, Any] = {
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 4},
     "qwen2": {},

@@ -231,8 +231,8 @@ other models are small and random, so that their perplexities say nothing but wh
   differ by 1e-5 at most. Where such a unit tips the rounding of an int8 value, what follows differs by 1e-3 and more,
   in every later token of the window as well.
 - Per token it tips more often, because each token's scale moves with its largest value; most of all in gemma2 (median
-  1e-3): vLLM's soft-capped attention differs from ours by 2e-6, that of the others by 1e-7 to 5e-7. Its int8 linears
-  are equal too.
+  1e-3), where vLLM's attention differs from ours by 2e-6, that of the others by 1e-7 to 5e-7; that this is the cause
+  was not isolated. Its int8 linears are equal too.
 - "equal" and "same" are what was promised: perplexity within 0.5 % and, with static scales, a median of 1e-5 at most.
 - Float32 everywhere, AMX off. {versions}.
 - transformers turns int8 into floats on the first forward ("not int8"), and its dynamic scales are max|x| / 127.5.

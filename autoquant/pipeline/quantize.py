@@ -30,7 +30,7 @@ from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
 from autoquant.models.fit import check_structure
 from autoquant.models.structure import ModelStructure, structure_of
-from autoquant.pipeline.held import Held, InMemory
+from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.select import Transforms, resolve_transforms
 from autoquant.quantizer.kv_cache import quantize_cache_
 from autoquant.quantizer.linear import Rounded, quantize_
@@ -185,7 +185,7 @@ def smooth_(model: nn.Module, selected: Selected, swept: Sweep) -> Sweep:
 
 
 @torch.no_grad()
-def smooth_held_(held: Held, selected: Selected, swept: Sweep) -> Sweep:
+def smooth_held_(held: InMemory, selected: Selected, swept: Sweep) -> Sweep:
     """What :func:`smooth_` does, wherever the parameters are."""
     if not selected.resolved.groups:
         return swept

@@ -16,7 +16,7 @@ from autoquant.executor.apply import execute_
 from autoquant.executor.plan import Plan
 from autoquant.executor.resolved import Resolved
 from autoquant.models.structure import structure_of
-from autoquant.pipeline.held import Held, InMemory
+from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.quantize import (
     Selected,
     linear_groups,
@@ -80,7 +80,7 @@ def prepare_(
 
 @torch.no_grad()
 def prepare_held_(
-    held: Held,
+    held: InMemory,
     selected: Selected,
     config: Config,
     strategy: Strategy,

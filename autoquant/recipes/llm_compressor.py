@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from autoquant.config.format import Config, Strategy
+from autoquant.config.format import Config
+from autoquant.config.layers import layer_numbers
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer.strategies import Granularity, PlannedLinear, Scheme, kv_granularity, plan_linears
 from autoquant.recipes.pairs import Refusal, ScalePair, expressions, scale_pairs
@@ -170,17 +171,11 @@ def _targets(config: Config, linears: Sequence[PlannedLinear]) -> list[str]:
     named = {linear.path for linear in linears}
     targets = []
     for linear in config.model.linears:
-        layers = _layers(linear.layers)
+        layers = () if linear.layers is None else layer_numbers(linear.layers)
         of_path = tuple(layer for layer in layers if linear.path.replace("{layer}", str(layer)) in named)
         if of_path or (not layers and linear.path in named):
             targets.append(_expression(config, linear.path, of_path))
     return targets
-
-
-def _layers(text: str | None) -> Layers:
-    from autoquant.config.layers import layer_numbers
-
-    return () if text is None else layer_numbers(text)
 
 
 def _inputs(activation: Granularity) -> dict[str, Any]:
@@ -191,8 +186,3 @@ def _inputs(activation: Granularity) -> dict[str, Any]:
 
 def _arguments(strategy: str, dynamic: bool = False) -> dict[str, Any]:
     return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
-
-
-def strategies() -> tuple[Strategy, ...]:
-    """Those that a recipe can say: all but per-token key/value caches."""
-    return tuple(s for s in Strategy if s not in (Strategy.PER_CHANNEL_DYNAMIC_KV, Strategy.PER_CHANNEL_PER_TOKEN_KV))

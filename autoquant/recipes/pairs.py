@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoquant.config.format import Config, Linear, Slot, SmoothingGroup, SmoothingKind
+from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind
 from autoquant.config.layers import LAYER, fill, layer_numbers
 from autoquant.config.slots import channels_of
 
@@ -165,8 +165,3 @@ def expressions(path: str, layers: tuple[int, ...], depth: int) -> str:
 def _escaped(text: str) -> str:
     """Names hold letters, digits, ``_``, ``-`` and dots: only a dot means something else in an expression."""
     return text.replace(".", r"\.")
-
-
-def linear_named(config: Config, weight: str) -> Linear | None:
-    """The linear of a weight parameter, as in ``model.linears``."""
-    return next((linear for linear in config.model.linears if linear.weight == weight), None)
