@@ -91,8 +91,10 @@ def registry_of(tool: str, python: Path) -> dict[str, Any]:
     script = files("autoquant.recipes").joinpath(_REGISTRIES[tool]).read_text()
     try:  # from standard input: a script's folder would come first in the path of what it imports
         run = subprocess.run([python, "-"], input=script, capture_output=True, text=True, check=False, timeout=600)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise AutoQuantError(f"{python}: cannot be run: {error}") from error
+    except OSError as error:
+        raise AutoQuantError(f"{python}: cannot be run: {error.strerror}; name the Python that has {tool}") from error
+    except subprocess.TimeoutExpired as error:
+        raise AutoQuantError(f"{python}: the registry of {tool} was not read within {error.timeout:g} s") from error
     lines = [line for line in run.stdout.splitlines() if line.startswith('{"version"')]
     if not lines:
         last = run.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
