@@ -175,8 +175,6 @@ def build_config(
     residual = next((space.size for space in findings.spaces if space.kind == "R1"), None)
     tables = [f for f in analysis.scales.analysis.axes.all() if f.role == "table"]
     structure = structure_of(module)
-    structure = structure_of(module)
-    structure = structure_of(module)
     facts = ModelFacts(
         layers=layers,
         hidden_size=residual or (tables[0].count if tables else None),

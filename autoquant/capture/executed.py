@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoquant.library_patches import FakeTensor, TorchDispatchMode, pytree
+from autoquant.library_patches import FakeTensor, TorchDispatchMode, pytree, without_modes
 
 Signature = tuple[Any, ...]
 Block = tuple[str, int]
@@ -93,7 +93,8 @@ def values_of(tensor: Tensor) -> object:
         return described
     if tensor.numel() > _MOST_VALUES:
         return *described, id(tensor)
-    return *described, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    with without_modes():  # a mode of fake tensors would make the copy a fake one
+        return *described, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(slots=True)
