@@ -12,6 +12,8 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -175,6 +177,7 @@ def without_dynamo() -> Iterator[None]:
         TransformGetItemToIndex=_item_to_index, __getattr__=functools.partial(_real, _HIGHER_ORDER)
     )
     sys.modules |= {_DYNAMO: stand_in, _HIGHER_ORDER: higher_order}
+    sys.meta_path.insert(0, _DynamoAfterAll())
     try:
         yield
     finally:
@@ -191,6 +194,27 @@ def _remove_stand_ins_() -> None:
     for name in (_DYNAMO, _HIGHER_ORDER):
         if name in sys.modules and sys.modules[name].__spec__ is None:
             del sys.modules[name]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _DynamoAfterAll)]
+
+
+class _DynamoAfterAll(MetaPathFinder, Loader):
+    """Finds a submodule of Dynamo that a library imports by name, as torchvision does, in the real one."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if not fullname.startswith(f"{_DYNAMO}."):
+            return None
+        _with_dynamo_()
+        importlib.import_module(fullname)
+        # The import that asked goes on with what this returns: were the module still there, it would be executed again.
+        self._module = sys.modules.pop(fullname)
+        self._spec = self._module.__spec__
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
 
 
 def _real(module: str, name: str) -> Any:

@@ -56,6 +56,21 @@ print(torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.zero
     ]
 
 
+def test_a_library_that_imports_a_part_of_dynamo_gets_the_real_one() -> None:
+    code = """
+from autoquant.library_patches import without_dynamo
+with without_dynamo():
+    from torch._dynamo.utils import is_compile_supported
+    import torch._dynamo.utils as utils
+    print(loaded(), is_compile_supported is utils.is_compile_supported, utils.__spec__.origin == utils.__file__)
+import torch
+print(torch._dynamo.utils is utils, torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item())
+import sys
+print([finder for finder in sys.meta_path if type(finder).__module__.startswith("autoquant")])
+"""
+    assert printed(code, "torch._dynamo.eval_frame") == ["['torch._dynamo.eval_frame'] True True", "True 1.0", "[]"]
+
+
 def test_that_dynamo_would_be_seen() -> None:
     assert printed("import torch._dynamo\nprint(loaded())", "torch._dynamo")[-1] == "['torch._dynamo']"
 
