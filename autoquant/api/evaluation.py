@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COMPARED_TRANSFORMS = "none,smooth:0.85,smooth:0.5,smooth:0.5+fc_fc,fc_fc:0.5+rotation"
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.evaluation.txt"
-KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias"
+KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias,float"
 PER_TOKEN = 4
 """Linears that may get per-token scales where a server takes both."""
 JUDGED_TOGETHER = 8
@@ -44,6 +44,7 @@ def search(
     length: int = 512,
     knobs: str | Collection[str] = KNOBS,
     per_token: int | None = None,
+    in_float: int = 0,
     offline: bool = False,
     target: str | None = None,
     seed: int = 0,
@@ -57,8 +58,9 @@ def search(
     ``model`` is a folder; ``field``: the column of a text that has columns. ``sequences`` windows of ``length`` tokens
     are fitted on, ``held_out`` further ones judge; ``budget``: minutes. ``target``: what is to serve the result, as for
     :func:`quantize`: only what it takes is tried. ``per_token``: how many linears of a static strategy may get
-    per-token scales, None: with a target 4, else none. ``tell`` is told of each candidate. Claims that were edited
-    since they were proved are proved again; ``unproved`` goes on without. Raises AutoQuantError.
+    per-token scales, None: with a target 4, else none; ``in_float``: how many linears may stay in floating point, the
+    knob 'float'. ``tell`` is told of each candidate. Claims that were edited since they were proved are proved again;
+    ``unproved`` goes on without. Raises AutoQuantError.
     """
     loaded = config_of(config)
     chosen = loaded.quantization.strategy if strategy is None else parse_strategy(strategy)
@@ -99,6 +101,7 @@ def search(
         calibration=text.name,
         seed=seed,
         per_token=per_token if per_token is not None else 0 if target is None else PER_TOKEN,
+        in_float=in_float,
         bos=tokenizer.bos_token_id,
         offline=offline,
         served=served,

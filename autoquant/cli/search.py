@@ -7,7 +7,7 @@ import click
 
 from autoquant.cli import options
 
-KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias"
+KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias,float"
 
 
 @click.command()
@@ -31,6 +31,13 @@ KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias"
     "--per-token",
     type=click.IntRange(0),
     help="So many linears of a static strategy may get per-token scales.  [default: 4 with --target, else 0]",
+)
+@click.option(
+    "--in-float",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="So many linears may stay in floating point, those whose int8 costs most.",
 )
 @click.option("--offline", is_flag=True, help="No rotation at inference: neither R3 nor R4.")
 @click.option(

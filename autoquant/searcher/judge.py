@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from autoquant.config.format import Config, Strategy
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
-from autoquant.pipeline.quantize import quantize_model_
+from autoquant.pipeline.quantize import Quantized, quantize_model_
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.strategies import scheme_of
@@ -43,8 +43,9 @@ ANYWHERE = Served(lambda config: ())
 class Task:
     """What is searched: ``load`` makes the float model anew; ``fit`` are token ids [1, S] each, ``held_out`` [B, S].
 
-    ``per_token``: how many linears may get per-token scales; ``bos``: the token that each window starts with;
-    ``offline``: nothing is rotated at inference; ``served``: what is to run the result.
+    ``per_token``: how many linears may get per-token scales, ``in_float``: how many may stay in floating point;
+    ``bos``: the token that each window starts with; ``offline``: nothing is rotated at inference; ``served``: what is
+    to run the result.
     """
 
     load: Load
@@ -54,6 +55,7 @@ class Task:
     calibration: str
     seed: int = 0
     per_token: int = 0
+    in_float: int = 0
     bos: int | None = None
     offline: bool = False
     served: Served = ANYWHERE
@@ -89,6 +91,23 @@ class Judged:
         return gain.mean > (0.0 if math.isnan(gain.standard_error) else gain.standard_error)
 
 
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """What :class:`Judged` has of a model, sums per window in nats."""
+
+    kl: tuple[float, ...]
+    excess: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A quantized model, and what quantization did."""
+
+    model: nn.Module
+    quantized: Quantized
+
+
 class Searcher:
     """Judges configs on one task. Holds the float model's held-out predictions, so that each is computed once."""
 
@@ -99,21 +118,31 @@ class Searcher:
 
     def judge(self, config: Config) -> Judged:
         """Quantize by ``config`` and compare with float on the held-out windows."""
+        made = self.quantized(config)
+        found = self.compared(made.model)
+        return Judged(config, found.kl, found.excess, found.counts, made.quantized.errors)
+
+    def quantized(self, config: Config, before_: Callable[[nn.Module], None] = lambda model: None) -> Made:
+        """The model by ``config``; ``before_`` is given it in floating point, transformed."""
         task = self.task
         model = task.load()
         cache = scheme_of(task.strategy).kv_cache is not None
         prepared = prepare_(model, config, task.strategy, EVERYTHING, task.fit, cache=cache)
-        quantized = quantize_model_(model, config, task.strategy, prepared.swept, task.fit)
+        before_(model)
+        return Made(model, quantize_model_(model, config, task.strategy, prepared.swept, task.fit))
+
+    def compared(self, model: nn.Module) -> Distance:
+        """How far ``model`` is from float on the held-out windows."""
         kl: list[float] = []
         excess: list[float] = []
         counts: list[int] = []
-        for ids, expected in zip(task.held_out, self.reference, strict=True):
+        for ids, expected in zip(self.task.held_out, self.reference, strict=True):
             got = _log_probabilities(model, ids)
             kl += (expected.exp() * (expected - got)).sum((-1, -2), dtype=torch.float64).tolist()
             targets = ids[:, 1:, None].to(got.device)
             excess += (expected - got).gather(-1, targets).sum((-1, -2), dtype=torch.float64).tolist()
             counts += [ids.shape[1] - 1] * len(ids)
-        return Judged(config, tuple(kl), tuple(excess), tuple(counts), quantized.errors)
+        return Distance(tuple(kl), tuple(excess), tuple(counts))
 
 
 @torch.no_grad()

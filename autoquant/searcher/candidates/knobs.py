@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from autoquant.searcher.candidates.activations import per_token, static_clip
 from autoquant.searcher.candidates.cache import key_cache
 from autoquant.searcher.candidates.candidate import Knob
+from autoquant.searcher.candidates.exclusion import in_float
 from autoquant.searcher.candidates.prefix import prefix
 from autoquant.searcher.candidates.rotation import learned, online, rotation
 from autoquant.searcher.candidates.smoothing import alpha, descent
@@ -24,4 +25,5 @@ KNOBS: Mapping[str, Knob] = {
     "cache": key_cache,
     "weights": rounding,
     "bias": bias,
+    "float": in_float,
 }

@@ -25,6 +25,7 @@ from autoquant.searcher.judge import Judged, Searcher, Served
         ("cache", Strategy.PER_CHANNEL_STATIC_KV, ["true", "true"]),
         ("bias", STATIC, ["true"]),
         ("spikes", STATIC, []),
+        ("float", STATIC, []),
     ],
 )
 def test_candidates_of_each_knob(name: str, strategy: Strategy, expected: list[str]) -> None:
@@ -67,6 +68,20 @@ def test_spikes_take_whole_modules_of_the_server_or_none() -> None:
     few = Searcher(replace(search_task(per_token=1), held_out=(), served=SERVED), lambda line: None)
     (only,) = KNOBS["spikes"](few, Judged(edited(config, quantization=section), (), (), ()))
     assert [entry.path.rpartition(".")[2] for entry in only.config.quantization.overrides] == ["o_proj"]
+
+
+def test_linears_whose_int8_costs_most_stay_in_float() -> None:
+    """Layer 0's down projection, with its spikes; then no module of a server that is more than are left."""
+    searcher = Searcher(replace(search_task(), in_float=2, served=SERVED), lambda line: None)
+    config = config_of(PACKAGED)
+    one, *more = KNOBS["float"](searcher, Judged(config, (), (), ()))
+    assert one.choice == f"float: {DOWN.format(layer=0)}"
+    assert one.cost == "1 linears in floating point, 4.9% of the weights"
+    (override,) = one.config.quantization.overrides
+    assert (override.path, override.layers, override.strategy) == (DOWN, "0", None)
+    assert DOWN.format(layer=0) not in {entry.path for entry in plan_linears(one.config, STATIC)}
+    assert searcher.judge(one.config).divergence < searcher.judge(config).divergence
+    assert all(len(candidate.choice.split(", ")) == 2 for candidate in more), "q, k and v are three"
 
 
 def test_output_scales_leave_out_linears_that_share_one() -> None:
