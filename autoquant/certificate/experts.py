@@ -38,12 +38,15 @@ def choices_of(config: Config) -> frozenset[int]:
 def force_choices(counts: Collection[int]) -> Iterator[None]:
     """Within it, what ranks ``counts`` candidates chooses each of them in turn, whatever their scores.
 
-    The scores of the chosen are the ones that they have, so that what a router weighs by is computed as ever.
+    The scores of the chosen are the ones that they have, so that what a router weighs by is computed as ever. So does a
+    table of choices by token that no checkpoint has filled yet.
     """
 
     class Force(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = dict(kwargs or {})
+            if func is Tensor.__getitem__ and _is_unfilled(*args):
+                return _from_table(func(*args), min(counts))
             forced = _forced(func, args, kwargs, counts)
             return func(*args, **kwargs) if forced is None else forced
 
@@ -90,6 +93,21 @@ def _forced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counts: Co
     return getattr(torch.return_types, ranks)((values, chosen))
 
 
+def _is_unfilled(table: Tensor, index: object) -> bool:
+    """True if rows of whole numbers are looked up that are all the same number."""
+    whole_numbers = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype is not torch.bool
+    numbers = table.dtype in (torch.int32, torch.int64) and table.dim() == 2 and len(table) > 1
+    return whole_numbers and numbers and bool((table == table[0, 0]).all())
+
+
+def _from_table(rows: Tensor, count: int) -> Tensor:
+    """Rows of whole numbers, of choices among ``count`` in turn where they can be that."""
+    if rows.dim() == 0 or not 0 < rows.shape[-1] <= count:
+        return rows
+    scores = rows.new_empty((1,)).expand(*rows.shape[:-1], count)
+    return _in_turn(scores, -1, rows.shape[-1], each=rows.shape[-1]).to(rows.dtype)
+
+
 def _in_turn(scores: Tensor, dim: int, k: int, each: int) -> Tensor:
     """Indices along ``dim``: row r takes k candidates from number r * each on, and begins anew at the end."""
     moved = scores.movedim(dim, -1)
@@ -117,7 +135,8 @@ def unreached(config: Config, units: Collection[Unit], seen: Collection[Unit] | 
     """The claims of ``config`` that are about a weight of an expert that no run reached, with the first such weight.
 
     Matrices of one stack go through one product, so that a claim holds for one of them if it says the same of another
-    that was reached: with the same channels in every slot, or with channels of its own that lie alike in all of them.
+    that was reached: with the same channels in every slot (a slot without ``stack`` gives all matrices the same), or
+    with channels of its own that lie alike in all of them.
     ``seen``: what was reached, None where that is not known; then all matrices of a stack have to be alike, and nothing
     is said of parts that are numbered.
     """
@@ -134,6 +153,8 @@ def unreached(config: Config, units: Collection[Unit], seen: Collection[Unit] | 
                 for number in held:
                     if number in known or (seen is None and slot.stack is None):
                         continue
+                    if slot.stack is None and slot.dim > 0 and known and len(held) > 1:
+                        continue  # one slot for all matrices says the same of each
                     if slot.stack is None or not any(offsets.alike(slot.stack, number, other) for other in known):
                         found.setdefault(claim, f"'{name}'" + ("" if slot.stack is None else f" (expert {number})"))
     return found

@@ -200,3 +200,40 @@ def test_experts_that_are_added_with_coefficients_of_their_own_have_one_scale() 
 
     findings = proved(stream(inner, r=lin(4, 5), w=par(5, 6, 4), each=par(5, 1), v=lin(6, 4)), TOKENS)
     assert [(g.name, g.channels) for g in findings.groups][1:] == [("w -> v", 6)]
+
+
+def test_a_stack_of_weights_multiplies_from_the_left() -> None:
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        hidden = (s.w @ x.mT.unsqueeze(1)).relu()  # [2, 3, 2, t]
+        made: Tensor = (s.v @ hidden).mT.sum(1)
+        return made
+
+    findings = proved(stream(inner, w=par(3, 2, 4), v=par(3, 4, 2)), TOKENS)
+    assert {group.name: group.channels for group in findings.groups} == {"g -> w": 4, "w -> v": 6}
+    assert spaces(findings) == ["R1"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_experts_that_the_tokens_choose_multiply_from_the_left(same: bool) -> None:
+    def inner(s: Graph, x: Tensor, tokens: Tensor) -> Tensor:
+        chosen = tokens.flatten() % 3
+        hidden = torch.bmm(s.w[chosen], x.flatten(0, 1).unsqueeze(-1)).relu()
+        other = chosen if same else (chosen + 1) % 3
+        made: Tensor = torch.bmm(s.v[other], hidden).squeeze(-1).unflatten(0, tokens.shape)
+        return made
+
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        return s.head(rms(s, x + inner(s, rms(s, x, s.g), tokens)))
+
+    model = Graph(
+        function,
+        emb=nn.Embedding(8, 4),
+        head=lin(),
+        g=nn.Parameter(torch.rand(4) + 0.5),
+        w=par(3, 2, 4),
+        v=par(3, 4, 2),
+    )
+    findings = proved(model, TOKENS)
+    assert groups(findings) == ["g -> w", "w -> v"]
+    assert spaces(findings) == ["R1"]

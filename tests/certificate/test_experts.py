@@ -112,3 +112,40 @@ def test_matrices_of_a_stack_are_checked_one_by_one() -> None:
     assert unreached(wrong, units, most) == {claim: f"'stack' (expert {COUNT - 1})"} == unreached(wrong, units, None)
     assert unreached(wrong, units, set(units)) == {}, "what a run reached is said by the run"
     assert unreached(right, units, ()) == {claim: "'stack' (expert 0)"}
+
+
+def test_a_table_of_choices_that_no_checkpoint_has_filled_holds_each_in_turn() -> None:
+    empty, filled = torch.zeros(6, 2, dtype=torch.long), torch.tensor([[0, 1], [1, 0]])
+    ids, wide = torch.tensor([3, 0, 5]), torch.zeros(6, 5, dtype=torch.long)
+    with force_choices({4, 9}):
+        assert empty[ids].tolist() == [[0, 1], [2, 3], [0, 1]]
+        assert filled[torch.tensor([1, 0])].tolist() == [[1, 0], [0, 1]], "the numbers of a table are facts"
+        assert empty[1:3].tolist() == [[0, 0], [0, 0]]
+        assert wide[ids].tolist() == [[0] * 5] * 3, "no token chooses more than there are"
+    assert empty[ids].tolist() == [[0, 0]] * 3
+
+
+class Clamped(nn.Module):
+    """Experts chosen by the token; of the second stack, the last ones by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.up, self.down = (nn.Parameter(torch.randn(COUNT, *sizes) / 3) for sizes in ((8, 6), (6, 8)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        chosen = tokens.flatten() % COUNT
+        hidden = torch.bmm(self.up[chosen], self.embed(tokens).flatten(0, 1).unsqueeze(-1)).relu()
+        return torch.bmm(self.down[chosen.clamp(max=2)], hidden).squeeze(-1)
+
+
+def test_one_slot_for_all_matrices_holds_for_those_that_no_run_reached() -> None:
+    torch.manual_seed(0)
+    module, inputs = Clamped().eval(), (torch.arange(10)[None],)
+    config = aq.analyze(module, example_inputs=inputs).config
+    assert [group.name for group in config.smoothing.groups] == ["embed -> up", "up -> down"]
+    assert [slot.stack for group in config.smoothing.groups for slot in group.targets] == [None, None]
+    units = units_of(config, module)
+    assert [unit for unit in units if unit[0] == "down"] == [("down", number) for number in range(COUNT)]
+    none = {unit for unit in units if unit[0] != "down"}
+    assert ("up -> down", "linear_linear") in unreached(config, units, none), "nothing of it was reached"

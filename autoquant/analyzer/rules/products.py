@@ -52,8 +52,10 @@ def scale_matmul(a: ScaleAnalysis, site: Site, x: Value, y: Value) -> Value:
     if isinstance(y, Param) and len(y.shape) >= 2:
         return scale_product(a, site, x, y, len(y.shape) - 2)
     if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Tensor) and y.ndim >= 2:
-        swapped = scale_product_from_left(a, site, x, y)
-        return swapped
+        return scale_product_from_left(a, site, x, y)
+    terms = matmul_terms(site, shape_of(y), x, from_left=True)
+    if terms is not None and isinstance(x, Param):
+        return scale_contraction(a, site, y, x, *terms)
     return scale_activations(a, site, x, y)
 
 
@@ -66,26 +68,34 @@ def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
         return rotate_product(a, site, x, y, len(y.shape) - 2)
     if isinstance(x, Param) and len(x.shape) == 2 and isinstance(y, Vector):
         return rotate_product_from_left(a, site, x, y)
+    terms = matmul_terms(site, vector_shape(y), x, from_left=True)
+    if terms is not None and isinstance(x, Param):
+        return rotate_contraction(a, site, y, x, *terms)
     if isinstance(y, Vector) and isinstance(x, (Dynamic, Constant)):
         return rotate_summed_over_tokens(a, site, y)
     return a.end(site, [x, y], "it is a product of two activations")
 
 
-def matmul_terms(site: Site, x: tuple[int, ...], y: Value) -> tuple[str, str, str] | None:
-    """``x @ y`` as an einsum, where a stack of weights ``y`` is broadcast to ``x``, or ``x`` to it; else None."""
-    if not isinstance(y, Param) or len(y.shape) < 3 or len(x) < 2:
+def matmul_terms(site: Site, x: tuple[int, ...], w: Value, *, from_left: bool = False) -> tuple[str, str, str] | None:
+    """``x @ w`` as an einsum, where a stack of weights ``w`` is broadcast to ``x``, or ``x`` to it; else None.
+
+    ``from_left``: ``w @ x``, whether or not one is broadcast.
+    """
+    if not isinstance(w, Param) or len(w.shape) < 3 or len(x) < 2:
         return None
     lead = site.shape[:-2]
-    if x[:-2] == lead == y.shape[:-2]:
+    if not from_left and x[:-2] == lead == w.shape[:-2]:
         return None
     batch = ascii_lowercase[: len(lead)]
     x_term = "".join(
         c if size == full else c.upper()
         for c, size, full in zip(batch[len(lead) - len(x) + 2 :], x[:-2], lead[len(lead) - len(x) + 2 :], strict=True)
     )
-    w_term = batch[len(lead) - len(y.shape) + 2 :]
-    if y.shape[:-2] != lead[len(lead) - len(y.shape) + 2 :]:
+    w_term = batch[len(lead) - len(w.shape) + 2 :]
+    if w.shape[:-2] != lead[len(lead) - len(w.shape) + 2 :]:
         return None
+    if from_left:
+        return f"{x_term}zy", f"{w_term}xz", f"{batch}xy"
     return f"{x_term}yz", f"{w_term}zx", f"{batch}yx"
 
 
