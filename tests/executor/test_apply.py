@@ -24,12 +24,14 @@ from handmade_more import (
 )
 from torch import nn
 
+from autoquant.config.check import problems
 from autoquant.config.format import Config, Norm, RotationMethod, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import Applied, apply_, check_finite
 from autoquant.executor.plan import Scales
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
+from autoquant.models.fit import structure_problems
 from autoquant.models.structure import structure_of
 
 
@@ -78,6 +80,27 @@ def test_each_alone_and_all_together_keep_the_function(name: str, method: Rotati
         assert change(before, logits(changed)) < 1e-13, only
         assert any(not torch.equal(p, weights[n]) for n, p in changed.named_parameters() if n in weights), only
         assert only is None or {*applied.spaces, *applied.groups} == set(only)
+
+
+def test_a_residual_of_two_blocks_is_accepted_and_carried_out() -> None:
+    """Rotations of the first half of the channels and of the second leave a norm over all of them alone."""
+    model = build("llama", **LLAMA)
+    config = llama_like(model)
+    halves = tuple(
+        edited(space, size=space.size // 2, blocks=2) if space.kind == "R1" else space
+        for space in config.rotation.spaces
+    )
+    config = edited(config, rotation=edited(config.rotation, spaces=halves))
+    assert problems(config) == [] == structure_problems(config, structure_of(model))
+    before, weight = logits(model), model.get_input_embeddings().weight.detach().clone()  # type: ignore[operator,union-attr]
+    applied = apply_random(model, config, only=["residual"])
+    assert applied.spaces == ("residual",)
+    assert change(before, logits(model)) < 1e-13
+    after, half = model.get_input_embeddings().weight.detach(), weight.shape[1] // 2  # type: ignore[operator,union-attr]
+    for block in (slice(None, half), slice(half, None)):
+        assert not torch.allclose(after[:, block], weight[:, block])
+        lengths = (after[:, block].norm(dim=1), weight[:, block].norm(dim=1))
+        torch.testing.assert_close(*lengths)  # no channel left its block
 
 
 def test_a_tied_head_is_untied_and_said_so() -> None:
