@@ -29,6 +29,9 @@ def base_name(node: fx.Node) -> str:
     return operator_name(node).rpartition("::")[2]
 
 
+HIGHER_ORDER = frozenset(["flex_attention"])
+"""Operators that take functions, of which torch keeps no schema."""
+
 ALIASES = {
     "absolute": "abs", "clip": "clamp", "concat": "cat", "concatenate": "cat", "divide": "div", "moveaxis": "movedim",
     "multiply": "mul", "negative": "neg", "special_expit": "sigmoid", "special_softmax": "softmax", "subtract": "sub",

@@ -98,6 +98,8 @@ class Axes:
     variables: Variables
     _by_key: dict[tuple[object, ...], Axis] = field(default_factory=dict)
     _uses: dict[str, dict[str, Reason]] = field(default_factory=dict)
+    _sites: dict[str, set[int]] = field(default_factory=dict)
+    """By parameter, the operators that use it, by their order."""
     _seen: dict[str, Tensor] = field(default_factory=dict)
     """Which elements of the parameters that are used as tensors some view shows."""
 
@@ -105,12 +107,18 @@ class Axes:
         """In order of their variables."""
         return sorted(self._by_key.values(), key=lambda family: family.start)
 
-    def axis(self, param: Param, dim: int, role: Role, here: Reason, stacked: bool) -> Tensor:
-        """Labels of one axis of a weight: ``[size]``, or ``[stack, size]`` where ``stacked`` and not keyed."""
+    def axis(
+        self, param: Param, dim: int, role: Role, here: Reason, stacked: bool, *, depthwise: bool = False
+    ) -> Tensor:
+        """Labels of one axis of a weight: ``[size]``, or ``[stack, size]`` where ``stacked`` and not keyed.
+
+        ``depthwise``: rows and columns are one and the same dimension, and two families all the same.
+        """
         size = param.full_shape[dim]
         stack = int(np.prod(param.full_shape[:-2])) if stacked and len(param.full_shape) > 2 else None
         keyed = param.key if stack else 0
-        labels = self._get(param, role, dim, stack, 0, keyed, size if keyed or not stack else stack * size, here)
+        count = size if keyed or not stack else stack * size
+        labels = self._get(param, role, dim, stack, 0, keyed, count, here, apart=depthwise and role == "row")
         self._use(param, "a table" if role == "table" else "a weight per expert" if keyed else "a weight", here)
         return labels if keyed or not stack else labels.view(stack, size)
 
@@ -193,14 +201,20 @@ class Axes:
             return None
         return Factors(_narrowed(columns), _narrowed(rows), column, row)
 
-    def channels(self, param: Param, here: Reason) -> Tensor | None:
+    def channels(self, param: Param, here: Reason) -> tuple[Tensor, Tensor] | None:
         """Labels ``[channels]`` of dimension 0 of a depthwise convolution's weight, None where a view mixed them up.
 
-        One family serves input and output: ``y = w * x`` per channel, so the weight can take the ratio of their scales.
+        Two families, of what each channel reads and of what it makes: ``y = w * x``, so ``w`` can take both scales.
         """
-        labels = self.axis(param, 0, "column", here, stacked=False)
-        seen = param.replay(labels.view(-1, *(1,) * (len(param.full_shape) - 1)).expand(param.full_shape))
-        return seen.flatten(1)[:, 0] if _constant_along(seen.flatten(1), 1) else None
+        found = []
+        roles: tuple[Role, Role] = ("column", "row")
+        for role in roles:
+            labels = self.axis(param, 0, role, here, stacked=False, depthwise=True)
+            seen = param.replay(labels.view(-1, *(1,) * (len(param.full_shape) - 1)).expand(param.full_shape))
+            if not _constant_along(seen.flatten(1), 1):
+                return None
+            found.append(seen.flatten(1)[:, 0])
+        return found[0], found[1]
 
     def _seen_axis(self, param: Param, dim: int, role: Role, here: Reason) -> Tensor | None:
         lead = param.full_shape[:-2]
@@ -252,11 +266,21 @@ class Axes:
         return np.arange(family.start, family.start + family.count)
 
     def _get(
-        self, param: Param, role: Role, dim: int, stack: int | None, offset: int, keyed: int, count: int, here: Reason
+        self,
+        param: Param,
+        role: Role,
+        dim: int,
+        stack: int | None,
+        offset: int,
+        keyed: int,
+        count: int,
+        here: Reason,
+        *,
+        apart: bool = False,
     ) -> Tensor:
         # The role is not part of the key: a matrix that is used both ways round has one family per axis all the same.
         # Nor is the grouping: experts that are used twice are the same experts.
-        key = (param.name, dim, stack, offset, bool(keyed))
+        key = (param.name, dim, stack, offset, bool(keyed), apart)
         if key not in self._by_key:
             start = int(self.variables.fresh(count, keyed)[0]) if count else self.variables.count
             self._by_key[key] = Axis(
@@ -272,12 +296,24 @@ class Axes:
         """Note a use that gives the parameter no variables; it must be the only kind of use."""
         self._use(param, how, here)
 
+    def used_once(self, name: str) -> bool:
+        """True if one operator alone uses a parameter."""
+        return len(self._sites.get(name, ())) == 1
+
+    def place(self, name: str, dim: int, labels: Tensor) -> Tensor | None:
+        """Where on dimension ``dim`` of a matrix labels stand; None where some stand nowhere on it."""
+        family = self._by_key.get((name, dim, None, 0, False, False))
+        if family is None or bool(((labels < family.start) | (labels >= family.start + family.count)).any()):
+            return None
+        return labels - family.start
+
     def uses(self, name: str) -> dict[str, Reason]:
         """The ways in which a parameter is used, in words, each where it was met first."""
         return dict(self._uses.get(name, {}))
 
     def _use(self, param: Param, how: str, here: Reason) -> None:
         self._uses.setdefault(param.name, {}).setdefault(how, here)
+        self._sites.setdefault(param.name, set()).add(here.order)
 
 
 def _narrowed(labels: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def analyse_rotations(captured: Captured, extent: int = EXTENTS[0]) -> Rotations
     """Find every vector space of the graph that an orthogonal matrix can be put on."""
     analysis = RotationAnalysis()
     interpreter = interpreted(captured, ROTATIONS.table, analysis, analysis.end, extent=extent)
-    for axes, reason in [*analysis.axes.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]:
+    conflicts = [*analysis.axes.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]
+    for axes, reason in [*conflicts, *_used_without_gain(analysis)]:
         for family in axes:
             analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)
     keep = np.zeros(analysis.variables.count, dtype=np.bool_)
@@ -79,6 +80,8 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
         text = None
         if (read.gain is None or read.gain.kind != "layer") and np.isin(components, means).any():
             text = "its mean is subtracted for some of its readers only"
+            if read.behind and read.gain is not None:
+                text = f"{read.gain.weight} is applied to what is written, and the mean of that is subtracted"
         for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
             if text is None and name in tied:
                 text = f"{name} is shared with another norm"
@@ -179,6 +182,19 @@ def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
         if len(gains) > 1:
             last = _reads(analysis, family)[-1].site
             found.append(([family], last.because("the weight is used behind different norms")))
+    return found
+
+
+def _used_without_gain(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
+    """A weight that is used elsewhere too cannot hold a gain that is applied behind it here."""
+    found = []
+    for family in analysis.axes.all():
+        for read in _reads(analysis, family):
+            if read.behind and read.gain is not None and not analysis.axes.used_once(family.param):
+                reason = read.site.because(
+                    f"{read.gain.weight} cannot be folded into {family.param}, used elsewhere too"
+                )
+                found.append(([family], reason))
     return found
 
 
@@ -327,8 +343,11 @@ def _space(
             writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))
             continue
         gain = readers[0].gain
+        channels = size * len(rank_of_block)
         if gain is not None and (gain.weight or gain.bias) and slot.index is not None:
             return None  # the norm counts its channels in another order, or has others too
+        if gain is not None and analysis.gain_sizes.get(gain.weight or "", size) not in (size, channels):
+            return None  # one gain for some of the blocks, each of which another rotation turns
         key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
         reads.setdefault(key, (gain, []))[1].append(Reader(**slot.model_dump(), bias=readers[0].bias))
     if not writers or not reads:

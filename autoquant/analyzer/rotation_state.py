@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Axes, Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Untracked, Value, unwieldy
@@ -86,6 +86,17 @@ class Read:
     bias: str | None
     dim: int
     gain: Norm | None
+    behind: bool = False
+    """The gain is applied behind the linear, and is folded into its rows (or its bias), which then write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The rows of a weight, and a bias, that made what a node holds: names, and the dimension of the rows."""
+
+    weight: str
+    dim: int
+    bias: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,10 @@ class RotationAnalysis:
     axes: Axes = field(init=False)
     splits: list[Split] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    products: dict[fx.Node, Product] = field(default_factory=dict)
+    """By node, which weight made it."""
+    gain_sizes: dict[str, int] = field(default_factory=dict)
+    """Number of elements of the parameters that are gains."""
     lookups: Counter[str] = field(default_factory=Counter)
     """How often each embedding table is used."""
     folded: dict[str, Norm] = field(default_factory=dict)

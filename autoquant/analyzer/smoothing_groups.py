@@ -142,7 +142,10 @@ def _group(analysis: ScaleAnalysis, axes: Sequence[Axis], members: _Members, cro
             if slot is None:
                 return None
             (sources if power > 0 else targets).append(slot)
-    if not sources or not targets:
+    both = [slot for slot in sources if slot in targets]  # a depthwise convolution that reads and makes one scale
+    sources, targets = ([slot for slot in side if slot not in both] for side in (sources, targets))
+    sides = [{(slot.path, slot.dim) for slot in side} for side in (sources, targets)]
+    if not sources or not targets or sides[0] & sides[1]:
         return None
     roles = {axes[i].role for i in np.unique(members.family[members.weight > 0])}
     readers = {(use.weight, use.contracted_dim) for use in analysis.uses}

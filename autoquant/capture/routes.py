@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from autoquant.capture.attributes import attributes_as_buffers
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.graph import (
     Captured,
@@ -104,30 +105,31 @@ def capture(
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
     failures: list[str] = []
-    names, aliases = names_of(module)
-    inseparable = asks_for_ties(module)  # before tensors that are held by reference are others than the parameters
-    for route in routes[how]:
-        try:
-            with undisturbed(module), short_chunks(module):
-                inputs = tuple(args), {**kwargs, **route.added}
-                if route.name != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
-                    inputs, _ = fakeify_(module, inputs)
-                made = route.run(module, *inputs, names)
-                only = first and route.name != "dynamo-pieces"
-                return Captured(
-                    route.name,
-                    tuple(map(first_output, made)) if only else made,
-                    aliases,
-                    tuple(known) if route.name == "export" else (),
-                    only,
-                    tuple(calls) if route.run is untraceable.run else (),
-                    inseparable,
-                    tuple(hidden),
-                    route.added,
-                )
-        except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
-            failure = f"{route.name}: {_first_line(error)}"
-            failures += [failure] if failure not in failures else []
+    with attributes_as_buffers(module, args, kwargs):
+        names, aliases = names_of(module)
+        inseparable = asks_for_ties(module)  # before tensors that are held by reference are others than the parameters
+        for route in routes[how]:
+            try:
+                with undisturbed(module), short_chunks(module):
+                    inputs = tuple(args), {**kwargs, **route.added}
+                    if route.name != "dynamo-pieces":  # Dynamo compiles no function of fake tensors
+                        inputs, _ = fakeify_(module, inputs)
+                    made = route.run(module, *inputs, names)
+                    only = first and route.name != "dynamo-pieces"
+                    return Captured(
+                        route.name,
+                        tuple(map(first_output, made)) if only else made,
+                        aliases,
+                        tuple(known) if route.name == "export" else (),
+                        only,
+                        tuple(calls) if route.run is untraceable.run else (),
+                        inseparable,
+                        tuple(hidden),
+                        route.added,
+                    )
+            except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
+                failure = f"{route.name}: {_first_line(error)}"
+                failures += [failure] if failure not in failures else []
     why = _BY_VALUES if any(_VALUES.search(failure) for failure in failures) else ""
     raise AutoQuantError(f"cannot capture {type(module).__name__}: {why}" + "; ".join(failures))
 
@@ -138,7 +140,7 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
     ``captured`` comes from this module, which holds real tensors. Raises AutoQuantError where the graphs cannot be run.
     """
     kwargs = {**kwargs, **captured.spare}
-    with undisturbed(module):
+    with attributes_as_buffers(module, args, kwargs), undisturbed(module):
         expected = _tensors(module(*args, **kwargs))
         if captured.first:
             expected = [tensor for tensor in expected if tensor.is_floating_point()][:1]

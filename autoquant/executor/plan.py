@@ -241,7 +241,7 @@ class _Draft:
 
     def _vector(self, name: str, channels: int) -> Tensor:
         """A norm's parameter as float64 ``[channels]``, repeated where each block has the same."""
-        vector = self.read(name).detach().double().cpu()
+        vector = self.read(name).detach().double().cpu().reshape(-1)
         if not bool(vector.isfinite().all()):
             raise AutoQuantError(f"{name} holds a NaN or an infinity")
         return vector.repeat(channels // len(vector))

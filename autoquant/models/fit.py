@@ -114,6 +114,7 @@ def _vector(sizes: Sequence[int], shape: Sequence[int], *, last: bool = False) -
     stack.
     """
     fits = bool(shape) and shape[-1] in sizes and (last or len(shape) == 1)
+    fits = fits or (not last and max(shape, default=0) in sizes and math.prod(shape) in sizes)
     return None if fits else f"the config says {' or '.join(map(str, dict.fromkeys(sizes)))} elements"
 
 

@@ -212,7 +212,10 @@ EXPECTED: dict[str, list[str]] = {
     "norm_that_is_no_module": [],
     "stack_tokens": ["R1 1 x 4 e.weight.1 -> o.weight.1[0:2x4/4,1>0,1] +bias"],
     "cat_tokens": ["R1 1 x 4 e.weight.1 e2.weight.1 -> rms(n.weight) o.weight.1 +bias"],
-    "layer_scale": [],
+    "layer_scale": [
+        "R1 1 x 4 e.weight.1 -> rms(n.weight) b.weight.1 +bias -> rms(g) b.weight.0 b.bias.0 "
+        "-> rms(f_.weight) o.weight.1 +bias"
+    ],
     "layer_scalar": [
         "R1 1 x 4 e.weight.1 b.weight.0 b.bias.0 -> rms(n.weight) b.weight.1 +bias -> rms(f_.weight) o.weight.1 +bias"
     ],
@@ -245,7 +248,6 @@ WHY: dict[str, str] = {
     "bias_of_two_norms": "e: the parameter is used in different ways: as the bias of n and as the bias of n2 (aten.layer_norm)",
     "bias_of_two_spaces": "e: n is applied to other vectors too (aten.linear)",
     "half_norm": "e: it is joined with something else (aten.cat)",
-    "layer_scale": "e: g is applied to it before it is added: it cannot be folded into a linear (aten.add)",
 }
 """What is said about the embedding, or about attention, that cannot be rotated."""
 

@@ -64,9 +64,15 @@ EXPECTED: dict[str, list[str]] = {
         "linear_linear 4 a.weight.0 b.weight.0 -> o.weight.1",
     ],
     "shared_weight_seq": ["linear_linear 4 n.weight.0 a.weight.0 b.weight.0 -> a.weight.1 b.weight.1 o.weight.1"],
-    "conv": ["linear_linear 4 cv.weight.0 cv.bias.0 -> b.weight.1"],
+    "conv": [
+        "linear_linear 4 a.weight.0 a.bias.0 -> cv.weight.0",
+        "linear_linear 4 cv.weight.0 cv.bias.0 -> b.weight.1",
+    ],
     "conv_silu": ["linear_linear 4 a.weight.0 a.bias.0 -> cv.weight.0"],
-    "conv_gate": ["linear_linear 4 a2.weight.0 a2.bias.0 -> b.weight.1"],
+    "conv_gate": [
+        "linear_linear 4 a.weight.0 a.bias.0 -> cv.weight.0",
+        "linear_linear 4 a2.weight.0 a2.bias.0 -> b.weight.1",
+    ],
     "conv_dense": [
         "linear_linear 4 a.weight.0 a.bias.0 -> cv.weight.1",
         "linear_linear 4 cv.weight.0 cv.bias.0 -> b.weight.1",

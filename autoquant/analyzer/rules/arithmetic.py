@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,8 +21,10 @@ from autoquant.analyzer.rotation_state import (
     broadcast,
     coordinates_of,
     mixed,
+    varies,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
+from autoquant.analyzer.rules.gains import folded_before, rotate_gained
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     LENGTH,
@@ -35,7 +37,7 @@ from autoquant.aten import (
     base_name,
     operator_name,
 )
-from autoquant.config.format import Norm, edited
+from autoquant.config.format import edited
 
 
 def sum_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
@@ -85,6 +87,12 @@ def scale_add(a: ScaleAnalysis, site: Site, x: Value, y: Value, *args: Value, **
 
 
 @rotation_rule("add sub", says="sum: both sides are rotated alike")
+def rotate_sum(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
+    """A gain that waits goes into the linear that it follows, where it can (LayerScale)."""
+    sides = [folded_before(a, site, node, side) for node, side in zip(site.node.args, (x, y), strict=False)]
+    return rotate_add(a, site, *sides, *args, **kwargs)
+
+
 def rotate_add(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value, **kwargs: Value) -> Value:
     if kwargs.get("alpha", args[0] if args else 1) != 1:
         return a.end(site, [x, y], "it is added with a factor")
@@ -128,6 +136,7 @@ def rotate_added_parameter(a: RotationAnalysis, site: Site, vector: Value, param
             and not param.views
             and param.shape == tuple(vector.coordinates.shape[-1:])
             and vector.gain_index is not None
+            and a.gain_sizes.get(vector.gain.weight or "", param.shape[-1]) == param.shape[-1]
             and site.operator == "add"
         ):
             rotate_bias_of(a, vector.gain.weight, param, site)
@@ -185,11 +194,19 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
         return a.end(site, [x, y], NO_ROTATION)
     if site.operator == "div" and vector is not x:
         return a.end(site, [x, y], "it is divided by")
-    if isinstance(factor, Param) and len(factor.shape) <= len(site.shape) and factor.shape[-1:] in ((), (1,)):
+    number = isinstance(factor, Param) and len(factor.shape) <= len(site.shape) and factor.shape[-1:] in ((), (1,))
+    if number and not _along_channels(vector, factor.shape):
         return rotate_number(a, site, vector, factor)
     if isinstance(factor, (Param, Gain)):
         return rotate_gained(a, site, vector, factor if isinstance(factor, Gain) else Gain(factor, 0))
     return rotate_scaled(a, site, vector, unexpanded(site.node.args[1 if vector is x else 0], factor))
+
+
+def _along_channels(vector: Vector, shape: Sequence[int]) -> bool:
+    """True if numbers of ``shape`` are as many as there are channels, and differ along an axis on which these lie."""
+    sizes = (1,) * (vector.coordinates.ndim - len(shape)) + tuple(shape)
+    along = any(size > 1 and varies(vector.coordinates, d) for d, size in enumerate(sizes))
+    return along and int(np.prod(shape)) == len(torch.unique(vector.coordinates))
 
 
 def rotate_scaled(a: RotationAnalysis, site: Site, vector: Vector, factor: Value) -> Value:
@@ -234,32 +251,6 @@ def rotate_number(a: RotationAnalysis, site: Site, vector: Vector, param: Param)
     """Numbers that are a parameter, one for all channels: what is multiplied by them is rotated all the same."""
     a.axes.other_use(param, site.because("it is a number"), "a number")
     return rotate_scaled(a, site, vector, Dynamic(param.shape, site.outputs[0].dtype))
-
-
-def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -> Value:
-    """A norm weight: it waits for the linears that it can be folded into."""
-    shape = gain.param.full_shape
-    size = max(shape, default=1)
-    if (
-        vector.gain is not None
-        or int(np.prod(shape)) != size
-        or vector.coordinates.shape[-1] != size
-        or site.operator != "mul"
-    ):
-        return a.end(site, [vector, gain], "it is multiplied by a parameter")
-    a.axes.other_use(gain.param, site.because("it is a gain"), gain.words)
-    index = gain.param.replay(torch.arange(size).view(shape))
-    if index.shape[-1] != size:
-        return a.end(site, [vector, gain], "it is multiplied by a parameter")
-    index = index.expand(vector.coordinates.shape)
-    norm = Norm(
-        kind="layer" if vector.centred else "rms",
-        weight=gain.param.name,
-        bias=None,
-        offset=1 if gain.offset else 0,
-        eps=None,
-    )
-    return replace(vector, gain=norm, gain_index=index, table=None)
 
 
 @scale_rule("addcmul addcdiv", says="sum with a product: what is added carries the scale of the product")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Site, Value
+from autoquant.analyzer.interpreter import Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
@@ -19,13 +19,15 @@ from autoquant.analyzer.rotation_state import (
     seen_along,
     varies,
 )
+from autoquant.analyzer.rotation_state import shape_of as vector_shape
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
-from autoquant.analyzer.scale_state import ScaleAnalysis, Scores
+from autoquant.analyzer.scale_state import ScaleAnalysis, Scores, shape_of
 from autoquant.aten import (
     NO_ROTATION,
     PRODUCTS,
     operator_name,
 )
+from autoquant.library_patches import pytree
 
 
 def attention_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
@@ -67,6 +69,26 @@ def rotate_attention(
     return rotate_summed_over_tokens(a, site, value)
 
 
+@scale_rule("flex_attention", says=attention_sentence)
+def scale_flex(a: ScaleAnalysis, site: Site, q: Value, k: Value, value: Value, *args: Value, **kwargs: Value) -> Value:
+    """Attention whose scores are changed one by one, by code that may hold tensors of its own: these keep scale 1."""
+    for held in pytree.tree_leaves((args, kwargs)):
+        if isinstance(held, (Tensor, Param)):
+            a.variables.fix(a.labels(site, held), site.because("it is used on attention scores"))
+    grouped = shape_of(q)[-3] != shape_of(k)[-3]
+    out = scale_attention(a, site, q, k, value, enable_gqa=grouped)
+    return out, *(Dynamic(tuple(f.shape), f.dtype) for f in site.outputs[1:])
+
+
+@rotation_rule("flex_attention", says="attention: adds up the vectors of each head, a rotation per head passes")
+def rotate_flex(
+    a: RotationAnalysis, site: Site, q: Value, k: Value, value: Value, *args: Value, **kwargs: Value
+) -> Value:
+    a.end(site, pytree.tree_leaves((args, kwargs)), "it is used on attention scores")
+    out = rotate_attention(a, site, q, k, value, enable_gqa=vector_shape(q)[-3] != vector_shape(k)[-3])
+    return out if isinstance(out, tuple) else (out, *a.unknown(site)[1:])
+
+
 def scale_cancel(a: ScaleAnalysis, site: Site, queries: Tensor, keys: Tensor) -> None:
     """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when k's scale is one over q's, channel by channel."""
     if _is_attention(site.node):
@@ -99,7 +121,7 @@ def _is_attention(node: torch.fx.Node) -> bool:
     queue, seen = [node], {node}
     while queue:
         found = queue.pop()
-        if operator_name(found) in ("scaled_dot_product_attention", "softmax", "_softmax"):
+        if operator_name(found) in ("scaled_dot_product_attention", "flex_attention", "softmax", "_softmax"):
             return True
         users = [user for user in found.users if user not in seen and operator_name(user) not in PRODUCTS]
         seen.update(users)

@@ -249,8 +249,11 @@ def rotate_read(
         summed = [x.coordinates.ndim - 2] if columns.ndim > 1 else range(x.coordinates.ndim - 1)
         labels = a.variables.merge_along(x.coordinates, list(summed), site.order)
     a.variables.equal(columns, labels, site.order)
-    if x.gain_index is not None and not bool((x.gain_index == torch.arange(x.gain_index.shape[-1])).all()):
-        a.end(site, [x], "the norm's weight is rearranged before it is read")
+    if x.gain is not None and x.gain_index is not None:
+        channels = x.gain_index.shape[-1]
+        size = a.gain_sizes.get(x.gain.weight or "", channels)
+        if channels % size or not bool((x.gain_index == torch.arange(channels) % size).all()):
+            a.end(site, [x], "the norm's weight is rearranged before it is read")
     order = columns.argsort(-1)  # as they lie in the weight
     labels = labels.expand_as(columns)
     a.arrange(site, labels.gather(-1, order))

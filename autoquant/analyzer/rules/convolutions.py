@@ -48,7 +48,8 @@ def scale_convolution(
         found = a.axes.channels(w, here)
         if found is None:
             return a.block(site, [x, w, bias], "the channels of the weight are mixed by a reshape")
-        out = a.variables.product(labels.repeat_interleave(w.shape[0] // groups), found, site.order)
+        columns, out = found
+        a.variables.equal(columns, labels.repeat_interleave(w.shape[0] // groups), site.order, ratio=-1.0)
     elif groups == 1 and not w.views:
         a.variables.equal(a.axes.axis(w, 1, "column", here, stacked=False), labels, site.order, ratio=-1.0)
         out = a.axes.axis(w, 0, "row", here, stacked=False)

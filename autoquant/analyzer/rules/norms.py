@@ -105,6 +105,7 @@ def rotate_norm(
     )
     owner = f" of {x.table}" if folds else ""
     if gain is not None:
+        a.gain_sizes[gain.param.name] = x.coordinates.shape[-1]
         a.axes.other_use(gain.param, here, f"{gain.words}{owner}")
     if bias is not None:
         rotate_bias_of(a, f"{gain.param.name if gain is not None else None}{owner}", bias, site)

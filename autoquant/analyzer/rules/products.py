@@ -11,6 +11,7 @@ from torch import Tensor
 from autoquant.analyzer.axes import Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
+    Product,
     RotationAnalysis,
     Vector,
     apply,
@@ -200,6 +201,8 @@ def rotate_product(
         rows_vector = Vector(rows, fresh_instances(rows))
         return a.end(site, [rows_vector, bias], "a tensor that is not rotated is added")
     out = Vector(rows, fresh_instances(rows))
+    if not weight.key and len(w.full_shape) == 2 and isinstance(bias, (Param, type(None))):
+        a.products[site.node] = Product(w.name, found.row_dim, None if bias is None else bias.name)
     if not key and found.rows.ndim > 1:  # a matrix for each part of the input: its rows read that part alone
         lead = found.rows.shape[:-1]
         keys = torch.arange(lead.numel()).view(*lead, 1, 1).expand(site.shape)

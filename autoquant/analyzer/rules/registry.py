@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.aten import ALIASES
+from autoquant.aten import ALIASES, HIGHER_ORDER
 from autoquant.library_patches import OpOverload
 
 Says = Callable[[fx.Node, Collection[fx.Node], Collection[Param]], str]
@@ -84,7 +84,7 @@ def check_signature(function: Callable[..., Any], name: str, without: Collection
     the library has registered them.
     """
     found = list(overloads(name))
-    if not found and "::" not in name:
+    if not found and "::" not in name and name not in HIGHER_ORDER:
         raise TypeError(f"{where(function)}: torch has no operator {name}")
     signature = inspect.signature(function)
     for overload in found:

@@ -1,0 +1,97 @@
+"""Parameters that multiply vectors: gains, which are folded into the linears behind or before them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import fx
+
+from autoquant.analyzer.interpreter import Site, Value
+from autoquant.analyzer.rotation_state import Gain, Product, Read, RotationAnalysis, Vector
+from autoquant.aten import LINEAR, operator_name
+from autoquant.config.format import Norm
+
+_REARRANGED = (
+    "alias clone contiguous detach flatten lift_fresh_copy movedim permute reshape squeeze t transpose unflatten "
+    "unsqueeze view _unsafe_view _reshape_alias numpy_T mT"
+)
+REARRANGED = frozenset(_REARRANGED.split())
+"""Operators that hold each element of their argument once."""
+
+
+def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -> Value:
+    """A norm weight: it waits for the linears that it can be folded into."""
+    shape = gain.param.full_shape
+    size = max(shape, default=1)
+    if vector.gain is not None or int(np.prod(shape)) != size or site.operator != "mul":
+        return a.end(site, [vector, gain], "it is multiplied by a parameter")
+    index = gain.param.replay(torch.arange(size).view(shape))
+    wide = tuple(vector.coordinates.shape)
+    if any(size not in (1, own) for size, own in zip(index.shape[::-1], wide[::-1], strict=False)) or (
+        index.ndim > len(wide)
+    ):
+        return a.end(site, [vector, gain], "it is multiplied by a parameter")
+    a.axes.other_use(gain.param, site.because("it is a gain"), gain.words)
+    norm = Norm(
+        kind="layer" if vector.centred else "rms",
+        weight=gain.param.name,
+        bias=None,
+        offset=1 if gain.offset else 0,
+        eps=None,
+    )
+    a.gain_sizes[gain.param.name] = size
+    return replace(vector, gain=norm, gain_index=index.expand(wide), table=None)
+
+
+def folded_before(a: RotationAnalysis, site: Site, node: object, value: Value) -> Value:
+    """A vector without the gain that waits on it, which goes into the rows of the linear that made it (LayerScale).
+
+    ``diag(g) (W x + b)`` is ``(diag(g) W) x + diag(g) b``. The value as it is where the gain waits for a reader behind
+    it, or something else sees what the linear makes.
+    """
+    if not isinstance(value, Vector) or value.gain is None or value.gain_index is None or value.factors is not None:
+        return value
+    made = None if value.gain.bias is not None or value.centred else product_before(a, node)
+    if made is None:
+        return value
+    place = a.axes.place(made.weight, made.dim, value.coordinates)
+    if place is None or not torch.equal(place, value.gain_index):
+        return value
+    here = Read(site, made.weight, None, made.dim, value.gain, behind=True)
+    a.reads.append(here)
+    if made.bias is not None:
+        a.reads.append(replace(here, weight=made.bias, dim=0))
+    return replace(value, gain=None, gain_index=None)
+
+
+def product_before(a: RotationAnalysis, node: object) -> Product | None:
+    """The product with a weight that ``node`` is, but for one gain and the order of its elements; None for anything
+    else, and where another operator sees what is made on the way.
+    """
+    gains = 0
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if node in a.products:
+            return a.products[node]
+        name = operator_name(node)
+        if name in ("mul", "div") and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]  # times a number
+        elif name == "mul" and gains == 0:
+            gains += 1
+            vectors = [one for one in node.all_input_nodes if _comes_of_product(a, one)]
+            node = vectors[0] if len(vectors) == 1 else None
+        elif name in REARRANGED or name in LINEAR:
+            node = node.args[0]
+        else:
+            return None
+    return None
+
+
+def _comes_of_product(a: RotationAnalysis, node: fx.Node) -> bool:
+    while node not in a.products:
+        name = operator_name(node)
+        if not (name in REARRANGED or name in LINEAR) or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return True

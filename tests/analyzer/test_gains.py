@@ -1,0 +1,129 @@
+"""Parameters that multiply vectors: folded into the linear behind them, or into the one before (LayerScale)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import proved
+from small_graphs import Graph, lin, par
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoquant.analyzer.findings import Findings
+
+TOKENS = torch.tensor([[3, 1, 4], [1, 5, 2]])
+
+
+def rms(x: Tensor) -> Tensor:
+    return functional.rms_norm(x, (4,))
+
+
+def stream(branch: Callable[[Graph, Tensor], Tensor], norm: Callable[[Tensor], Tensor] = rms, **parts: object) -> Graph:
+    """A residual stream to which a branch adds."""
+
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        return s.head(norm(x + branch(s, norm(x))))
+
+    made = {"emb": nn.Embedding(8, 4), "head": lin(), "a": lin(), "b": lin(), "g": par(4), **parts}
+    return Graph(function, **made)  # type: ignore[arg-type]  # modules and parameters
+
+
+def unit(s: Graph, x: Tensor) -> Tensor:
+    return s.b(functional.relu(s.a(x)))
+
+
+def residual(findings: Findings) -> list[tuple[str | None, list[str]]]:
+    """What the residual stream is read behind, and by which parameters, writers left out."""
+    spaces = [space for space in findings.spaces if space.kind == "R1"]
+    return [
+        (read.norm.weight if read.norm else None, sorted(f"{r.path}.{r.dim}" for r in read.readers))
+        for space in spaces
+        for read in space.reads
+    ]
+
+
+FOLDED = [("g", ["b.bias.0", "b.weight.0"]), (None, ["a.weight.1", "head.weight.1"])]
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda s, x: s.g * unit(s, x),
+        lambda s, x: unit(s, x) * (1 + s.g),
+        lambda s, x: functional.dropout(0.5 * (unit(s, x) * s.g), 0.1, False),
+        lambda s, x: (unit(s, x).transpose(1, 2) * s.g[:, None]).transpose(1, 2),
+        lambda s, x: unit(s, x) * s.g.view(1, 1, 4),
+    ],
+)
+def test_a_gain_is_folded_into_the_linear_before_it(branch: Callable[[Graph, Tensor], Tensor]) -> None:
+    found = residual(proved(stream(branch), TOKENS))
+    assert sorted(found, key=str) == sorted(FOLDED, key=str)
+
+
+def test_one_gain_behind_two_linears_is_folded_into_both() -> None:
+    def branch(s: Graph, x: Tensor) -> Tensor:
+        return s.g * s.b(functional.relu(s.a(x))) + s.g * s.c(functional.relu(s.a(x)))
+
+    found = dict(residual(proved(stream(branch, c=lin(bias=False)), TOKENS)))
+    assert found["g"] == ["b.bias.0", "b.weight.0", "c.weight.0"]
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda s, x: s.g * unit(s, x) + unit(s, x),  # the linear writes without it too
+        lambda s, x: s.g * s.b(x) + functional.linear(x, s.b.weight.t()),  # and its weight is used the other way round
+        lambda s, x: (lambda h: s.g * h + s.a(h))(s.b(x)),  # what it makes is read without the gain
+        lambda s, x: (lambda h: h + s.a(h))(s.g * s.b(x)),  # and with it, by a linear that would hold it as well
+        lambda s, x: s.g * unit(s, x) + s.g,  # the gain is added too
+        lambda s, x: unit(s, x) * s.g[torch.tensor([1, 0, 2, 3])],  # it is counted otherwise
+    ],
+)
+def test_a_gain_that_something_else_depends_on_ends_the_stream(branch: Callable[[Graph, Tensor], Tensor]) -> None:
+    assert residual(proved(stream(branch), TOKENS)) == []
+
+
+def test_what_is_centred_later_takes_no_gain() -> None:
+    model = stream(lambda s, x: s.g * unit(s, x), lambda x: functional.layer_norm(x, (4,)))
+    assert residual(proved(model, TOKENS)) == []
+
+
+def heads(gain: Callable[[Graph, Tensor], Tensor]) -> Graph:
+    """Two heads of two channels, whose values are multiplied by a gain behind attention."""
+
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        q, k, v = (f(x).view(2, 3, 2, 2).transpose(1, 2) for f in (s.q, s.k, s.v))
+        out = functional.scaled_dot_product_attention(q, k, v)
+        return s.o(gain(s, out).transpose(1, 2).reshape(2, 3, 4))
+
+    return Graph(function, emb=nn.Embedding(8, 4), q=lin(), k=lin(), v=lin(), o=lin(), two=par(2), four=par(4))
+
+
+@pytest.mark.parametrize(
+    ("gain", "norm"),
+    [
+        (lambda s, h: h * s.two, "two"),
+        (lambda s, h: h * s.four.view(1, 2, 1, 2), "four"),
+        (lambda s, h: functional.rms_norm(h, (2,), s.two), "two"),
+    ],
+)
+def test_a_gain_of_heads_is_folded_into_what_reads_them(gain: Callable[[Graph, Tensor], Tensor], norm: str) -> None:
+    spaces = [space for space in proved(heads(gain), TOKENS).spaces if space.kind == "R2"]
+    assert [(s.size, s.blocks, [read.norm and read.norm.weight for read in s.reads]) for s in spaces] == [
+        (2, 2, [norm])
+    ]
+
+
+@pytest.mark.parametrize(
+    "gain",
+    [
+        lambda s, h: h * s.four.view(1, 2, 1, 2).flip(1),  # the first head's is the second one's
+        lambda s, h: h * s.two.view(1, 2, 1, 1) * s.two,  # one for each head, then one of the channels
+    ],
+)
+def test_a_gain_in_another_order_ends_the_values(gain: Callable[[Graph, Tensor], Tensor]) -> None:
+    assert [space for space in proved(heads(gain), TOKENS).spaces if space.kind == "R2"] == []
