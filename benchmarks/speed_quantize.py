@@ -4,7 +4,8 @@ python benchmarks/speed_quantize.py -o DIR --shape 8b --device cuda --llm-compre
 python benchmarks/speed_quantize.py -o DIR --shape 1.1b --device cpu --dtype bfloat16 --llm-compressor PYTHON
 
 DIR takes the model and the results; benchmarks/speed_quantize.md takes a table for each run, by its title.
-``--processes 2``: once more with torchrun, whose checkpoint must be the same. ``--layers``: so many of the shape's, the
+``--processes 2``: once more with torchrun, whose checkpoint must be the same; both again with 16 windows, so that what
+a further window takes is known apart from reading, rotating and writing. ``--layers``: so many of the shape's, the
 seconds of the others being extrapolated from those that each took.
 """
 
@@ -29,6 +30,7 @@ HERE = Path(__file__).parent
 TEXT = HERE.parent / "autoquant" / "data" / "default.calibration.txt"
 STATIC = "w_int8_per_channel_a_int8_per_tensor_static"
 PAGE = HERE / "speed_quantize.md"
+FEW = 16
 
 
 @dataclass(slots=True)
@@ -117,6 +119,24 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
+def calibrating(row: Measured) -> float:
+    """The seconds of the layers: read, rotated, swept, quantized."""
+    return sum(float(step.rsplit(": ", 1)[1][:-2]) for step in row.steps if "calibrate" in step)
+
+
+def further_windows(rows: list[Measured], few: list[Measured], sequences: int, processes: int) -> str:
+    """What a window more takes, with one process and with several."""
+    more = sequences - FEW
+    one, several = ((calibrating(row) - calibrating(less)) / more for row, less in zip(rows, few, strict=True))
+    if min(one, several) <= 0 or any(row.failed for row in (*rows, *few)):
+        return f"What a further window takes could not be measured: {[calibrating(row) for row in (*rows, *few)]}"
+    took = ", ".join(f"{calibrating(row):.1f} s" for row in (*few, *rows))
+    return (
+        f"Each window beyond {FEW} takes {one * 1e3:.1f} ms in one process, {several * 1e3:.1f} ms in {processes}: "
+        f"the sweep is {one / several:.2f}x faster (all layers: {took})."
+    )
+
+
 def table(title: str, rows: list[Measured], notes: list[str]) -> str:
     """A section of the page."""
     last = rows[-1] if len(rows) > 1 and rows[-1].failed is None else None
@@ -192,8 +212,7 @@ def main(
     rows = [measured(f"autoquant, {transforms}", [*ours, *quantize], environment)]
     if layers is not None and rows[0].failed is None:
         whole = SHAPES[shape]["num_hidden_layers"]
-        calibrated = [float(s.rsplit(": ", 1)[1][:-2]) for s in rows[0].steps if "calibrate" in s]
-        each = sum(calibrated) / layers
+        each = calibrating(rows[0]) / layers
         notes.append(f"{each:.2f} s a layer; {each * whole:.0f} s extrapolated to the {whole} layers of the shape.")
     if processes > 1:
         several = output / "several"
@@ -203,6 +222,11 @@ def main(
         same = rows[-1].failed is None and same_files(made, several)
         notes.append(f"{processes} processes write {'the same' if same else 'OTHER'} tensors, byte for byte.")
         shutil.rmtree(several, ignore_errors=True)
+        if sequences > FEW:
+            quantize[quantize.index("--sequences") + 1] = str(FEW)
+            few = [measured("few windows", [*start, *quantize], environment) for start in (ours, torchrun)]
+            notes.append(further_windows(rows, few, sequences, processes))
+            shutil.rmtree(several, ignore_errors=True)
     shutil.rmtree(made, ignore_errors=True)
     if llm_compressor is not None:
         windows_file(model, output / "windows.json", calibration, sequences, length)
