@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 from contextlib import closing
 
 import pytest
 import torch
 
-from autoquant.threads import in_parallel, one_thread
+from autoquant.errors import AutoQuantError
+from autoquant.threads import in_parallel, in_processes, one_thread
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -48,3 +52,41 @@ def test_one_thread_and_back() -> None:
     with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_processes_do_every_item_once_and_keep_what_they_change() -> None:
+    kept: list[int] = []
+
+    def work(item: int) -> tuple[int, int, int, int]:
+        kept.append(item)
+        return item * 2, torch.get_num_threads(), os.getpid(), int(torch.ones(1000).sum())
+
+    found = list(in_processes(work, range(50), 3))
+    assert sorted(item for item, *_ in found) == [2 * item for item in range(50)] and kept == []
+    assert {threads for _, threads, _, _ in found} == {1} and {total for *_, total in found} == {1000}
+    pids = {pid for _, _, pid, _ in found}
+    assert len(pids) == 3 and os.getpid() not in pids and not multiprocessing.active_children()
+    assert list(in_processes(work, (), 2)) == []
+
+
+def test_an_error_in_a_process_is_raised_here() -> None:
+    def work(item: int) -> int:
+        if item == 3:
+            raise AutoQuantError("item 3", ("its detail",))
+        return item
+
+    with pytest.raises(AutoQuantError, match="item 3") as caught:
+        list(in_processes(work, iter(range(1000)), 2))
+    assert caught.value.details == ("its detail",) and not multiprocessing.active_children()
+
+
+def test_a_process_that_the_system_ends_is_told_of() -> None:
+    with pytest.raises(AutoQuantError, match="a worker process was ended by the system"):
+        list(in_processes(lambda item: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_whoever_takes_their_results() -> None:
+    with closing(in_processes(lambda item: item, iter(range(10**9)), 2)) as results:
+        next(results)
+    assert not multiprocessing.active_children()

@@ -15,9 +15,10 @@ the nearest value, and its static scale is the maximum. Shapes: N windows, T tok
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,42 +72,71 @@ def walk(
     Returns the weights' names of the linears that could not be visited: not called, or called with other rows than the
     windows'. ``model`` is left as it was.
     """
+    twice = windows_twice(batches)
+    with visiting(model, planned, len(twice) // 2, visit, progress) as visited, suppress(_Done):
+        runner(model, [twice])
+    return missed(planned, visited)
+
+
+def windows_twice(batches: Sequence[Tensor]) -> Tensor:
+    """The batch [2 N, S] of a walk: all windows that are as long as the first, and all of them again."""
     length = batches[0].shape[1]
     windows = torch.cat([batch for batch in batches if batch.shape[1] == length])
-    count = len(windows)
+    return torch.cat([windows, windows])
+
+
+def missed(planned: Sequence[PlannedLinear], visited: Collection[str]) -> tuple[str, ...]:
+    """The weights' names of the linears that were not visited."""
+    return tuple(entry.weight for entry in planned if entry.weight not in visited)
+
+
+@contextmanager
+def visiting(
+    model: nn.Module,
+    planned: Sequence[PlannedLinear],
+    count: int,
+    visit: Visit,
+    progress: Progress = silent,
+    *,
+    to_the_end: bool = False,
+) -> Iterator[Collection[str]]:
+    """A context in which ``visit`` is told of each planned linear that a pass of ``count`` windows, twice, calls.
+
+    Yields the weights' names that were visited. Parameters are looked at when a linear is called: they may come and go
+    with its layer. The pass ends with the last linear, by an exception of :func:`walk`'s, unless ``to_the_end``.
+    """
     runs: dict[str, Run | None] = {}
-
-    def hook_of(entry: PlannedLinear, found: Location) -> Callable[[nn.Module, Any, Any], Any]:
-        weight = found.parameter.detach()
-        weight_OI = weight if entry.in_dim == weight.dim() - 1 else weight.mT
-        bias = dict(found.owner.named_parameters(recurse=False)).get("bias")
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            x: Any = args[0] if args else None
-            if entry.weight not in runs:
-                runs[entry.weight] = None
-                if _splits(x, output, 2 * count, weight_OI, bias):
-                    exact, noisy = x[:count].flatten(0, -2), x[count:].flatten(0, -2)
-                    runs[entry.weight] = visit(entry, exact, noisy, weight_OI, bias)
-                progress(len(runs), len(hooked))
-            run = runs[entry.weight]
-            result = output if run is None else torch.cat([output[:count], run(x[count:]).to(output.dtype)])
-            if len(runs) == len(hooked) and module not in repeated:
-                raise _Done
-            return result
-
-        return hook
-
+    visited: set[str] = set()
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     repeated = {module for module, number in places.items() if number > 1}  # called more than once in a pass
     hooked = [(entry, locate(model, entry.weight)) for entry in planned if entry.stack is None]
+
+    def decide(entry: PlannedLinear, found: Location, x: Any, output: Any) -> Run | None:
+        weight = found.owner.get_parameter(found.name).detach()
+        weight_OI = weight if entry.in_dim == weight.dim() - 1 else weight.mT
+        bias = dict(found.owner.named_parameters(recurse=False)).get("bias")
+        if not _splits(x, output, 2 * count, weight_OI, bias):
+            return None
+        visited.add(entry.weight)
+        return visit(entry, x[:count].flatten(0, -2), x[count:].flatten(0, -2), weight_OI, bias)
+
+    def hook(entry: PlannedLinear, found: Location, module: nn.Module, args: Any, output: Any) -> Any:
+        x: Any = args[0] if args else None
+        if entry.weight not in runs:
+            runs[entry.weight] = None
+            runs[entry.weight] = decide(entry, found, x, output)
+            progress(len(runs), len(hooked))
+        run = runs[entry.weight]
+        result = output if run is None else torch.cat([output[:count], run(x[count:]).to(output.dtype)])
+        if len(runs) == len(hooked) and module not in repeated and not to_the_end:
+            raise _Done
+        return result
+
     with ExitStack() as stack:
         for entry, found in hooked:
-            handle = found.owner.register_forward_hook(hook_of(entry, found))
+            handle = found.owner.register_forward_hook(partial(hook, entry, found))
             stack.callback(handle.remove)
-        with suppress(_Done):
-            runner(model, [torch.cat([windows, windows])])
-    return tuple(entry.weight for entry in planned if runs.get(entry.weight) is None)
+        yield visited
 
 
 def _splits(x: Any, output: Any, rows: int, weight_OI: Tensor, bias: Tensor | None) -> bool:
@@ -138,15 +168,21 @@ def round_in_sequence(
     decided: dict[str, Rounded] = {}
 
     def visit(entry: PlannedLinear, exact: Tensor, noisy: Tensor, weight: Tensor, bias: Tensor | None) -> Run:
-        decided[entry.weight] = rounded = round_linear(entry, exact, noisy, weight, bias)
-        run = int8_run(entry, rounded, weight.dtype)
-        error = float((run(noisy) - functional.linear(exact, weight, bias)).double().square().sum())
-        size = float(functional.linear(exact, weight).double().square().sum())
-        decided[entry.weight] = replace(rounded, error=error / max(size, 1e-30))
+        decided[entry.weight], run = decide_linear(entry, exact, noisy, weight, bias)
         return run
 
-    missed = walk(model, planned, batches, visit, progress, runner)
-    return decided, missed
+    return decided, walk(model, planned, batches, visit, progress, runner)
+
+
+def decide_linear(
+    entry: PlannedLinear, exact: Tensor, noisy: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Rounded, Run]:
+    """What :func:`round_linear` makes of a linear with the error that this leaves, and the linear as it is then."""
+    rounded = round_linear(entry, exact, noisy, weight, bias)
+    run = int8_run(entry, rounded, weight.dtype)
+    error = float((run(noisy) - functional.linear(exact, weight, bias)).double().square().sum())
+    size = float(functional.linear(exact, weight).double().square().sum())
+    return replace(rounded, error=error / max(size, 1e-30)), run
 
 
 def round_linear(entry: PlannedLinear, exact: Tensor, noisy: Tensor, weight: Tensor, bias: Tensor | None) -> Rounded:

@@ -2,14 +2,15 @@
 
 A tensor is cut into rows where these do not depend on each other, so that no more than some megabytes are in memory and
 one large table does not keep a single worker. Its bytes are read from the file while they are folded; the system
-fetches those that come next, and puts on disk those that came before, meanwhile.
+fetches those that come next, and puts on disk those that came before, meanwhile. On the CPU the workers of a large
+checkpoint are processes; with a GPU, and for a small one, they are threads.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ from autoquant.executor.pieces import PIECE, PIECE_OF_MANY, Fitted, carry_out, e
 from autoquant.io.journal import Journal
 from autoquant.io.safetensors_stream import Shards
 from autoquant.io.safetensors_writer import PT, Described, Places, places
-from autoquant.threads import cores, in_parallel
+from autoquant.threads import can_fork, cores, in_parallel, in_processes
 
 PART = 1 << 23
 """Elements of a tensor that are one piece of work."""
 _FEW = 4
-"""Workers whose calls do not yet keep the interpreter busy."""
+"""Threads whose calls do not yet keep the interpreter busy."""
+_LARGE = 1 << 26
+"""Elements of a checkpoint that are worth starting processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,15 @@ class _How:
     piece: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """So many bytes of an output that are in their place; ``bad``: its source is not finite."""
+
+    output: str
+    size: int = 0
+    bad: bool = False
+
+
 def fold(
     folding: Folding,
     folder: Path,
@@ -104,22 +116,38 @@ def fold(
     done: set[str] = set()
     with places(files, dict(folding.shards.metadata) or PT, ordered=True, journal=journal) as opened:
         number = workers or cores()
-        how = _How(device, PIECE if number <= _FEW else PIECE_OF_MANY)
-        parts = _parts(folding, number)
-        results = in_parallel(lambda part: _write(folding, part, how, opened, bad), parts, number)
-        with closing(results):
-            for name in results:
-                if opened.is_whole(name) and name not in done:
-                    done.add(name)
+        stored = {output.name: output.stored for output in folding.outputs()}
+        with closing(_results(folding, device, number, opened, bad)) as results:
+            for found in results:
+                if found.bad:
+                    bad.add(stored[found.output])
+                opened.arrived(found.output, found.size)
+                if opened.is_whole(found.output) and found.output not in done:
+                    done.add(found.output)
                     if progress is not None:
                         progress(len(done), total)
         if bad:
             _repair(folding, opened, bad)
 
 
+def _results(
+    folding: Folding, device: torch.device, workers: int, opened: Places, bad: Collection[str]
+) -> Generator[_Written]:
+    """All parts written, in the order in which they are. ``bad``: what is known meanwhile, to threads alone."""
+    shapes = [folding.shards.entries[output.stored].shape for output in folding.outputs()]
+    large = sum(map(math.prod, shapes)) >= _LARGE
+    if device.type == "cpu" and workers > 1 and large and can_fork():
+        how = _How(device, PIECE)
+        parts = list(_parts(folding, workers))
+        coming = (number for number, _ in enumerate(_fetched(folding.shards, parts)))
+        return in_processes(lambda number: _write(folding, parts[number], how, opened, bad), coming, workers)
+    how = _How(device, PIECE if workers <= _FEW else PIECE_OF_MANY)
+    given = _fetched(folding.shards, _parts(folding, workers))
+    return in_parallel(lambda part: _write(folding, part, how, opened, bad), given, workers)
+
+
 def _parts(folding: Folding, workers: int) -> Iterator[_Part]:
     """All work: of as many files by turns as half of the workers, which would wait for each other at one file."""
-    shards = folding.shards
     waiting = [_parts_of(folding, outputs) for outputs in folding.files.values()]
     active: list[Iterator[_Part]] = []
     while waiting or active:
@@ -129,12 +157,18 @@ def _parts(folding: Folding, workers: int) -> Iterator[_Part]:
             part = next(parts, None)
             if part is None:
                 active.remove(parts)
-                continue
-            entry = shards.entries[part.output.stored]
-            row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-            rows = (entry.shape[0] if entry.shape else 1) if part.last is None else part.last - part.first
-            shards.read_ahead(part.output.stored, part.first * row, rows * row)
-            yield part
+            else:
+                yield part
+
+
+def _fetched(shards: Shards, parts: Iterable[_Part]) -> Iterator[_Part]:
+    """The same, which the system begins to read when they are asked for."""
+    for part in parts:
+        entry = shards.entries[part.output.stored]
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        rows = (entry.shape[0] if entry.shape else 1) if part.last is None else part.last - part.first
+        shards.read_ahead(part.output.stored, part.first * row, rows * row)
+        yield part
 
 
 def _parts_of(folding: Folding, outputs: Sequence[Output]) -> Iterator[_Part]:
@@ -151,31 +185,29 @@ def _parts_of(folding: Folding, outputs: Sequence[Output]) -> Iterator[_Part]:
             yield _Part(output, fitted, first, min(first + step, shape[0]))
 
 
-def _write(folding: Folding, part: _Part, how: _How, opened: Places, bad: set[str]) -> str:
-    """Read a part, fold it and put it to its place; the name of its output.
+def _write(folding: Folding, part: _Part, how: _How, opened: Places, bad: Collection[str]) -> _Written:
+    """Read a part, fold it and put it to its place.
 
-    Where the source is not finite its name goes into ``bad``, and nothing is put. With anything but a token table in
-    there the work is in vain, so that no more is done than to look at the others.
+    Nothing is put where the source is not finite. With anything but a token table in ``bad`` the work is in vain, so
+    that no more is done than to look at the others.
     """
     output = part.output
-    if opened.holds(output.name, part.first, part.last):
-        return output.name
+    if size := opened.held(output.name, part.first, part.last):
+        return _Written(output.name, size)
     tensor = folding.shards.read(output.stored)
     given = tensor if part.last is None else tensor[part.first : part.last]
-    vain = bool(bad - {folding.names.get(table) for table in folding.tables})
+    vain = bool(set(bad) - {folding.names.get(table) for table in folding.tables})
     hidden = any(isinstance(operation, Fill) for operation in output.operations)
     if (vain or hidden) and not _is_sound(output, given):
-        bad.add(output.stored)
+        return _Written(output.name, bad=True)
     if vain or output.stored in bad:
-        return output.name
+        return _Written(output.name)
     result = _folded(part, given, how)
     if output.parameter and not is_finite(result):  # as it is where the source is not
         if _is_sound(output, given):
             raise _overflow(output)
-        bad.add(output.stored)
-        return output.name
-    opened.put(output.name, result, part.first)
-    return output.name
+        return _Written(output.name, bad=True)
+    return _Written(output.name, opened.write(output.name, result, part.first))
 
 
 def _is_sound(output: Output, given: Tensor) -> bool:

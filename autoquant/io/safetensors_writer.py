@@ -28,8 +28,9 @@ Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 PT = {"format": "pt"}
 _AT_ONCE = 1 << 30
 """Bytes of one write; the system takes no more than 2 GiB."""
-_FLUSHED = 1 << 28
-"""A file is flushed each time so many bytes were written."""
+_FLUSHED = 1 << 26
+"""A file is flushed each time so many bytes were written: what is left for the end waits for the disk alone."""
+_FLUSHERS = 4
 _WRITERS = 4
 _BEHIND = 1 << 28
 SHARD_BYTES = 5_000_000_000
@@ -92,6 +93,10 @@ class Places:
 
     def put(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Write a tensor, or those of its rows that begin at ``first``. Raises OSError as the system does."""
+        self.arrived(name, self.write(name, tensor, first))
+
+    def write(self, name: str, tensor: Tensor, first: int = 0) -> int:
+        """What :func:`put` does, in any process: ``arrived`` has to be told of the bytes, which are returned."""
         place = self.places[name]
         row = torch.Size(place.shape[1:]).numel() * place.dtype.itemsize
         rows = tensor.shape[1:] == place.shape[1:] and first + len(tensor) <= place.shape[0] if place.shape else False
@@ -100,24 +105,27 @@ class Places:
         done = 0
         while done < len(content):
             done += os.pwrite(place.file, content[done : done + _AT_ONCE], place.offset + first * row + done)
-        with self.lock:
-            self.left[name] -= len(content)
-        self.behind.wrote(place.file, len(content))
         if self.journal is not None:
             self.journal.add((self.names[place.file], place.offset + first * row, len(content)), content)
+        return done
 
-    def holds(self, name: str, first: int = 0, last: int | None = None) -> bool:
-        """True if an earlier run has put a tensor, or its rows from ``first`` to ``last``: they need not be put."""
+    def arrived(self, name: str, size: int) -> None:
+        """So many bytes of a tensor are written."""
+        with self.lock:
+            self.left[name] -= size
+        self.behind.wrote(self.places[name].file, size)
+
+    def held(self, name: str, first: int = 0, last: int | None = None) -> int:
+        """The bytes of a tensor, or of its rows from ``first`` to ``last``, that an earlier run has put and that need
+        not be put; 0 where it has not. ``arrived`` has to be told of them.
+        """
         if self.journal is None or not self.journal.done:
-            return False
+            return 0
         place = self.places[name]
         row = torch.Size(place.shape[1:]).numel() * place.dtype.itemsize
         size = torch.Size(place.shape).numel() * place.dtype.itemsize if last is None else (last - first) * row
-        if not self.journal.holds((self.names[place.file], place.offset + first * row, size), place.file):
-            return False
-        with self.lock:
-            self.left[name] -= size
-        return True
+        there = self.journal.holds((self.names[place.file], place.offset + first * row, size), place.file)
+        return size if there else 0
 
     def is_whole(self, name: str) -> bool:
         """True if nothing of a tensor is still to come."""
@@ -174,14 +182,15 @@ def places(
             found |= _begin(descriptor, described, metadata, ordered)
             names[descriptor] = path.name
         left = {name: torch.Size(place.shape).numel() * place.dtype.itemsize for name, place in found.items()}
-        with ThreadPoolExecutor(1, "autoquant-flush") as pool:
+        with ThreadPoolExecutor(_FLUSHERS, "autoquant-flush") as pool:
             behind = Behind(pool)
             yield Places(found, left, Lock(), behind, names, journal)
             behind.finish()
         missing = [name for name, size in left.items() if size]
         assert not missing, missing
-        for descriptor in names:
-            os.fsync(descriptor)
+        with ThreadPoolExecutor(_FLUSHERS, "autoquant-flush") as pool:
+            for flushed in [pool.submit(os.fsync, descriptor) for descriptor in names]:
+                flushed.result()
 
 
 def _write(files: list[tuple[Path, Described]], tensors: Iterable[tuple[str, Tensor]]) -> None:

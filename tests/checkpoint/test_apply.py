@@ -116,14 +116,36 @@ def test_a_gpu_gives_the_same_bits(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "cuda" / file.name).read_bytes()
 
 
-def test_rows_are_folded_apart_and_by_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [0, 1 << 26])
+def test_rows_are_folded_apart_and_by_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+    """By processes where the checkpoint is large."""
     config = saved(tmp_path / "in", dtype=torch.bfloat16)
     apply_checkpoint(tmp_path / "in", config, tmp_path / "out")
     monkeypatch.setattr(folding, "PART", 64)
+    monkeypatch.setattr(folding, "_LARGE", large)
     apply_checkpoint(tmp_path / "in", config, tmp_path / "parts", workers=3)
     assert all(
         file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes() for file in (tmp_path / "out").iterdir()
     )
+
+
+def test_processes_tell_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = saved(tmp_path / "in", shard="1GB", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    table = "model.embed_tokens.weight"
+    tensors[table][3, 0] = torch.nan
+    save_file(tensors, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(folding, "_LARGE", 0)
+    with pytest.warns(UserWarning, match=f"{table}: row 3 holds a NaN"):
+        apply_checkpoint(tmp_path / "in", config, tmp_path / "out", workers=2)
+    changed = load_file(tmp_path / "out" / "model.safetensors")[table].isnan()
+    assert changed.sum() == 1 and changed[3, 0]
+    first = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[first][0, 0] = torch.inf
+    save_file(tensors, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AutoQuantError, match=f"{first} holds an infinity"):
+        apply_checkpoint(tmp_path / "in", config, tmp_path / "other", workers=2)
+    assert left(tmp_path) == ["in", "out"]
 
 
 def test_a_base_checkpoint_without_the_first_component(tmp_path: Path) -> None:
