@@ -32,7 +32,8 @@ ABOUT = {
     "cuda": """{where}. `{command}`
 
 bf16 is `torch.nn.functional.linear`; both go through the same weights in turn, more of them than the L2 holds.
-First replayed as CUDA graphs, then launched one by one from Python, where the processor is the limit of small ones.
+First replayed as CUDA graphs, 100 ms at a time and by turns, then launched one by one from Python, where the processor
+is the limit of small ones.
 "exact": equal to torch's own operations bit for bit, on the CPU up to 512 rows. Tiles: rows x outputs x depth, parts
 of the sum, chunks of rows.
 """,
@@ -64,20 +65,30 @@ def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
     return linear(x, weight.view())
 
 
-def replayed(*each: Sequence[Call], rounds: int = 20) -> list[float]:
-    """Microseconds of one call of each sequence, captured as one CUDA graph: medians over rounds that take turns."""
+def replayed(*each: Sequence[Call], rounds: int = 5, block: float = 100.0) -> list[float]:
+    """Microseconds of one call of each sequence, captured as one CUDA graph: medians over rounds that take turns.
+
+    In a round each is replayed for ``block`` milliseconds: a card that draws all the power it may slows down some time
+    after it began, so that in short turns one would pay for the other.
+    """
     graphs = [captured(calls) for calls in each]
     times: list[list[float]] = [[] for _ in each]
-    for number in range(3 + rounds):
-        for graph, calls, taken in zip(graphs, each, times, strict=True):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if number >= 3:
-                taken.append(begin.elapsed_time(end) * 1000 / len(calls))
+    replays = [1 + int(block / 1000 / max(graph_seconds(graph, 3), 1e-7)) for graph in graphs]
+    for _ in range(rounds):
+        for graph, calls, count, taken in zip(graphs, each, replays, times, strict=True):
+            taken.append(graph_seconds(graph, count) * 1e6 / len(calls))
     return [median(taken) for taken in times]
+
+
+def graph_seconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Of one replay in so many."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / count
 
 
 def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
@@ -109,7 +120,7 @@ def launched(calls: Sequence[Call], least: int = 60) -> float:
     return best
 
 
-def on_cuda(activation: Granularity) -> list[str]:
+def on_cuda(activation: Granularity, counts: Sequence[int]) -> list[str]:
     head = (
         "K x N",
         "M",
@@ -125,7 +136,7 @@ def on_cuda(activation: Granularity) -> list[str]:
     lines = table_head(head)
     for inputs, outputs in SHAPES["cuda"]:
         pairs = weights(inputs, outputs, "cuda", activation, max(2, -(-BEYOND_L2 // (inputs * outputs))))
-        for rows in ROWS["cuda"]:
+        for rows in counts:
             x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
             ours: list[Call] = [partial(int8_linear, x, weight) for weight, _ in pairs]
             theirs: list[Call] = [partial(functional.linear, x, weight) for _, weight in pairs]
@@ -256,14 +267,20 @@ def written(output: Path, device: str, section: str) -> str:
     "--activation", type=click.Choice([g.value for g in Granularity]), default=Granularity.TOKEN_DYNAMIC.value
 )
 @click.option("--rounds", default=30, show_default=True, help="Of a CPU; more on a busy one.")
+@click.option(
+    "--rows", "counts", type=int, multiple=True, help="On a GPU; may be repeated.  [default: all of the table]"
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(__file__).with_suffix(".md"))
 @torch.no_grad()
-def main(device: str, activation: str, rounds: int, output: Path) -> None:
+def main(device: str, activation: str, rounds: int, counts: tuple[int, ...], output: Path) -> None:
     """Print the table of a device and write it to its section."""
     torch.manual_seed(0)
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
-    command = f"python benchmarks/speed_int8.py --device {device}"
-    lines = on_cuda(Granularity(activation)) if device == "cuda" else on_cpu(rounds)
+    command = " ".join([f"python benchmarks/speed_int8.py --device {device}", *(f"--rows {count}" for count in counts)])
+    if device == "cuda":
+        lines = on_cuda(Granularity(activation), counts or ROWS["cuda"])
+    else:
+        lines = on_cpu(rounds)
     about = ABOUT[device].format(where=where(device), command=command, rounds=rounds)
     output.write_text(written(output, device, about + "\n" + "\n".join(lines)), encoding="utf-8")
 
