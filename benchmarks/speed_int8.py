@@ -277,10 +277,7 @@ def main(device: str, activation: str, rounds: int, counts: tuple[int, ...], out
     torch.manual_seed(0)
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
     command = " ".join([f"python benchmarks/speed_int8.py --device {device}", *(f"--rows {count}" for count in counts)])
-    if device == "cuda":
-        lines = on_cuda(Granularity(activation), counts or ROWS["cuda"])
-    else:
-        lines = on_cpu(rounds)
+    lines = on_cuda(Granularity(activation), counts or ROWS["cuda"]) if device == "cuda" else on_cpu(rounds)
     about = ABOUT[device].format(where=where(device), command=command, rounds=rounds)
     output.write_text(written(output, device, about + "\n" + "\n".join(lines)), encoding="utf-8")
 
