@@ -4,6 +4,9 @@ The model is built without weights and run by :class:`autoquant.calibration.runn
 read, rotated and put in, all calibration windows pass, and what they showed is enough to smooth and quantize the layer
 and to give it to the writer. So each tensor is read and rotated once and no more than a layer is in memory, on the CPU
 or on a GPU. What ties layers together (a smoothing group over two of them) is left for the end and read again.
+
+Linears that are decided in sequence (GPTQ, Qronos, clipped scales, corrected biases) want the smoothed model: what the
+pass showed smooths all of it, and in a second one, in float32, each layer is read again, decided and written.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoquant.algorithms.gptq_qronos import needs_values
+from autoquant.algorithms.gptq_qronos import Run, decide_linear, missed, needs_values, visiting, windows_twice
 from autoquant.calibration.idle_experts import idle_experts
 from autoquant.calibration.observers import CachedStates, LinearInputs, Sweep
 from autoquant.calibration.processes import ALONE, Processes
@@ -49,7 +53,7 @@ from autoquant.pipeline.quantize import (
     swept_weights,
 )
 from autoquant.quantizer.kv_cache import MODULE, empty_kv_scales, install_, kv_scales
-from autoquant.quantizer.linear import int8_weights, quantize_weight, replace_with_empty_, static_scale
+from autoquant.quantizer.linear import Rounded, int8_weights, quantize_weight, replace_with_empty_, static_scale
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 from autoquant.threads import one_arena_
 
@@ -64,11 +68,12 @@ def check_streamable(config: Config, strategy: Strategy, selected: Selected) -> 
     if selected.resolved.online:  # parameters are put in and dropped by name, and a wrapper changes names
         path = selected.resolved.online[0].path
         raise AutoQuantError(f"{path}: --low-memory cannot put in online rotations; disable them or go without it")
-    if needs_values(plan_linears(config, strategy)):  # what is decided in sequence is kept: as much as the model
-        raise AutoQuantError(
-            "quantization: --low-memory takes scales from maxima and rounds to the nearest value; set activations.clip "
-            "to absmax, weights.rounding to nearest and bias_correction to false, or go without it"
-        )
+    for linear in plan_linears(config, strategy):  # which linears a pass reaches is known when it is over
+        if linear.weights.bias_correction and linear.bias is None:
+            raise AutoQuantError(
+                f"quantization.weights.bias_correction: --low-memory cannot make the bias that {linear.path} lacks; "
+                "set it to false or go without --low-memory"
+            )
     check_not_learned(selected.resolved)  # each step takes gradients through the whole model
     for group in linear_groups(selected).groups:  # a further pass through the smoothed model
         if group.method is SmoothingMethod.DESCENT:
@@ -110,6 +115,11 @@ class Job:
     def planned(self) -> tuple[PlannedLinear, ...]:
         """The linears that are quantized."""
         return plan_linears(self.config, self.strategy)
+
+    @property
+    def in_sequence(self) -> bool:
+        """True if linears are decided one after the other, which takes a pass of its own."""
+        return bool(self.batches) and needs_values(self.planned)
 
 
 class LayerCalledAgain(Exception):
@@ -204,7 +214,8 @@ def _only(selected: Selected, groups: Sequence[ResolvedGroup]) -> Selected:
 class _Run:
     """One pass. ``rotated``: the parameters as the sweep sees them; ``final``: their names as they are written;
     ``local``: groups by the layer that holds all of their members; ``late``: the parameters that no layer decides
-    alone; ``held``: those of the present layer, in float32. Mutable, and gone with its tensors.
+    alone; ``held``: those of the present layer, in float32; ``decided``: linears that are not written yet. Mutable, and
+    gone with its tensors.
     """
 
     job: Job
@@ -214,15 +225,18 @@ class _Run:
     layers: Sequence[str]
     local: dict[str, tuple[ResolvedGroup, ...]] = field(init=False)
     planned: dict[str, PlannedLinear] = field(init=False)
+    by_bias: dict[str, PlannedLinear] = field(init=False)
     late: frozenset[str] = field(init=False)
     held: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[Any, Tensor] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
+    decided: dict[str, Rounded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = self.job.selected.resolved.groups
         self.local = _local(groups, self.layers)
         self.planned = {linear.weight: linear for linear in self.job.planned}
+        self.by_bias = {linear.bias: linear for linear in self.job.planned if linear.bias is not None}
         finished = {id(group) for local in self.local.values() for group in local}
         late = {slot.name for group in groups if id(group) not in finished for slot in (*group.sources, *group.targets)}
         for tied in self.final.inventory.ties:
@@ -247,19 +261,20 @@ class _Run:
                 observers = (inputs, stored_states) if self._sees_cache else (inputs,)
                 model = self._model()
                 runner = LayerByLayer(weights.inventory, self._for_sweep(model), job.place.device, job.place.processes)
+                at_once = job.place.processes.is_first and not job.together and not job.in_sequence
                 with headless(model, inputs.names):
-                    passed: set[str] = set()
-                    for path in runner.steps(model, job.batches, observers, progress):
-                        if path in passed and not job.together:
-                            raise LayerCalledAgain(path)
-                        passed.add(path)
-                        if job.place.processes.is_first and not job.together:
+                    for path in self._each_once(runner.steps(model, job.batches, observers, progress)):
+                        if at_once:
                             yield from self._layer(path, swept)
                         self.held.clear()
             if not job.place.processes.is_first:
                 return
-            swept = yield from self._rest(swept)
-        made.quantized = Quantized(idle=idle_experts(job.planned, swept.inputs))
+            weights, swept = self._smoothed(swept)
+            made.quantized = Quantized()
+            if job.in_sequence:
+                made.quantized = yield from self._in_sequence(weights, swept, progress)
+            yield from self._rest(weights, swept)
+        made.quantized = dataclasses.replace(made.quantized, idle=idle_experts(job.planned, swept.inputs))
         granularity = kv_granularity(job.config, job.strategy)
         if granularity is not None and granularity.is_static:
             found = kv_scales(made.ready.model, granularity, swept.cache)
@@ -273,10 +288,22 @@ class _Run:
     def _sees_cache(self) -> bool:
         return self.job.cache or bool(query_key_groups(self.job.selected))
 
+    def _each_once(self, paths: Iterable[str]) -> Iterator[str]:
+        """The layers as they are passed. Raises LayerCalledAgain where one is twice, unless nothing was finished."""
+        passed: set[str] = set()
+        for path in paths:
+            if path in passed and not self.job.together:
+                raise LayerCalledAgain(path)
+            passed.add(path)
+            yield path
+
     def _model(self) -> Any:
         """The model that the text goes through."""
-        model = _built(self.job, self.rotated, self.job.place.dtype)
-        if not (self._sees_cache or layers_share_cache(model.config)):  # it would grow with every layer
+        return self._runnable(self.rotated, self.job.place.dtype, self._sees_cache)
+
+    def _runnable(self, weights: Weights, dtype: torch.dtype, cache: bool) -> Any:
+        model = _built(self.job, weights, dtype)
+        if not (cache or layers_share_cache(model.config)):  # it would grow with every layer
             model.config.use_cache = False
         for module in model.modules():
             for name, buffer in module._buffers.items():
@@ -316,20 +343,65 @@ class _Run:
                 check_finite(name, tensor, "overflows float32 when transformed")
             yield from self._finished(name, tensor, after)
 
-    def _rest(self, swept: Sweep) -> Generator[tuple[str, Tensor], None, Sweep]:
-        """All that is not written yet; returns the maxima of the smoothed model."""
+    def _smoothed(self, swept: Sweep) -> tuple[Weights, Sweep]:
+        """The parameters behind all smoothing, and the maxima of the smoothed model."""
         selected, weights = self.job.selected, self.rotated
         left = [g for g in selected.resolved.groups if (g.name, g.layer) not in self.scales]
         scales: Scales = self.scales | smoothing_scales(_only(selected, left), swept, weights.read)
         if selected.resolved.groups:
             weights = weights.planned(smoothing_plan(selected, weights.inventory, weights.read, scales))
             swept = smoothed(selected, swept, scales)
+        return weights, swept
+
+    def _in_sequence(
+        self, weights: Weights, swept: Sweep, progress: Progress
+    ) -> Generator[tuple[str, Tensor], None, Quantized]:
+        """A pass in which linears are decided in the order in which they are called; what of each layer is final."""
+        job, errors = self.job, dict[str, float]()
+        runs: dict[str, Run] = {}
+        twice = windows_twice(job.batches)
+        model = self._runnable(weights, torch.float32, cache=False)
+
+        def read(name: str) -> Tensor:
+            tensor = weights.read(name)
+            if _home(name, self.layers) is not None:
+                self.held[weights.inventory.canonical[name]] = tensor
+            return tensor
+
+        def visit(entry: PlannedLinear, exact: Tensor, noisy: Tensor, weight: Tensor, bias: Tensor | None) -> Run:
+            self.decided[entry.weight], runs[entry.weight] = decide_linear(entry, exact, noisy, weight, bias)
+            errors[entry.weight] = self.decided[entry.weight].error
+            return partial(_run_of, runs, entry.weight)
+
+        runner = LayerByLayer(weights.inventory, read, job.place.device)
+        with (
+            headless(model, [linear.weight for linear in job.planned]),
+            visiting(model, job.planned, len(twice) // 2, visit, to_the_end=True) as visited,
+        ):
+            for path in self._each_once(runner.steps(model, [twice], progress=progress)):
+                if not job.together:
+                    names = [name for name in self.final.inventory.shapes if name.startswith(f"{path}.")]
+                    for name in names:
+                        if self.final.inventory.canonical[name] == name and not self._is_tied_beyond(name):
+                            yield from self._finished(name, self.held[name], swept)
+                    for name in set(names) & self.written:
+                        self.decided.pop(name, None)
+                        runs.pop(name, None)
+                self.held.clear()
+        return Quantized(errors=errors, nearest=missed(job.planned, visited))
+
+    def _is_tied_beyond(self, name: str) -> bool:
+        """True if a parameter is one with another of another layer."""
+        homes = {_home(one, self.layers) for tied in self.final.inventory.ties if name in tied for one in tied}
+        return len(homes) > 1
+
+    def _rest(self, weights: Weights, swept: Sweep) -> Iterator[tuple[str, Tensor]]:
+        """All that is not written yet."""
         for name in weights.inventory.shapes:
             if name not in self.written and weights.inventory.canonical[name] == name:
                 linear = name in self.planned
                 tensor = weights.read(name) if linear else weights.rounded(name, self.described[name][0])
                 yield from self._finished(name, tensor, swept)
-        return swept
 
     def _finished(self, name: str, tensor: Tensor, swept: Sweep) -> Iterator[tuple[str, Tensor]]:
         """A parameter as it is written."""
@@ -337,15 +409,34 @@ class _Run:
         linear = self.planned.get(name)
         if linear is None:
             dtype, _ = self.described[name]
-            tensor = tensor.to(dtype)
+            tensor = self._corrected(name, tensor).to(dtype)
             check_finite(name, tensor, f"overflows {dtype}")
             unused = self.rotated.unused
             yield name, tensor if unused is None else unused.restored(name, tensor)
             return
         check_finite(name, tensor)
-        input_scale = static_scale(linear, swept.inputs)
-        values, scale = quantize_weight(tensor, linear.in_dim, linear.scheme, linear.weights.clip)
+        rounded = self.decided.get(name)
+        if rounded is None:
+            input_scale = static_scale(linear, swept.inputs)
+            values, scale = quantize_weight(tensor, linear.in_dim, linear.scheme, linear.weights.clip)
+        else:
+            values, scale, input_scale = rounded.values, rounded.scale, rounded.input_scale
         yield f"{name}.values", values
         yield f"{name}.scale", scale
         if input_scale is not None:
             yield f"{name}.input_scale", input_scale
+
+    def _corrected(self, name: str, tensor: Tensor) -> Tensor:
+        """A bias as it was decided with its linear, everything else as it is."""
+        linear = self.by_bias.get(name)
+        if linear is None or linear.weight not in self.decided:
+            return tensor
+        bias = self.decided[linear.weight].bias
+        return tensor if bias is None else bias
+
+
+def _run_of(runs: Mapping[str, Run], weight: str, x: Tensor) -> Tensor:
+    """A decided linear of a layer that is not finished."""
+    if weight not in runs:
+        raise LayerCalledAgain(weight)
+    return runs[weight](x)

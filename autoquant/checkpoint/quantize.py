@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoquant.algorithms.gptq_qronos import needs_values
 from autoquant.calibration.processes import Processes, joined
 from autoquant.calibration.runner import shared
 from autoquant.calibration.windows import together
@@ -180,11 +181,12 @@ def _quantize_streamed(
     device, recipe = opened.device, opened.recipe
     weights = looked_through(weights, all_now=device.type == "cpu")
     dtypes = stored_dtypes(opened.shards, stored_names(weights.inventory, opened.shards))
-    place = Place(device, dtype or _sweep_dtype(dtypes.most, device), opened.processes)
-    batches = _calibration(opened, selected, weights.unused)
-    if device.type != "cpu":
-        batches = together(batches, WINDOWS_ON_GPU)
     config, strategy, cache = recipe.config, recipe.strategy, has_static_cache(recipe)
+    exact = needs_values(plan_linears(config, strategy))  # maxima of a pass in float32, as the pass that decides
+    place = Place(device, dtype or (torch.float32 if exact else _sweep_dtype(dtypes.most, device)), opened.processes)
+    batches = _calibration(opened, selected, weights.unused)
+    if device.type != "cpu" and not exact:
+        batches = together(batches, WINDOWS_ON_GPU)
     job = Job(opened.source, weights, config, strategy, selected, batches, cache, dtypes, place)
     try:
         return _write_streamed(opened, job, progress)

@@ -20,8 +20,9 @@ from autoquant.checkpoint.formats.native import TENSORS
 from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
-from autoquant.config.format import Config, Rounding, SmoothingMethod, Strategy, edited
+from autoquant.config.format import Config, Rounding, SmoothingMethod, StaticClip, Strategy, edited
 from autoquant.errors import AutoQuantError
+from autoquant.io.folders import PROVENANCE
 from autoquant.io.safetensors_stream import open_shards
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.linear import int8_weights
@@ -63,6 +64,21 @@ def test_layer_by_layer_the_same_bytes_are_written(model: str, transforms: str, 
     assert files(tmp_path / "layered") == files(tmp_path / "whole")
     count = 5 if model == "packaged" else 3
     assert ("calibrate", count, count) in layers
+
+
+@pytest.mark.parametrize("model", ["packaged", "gpt2"])
+def test_linears_decided_in_sequence_are_written_layer_by_layer(model: str, whole: Any, tmp_path: Path) -> None:
+    source = PACKAGED if model == "packaged" else gpt2(tmp_path / "gpt2")
+    config = config_of(source)
+    weights = edited(config.quantization.weights, rounding=Rounding.QRONOS, bias_correction=model == "gpt2")
+    activations = edited(config.quantization.activations, clip=StaticClip.OUTPUT)
+    config = edited(config, quantization=edited(config.quantization, weights=weights, activations=activations))
+    made = recipe(source, "smooth+fc_fc+rotation" if model == "packaged" else "smooth:0.6+fc_fc", STATIC_KV, config)
+    whole(source, tmp_path / "whole", made, {"seed": 1})
+    quantize_checkpoint(source, tmp_path / "layered", made, {"seed": 1}, low_memory=True)
+    errors = json.loads((tmp_path / "layered" / PROVENANCE).read_text())["result"]["output_errors"]
+    assert len(errors) == (35 if model == "packaged" else 12) and all(0 < error < 0.1 for error in errors.values())
+    assert files(tmp_path / "layered") == files(tmp_path / "whole")
 
 
 def test_experts_that_are_stored_one_by_one_are_read_layer_by_layer(whole: Any, tmp_path: Path) -> None:
@@ -237,11 +253,11 @@ def test_each_tensor_keeps_its_stored_dtype(low_memory: bool, tmp_path: Path) ->
 def test_what_takes_the_whole_model_is_refused_in_low_memory(tmp_path: Path) -> None:
     config = config_of(PACKAGED)
     smoothing = edited(config.smoothing, method=SmoothingMethod.DESCENT)
-    weights = edited(config.quantization.weights, rounding=Rounding.GPTQ)
-    rounding = edited(config, quantization=edited(config.quantization, weights=weights))
+    weights = edited(config.quantization.weights, bias_correction=True)
+    corrected = edited(config, quantization=edited(config.quantization, weights=weights))
     for changed, message in (
         (edited(config, smoothing=smoothing), "cannot find scales by descent"),
-        (rounding, "rounds to the nearest value"),
+        (corrected, "cannot make the bias that model.layers.0.self_attn.q_proj lacks"),
     ):
         with pytest.raises(AutoQuantError, match=message):
             made = recipe(PACKAGED, "fc_fc:0.5+rotation", config=changed)
