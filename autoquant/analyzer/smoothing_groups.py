@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -144,8 +145,10 @@ def _group(analysis: ScaleAnalysis, axes: Sequence[Axis], members: _Members, cro
             (sources if power > 0 else targets).append(slot)
     both = [slot for slot in sources if slot in targets]  # a depthwise convolution that reads and makes one scale
     sources, targets = ([slot for slot in side if slot not in both] for side in (sources, targets))
+    met = Counter((axes[i].param, axes[i].dim, axes[i].offset) for i in np.unique(members.family))
     sides = [{(slot.path, slot.dim) for slot in side} for side in (sources, targets)]
-    if not sources or not targets or sides[0] & sides[1]:
+    twice = {(param, dim) for (param, dim, _), count in met.items() if count > 1}
+    if not sources or not targets or sides[0] & sides[1] & twice:
         return None
     roles = {axes[i].role for i in np.unique(members.family[members.weight > 0])}
     readers = {(use.weight, use.contracted_dim) for use in analysis.uses}
