@@ -71,18 +71,20 @@ def audit(
     """Judge hand-made mappings: right, incomplete, wrong, and what each changes.
 
     ``recipe``: a file of ``tool``'s, put to ``model``; or a class of the tool's registry, or ``all`` of it, as
-    installed in the environment of ``python``, put to the type of transformers that has the class. Raises
-    AutoQuantError where a file holds no mapping, a class is in no registry, or the registry cannot be read.
+    installed in the environment of ``python``, put to the type of transformers that has the class, or to ``model``. The
+    result has the ``patch`` that mends the registry, for the tools of which one is written.
+
+    Raises AutoQuantError where a file holds no mapping, a class is in no registry, or the registry cannot be read.
     """
     progress(IMPORTING, 0, 0)
     from autoquant.recipes.auditing import audit_file, audit_registry
     from autoquant.report.recipes import Audited
 
     tell = steps_of(progress)
-    if model is not None:
-        source = source_of(model, None, None, task, trust_remote_code)
+    source = None if model is None else source_of(model, None, None, task, trust_remote_code)
+    if source is not None and python is None:
         return Audited(tool, "", (audit_file(Path(recipe), tool, source, tell),))
     if python is None:
         raise AutoQuantError(f"'{recipe}': name the MODEL to put a file to, or --python, where {tool} is installed")
-    version, found = audit_registry(str(recipe), tool, Path(python), tell)
-    return Audited(tool, version, tuple(found))
+    version, found, patch = audit_registry(str(recipe), tool, Path(python), source, tell)
+    return Audited(tool, version, tuple(found), patch)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from importlib.resources import files
@@ -23,11 +24,12 @@ from autoquant.certificate.certify import small_config
 from autoquant.certificate.experts import choices_of
 from autoquant.certificate.prove import TOLERANCES, dtype_of
 from autoquant.certificate.runs import Reference, departure, further_runs, refer
-from autoquant.config.format import Config, SmoothingGroup, SmoothingKind
-from autoquant.config.layers import fill, layer_numbers
+from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.models.reduce import float64_throughout, runs_in_float64, small, widened
 from autoquant.models.source import LoadedModel, ModelSource
+from autoquant.recipes.experts import modules_of, stacked
+from autoquant.recipes.faults import Fault, GroupModules, fault_of, groups_of
 from autoquant.recipes.matching import MatchedPair, WrittenMapping, matched_pairs
 
 Progress = Callable[[str], None]
@@ -46,13 +48,17 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One mapping: ``change`` of the logits (relative; None where nothing was applied), and ``why`` in words."""
+    """One mapping: ``change`` of the logits (relative; None where nothing was applied), and ``why`` in words.
+
+    ``faults``: of the sets that change the logits, one of those that are alike.
+    """
 
     mapping: WrittenMapping
     verdict: Verdict
     sets: int = 0
     change: float | None = None
     why: str = ""
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ def bench_for(source: ModelSource, seed: int = 0, progress: Progress = lambda st
 def audit(bench: Bench, mappings: Sequence[WrittenMapping], tool: str, seed: int = 0) -> Audit:
     """Judge each of ``mappings`` alone, as ``tool`` applies it."""
     names = modules_of(bench.loaded.module)
-    groups = list(groups_of(bench.config))
+    groups = groups_of(bench.config)
     judged, used = [], set()
     for mapping in mappings:
         try:
@@ -111,8 +117,27 @@ def audit(bench: Bench, mappings: Sequence[WrittenMapping], tool: str, seed: int
             continue
         judged.append(_judge(bench, mapping, pairs, tool, groups, seed))
         used |= {pair.smooth for pair in pairs}
-    idle = dict.fromkeys(group.name for group, sources, _ in groups if not sources & used)
+    judged = _as_their_likes(judged)
+    idle = dict.fromkeys(one.group.name for one in groups if not one.sources & used)
     return Audit(bench.source.name, tool, tuple(judged), tuple(idle))
+
+
+def _as_their_likes(judged: Sequence[Judged]) -> list[Judged]:
+    """Mappings of experts that the small model is without, judged as those that differ in a number alone."""
+    alike = {_pattern(str(one.mapping)): one for one in judged if one.verdict is not Verdict.NOT_MATCHED}
+    return [
+        replace(
+            alike[pattern], mapping=one.mapping, sets=0, why=f"as {alike[pattern].mapping}; the small model has fewer"
+        )
+        if one.verdict is Verdict.NOT_MATCHED and (pattern := _pattern(str(one.mapping))) in alike
+        else one
+        for one in judged
+    ]
+
+
+def _pattern(text: str) -> str:
+    """The same for names that differ in the numbers of layers and experts alone."""
+    return re.sub(r"\.\d+\.", ".#.", text)
 
 
 def _judge(
@@ -120,25 +145,32 @@ def _judge(
     mapping: WrittenMapping,
     pairs: Sequence[MatchedPair],
     tool: str,
-    groups: Sequence[tuple[SmoothingGroup, set[str], set[str]]],
+    groups: Sequence[GroupModules],
     seed: int,
 ) -> Judged:
     module, whole = copy.deepcopy(bench.loaded.module), len(pairs)
+    fused = tool == "quark" or mapping.modifier == "AWQModifier"
+
+    def scale(changed: nn.Module, pair: MatchedPair) -> None:
+        scale_(changed, pair, tool, seed, fused=fused)
+
     try:
         if mapping.modifier == "AWQModifier":
             pairs = [pair for pair in pairs if not _skipped(module, pair)]
             if not pairs:
                 return Judged(mapping, Verdict.SKIPPED, whole, why="it leaves projections of grouped queries alone")
         for pair in pairs:
-            scale_(module, pair, tool, seed, fused=tool == "quark" or mapping.modifier == "AWQModifier")
+            scale(module, pair)
     except AutoQuantError as error:
         return Judged(mapping, Verdict.STOPS, len(pairs), why=error.message)
     with bench.widen():
         change = departure(module, bench.reference)
     if change <= TOLERANCES[dtype_of(module)]:
         return Judged(mapping, Verdict.RIGHT, len(pairs), change)
-    incomplete, why = _explain(bench.config, pairs[0], groups)
-    return Judged(mapping, Verdict.INCOMPLETE if incomplete else Verdict.WRONG, len(pairs), change, why)
+    faults = tuple(_faults(bench, pairs, groups, scale))
+    verdict = Verdict.INCOMPLETE if faults and all(fault.missing for fault in faults) else Verdict.WRONG
+    why = "; ".join(dict.fromkeys(fault.why for fault in faults)) or "each set alone holds, all of them together do not"
+    return Judged(mapping, verdict, len(pairs), change, why, faults)
 
 
 def _skipped(module: nn.Module, pair: MatchedPair) -> bool:
@@ -152,69 +184,21 @@ def _skipped(module: nn.Module, pair: MatchedPair) -> bool:
     )
 
 
-def _explain(
-    config: Config, pair: MatchedPair, groups: Sequence[tuple[SmoothingGroup, set[str], set[str]]]
-) -> tuple[bool, str]:
-    """Whether only readers are missing, and what is wrong with the first set of a mapping."""
-    for _, sources, targets in groups:
-        if pair.smooth in sources:
-            taken = {name for name in pair.balance} | {_stacked(name) for name in pair.balance}
-            missing = sorted(name for name in targets if name not in taken)
-            extra = sorted(name for name in pair.balance if name not in targets and _stacked(name) not in targets)
-            if extra:
-                return False, f"'{extra[0]}' does not read what '{pair.smooth}' makes"
-            if missing:
-                return True, f"forgets the reader {', '.join(repr(name) for name in missing)}"
-            others = sorted(sources - {pair.smooth})
-            if others:
-                return False, f"forgets '{others[0]}', which makes the same channels"
-            return False, "the channels lie in another order, or the gain is 1 + weight"
-    for entry in config.blocked:
-        numbers = layer_numbers(entry.layers) if entry.layers else (0,)
-        paths = {fill(entry.path, layer) for layer in numbers}
-        if entry.what == "smoothing" and paths & {*pair.balance, pair.smooth}:
-            return False, f"{entry.operator} at '{entry.at}': {entry.reason}"
-    return False, f"'{pair.smooth}' is the source of no group: its channels are read in other ways too"
-
-
-def _stacked(name: str) -> str:
-    """The stacked parameter that holds an expert's linear: ``experts.3.up_proj`` is in ``experts.gate_up_proj``."""
-    parts = name.split(".")
-    for at, part in enumerate(parts[:-1]):
-        if part.isdecimal() and parts[-1] in EXPERT_PARTS and parts[at - 1 : at] == ["experts"]:
-            return ".".join([*parts[:at], EXPERT_PARTS[parts[-1]]])
-    return name
-
-
-EXPERT_PARTS = {"up_proj": "gate_up_proj", "gate_proj": "gate_up_proj", "down_proj": "down_proj"}
-"""Where transformers 5 stacks what tools take apart into one linear an expert, in this order: rows of gate, then up."""
-
-
-def groups_of(config: Config) -> Iterator[tuple[SmoothingGroup, set[str], set[str]]]:
-    """The groups of each layer with the modules that make their channels and those that read them."""
-    for group in config.smoothing.groups:
-        if group.kind is SmoothingKind.QUERY_KEY:
-            continue
-        for layer in layer_numbers(group.layers) if group.layers else (0,):
-            sides = [{_module(fill(slot.path, layer)) for slot in side} for side in (group.sources, group.targets)]
-            yield group, sides[0], sides[1]
-
-
-def _module(path: str) -> str:
-    head, _, leaf = path.rpartition(".")
-    return head if leaf in ("weight", "bias") else path
-
-
-def modules_of(module: nn.Module) -> dict[str, str]:
-    """The names of all modules in their order with their classes, experts taken apart as the tools do it."""
-    found: dict[str, str] = {}
-    for name, part in module.named_modules():
-        found[name] = type(part).__name__
-        stacks = [getattr(part, stacked, None) for stacked in EXPERT_PARTS.values()]
-        if all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacks):
-            for expert in range(len(part.down_proj)):
-                found |= {f"{name}.{expert}.{leaf}": "Linear" for leaf in EXPERT_PARTS}
-    return found
+def _faults(
+    bench: Bench,
+    pairs: Sequence[MatchedPair],
+    groups: Sequence[GroupModules],
+    scale: Callable[[nn.Module, MatchedPair], None],
+) -> Iterator[Fault]:
+    """What is wrong with each set that changes the logits when it alone is scaled, one of those that are alike."""
+    alike = {_pattern(str(pair)): pair for pair in reversed(pairs)}
+    given = bench.reference.runs[0]
+    for pair in reversed(alike.values()):
+        module = copy.deepcopy(bench.loaded.module)
+        scale(module, pair)
+        with bench.widen():
+            if departure(module, bench.reference) > TOLERANCES[dtype_of(module)]:
+                yield fault_of(pair, bench.config, groups, bench.loaded.module, given)
 
 
 @torch.no_grad()
@@ -263,12 +247,12 @@ def _repeated(module: nn.Module, scales: Tensor, channels: int) -> tuple[Tensor,
 
 def _parts(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """The weight and the bias of a module, a part of a stacked one for an expert. Raises AutoQuantError."""
-    stacked = _stacked(name)
-    if stacked != name:
-        if getattr(module.get_submodule(stacked.rpartition(".")[0]), "is_transposed", False):
-            raise AutoQuantError(f"'{stacked}' is transposed, and is not taken apart here")
-        number, leaf = name.removeprefix(stacked.rpartition(".")[0] + ".").split(".")
-        whole = module.get_parameter(stacked)[int(number)]
+    held = stacked(name)
+    if held != name:
+        if getattr(module.get_submodule(held.rpartition(".")[0]), "is_transposed", False):
+            raise AutoQuantError(f"'{held}' is transposed, and is not taken apart here")
+        number, leaf = name.removeprefix(held.rpartition(".")[0] + ".").split(".")
+        whole = module.get_parameter(held)[int(number)]
         return (whole if leaf == "down_proj" else whole.chunk(2)[leaf == "up_proj"]), None
     part = module.get_submodule(name)
     weight = getattr(part, "weight", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,22 +17,30 @@ from autoquant.models.repair import find_source
 from autoquant.models.source import ModelSource, named_type
 from autoquant.recipes.audit import Audit, Bench, audit, bench_for
 from autoquant.recipes.matching import WrittenMapping
+from autoquant.recipes.mending import HOLDS, mended
+from autoquant.recipes.patching import Mend, Source, patch
 from autoquant.recipes.reading import TOOLS, mappings_in, read_recipe
 
 Progress = Callable[[str], None]
 _REGISTRIES = {"llm-compressor": "registry_llm_compressor.py", "quark": "registry_quark.py"}
+MENDED = ("llm-compressor",)
+"""Tools whose registry a patch is written for."""
 ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of a registry put to one type of model; ``audit`` is None where it could not be, and why."""
+    """One entry of a registry put to one type of model; ``audit`` is None where it could not be, and why.
+
+    ``mend``: what it becomes in the patch; None where every mapping holds.
+    """
 
     name: str
     modifier: str
     model: str
     audit: Audit | None
     why: str = ""
+    mend: Mend | None = None
 
 
 def audit_file(path: Path, tool: str, source: ModelSource, progress: Progress) -> Entry:
@@ -41,8 +49,11 @@ def audit_file(path: Path, tool: str, source: ModelSource, progress: Progress) -
     return Entry(str(path), "", source.name, audit(bench_for(source, progress=progress), mappings, tool))
 
 
-def audit_registry(name: str, tool: str, python: Path, progress: Progress) -> tuple[str, list[Entry]]:
-    """The version of an installed tool, and its registry's entry for a class or a model type, or ``all`` of them.
+def audit_registry(
+    name: str, tool: str, python: Path, source: ModelSource | None, progress: Progress
+) -> tuple[str, list[Entry], str]:
+    """The version of an installed tool, its registry's entry for a class or a model type, or ``all`` of them, judged,
+    and the patch that mends the registry. ``source``: what an entry is put to, in place of its type's default model.
 
     Raises AutoQuantError where the registry cannot be read or has no such entry.
     """
@@ -51,31 +62,59 @@ def audit_registry(name: str, tool: str, python: Path, progress: Progress) -> tu
     names = list(dict.fromkeys(entry for found in registries.values() for entry in found))
     if name != ALL and name not in names:
         raise AutoQuantError(f"{tool} {content['version']} has no entry '{name}'{did_you_mean(name, names)}")
-    return content["version"], [
-        entry for one in (names if name == ALL else [name]) for entry in _entries(one, registries, tool, progress)
+    entries = [
+        entry
+        for one in (names if name == ALL else [name])
+        for entry in _entries(one, registries, tool, source, progress)
     ]
+    sources = {modifier: Source(**found) for modifier, found in content.get("sources", {}).items()}
+    return content["version"], entries, patch(sources, [entry.mend for entry in entries if entry.mend is not None])
 
 
-def _entries(name: str, registries: Mapping[str, Mapping[str, Any]], tool: str, progress: Progress) -> Iterator[Entry]:
-    """One entry of each registry, put to the type that has the class; the small model is built once."""
+def _entries(
+    name: str,
+    registries: Mapping[str, Mapping[str, Any]],
+    tool: str,
+    source: ModelSource | None,
+    progress: Progress,
+) -> Iterator[Entry]:
+    """One entry of each registry, put to ``source`` or the type that has the class; the small model is built once."""
     types = (
         types_of_class(name) if tool == "llm-compressor" else ([(name, None)] if named_type(name) is not None else [])
     )
-    if not types:
+    if not types and source is None:
         for modifier in (m for m, found in registries.items() if name in found):
             yield Entry(name, modifier, "", None, "this transformers has no such class")
         return
-    model, kind = types[0]
     bench: Bench | None = None
-    why = ""
+    model, why = "" if source is None else source.name, ""
     try:
-        bench = bench_for(find_source(model, kind=kind), progress=progress)
+        if source is None:
+            model, kind = types[0]
+            source = find_source(model, kind=kind)
+        bench = bench_for(source, progress=progress)
     except AutoQuantError as error:
         why = error.message
     for modifier, found in registries.items():
         if name in found:
-            mappings = written(found[name], modifier, tool)
-            yield Entry(name, modifier, model, None if bench is None else audit(bench, mappings, tool), why)
+            yield _judged(name, modifier, model, written(found[name], modifier, tool), tool, bench, why)
+
+
+def _judged(
+    name: str,
+    modifier: str,
+    model: str,
+    mappings: Sequence[WrittenMapping],
+    tool: str,
+    bench: Bench | None,
+    why: str,
+) -> Entry:
+    if bench is None:
+        return Entry(name, modifier, model, None, why)
+    found = audit(bench, mappings, tool)
+    if tool not in MENDED or all(one.verdict in HOLDS for one in found.judged):
+        return Entry(name, modifier, model, found)
+    return Entry(name, modifier, model, found, mend=Mend(name, modifier, *mended(bench, found)))
 
 
 def written(content: Any, modifier: str, tool: str) -> list[WrittenMapping]:

@@ -8,7 +8,9 @@ from autoquant.config.format import Config, SmoothingGroup, edited
 from autoquant.config.layers import LAYER
 from autoquant.errors import AutoQuantError
 from autoquant.models.source import ModelSource
-from autoquant.recipes.audit import Verdict, audit, bench_for, groups_of, modules_of
+from autoquant.recipes.audit import Verdict, audit, bench_for
+from autoquant.recipes.experts import modules_of
+from autoquant.recipes.faults import groups_of
 from autoquant.recipes.matching import WrittenMapping, matched_pairs
 
 FITTING = (Verdict.RIGHT, Verdict.SKIPPED, Verdict.NOT_MATCHED)
@@ -39,9 +41,7 @@ def imported(
     for one in found.judged:
         if one.verdict is Verdict.RIGHT:
             wanted |= {frozenset({pair.smooth, *pair.balance}) for pair in matched_pairs(one.mapping, names)}
-    used = {
-        _key(group) for group, sources, targets in groups_of(bench.config) if frozenset(sources | targets) in wanted
-    }
+    used = {_key(one.group) for one in groups_of(bench.config) if one.sources | one.targets in wanted}
     groups = tuple(edited(group, enable=_key(group) in used) for group in config.smoothing.groups)
     on = [group.name for group in groups if group.enable]
     if not on:

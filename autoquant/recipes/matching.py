@@ -2,11 +2,13 @@
 
 LLM Compressor goes through the modules in their order and closes a set where a further match lies outside of what the
 set has in common (``compressed_tensors.utils.match.match_modules_set``, compressed-tensors 0.19.0). Quark looks each
-name up in every decoder layer (``torch/algorithm/utils/prepare.py``, amd-quark 0.13).
+name up in every decoder layer, and where the first of those that read is none there, it takes each linear whose name
+ends so, with the module beside it (``get_layers_for_scaling`` in torch/algorithm/utils/prepare.py, amd-quark 0.13).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 from collections import defaultdict
@@ -23,13 +25,15 @@ class WrittenMapping:
     """A hand-made mapping: ``smooth`` is divided, ``balance`` multiplied; names, or expressions behind ``re:``.
 
     ``layers``: the module list whose members the names are in, in each of them; empty where they are of the model.
-    ``modifier``: which of the tool's algorithms it is for; some leave out what others stop at.
+    ``modifier``: which of the tool's algorithms it is for; some leave out what others stop at. ``observed``: where it
+    looks at activations (``inp``, without which Quark takes nothing; ``activation_hook_target``).
     """
 
     smooth: str
     balance: tuple[str, ...]
     layers: str = ""
     modifier: str = ""
+    observed: str = ""
 
     def __str__(self) -> str:
         return f"{self.smooth} -> {', '.join(self.balance)}"
@@ -96,10 +100,37 @@ def _common(name: str, other: str | None) -> str:
 
 
 def _in_layers(mapping: WrittenMapping, modules: Mapping[str, str]) -> list[MatchedPair]:
-    start = re.compile(re.escape(mapping.layers) + r"\.\d+(?=\.)")
+    start = re.compile(re.escape(mapping.layers) + r"\.\d+\.")
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in modules:
+        if (match := start.match(name)) is not None:
+            layers[match[0]].append(name.removeprefix(match[0]))
     found = []
-    for prefix in dict.fromkeys(match[0] for name in modules if (match := start.match(name))):
-        smooth, *balance = (f"{prefix}.{name}" for name in (mapping.smooth, *mapping.balance))
-        if smooth in modules and all(name in modules for name in balance):
-            found.append(MatchedPair(smooth, tuple(balance)))
+    for prefix, names in layers.items():
+        linears = [name for name in names if modules[prefix + name].endswith("Linear")]
+        pairs = _by_name(mapping, names, linears)
+        pairs = _beside(mapping, names, linears) if pairs is None else pairs
+        found += [MatchedPair(prefix + pair.smooth, tuple(prefix + name for name in pair.balance)) for pair in pairs]
+    return found
+
+
+def _by_name(mapping: WrittenMapping, names: Sequence[str], linears: Sequence[str]) -> list[MatchedPair] | None:
+    """The pair of these names in a layer, [] where its input is not observed; None where a module is missing."""
+    if mapping.balance[0] in names and (mapping.observed or mapping.balance[0]) not in linears:
+        return []
+    if all(name in names for name in (mapping.smooth, *mapping.balance)):
+        return [MatchedPair(mapping.smooth, mapping.balance)]
+    return None
+
+
+def _beside(mapping: WrittenMapping, names: Sequence[str], linears: Sequence[str]) -> list[MatchedPair]:
+    """Each linear that a name is the end of, scaled by the module beside it; up to the first that has none."""
+    if not fnmatch.filter(linears, "*" + (mapping.observed or mapping.balance[0])):
+        return []
+    found: list[MatchedPair] = []
+    for name in (name for balance in mapping.balance for name in fnmatch.filter(linears, "*" + balance)):
+        smooth = f"{name.rpartition('.')[0]}.{mapping.smooth}"
+        if smooth not in names:
+            break
+        found.append(MatchedPair(smooth, (name,)))
     return found

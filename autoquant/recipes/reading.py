@@ -63,14 +63,13 @@ def _llm_compressor(entry: Any, modifier: str) -> WrittenMapping:
     """``[[balance, ...], smooth]``, or a mapping with these two keys."""
     if isinstance(entry, Mapping):
         smooth, balance = entry.get("smooth_layer", entry.get("smooth_layers")), entry.get("balance_layers")
-    elif isinstance(entry, list | tuple) and len(entry) == 2:
-        balance, smooth = entry
-    else:
-        raise AutoQuantError(f"mapping {entry!r:.80}: expected [[balance, ...], smooth]")
-    return _mapping(smooth, balance, modifier=modifier)
+        return _mapping(smooth, balance, modifier=modifier, observed=entry.get("activation_hook_target") or "")
+    if isinstance(entry, list | tuple) and len(entry) == 2:
+        return _mapping(entry[1], entry[0], modifier=modifier)
+    raise AutoQuantError(f"mapping {entry!r:.80}: expected [[balance, ...], smooth]")
 
 
-def _mapping(smooth: Any, balance: Any, layers: str = "", modifier: str = "") -> WrittenMapping:
+def _mapping(smooth: Any, balance: Any, layers: str = "", modifier: str = "", observed: Any = "") -> WrittenMapping:
     balance = [balance] if isinstance(balance, str) else balance
     if (
         not isinstance(smooth, str)
@@ -80,7 +79,9 @@ def _mapping(smooth: Any, balance: Any, layers: str = "", modifier: str = "") ->
         raise AutoQuantError(f"mapping {smooth!r:.40} <- {balance!r:.80}: expected one name and a list of names")
     if not balance:
         raise AutoQuantError(f"mapping {smooth!r:.40}: no layer undoes it")
-    return WrittenMapping(smooth, tuple(balance), layers, modifier)
+    if not isinstance(observed, str):
+        raise AutoQuantError(f"mapping {smooth!r:.40}: where activations are looked at: expected a name")
+    return WrittenMapping(smooth, tuple(balance), layers, modifier, observed)
 
 
 def _of_quark(content: Any) -> Iterator[WrittenMapping]:
@@ -94,4 +95,5 @@ def _of_quark(content: Any) -> Iterator[WrittenMapping]:
         for entry in section.get("scaling_layers") or []:
             if not isinstance(entry, Mapping):
                 raise AutoQuantError(f"scaling_layers: {entry!r:.80}: expected prev_op, layers and inp")
-            yield _mapping(entry.get("prev_op"), entry.get("layers"), layers, str(section["name"]))
+            name = str(section["name"])
+            yield _mapping(entry.get("prev_op"), entry.get("layers"), layers, name, entry.get("inp") or "")

@@ -60,11 +60,15 @@ class Imported:
 @shown
 @dataclass(frozen=True, slots=True, repr=False)
 class Audited:
-    """Hand-made mappings judged: those of one file, or of a tool's registry, entry by entry."""
+    """Hand-made mappings judged: those of one file, or of a tool's registry, entry by entry.
+
+    ``patch``: a unified diff that mends the registry, empty where nothing is to be mended.
+    """
 
     tool: str
     version: str
     entries: tuple[Entry, ...]
+    patch: str = ""
 
     @property
     def holds(self) -> bool:

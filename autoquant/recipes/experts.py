@@ -1,0 +1,29 @@
+"""Experts taken apart: what transformers 5 stacks, the tools have as one linear an expert."""
+
+from __future__ import annotations
+
+from torch import nn
+
+EXPERT_PARTS = {"up_proj": "gate_up_proj", "gate_proj": "gate_up_proj", "down_proj": "down_proj"}
+"""The stacked parameter that holds each linear of an expert, in this order: rows of gate, then up."""
+
+
+def stacked(name: str) -> str:
+    """The stacked parameter that holds an expert's linear: ``experts.3.up_proj`` is in ``experts.gate_up_proj``."""
+    parts = name.split(".")
+    for at, part in enumerate(parts[:-1]):
+        if part.isdecimal() and parts[-1] in EXPERT_PARTS and parts[at - 1 : at] == ["experts"]:
+            return ".".join([*parts[:at], EXPERT_PARTS[parts[-1]]])
+    return name
+
+
+def modules_of(module: nn.Module) -> dict[str, str]:
+    """The names of all modules in their order with their classes, experts taken apart as the tools do it."""
+    found: dict[str, str] = {}
+    for name, part in module.named_modules():
+        found[name] = type(part).__name__
+        stacks = [getattr(part, held, None) for held in EXPERT_PARTS.values()]
+        if all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacks):
+            for expert in range(len(part.down_proj)):
+                found |= {f"{name}.{expert}.{leaf}": "Linear" for leaf in EXPERT_PARTS}
+    return found
