@@ -46,6 +46,7 @@ def import_recipe(
     """
     progress(IMPORTING, 0, 0)
     from autoquant.api.analysis import analyze
+    from autoquant.recipes.audit import bench_for
     from autoquant.recipes.importing import imported
     from autoquant.recipes.reading import read_recipe
     from autoquant.report.recipes import Imported
@@ -54,7 +55,7 @@ def import_recipe(
     source = source_of(model, None, layers, task, trust_remote_code)
     how = {"layers": layers, "task": task, "trust_remote_code": trust_remote_code}
     config = analyze(model, progress=progress, **how).config  # type: ignore[arg-type]  # each of its own type
-    config, used, unused = imported(source, config, mappings, tool, steps_of(progress))
+    config, used, unused = imported(bench_for(source, progress=steps_of(progress)), config, mappings, tool)
     return Imported(config, tuple(used), tuple(unused))
 
 

@@ -12,7 +12,13 @@ from autoquant.errors import AutoQuantError
 @click.command()
 @click.argument("recipe")
 @click.argument("model", required=False)
-@click.option("--tool", default="llm-compressor", show_default=True, metavar="TOOL", help="llm-compressor or quark.")
+@click.option(
+    "--tool",
+    default="llm-compressor",
+    show_default=True,
+    metavar="TOOL",
+    help="llm-compressor, quark; a file of brevitas.",
+)
 @click.option("--python", type=options.FILE, metavar="PYTHON", help="Where TOOL is installed, to read its registry.")
 @click.option("--patch", type=options.FILE, help="Write what mends the registry of llm-compressor: a unified diff.")
 @options.which_task

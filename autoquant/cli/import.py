@@ -11,7 +11,7 @@ from autoquant.cli import options
 @click.command()
 @click.argument("recipe", type=options.FILE)
 @click.argument("model")
-@click.option("--from", "tool", required=True, metavar="TOOL", help="llm-compressor or quark.")
+@click.option("--from", "tool", required=True, metavar="TOOL", help="llm-compressor, quark or brevitas.")
 @options.output("Config to write.")
 @options.layers
 @options.which_task

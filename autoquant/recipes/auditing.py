@@ -19,7 +19,7 @@ from autoquant.recipes.audit import Audit, Bench, audit, bench_for
 from autoquant.recipes.matching import WrittenMapping
 from autoquant.recipes.mending import HOLDS, mended
 from autoquant.recipes.patching import Mend, Source, patch
-from autoquant.recipes.reading import TOOLS, mappings_in, read_recipe
+from autoquant.recipes.reading import mappings_in, read_recipe
 
 Progress = Callable[[str], None]
 _REGISTRIES = {"llm-compressor": "registry_llm_compressor.py", "quark": "registry_quark.py"}
@@ -126,7 +126,7 @@ def written(content: Any, modifier: str, tool: str) -> list[WrittenMapping]:
 def registry_of(tool: str, python: Path) -> dict[str, Any]:
     """The registry of the tool that is installed for ``python``. Raises AutoQuantError where that cannot be read."""
     if tool not in _REGISTRIES:
-        raise AutoQuantError(f"no registry of '{tool}' is read; known: {', '.join(TOOLS)}")
+        raise AutoQuantError(f"no registry of '{tool}' is read; known: {', '.join(_REGISTRIES)}")
     script = files("autoquant.recipes").joinpath(_REGISTRIES[tool]).read_text()
     try:  # from standard input: a script's folder would come first in the path of what it imports
         run = subprocess.run([python, "-"], input=script, capture_output=True, text=True, check=False, timeout=600)

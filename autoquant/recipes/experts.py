@@ -24,6 +24,10 @@ def modules_of(module: nn.Module) -> dict[str, str]:
         found[name] = type(part).__name__
         stacks = [getattr(part, held, None) for held in EXPERT_PARTS.values()]
         if all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacks):
-            for expert in range(len(part.down_proj)):
-                found |= {f"{name}.{expert}.{leaf}": "Linear" for leaf in EXPERT_PARTS}
+            found |= dict.fromkeys(experts_in(name, len(part.down_proj)), "Linear")
     return found
+
+
+def experts_in(module: str, count: int) -> list[str]:
+    """The linears of the ``count`` experts that ``module`` holds, one expert after the other."""
+    return [f"{module}.{expert}.{leaf}" for expert in range(count) for leaf in EXPERT_PARTS]

@@ -29,6 +29,7 @@ class GroupModules:
     """A smoothing group in one layer: the modules that make its channels, and those that read them."""
 
     group: SmoothingGroup
+    layer: int
     sources: frozenset[str]
     targets: frozenset[str]
 
@@ -50,13 +51,14 @@ def groups_of(config: Config) -> list[GroupModules]:
             continue
         for layer in layer_numbers(group.layers) if group.layers else (0,):
             sides = [
-                frozenset(_module(fill(slot.path, layer)) for slot in side) for side in (group.sources, group.targets)
+                frozenset(member_of(fill(slot.path, layer)) for slot in side) for side in (group.sources, group.targets)
             ]
-            found.append(GroupModules(group, sides[0], sides[1]))
+            found.append(GroupModules(group, layer, sides[0], sides[1]))
     return found
 
 
-def _module(path: str) -> str:
+def member_of(path: str) -> str:
+    """The module of a parameter that tools name; a stacked parameter itself."""
     head, _, leaf = path.rpartition(".")
     return head if leaf in ("weight", "bias") else path
 

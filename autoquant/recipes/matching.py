@@ -27,6 +27,7 @@ class WrittenMapping:
     ``layers``: the module list whose members the names are in, in each of them; empty where they are of the model.
     ``modifier``: which of the tool's algorithms it is for; some leave out what others stop at. ``observed``: where it
     looks at activations (``inp``, without which Quark takes nothing; ``activation_hook_target``).
+    ``alpha``: SmoothQuant's, None where the recipe says none.
     """
 
     smooth: str
@@ -34,6 +35,7 @@ class WrittenMapping:
     layers: str = ""
     modifier: str = ""
     observed: str = ""
+    alpha: float | None = None
 
     def __str__(self) -> str:
         return f"{self.smooth} -> {', '.join(self.balance)}"
@@ -54,6 +56,8 @@ def matched_pairs(mapping: WrittenMapping, modules: Mapping[str, str]) -> list[M
     """
     if mapping.layers:
         return _in_layers(mapping, modules)
+    if all(name in modules for name in (mapping.smooth, *mapping.balance)):
+        return [MatchedPair(mapping.smooth, mapping.balance)]
     found = []
     for smooth, *balance in match_sets(modules, (mapping.smooth, *mapping.balance)):
         if len(smooth) > 1:

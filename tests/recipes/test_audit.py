@@ -17,6 +17,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.models.repair import find_source
 from autoquant.recipes.audit import Bench, Verdict, audit, bench_for, scale_
 from autoquant.recipes.matching import MatchedPair, WrittenMapping
+from autoquant.recipes.mending import mended
 
 QKV = tuple(f"re:.*{name}_proj$" for name in "qkv")
 
@@ -45,7 +46,39 @@ def test_a_norm_that_the_tool_knows_to_be_one_plus_weight_is_right(gemma2: Bench
 def test_a_norm_behind_the_block_feeds_nothing(gemma2: Bench) -> None:
     verdict, why = judged(gemma2, "re:.*post_attention_layernorm$", "re:.*gate_proj$", "re:.*up_proj$")
     assert verdict == "wrong"
-    assert "'model.layers.0.post_attention_layernorm'" in why
+    assert why == (
+        "'model.layers.0.post_attention_layernorm' is the source of no group: it goes into add at 'model.layers.0' "
+        "(Gemma2DecoderLayer); 'model.layers.0.mlp.gate_proj' reads 'model.layers.0.pre_feedforward_layernorm'"
+    )
+
+
+def test_every_set_that_changes_the_logits_is_explained(gemma2: Bench) -> None:
+    """The first set holds, the second scales what its reader does not read."""
+    names = (r"re:^model\.layers\.0\.mlp\.up_proj$|^model\.layers\.1\.mlp\.gate_proj$", r"re:.*mlp\.down_proj$")
+    found = audit(gemma2, [WrittenMapping(names[0], names[1:])], "llm-compressor").judged[0]
+    assert (found.verdict, found.sets, len(found.faults)) == (Verdict.WRONG, 2, 1)
+    assert found.faults[0].pair.smooth == "model.layers.1.mlp.gate_proj"
+
+
+def test_what_is_wrong_is_mended_by_the_groups_that_were_meant(gemma2: Bench) -> None:
+    attention = WrittenMapping("re:.*input_layernorm$", QKV)
+    behind = WrittenMapping("re:.*post_attention_layernorm$", ("re:.*gate_proj$", "re:.*up_proj$"))
+    nothing = WrittenMapping("re:.*post_feedforward_layernorm$", ("re:.*embed_tokens$",))
+    kept, dropped = mended(gemma2, audit(gemma2, [attention, behind, nothing], "llm-compressor"))
+    before = WrittenMapping(
+        r"re:^model\.layers\.\d+\.pre_feedforward_layernorm$",
+        tuple(rf"re:^model\.layers\.\d+\.mlp\.{name}_proj$" for name in ("gate", "up")),
+    )
+    assert kept == (attention, before)
+    assert dropped == (nothing,)
+
+
+def test_a_forgotten_reader_is_added(qwen3_moe: Bench) -> None:
+    experts = ("re:.*gate_proj$", "re:.*up_proj$")
+    mapping = WrittenMapping("re:.*post_attention_layernorm$", experts)
+    (kept,), dropped = mended(qwen3_moe, audit(qwen3_moe, [mapping], "llm-compressor"))
+    assert kept.balance == (*experts, r"re:^model\.layers\.\d+\.mlp\.gate$")
+    assert dropped == ()
 
 
 def test_grouped_queries_stop_one_modifier_and_another_leaves_them_out(gemma2: Bench) -> None:
@@ -131,6 +164,9 @@ def test_a_wrong_recipe_is_no_config(tmp_path: Path) -> None:
         ("SmoothQuantModifier: {mappings: [[1, 2, 3]]}", r"expected \[\[balance, ...\], smooth\]"),
         ("SmoothQuantModifier: {mappings: [[[], norm]]}", "no layer undoes it"),
         ("SmoothQuantModifier: {mappings: [[[1], norm]]}", "expected one name and a list of names"),
+        ("SmoothQuantModifier: {mappings: 3}", "mappings: expected a list, not 3"),
+        ("SmoothQuantModifier: {smoothing_strength: much, mappings: []}", "a strength of 'much'"),
+        ("SmoothQuantModifier: {mappings: [[['re:a('], norm]]}", "is no regular expression"),
     ],
 )
 def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: str) -> None:

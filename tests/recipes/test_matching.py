@@ -42,6 +42,20 @@ def test_what_stops_the_tool() -> None:
         matched_pairs(WrittenMapping("re:.*norm", ("embed2",)), {"a.norm": "N", "b.norm": "N", "embed2": "E"})
 
 
+def test_quark_takes_experts_by_the_end_of_their_names() -> None:
+    """Where no module of the layer has the reader's name, each linear that ends so is scaled by the one beside it."""
+    names = {"layers.0.mlp.up": "Linear", "layers.0.mlp.down": "Linear"}
+    names |= {f"layers.1.mlp.experts.{n}.{part}": "Linear" for n in range(2) for part in ("up", "down")}
+    names |= {"layers.1.mlp.shared.down": "Linear"}
+    mapping = WrittenMapping("up", ("down",), "layers", "smooth", "down")
+    assert matched_pairs(mapping, names) == [
+        MatchedPair("layers.0.mlp.up", ("layers.0.mlp.down",)),
+        *(MatchedPair(f"layers.1.mlp.experts.{n}.up", (f"layers.1.mlp.experts.{n}.down",)) for n in range(2)),
+    ]
+    by_name = WrittenMapping("mlp.up", ("mlp.down",), "layers", "smooth", "mlp.act")
+    assert matched_pairs(by_name, names) == []  # its input is not looked at
+
+
 def test_quark_looks_in_every_layer() -> None:
     mapping = WrittenMapping("norm", ("attn.q", "attn.k"), "layers")
     assert [pair.smooth for pair in matched_pairs(mapping, NAMES)] == ["layers.0.norm", "layers.1.norm"]
