@@ -54,9 +54,9 @@ def test_a_norm_behind_the_block_feeds_nothing(gemma2: Bench) -> None:
 
 def test_every_set_that_changes_the_logits_is_explained(gemma2: Bench) -> None:
     """The first set holds, the second scales what its reader does not read."""
-    names = (r"re:^model\.layers\.0\.mlp\.up_proj$|^model\.layers\.1\.mlp\.gate_proj$", r"re:.*mlp\.down_proj$")
+    names = (r"re:^model\.layers\.(0\.mlp\.up|[1-9]\.mlp\.gate)_proj$", r"re:.*mlp\.down_proj$")
     found = audit(gemma2, [WrittenMapping(names[0], names[1:])], "llm-compressor").judged[0]
-    assert (found.verdict, found.sets, len(found.faults)) == (Verdict.WRONG, 2, 1)
+    assert (found.verdict, len(found.faults)) == (Verdict.WRONG, 1)
     assert found.faults[0].pair.smooth == "model.layers.1.mlp.gate_proj"
 
 
