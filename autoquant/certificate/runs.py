@@ -24,6 +24,7 @@ from autoquant.models.source import LoadedModel, ModelSource, build_module, quie
 LENGTHS = (1, 64)
 """Tokens of the runs beside the given one: the shortest, and more than any window of a small model."""
 FACTORY_LENGTHS = (1, 12, 64, 160)
+FACTORY_BATCHES = (1, 9)
 WINDOW = 12
 """Tokens of a small model's windows: fewer than its longest run, and than a prefill with its decoded tokens."""
 PREFILL, DECODED = 10, 4
@@ -210,12 +211,14 @@ def _decoded(ids: Tensor, module: nn.Module) -> Outputs:
 
 
 def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
-    """The given inputs at other lengths, where one extent of theirs is that of tokens, and with other values."""
+    """The given inputs at other lengths, where one extent of theirs is that of tokens, of other numbers of sequences,
+    and with other values.
+    """
     leaves, tree = pytree.tree_flatten((loaded.args, dict(loaded.kwargs)))
     sequences = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
     if not sequences:
         return
-    length = sequences[0].shape[1]
+    batch, length = sequences[0].shape[:2]
     words = _words(loaded, sequences)
     generator = torch.Generator().manual_seed(seed)
 
@@ -229,12 +232,14 @@ def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
         high = max(words, int(leaf.max()) + 1)
         return torch.randint(min(0, int(leaf.min())), high, sizes, generator=generator, dtype=leaf.dtype)
 
-    def other(tokens: int) -> tuple[Any, Any]:
+    def other(tokens: int, count: int = batch) -> tuple[Any, Any]:
         made = []
         for leaf in leaves:
             sizes = tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
             if len(sizes) > 1 and sizes[1] == length:
                 sizes = (sizes[0], tokens, *sizes[2:])
+            if len(sizes) > 1 and sizes[0] == batch:
+                sizes = (count, *sizes[1:])
             made.append(fresh(leaf, sizes))
         args, kwargs = pytree.tree_unflatten(made, tree)
         return args, kwargs
@@ -242,6 +247,9 @@ def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
     for tokens in dict.fromkeys((length, *FACTORY_LENGTHS, *_spans(loaded.module))):
         args, kwargs = other(tokens)
         yield Run(f"{tokens} tokens", tokens, partial(_call, loaded, args, kwargs))
+    for count in (count for count in FACTORY_BATCHES if count != batch):
+        args, kwargs = other(length, count)
+        yield Run(f"{count} sequences", length, partial(_call, loaded, args, kwargs))
 
 
 def _spans(module: nn.Module) -> list[int]:

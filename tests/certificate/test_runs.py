@@ -32,6 +32,11 @@ def relu_with_a_distance(unit: Unit, hidden: Tensor) -> Tensor:
     return hidden.relu() + 0.1 * far[:, None]
 
 
+def relu_of_few_sequences(unit: Unit, hidden: Tensor) -> Tensor:
+    """What is seen of one sequence, and of two, says nothing of three."""
+    return hidden.relu() if len(hidden) < 3 else hidden.tanh()
+
+
 def up_to_down() -> Config:
     """Of a unit: what an analysis claims that has seen three tokens."""
     config = analyze(ModelSource("unit", factory=lambda: (Unit(relu), (torch.arange(3)[None],)))).config
@@ -54,10 +59,10 @@ def test_a_claim_that_holds_does_so_in_every_run() -> None:
     assert proof.coverage.lengths == (1, 3, 12, 64, 160)
 
 
-@pytest.mark.parametrize("act", [relu_of_the_first_eight, relu_with_a_distance])
-def test_what_matters_beyond_eight_tokens_only_is_refused(act: object) -> None:
+@pytest.mark.parametrize("act", [relu_of_the_first_eight, relu_with_a_distance, relu_of_few_sequences])
+def test_what_matters_beyond_eight_tokens_or_two_sequences_only_is_refused(act: object) -> None:
     """The given three tokens alone do not tell: this is the trap."""
-    module = loaded(Unit(act))  # type: ignore[arg-type]  # one of the two above
+    module = loaded(Unit(act))  # type: ignore[arg-type]  # one of those above
     proof = prove(module, up_to_down())
     (failed,) = proof.failed()
     assert (failed.name, failed.kind) == ("up -> down", "linear_linear")
@@ -156,7 +161,8 @@ def beyond(limit: int) -> Callable[[Unit, Tensor], Tensor]:
 )
 def test_a_number_in_the_code_is_outrun(act: Callable[[Unit, Tensor], Tensor]) -> None:
     module = loaded(Unit(act))
-    assert [run.length for run in further_runs(module, (), 0)] == [3, 1, 12, 64, 160, 309]
+    lengths = [run.length for run in further_runs(module, (), 0)]
+    assert lengths == [3, 1, 12, 64, 160, 309, 3], "the last ones of nine sequences"
     (failed,) = prove(module, up_to_down()).failed()
     assert (failed.name, failed.kind) == ("up -> down", "linear_linear")
 
