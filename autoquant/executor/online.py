@@ -73,13 +73,13 @@ def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> Non
         if not _calls_interface(module):
             raise AutoQuantError(
                 f"R3 {rotation.path}: {type(module).__name__} does not call transformers' attention interface, so "
-                "queries and keys cannot be reached; disable R3"
+                "queries and keys cannot be reached; R3 has to stay off"
             )
         if asking:
             where = "" if asking == rotation.path else f" ({asking})"
             raise AutoQuantError(
                 f"R3 {rotation.path}: {type(model.get_submodule(asking)).__name__}{where} takes one way or another by "
-                "the name of its attention function, which is exchanged in the whole model; disable R3"
+                "the name of its attention function, which is exchanged in the whole model; R3 has to stay off"
             )
 
 
