@@ -39,14 +39,19 @@ __all__ = [
     "plain_calls",
     "pytree",
     "reset_dynamo",
+    "some_rows",
     "without_amx_",
     "without_dynamo",
+    "without_inference_mode",
     "without_modes",
     "without_shape_guards",
     "without_vmap",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_SOME = 1009
+"""How many rows there are where it is asked whether there are any."""
 
 OpOverload = torch._ops.OpOverload
 """The type of an ATen operator in a graph: its schema names it."""
@@ -75,6 +80,33 @@ def nonzero_takes_all() -> AbstractContextManager[Any]:
     settings: Any = torch.fx.experimental._config  # its functions are made at run time
     context: AbstractContextManager[Any] = settings.patch(meta_nonzero_assume_all_nonzero=True)
     return context
+
+
+@contextlib.contextmanager
+def some_rows() -> Iterator[None]:
+    """Decide whether there are none of the rows that the data choose: there are some.
+
+    Code goes on to the next expert where no token chose this one; with no rows it would compute the same.
+    """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+    kind: Any = ShapeEnv
+    evaluate = kind.evaluate_expr
+
+    def decided(self: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return evaluate(self, expression, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            symbols: set[Any] = getattr(expression, "free_symbols", set())
+            if len(symbols) != 1 or not symbols <= self.size_like or 0 not in getattr(expression, "args", ()):
+                raise
+            return expression.xreplace(dict.fromkeys(symbols, _SOME))
+
+    kind.evaluate_expr = decided
+    try:
+        yield
+    finally:
+        kind.evaluate_expr = evaluate
 
 
 @contextlib.contextmanager
@@ -115,6 +147,18 @@ def without_looks_at_masks() -> Iterator[None]:
         yield
     finally:
         file._detect_is_causal_mask = looks
+
+
+@contextlib.contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """Let ``torch.inference_mode`` do nothing: its tensors cannot be traced, and must not stay behind in a module."""
+    kind: Any = torch.autograd.grad_mode.inference_mode
+    before = kind.__enter__, kind.__exit__
+    kind.__enter__, kind.__exit__ = lambda self: None, lambda self, *error: None
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = before
 
 
 @contextlib.contextmanager

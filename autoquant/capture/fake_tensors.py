@@ -25,6 +25,7 @@ from autoquant.library_patches import (
     FakeTensorMode,
     pytree,
     reset_dynamo,
+    without_inference_mode,
     without_looks_at_masks,
     without_modes,
     without_vmap,
@@ -46,13 +47,11 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     Restored: attributes, training flags, buffers with their values, and hooks of every submodule; grad mode, default
     dtype and RNG state; warning filters and logging threshold. Dynamo's caches are dropped.
     """
-    attributes = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
-    tables = [(now[key], dict(now[key])) for now, _ in attributes for key in _MODULE_TABLES]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
     threshold, dtype = logging.root.manager.disable, torch.get_default_dtype()
     fused = torch.backends.mha.get_fastpath_enabled()  # an encoder layer as one operator, of which nothing is known
     try:
         with (
+            kept_tensors(module),
             torch.random.fork_rng(devices=()),
             torch.no_grad(),
             warnings.catch_warnings(),
@@ -64,6 +63,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             logging.disable(logging.CRITICAL)
             torch.backends.mha.set_fastpath_enabled(False)
             quiet.enter_context(without_looks_at_masks())
+            quiet.enter_context(without_inference_mode())
             module.eval()
             yield
     finally:
@@ -71,14 +71,36 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.backends.mha.set_fastpath_enabled(fused)
         logging.disable(threshold)
+
+
+@contextlib.contextmanager
+def kept_tensors(module: nn.Module) -> Iterator[None]:
+    """Put attributes, hooks, and the values of buffers and of :func:`plain_tensors` back as they were."""
+    attributes = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
+    tables = [(now[key], dict(now[key])) for now, _ in attributes for key in _MODULE_TABLES]
+    held = (*module.buffers(), *(tensor for part in module.modules() for tensor in plain_tensors(part).values()))
+    held = tuple(tensor for tensor in held if not (tensor.is_meta or tensor.is_inference()))
+    values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in held]
+    try:
+        yield
+    finally:
         for now, before in attributes + tables:
             if list(map(id, now.values())) != list(map(id, before.values())) or list(now) != list(before):
                 now.clear()
                 now.update(before)
         with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for tensor, version, value in values:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+def plain_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
+    """Floating-point tensors that are attributes of a module and neither parameters nor buffers of it: caches."""
+    return {
+        name: value
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    }
 
 
 def fakeify_(module: nn.Module, inputs: Any) -> tuple[Any, FakeTensorMode]:
@@ -115,6 +137,30 @@ def known_values() -> Iterator[None]:
     """
     with without_vmap(_is_known), _KnownValues():
         yield
+
+
+class CountsOfEach(TorchFunctionMode):
+    """Where code asks how often each number occurs (tokens of each expert), each does.
+
+    Loops over experts skip those of no tokens, and with none they would compute the same. What such counts are used
+    for otherwise cannot be read off, and raises RuntimeError.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.bincount, torch.Tensor.bincount) and "minlength" in kwargs and not _is_known(args[0]):
+            with without_modes():
+                self.made.append(torch.ones(int(kwargs["minlength"]), dtype=torch.int64))
+            return self.made[-1]
+        result = func(*args, **kwargs)
+        leaves = pytree.tree_leaves((args, kwargs)) if self.made and isinstance(result, torch.Tensor) else []
+        if any(leaf is counts for leaf in leaves for counts in self.made):
+            raise RuntimeError("what is counted of the data is used for more than to skip what has none")
+        return result
 
 
 class _KnownValues(TorchFunctionMode):

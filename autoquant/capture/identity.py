@@ -13,6 +13,8 @@ Identity = tuple[Any, ...]
 
 def identity(tensor: torch.Tensor) -> Identity:
     """Equal for two tensors exactly if they are the same elements of the same storage (``meta`` has storages too)."""
+    if tensor.layout is not torch.strided:  # it has none
+        return (id(tensor),)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 

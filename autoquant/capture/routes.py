@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from autoquant.capture.attributes import attributes_as_buffers
-from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
+from autoquant.capture.fake_tensors import CountsOfEach, fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.graph import (
     Captured,
     GraphInput,
@@ -37,7 +37,7 @@ from autoquant.capture.graph import (
 from autoquant.capture.subgraphs import Traced, capture_subgraphs, compiled
 from autoquant.capture.untraceable import UntraceableCall, culprit, untraceable_
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import FakeTensor, pytree, without_shape_guards
+from autoquant.library_patches import FakeTensor, pytree, some_rows, without_shape_guards
 
 Run = Callable[..., tuple[Subgraph, ...]]
 
@@ -164,7 +164,7 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
 
 
 def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Subgraph, ...]:
-    with without_shape_guards():
+    with without_shape_guards(), some_rows():
         program = torch.export.export(module, args, kwargs, strict=True)
     return (lower(program, names),)
 
@@ -173,11 +173,13 @@ def _non_strict(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
 ) -> tuple[Subgraph, ...]:
     if not known:
-        return (lower(torch.export.export(module, args, kwargs, strict=False), names),)
+        with some_rows(), CountsOfEach():
+            program = torch.export.export(module, args, kwargs, strict=False)
+        return (lower(program, names),)
     constants = {name: kwargs[name] for name in known}
     given = {name: value for name, value in kwargs.items() if name not in constants}
     module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
-    with known_values():
+    with known_values(), some_rows():
         program = torch.export.export(module, args, given, strict=False)
     return (lower(program, names),)
 

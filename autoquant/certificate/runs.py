@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from autoquant.capture.fake_tensors import kept_tensors
 from autoquant.certificate.experts import force_choices
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
@@ -119,7 +120,12 @@ def given(loaded: LoadedModel) -> Run:
 
 
 def _call(loaded: LoadedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Outputs:
-    return compared(module, module(*args, **kwargs), loaded.config is not None)
+    if loaded.config is not None:
+        return compared(module, module(*args, **kwargs), True)
+    # A user's module may write into its inputs and its own tensors (caches): every run starts from what was given.
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    with kept_tensors(module):
+        return compared(module, module(*args, **kwargs), False)
 
 
 def compared(module: nn.Module, output: object, first: bool) -> Outputs:
@@ -219,11 +225,11 @@ def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
     if not sequences:
         return
     batch, length = sequences[0].shape[:2]
-    words = _words(loaded, sequences)
+    words, state = _words(loaded, sequences), _written(loaded, leaves)
     generator = torch.Generator().manual_seed(seed)
 
     def fresh(leaf: object, sizes: tuple[int, ...]) -> object:
-        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.is_complex():
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.is_complex() or id(leaf) in state:
             return leaf
         if leaf.dtype is torch.bool:
             return torch.ones(sizes, dtype=torch.bool)
@@ -250,6 +256,17 @@ def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
     for count in (count for count in FACTORY_BATCHES if count != batch):
         args, kwargs = other(length, count)
         yield Run(f"{count} sequences", length, partial(_call, loaded, args, kwargs))
+
+
+def _written(loaded: LoadedModel, leaves: Collection[Any]) -> frozenset[int]:
+    """The inputs that a run writes into, by identity: caches, which start as they were given."""
+    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    tree = pytree.tree_flatten((loaded.args, dict(loaded.kwargs)))[1]
+    args, kwargs = pytree.tree_unflatten(copies, tree)
+    with torch.no_grad(), kept_tensors(loaded.module):
+        loaded.module(*args, **kwargs)
+    pairs = zip(leaves, copies, strict=True)
+    return frozenset(id(leaf) for leaf, copied in pairs if isinstance(copied, Tensor) and copied._version > 0)
 
 
 def _spans(module: nn.Module) -> list[int]:

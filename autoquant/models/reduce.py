@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autoquant.capture.copies import copied
+from autoquant.capture.fake_tensors import kept_tensors
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
 from autoquant.models.build import build, build_meta, changed, with_inputs
@@ -318,7 +319,7 @@ def _lost(loaded: LoadedModel) -> AutoQuantError | None:
 def failure_of(loaded: LoadedModel) -> Exception | None:
     """Why the model cannot be run on its own inputs, None if it can."""
     try:
-        with quiet(), torch.random.fork_rng(devices=()), torch.no_grad():
+        with quiet(), kept_tensors(loaded.module), torch.random.fork_rng(devices=()), torch.no_grad():
             loaded.module(*loaded.args, **loaded.kwargs)
     except Exception as error:  # the architecture's code
         return error

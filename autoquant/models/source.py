@@ -275,12 +275,26 @@ class _WithoutWeights(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in device_constructors() or kwargs.get("device") is not None:
+        if func not in device_constructors():
+            return _on_one_device(func, args, kwargs)
+        if kwargs.get("device") is not None:
             return func(*args, **kwargs)
         dtype = kwargs.get("dtype")
         if func in _BY_VALUE if dtype is None else not dtype.is_floating_point:
             return func(*args, **kwargs)
         return func(*args, **{**kwargs, "device": "meta"})
+
+
+def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result of an operator; without values where some of its tensors have none: ``outer(positions, rates)``."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if len({tensor.is_meta for tensor in tensors}) < 2:
+            raise
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
 
 
 _BY_VALUE = (torch.tensor, torch.as_tensor, torch.asarray, torch.arange, torch.randint, torch.randperm)
@@ -292,7 +306,9 @@ def _drop_values_(module: nn.Module) -> None:
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, tensor in table.items():
-                if tensor is not None and tensor.is_floating_point() and not tensor.is_meta:
+                if tensor is None or tensor.is_meta:
+                    continue
+                if tensor.is_floating_point() or tensor.is_complex():
                     meta = tensor.detach().to("meta")
                     table[name] = nn.Parameter(meta) if isinstance(tensor, nn.Parameter) else meta  # type: ignore[assignment]  # of its own kind
 

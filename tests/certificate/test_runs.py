@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from autoquant.analyzer.analyze import analyze
+from autoquant.certificate.certify import certify
 from autoquant.certificate.prove import prove
 from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, with_short_windows
 from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind, edited
@@ -188,3 +189,27 @@ def test_a_rotation_of_a_size_without_hadamard_matrix_mixes_in_the_proof() -> No
     for act, failing in ((torch.neg, []), (torch.tanh, ["up -> down"])):
         module = LoadedModel(Seven(act).double().eval(), (torch.randn(1, 3, 4, dtype=torch.float64),))
         assert [trial.name for trial in prove(module, config).failed()] == failing
+
+
+class Cached(nn.Module):
+    """Gemma's: the caches are inputs, which the forward writes into, and all of them is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(8, 4)
+        self.value, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, tokens: Tensor, places: Tensor, cache: Tensor) -> Tensor:
+        cache.index_copy_(1, places, self.value(self.words(tokens)))
+        return self.out(cache)  # type: ignore[no-any-return]  # nn.Module
+
+
+def test_a_cache_among_the_inputs_starts_as_it_was_given() -> None:
+    cache = torch.zeros(1, 6, 4)
+    source = ModelSource("cached", factory=lambda: (Cached(), (torch.arange(3)[None], torch.arange(3), cache)))
+    analyzed = analyze(source)
+    assert [group.name for group in analyzed.config.smoothing.groups] == ["value -> out"]
+    assert certify(analyzed, source).smoothing.groups == analyzed.config.smoothing.groups
+    assert not cache.any()
+    filled = ModelSource("filled", factory=lambda: (Cached(), (torch.arange(3)[None], torch.arange(3), cache + 1)))
+    assert certify(analyze(filled), filled).smoothing.groups == []

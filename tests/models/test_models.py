@@ -20,7 +20,7 @@ from autoquant.models.build import build_meta
 from autoquant.models.checkpoint_source import checkpoint_folder
 from autoquant.models.reduce import float64_throughout, grouped_experts, layer_kinds, randomise_, small
 from autoquant.models.repair import find_source
-from autoquant.models.source import LoadedModel, ModelSource, layer_count, limit_layers, one_line
+from autoquant.models.source import LoadedModel, ModelSource, call_factory, layer_count, limit_layers, one_line
 
 TYPES = [*TABLE, "gpt_oss"]
 # Copies: where layouts and types allow it, they do not appear.
@@ -483,3 +483,20 @@ def test_a_folder_with_an_adapter_alone_is_named_as_that(tmp_path: Path) -> None
 def test_what_has_no_weights_is_named_as_that(name: str, said: str) -> None:
     with pytest.raises(AutoQuantError, match=f"{name}: {said}.*name a folder or a hub id"):
         checkpoint_folder(name)
+
+
+class Turned(nn.Module):
+    """DeepSeek's table of angles: whole positions, rates of a float arange, and a complex buffer of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rates = 1.0 / 100.0 ** (torch.arange(0, 8, 2, dtype=torch.float32) / 8)
+        angles = torch.outer(torch.arange(6), rates)
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+
+def test_a_factory_may_mix_integers_and_floats_on_the_meta_device() -> None:
+    source = ModelSource("turned", factory=lambda: (Turned(), (torch.arange(3)[None],)))
+    made = call_factory(source, torch.device("meta"))
+    assert made.module.turns.is_meta and made.module.turns.is_complex() and made.module.turns.shape == (6, 4)
+    assert call_factory(source, torch.device("cpu")).module.turns.abs().allclose(torch.ones(6, 4))

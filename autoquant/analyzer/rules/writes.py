@@ -98,11 +98,11 @@ def rotate_scatter_add(a: RotationAnalysis, site: Site, x: Value, dim: int, inde
     return rotate_index_add(a, site, x, dim, index, source)
 
 
-@rotation_rule("index_add", says="adds whole vectors to rows: both are rotated alike")
+@rotation_rule("index_add index_copy", says="adds whole vectors to rows, or replaces rows: both are rotated alike")
 def rotate_index_add(
     a: RotationAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, **kwargs: Value
 ) -> Value:
-    """Whole vectors are added to any of the rows."""
+    """Whole vectors are added to any of the rows, or replace them."""
     empty = isinstance(x, Constant) and not bool(x.value.any())
     into = x if isinstance(x, Vector) else None
     if (
