@@ -212,7 +212,9 @@ def _alike(one: SmoothingGroup | Space, other: SmoothingGroup | Space) -> bool:
 def _member(member: Writer | Read) -> object:
     if isinstance(member, Writer):
         return _slots([member])
-    return (repr(member.norm and (member.norm.weight, member.norm.bias)), _slots(member.readers))
+    norm = member.norm
+    gain = None if norm is None else (norm.kind, norm.weight, norm.bias, norm.offset)
+    return (gain, _slots(member.readers))
 
 
 class Depth:

@@ -76,3 +76,30 @@ def test_all_layers_are_kept_where_all_hold() -> None:
     assert refused_claims(config) == ()
     fewer = with_layers(config, {UP: (1, 3), ("layers.{layer}.norm -> up", "norm_linear"): ()})
     assert [(group.name, group.layers) for group in fewer.smoothing.groups] == [(UP[0], "1,3")]
+
+
+class PlusOne(Block):
+    """Of its norm, one and the weight is the gain."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = torch.nn.functional.rms_norm(hidden, (WIDTH,), 1 + self.norm.weight)
+        return hidden + self.down(self.up(normed).relu())  # type: ignore[no-any-return]  # a call's
+
+
+class Mixed(Stack):
+    def __init__(self) -> None:
+        super().__init__((), 4)
+        self.layers[2] = PlusOne(False)
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(nn.functional.rms_norm(super().forward(ids), (WIDTH,)))  # type: ignore[no-any-return]
+
+
+def test_gains_of_two_forms_in_one_space_keep_their_own_layers() -> None:
+    source = ModelSource("mixed", factory=lambda: (Mixed(), (torch.arange(1, 4)[None],)))
+    config = certify(analyze(source), source)
+    assert refused_claims(config) == ()
+    (space,) = config.rotation.spaces
+    found = {(read.layers, read.norm and read.norm.offset) for read in space.reads}
+    assert found == {("0-1,3", 0), ("2", 1), (None, None)}
