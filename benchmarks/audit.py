@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ import click
 import torch
 import transformers
 
-import autoquant as aq
-from autoquant.recipes.auditing import Entry
+from autoquant.models.repair import find_source
+from autoquant.recipes.auditing import Entry, entries_of, mending_patch, names_of, registry_of
 from autoquant.report.recipes import Audited, change_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit.md"
@@ -93,35 +95,40 @@ def cell(text: str) -> str:
 @click.command()
 @click.option("--llm-compressor", "llm_compressor", type=click.Path(path_type=Path))
 @click.option("--quark", type=click.Path(path_type=Path))
-@click.option("--entry", default="all", show_default=True)
+@click.option("--entry", "only", multiple=True, help="Only these.  [default: all]")
+@click.option("--workers", default=1, show_default=True, help="Processes, an entry at a time each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=PAGE, show_default=True)
-def main(llm_compressor: Path | None, quark: Path | None, entry: str, output: Path) -> None:
-    torch.set_num_threads(1)
-    found = []
+def main(llm_compressor: Path | None, quark: Path | None, only: tuple[str, ...], workers: int, output: Path) -> None:
+    found, patches = [], []
     for tool, python in (("llm-compressor", llm_compressor), ("quark", quark)):
-        if python is not None:
-            audited = aq.audit(entry, tool, python=python, progress=told)
-            found.append(replace(audited, entries=tuple(with_others(audited, python))) if tool == "quark" else audited)
+        if python is None:
+            continue
+        content = registry_of(tool, python)
+        names = [name for name in names_of(content) if not only or name in only]
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            entries = [entry for made in pool.map(judged, names, repeat(content), repeat(tool)) for entry in made]
+        patches.append(mending_patch(content, entries))
+        found.append(Audited(tool, content["version"], tuple(entries), patches[-1]))
     output.write_text(page(found), encoding="utf-8")
-    patch = "".join(audited.patch for audited in found)
-    if patch:
-        output.with_suffix(".patch").write_text(patch, encoding="utf-8")
+    if any(patches):
+        output.with_suffix(".patch").write_text("".join(patches), encoding="utf-8")
 
 
-def told(step: str, at: int, of: int) -> None:
-    print(step, flush=True)
-
-
-def with_others(audited: Audited, python: Path) -> Iterator[Entry]:
-    """The entries, those of OTHERS put to a model that has the layers they are for."""
-    again: dict[tuple[str, str], Entry] = {}
-    for name in {entry.name for entry in audited.entries} & set(OTHERS):
-        with tempfile.TemporaryDirectory() as folder:
+def judged(name: str, content: Mapping[str, Any], tool: str) -> list[Entry]:
+    """The entries of a class; those of OTHERS put to a model that has the layers they are for."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        source = None
+        if tool == "quark" and name in OTHERS:
             transformers.AutoConfig.for_model(name, **OTHERS[name]).save_pretrained(folder)
-            judged = aq.audit(name, audited.tool, folder, python=python, progress=told)
-        again |= {(entry.name, entry.modifier): entry for entry in judged.entries}
-    for entry in audited.entries:
-        yield again.get((entry.name, entry.modifier), entry)
+            source = find_source(folder)
+        entries = list(entries_of(name, content, tool, source, lambda step: None))
+    print(
+        *(f"{tool} {one.name} {one.modifier}: {one.audit and one.audit.verdict}" for one in entries),
+        sep="\n",
+        flush=True,
+    )
+    return entries
 
 
 if __name__ == "__main__":

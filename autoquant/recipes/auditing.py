@@ -58,27 +58,33 @@ def audit_registry(
     Raises AutoQuantError where the registry cannot be read or has no such entry.
     """
     content = registry_of(tool, python)
-    registries: Mapping[str, Mapping[str, Any]] = content["registries"]
-    names = list(dict.fromkeys(entry for found in registries.values() for entry in found))
+    names = names_of(content)
     if name != ALL and name not in names:
         raise AutoQuantError(f"{tool} {content['version']} has no entry '{name}'{did_you_mean(name, names)}")
     entries = [
         entry
         for one in (names if name == ALL else [name])
-        for entry in _entries(one, registries, tool, source, progress)
+        for entry in entries_of(one, content, tool, source, progress)
     ]
+    return content["version"], entries, mending_patch(content, entries)
+
+
+def names_of(content: Mapping[str, Any]) -> list[str]:
+    """The classes or types that a registry has entries for."""
+    return list(dict.fromkeys(entry for found in content["registries"].values() for entry in found))
+
+
+def mending_patch(content: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    """A unified diff of the files that hold the registries; empty where nothing is to be mended."""
     sources = {modifier: Source(**found) for modifier, found in content.get("sources", {}).items()}
-    return content["version"], entries, patch(sources, [entry.mend for entry in entries if entry.mend is not None])
+    return patch(sources, [entry.mend for entry in entries if entry.mend is not None])
 
 
-def _entries(
-    name: str,
-    registries: Mapping[str, Mapping[str, Any]],
-    tool: str,
-    source: ModelSource | None,
-    progress: Progress,
+def entries_of(
+    name: str, content: Mapping[str, Any], tool: str, source: ModelSource | None, progress: Progress
 ) -> Iterator[Entry]:
     """One entry of each registry, put to ``source`` or the type that has the class; the small model is built once."""
+    registries: Mapping[str, Mapping[str, Any]] = content["registries"]
     types = (
         types_of_class(name) if tool == "llm-compressor" else ([(name, None)] if named_type(name) is not None else [])
     )
