@@ -16,8 +16,11 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -323,14 +326,14 @@ def outcome(bench: Bench, tool: str, number: int) -> Outcome:
     return Outcome(tool, name, said, "accepted", judged(bench, tool, read, mappings[0].layers))
 
 
-def fuzzed(types: Sequence[str], per_tool: dict[str, int], seed: int = 0) -> Iterator[Outcome]:
-    """Mutations of the recipes of each type in turn; a small model is built once for all of its."""
-    for at, name in enumerate(types):
-        bench = bench_for(find_source(name))
-        for tool, count in per_tool.items():
-            for number in range(at, count, len(types)):
-                yield outcome(bench, tool, 1000 * seed + number)
-        print(name, flush=True)
+def fuzzed(at: int, types: Sequence[str], per_tool: Mapping[str, int], seed: int) -> list[Outcome]:
+    """Mutations of the recipes of one of the types; its small model is built once for all of them."""
+    torch.set_num_threads(1)
+    bench = bench_for(find_source(types[at]))
+    numbers = [(tool, number) for tool, count in per_tool.items() for number in range(at, count, len(types))]
+    found = [outcome(bench, tool, 1000 * seed + number) for tool, number in numbers]
+    print(types[at], len(found), flush=True)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,17 +417,21 @@ def counted(outcomes: Sequence[Outcome]) -> str:
 
 @click.command()
 @click.option("--seed", default=0, show_default=True)
+@click.option("--workers", default=1, show_default=True, help="Processes, a type or a tool at a time each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=PAGE, show_default=True)
-def main(seed: int, output: Path) -> None:
-    torch.set_num_threads(1)
-    names = sorted(path.stem for path in CONFIGS.glob("*.json"))
-    trips = [trip(tool, name) for tool in READ for name in names]
-    print(*(one for one in trips if one.problem), sep="\n", flush=True)
-    outcomes = list(fuzzed(TYPES, PER_TOOL, seed))
+def main(seed: int, workers: int, output: Path) -> None:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        made = pool.map(fuzzed, range(len(TYPES)), repeat(TYPES), repeat(PER_TOOL), repeat(seed))
+        trips = [one for found in pool.map(trips_of, READ) for one in found]
+        outcomes = [one for found in made for one in found]
     output.write_text("\n".join(page(trips, outcomes)) + "\n", encoding="utf-8")
     wrong = [one for one in outcomes if one.wrongly_accepted]
-    print(*wrong, sep="\n")
+    print(*wrong, *(one for one in trips if one.problem), sep="\n")
     sys.exit(1 if wrong or any(one.problem for one in trips) else 0)
+
+
+def trips_of(tool: str) -> list[Trip]:
+    return [trip(tool, path.stem) for path in sorted(CONFIGS.glob("*.json"))]
 
 
 if __name__ == "__main__":
