@@ -30,6 +30,9 @@ from autoquant.models.reduce import randomise_
 PAGE = Path(__file__).parent / "bridges.md"
 CHILD = Path(__file__).parent / "bridges_child.py"
 EQUAL = 1e-6
+KNOWN = (("quark", "mixtral", "rotation/rotation.py:1005"),)
+"""Errors of a tool, a model and a line of the tool's code. Quark takes config.head_dim for the size of a head where the
+config has that field, and Mixtral's is None (rotation/rotation.py:999); given a number, the same recipe holds."""
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 4},
     "qwen2": {},
@@ -38,6 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "cohere": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral, head_dim given": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
     "qwen3_moe": {"num_experts": 4, **EXPERTS},
     "deepseek_v3": {
         "n_routed_experts": 4,
@@ -69,10 +73,16 @@ class Ran:
     left_out: int
     change: float | None
     why: str = ""
+    changed: str = ""
 
     @property
     def holds(self) -> bool:
         return self.change is not None and self.change <= EQUAL
+
+    @property
+    def at_fault(self) -> bool:
+        """True if the tool itself ends with an error that is known: KNOWN says where."""
+        return any(name == self.tool and kind == self.model and text in self.why for name, kind, text in KNOWN)
 
 
 def model_of(kind: str, folder: Path) -> Path:
@@ -80,7 +90,9 @@ def model_of(kind: str, folder: Path) -> Path:
 
     if not folder.is_dir():
         torch.manual_seed(0)
-        made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(COMMON | SIZES[kind])))
+        made: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind.partition(",")[0], **(COMMON | SIZES[kind]))
+        )
         randomise_(made, 0)
         made.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):  # LLM Compressor wants one, whatever it is given
@@ -100,13 +112,14 @@ def unquantized(tool: str, text: str) -> tuple[str, str]:
 
 
 def run(tool: str, python: Path, kind: str, work: Path) -> Ran:
-    folder = model_of(kind, work / kind)
-    config = work / f"{kind}.config.json"
+    name = kind.replace(", ", "-").replace(" ", "-")
+    folder = model_of(kind, work / name)
+    config = work / f"{name}.config.json"
     if not config.exists():
         aq.save_config(aq.analyze(folder).config, config)
     written = aq.export_recipe(config, tool)
     text, said = unquantized(tool, written.text)
-    recipe, output = work / f"{kind}.{tool}.yaml", work / f"{kind}.{tool}.out"
+    recipe, output = work / f"{name}.{tool}.yaml", work / f"{name}.{tool}.out"
     recipe.write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, CHILD, tool, folder, recipe, output]
@@ -115,7 +128,10 @@ def run(tool: str, python: Path, kind: str, work: Path) -> Ran:
         last = child.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         return Ran(tool, "", kind, said, len(written.refused), None, last[0])
     found = json.loads(output.read_text())
-    return Ran(tool, found["version"], kind, said, len(written.refused), found["change"])
+    if "why" in found:
+        return Ran(tool, found["version"], kind, said, len(written.refused), None, found["why"])
+    changed = f"{found['changed']} of {found['tensors']}"
+    return Ran(tool, found["version"], kind, said, len(written.refused), found["change"], changed=changed)
 
 
 def page(found: list[Ran]) -> Iterator[str]:
@@ -124,34 +140,38 @@ def page(found: list[Ran]) -> Iterator[str]:
     tools = " ".join(f"--{tool} PYTHON" for tool in dict.fromkeys(one.tool for one in found))
     yield f"`python benchmarks/bridges.py {tools}`, torch {torch.__version__}: relative change of the logits of a small"
     yield "random model (float64) after the tool ran our recipe, quantization left out. Up to 1e-6 is equal: norms are"
-    yield "computed in float32. What the recipe leaves out, `autoquant export` lists."
+    yield "computed in float32, and round the difference of two float64 sums away. What the recipe leaves out,"
+    yield "`autoquant export` lists; how many tensors the tool changed says that it did something. An error"
+    yield "is the tool's own, with the places in its code."
     yield ""
-    yield "| tool | model | in the recipe | left out | change of the logits |"
-    yield "|---|---|---|---:|---:|"
+    yield "| tool | model | in the recipe | left out | tensors changed | change of the logits |"
+    yield "|---|---|---|---:|---:|---:|"
     for one in found:
         change = one.why.replace("|", "\\|") if one.change is None else f"{one.change:.1e}"
-        yield f"| {one.tool} {one.version} | {one.model} | {one.said} | {one.left_out} | {change} |"
+        yield f"| {one.tool} {one.version} | {one.model} | {one.said} | {one.left_out} | {one.changed} | {change} |"
 
 
 @click.command()
 @click.option("--llm-compressor", "llm_compressor", type=click.Path(path_type=Path))
 @click.option("--quark", type=click.Path(path_type=Path))
-@click.option("--models", default=",".join(SIZES), show_default=True)
+@click.option("--model", "models", multiple=True, default=tuple(SIZES), help="Only these.  [default: all]")
 @click.option("--work", type=click.Path(path_type=Path), help="Where models and recipes are kept.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=PAGE, show_default=True)
-def main(llm_compressor: Path | None, quark: Path | None, models: str, work: Path | None, output: Path) -> None:
+def main(
+    llm_compressor: Path | None, quark: Path | None, models: tuple[str, ...], work: Path | None, output: Path
+) -> None:
     torch.set_num_threads(1)
     found: list[Ran] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (work or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         for tool, python in (("llm-compressor", llm_compressor), ("quark", quark)):
-            for kind in models.split(",") if python is not None else ():
+            for kind in models if python is not None else ():
                 assert python is not None
                 found.append(run(tool, python.absolute(), kind, folder))
                 print(found[-1], flush=True)
     output.write_text("\n".join(page(found)) + "\n", encoding="utf-8")
-    sys.exit(0 if all(one.holds for one in found) else 1)
+    sys.exit(0 if all(one.holds or one.at_fault for one in found) else 1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
+
+if not torch.accelerator.is_available():  # AWQModifier pins memory for one always (0.14.0.1, awq/base.py:507)
+    IntermediatesCache.pin_memory = lambda self, index: None
 
 
 def make(cell, rows) -> None:

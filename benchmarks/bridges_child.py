@@ -4,8 +4,11 @@ Applies a recipe of which the quantization is left out to a float64 model and wr
 OUTPUT, with what the tool says of itself. Imports nothing of this project.
 """
 
+import importlib.metadata
 import json
+import re
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -22,18 +25,15 @@ def logits(model, ids) -> torch.Tensor:
         return model(input_ids=ids).logits.double()
 
 
-def llm_compressor(model, recipe: Path, ids) -> str:
-    import llmcompressor
+def llm_compressor(model, recipe: Path, ids) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
 
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     oneshot(model=model, dataset=data, recipe=str(recipe), num_calibration_samples=len(ids), max_seq_length=32)
-    return llmcompressor.__version__
 
 
-def quark(model, recipe: Path, ids) -> str:
-    import quark
+def quark(model, recipe: Path, ids) -> None:
     from quark.torch.algorithm.awq.smooth import SmoothQuantProcessor
     from quark.torch.algorithm.rotation.rotation import RotationProcessor
     from quark.torch.quantization.config.config import RotationConfig, SmoothQuantConfig
@@ -44,7 +44,21 @@ def quark(model, recipe: Path, ids) -> str:
             RotationProcessor(model, RotationConfig.from_dict(section), None).apply()
         else:
             SmoothQuantProcessor(model, SmoothQuantConfig(**section), [{"input_ids": row[None]} for row in ids]).apply()
-    return quark.__version__
+
+
+def version_of(tool: str) -> str:
+    return importlib.metadata.version({"llm-compressor": "llmcompressor", "quark": "amd-quark"}[tool])
+
+
+def said(error: Exception) -> str:
+    """What a tool says, and the last two places in its own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame for frame in frames if re.search(r"site[^/]*/(llmcompressor|compressed_tensors|quark)/", frame.filename)
+    ]
+    places = [f"{re.split(r'site[^/]*/', frame.filename)[-1]}:{frame.lineno}" for frame in own[-2:]]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({', '.join(places)})"
 
 
 def main(tool: str, folder: str, recipe: str, output: str) -> None:
@@ -54,14 +68,18 @@ def main(tool: str, folder: str, recipe: str, output: str) -> None:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = tokens_of(model)
     before = logits(model, ids)
-    version = {"llm-compressor": llm_compressor, "quark": quark}[tool](model, Path(recipe), ids)
+    try:
+        {"llm-compressor": llm_compressor, "quark": quark}[tool](model, Path(recipe), ids)
+    except Exception as error:  # whatever the tool says to a recipe
+        Path(output).write_text(json.dumps({"version": version_of(tool), "why": said(error)}))
+        return
     after = logits(model, ids)
     changed = sum(
         not torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items() if name in weights
     )
     change = float((after - before).norm() / before.norm())
     Path(output).write_text(
-        json.dumps({"change": change, "version": version, "tensors": len(weights), "changed": changed})
+        json.dumps({"change": change, "version": version_of(tool), "tensors": len(weights), "changed": changed})
     )
 
 
