@@ -25,20 +25,35 @@ from autoquant.config.format import (
 from autoquant.config.knobs import knob_text, knobs_of, names_of, with_knobs
 from autoquant.config.layers import layer_bits, layer_set, numbers_in
 from autoquant.config.places import JsonPath, json_path
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import cut, did_you_mean
 from autoquant.config.strategies import parse_strategy
+from autoquant.config.text import WORDS
 from autoquant.errors import AutoQuantError
 
 _LAYERS = re.compile(r"layers?\s+(?P<layers>[\d,:\-]+)\s*:\s*(?P<rest>.+)")
 _NAMED = re.compile(r"(?P<name>.+?)\s*:\s+(?P<rest>[a-z]+\s*=.+)")
 _ENTRY = re.compile(r"(?P<list>smoothing\.groups|rotation\.spaces|rotation\.online)\[(?P<number>\d+)\]\.(?P<knob>\w+)")
+_EXPECTED = {
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "int_type": "expected a whole number",
+    "bool_type": "expected true or false",
+    "string_type": "expected a text",
+    "less_than_equal": "expected at most {le:g}",
+    "greater_than_equal": "expected at least {ge:g}",
+    "greater_than": "expected more than {gt:g}",
+}
+"""What pydantic's errors are about, by their type."""
 FORMS = "'smoothing.alpha=0.7', 'layers 0-3: enable=false' or 'NAME: alpha=0.6'"
 
 
 def assign(config: Config, assignments: Sequence[str]) -> Config:
     """``config`` with all of ``assignments`` made, in order. Raises AutoQuantError for one that cannot be."""
     for text in assignments:
-        config = _assigned(config, text)
+        try:
+            config = _assigned(config, text)
+        except AutoQuantError as error:
+            raise AutoQuantError(error.message.replace(text, cut(text)), error.details) from error
     wrong = problems(config)
     if wrong:
         lines = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in wrong[:20])
@@ -49,6 +64,8 @@ def assign(config: Config, assignments: Sequence[str]) -> Config:
 def _assigned(config: Config, text: str) -> Config:
     if match := _LAYERS.fullmatch(text.strip()):
         return _in_layers(config, match["layers"], *_pair(match["rest"], text), text)
+    if re.match(r"layers?\s", text.strip()):
+        raise AutoQuantError(f"'{text}': layers are given as in 'layers 0-3: enable=false'")
     if (match := _NAMED.fullmatch(text.strip())) is not None:
         knob, value = _pair(match["rest"], text)
         return _set(config, (*_named(config, match["name"], knob, text), knob), value, text)
@@ -80,7 +97,7 @@ def _set(config: Config, path: JsonPath, value: Any, text: str) -> Config:
         knobs = [str(one[3]) for one in known if len(one) == 4 and one[:3] == path[:3]]
         near = did_you_mean(str(path[-1]), knobs) if knobs else did_you_mean(knob_text(path), plain)
         there = f"; it has {', '.join(knobs)}" if knobs and not near else ""
-        raise AutoQuantError(f"'{text}': no knob '{knob_text(path) if len(path) < 4 else path[3]}'{near}{there}")
+        raise AutoQuantError(f"'{text}': no knob '{cut(knob_text(path) if len(path) < 4 else str(path[3]))}'{near}{there}")
     if path[-1] == "strategy":
         value = parse_strategy(str(value))
     try:
@@ -125,7 +142,11 @@ def _refusal(path: JsonPath, value: Any, error: PydanticError) -> str:
 
 def _what(error: PydanticError) -> str:
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    limits = first.get("ctx", {})
+    said = _EXPECTED.get(first["type"], first["msg"]).format(**limits)
+    value = first["input"]
+    word = f": JSON writes {WORDS[value.lower()]}" if isinstance(value, str) and value.lower() in WORDS else ""
+    return f"{'.'.join(map(str, first['loc']))}: {said}, not {cut(repr(value), 40)}{word}"
 
 
 def _number(known: Sequence[tuple[str, str, str]], section: str, key: str, name: str) -> int:
@@ -138,7 +159,9 @@ def _named(config: Config, name: str, knob: str, text: str) -> tuple[str, str, s
     known = [one for one in names_of(config) if (*one, knob) in values] or list(names_of(config))
     found = [one for one in known if one[2] == name] or [one for one in known if one[2].endswith(name)]
     if not found:
-        raise AutoQuantError(f"'{text}': no group or space '{name}'{did_you_mean(name, [one[2] for one in known])}")
+        near = did_you_mean(name, [one[2] for one in known])
+        how = "; `autoquant show CONFIG` has the names, which are no patterns" if "*" in name else near
+        raise AutoQuantError(f"'{text}': no group or space '{cut(name)}'{how}")
     if len(found) > 1:
         numbers = [f"{s}.{key}[{_number(known, s, key, one)}].{knob}" for s, key, one in found[:4]]
         raise AutoQuantError(f"'{text}': {len(found)} go by '{name}'; give one by number: {', '.join(numbers)}")

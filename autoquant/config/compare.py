@@ -94,7 +94,7 @@ def _said(content: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 
 def _size(value: Any) -> str:
-    return f"of {len(value)} entries" if isinstance(value, list) else str(value)
+    return f"of {len(value)} entr{'y' if len(value) == 1 else 'ies'}" if isinstance(value, list) else str(value)
 
 
 @dataclass(frozen=True, slots=True)

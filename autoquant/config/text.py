@@ -24,7 +24,7 @@ _WORD = re.compile(r"-?[A-Za-z_][A-Za-z_0-9]*|[-+.0-9A-Za-z_]+")
 MAX_ECHO = 60
 """Of what stands in the file, so many characters are repeated in a message."""
 
-_WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
+WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -107,7 +107,7 @@ class _Parser:
         if found == "#" or self.text[at : at + 2] in ("//", "/*"):
             return "; JSON has no comments: remove it"
         if found.lower() in ("true", "false", "null", "none"):
-            return f"; JSON writes {_WORDS[found.lower()]}"
+            return f"; JSON writes {WORDS[found.lower()]}"
         if found == "'":
             return "; strings stand in double quotes"
         if found in "}]" and self.text[:at].rstrip().endswith(","):
