@@ -97,7 +97,8 @@ def _set(config: Config, path: JsonPath, value: Any, text: str) -> Config:
         knobs = [str(one[3]) for one in known if len(one) == 4 and one[:3] == path[:3]]
         near = did_you_mean(str(path[-1]), knobs) if knobs else did_you_mean(knob_text(path), plain)
         there = f"; it has {', '.join(knobs)}" if knobs and not near else ""
-        raise AutoQuantError(f"'{text}': no knob '{cut(knob_text(path) if len(path) < 4 else str(path[3]))}'{near}{there}")
+        name = cut(knob_text(path) if len(path) < 4 else str(path[3]))
+        raise AutoQuantError(f"'{text}': no knob '{name}'{near}{there}")
     if path[-1] == "strategy":
         value = parse_strategy(str(value))
     try:
