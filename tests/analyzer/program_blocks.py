@@ -187,6 +187,9 @@ def _attention(s: Scope, planted: bool = False) -> list[str]:
     lines.append(f"{cos}, {sin} = {angles}.cos(), {angles}.sin()")
     lines += [f"{name} = {rotated.format(x=name, cos=cos, sin=sin, half=size // 2)}" for name in (q, k)]
     *more, mixed = _mixed(s, WAYS[:5] if planted else WAYS, q, k, v, repeat, size)
+    if planted and repeat == 1 and s.draw.random() < 0.4:  # a gain of the heads, or one for all of them
+        gain = s.parameter(size) if s.draw.random() < 0.5 else f"{s.parameter(heads * size)}.view({heads}, 1, {size})"
+        mixed = f"({mixed}) * {gain}"
     o = s.linear(heads * size, s.widths[0])
     if planted:
         s.plant("group", (f"{named[v]}.weight",), (f"{o}.weight",))
@@ -305,6 +308,19 @@ def _planted_mlp(s: Scope) -> list[str]:
     return [f"{h} = {norm}({x})", f"{down}(F.silu({gate}({h})) * {up}({h}))"]
 
 
+def _planted_convolution(s: Scope) -> list[str]:
+    """A linear, a depthwise convolution that makes one or two channels of each, a linear."""
+    each, h = s.draw.choice((1, 2)), s.name("h")
+    up, down = s.linear(s.widths[0], 4), s.linear(4 * each, s.widths[0])
+    conv = s.module(f"nn.Conv1d(4, {4 * each}, 2, padding=1, groups=4)")
+    s.plant("group", (f"{up}.weight",), (f"{conv}.weight",))
+    act = s.draw.choice(("{}", "F.silu({})", "{}.relu()"))
+    if act != "F.silu({})":
+        s.plant("group", (f"{conv}.weight",), (f"{down}.weight",))
+    lines = [f"{h} = {conv}({up}({s.inputs[0]}).transpose(1, 2))[..., :{TOKENS}].transpose(1, 2)"]
+    return [*lines, f"{down}({act.format(h)})"]
+
+
 SAFE = (
     *("{x}.relu()", "-{x}", "{x} * 0.5", "{x}.abs()", "{x}.clamp(min=0)", "F.leaky_relu({x}, 0.1)"),
     *("{x}.to(torch.float64)", "{x}.flip(-1)", "{x}[..., [3, 1, 5, 0, 2, 4]]", "{x}.cumsum(1)", "{x}.flip(1)"),
@@ -335,7 +351,8 @@ def _planted_stream(s: Scope) -> list[str]:
         lines.append(f"{u} = {up}({norm}({h}))")
         form = s.draw.choice([t for f in ("homogeneous", "nonlinear", "movement", "arithmetic") for t in FAMILIES[f]])
         lines.append(f"{u} = {expression(s, form, (u,), 6)}")
-        factor = s.draw.choice(("", "0.5 * "))
+        factor = s.draw.choice(("", "0.5 * ", "{} * ", "(1 + {}) * ") if kind.startswith("nn.RMS") else ("", "0.5 * "))
+        factor = factor.format(s.parameter(width)) if "{}" in factor else factor  # a LayerScale
         lines.append(f"{h} = {h} + {factor}{down}({u})")
         writers.append(f"{down}.weight")
     norm, outputs = s.module(kind.format(width)), s.draw.choice(WIDTHS)
@@ -368,6 +385,7 @@ PLANTS: dict[str, Entry] = {
     "planted attention": Entry(lambda s: _attention(s, planted=True), shared=False),
     "planted experts": Entry(lambda s: _grouped_experts(s, planted=True), shared=False),
     "planted stream": Entry(_planted_stream, shared=False),
+    "planted convolution": Entry(_planted_convolution, shared=False),
 }
 
 CATALOGUE: dict[str, Entry] = {**BLOCKS, **PLANTS, **{k: e for family in FAMILIES.values() for k, e in family.items()}}
