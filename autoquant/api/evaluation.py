@@ -13,6 +13,7 @@ from autoquant.config.spelling import did_you_mean
 from autoquant.config.strategies import parse_strategies, parse_strategy
 from autoquant.errors import AutoQuantError
 from autoquant.steps import Progress, silent
+from autoquant.version import __version__
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +52,7 @@ def search(
     device: str = "auto",
     unproved: bool = False,
     trust_remote_code: bool = False,
+    kept: str | Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Found:
     """Set a config's knobs for one strategy by what they do on held-out calibration text.
@@ -59,7 +61,8 @@ def search(
     are fitted on, ``held_out`` further ones judge; ``budget``: minutes. ``target``: what is to serve the result, as for
     :func:`quantize`: only what it takes is tried. ``per_token``: how many linears of a static strategy may get
     per-token scales, None: with a target 4, else none; ``in_float``: how many linears may stay in floating point, the
-    knob 'float'. ``tell`` is told of each candidate. Claims that were edited since they were proved are proved again;
+    knob 'float'. ``tell`` is told of each candidate; ``kept``: a file that takes what was judged, with which the same
+    search goes on after an interruption. Claims that were edited since they were proved are proved again;
     ``unproved`` goes on without. Raises AutoQuantError.
     """
     loaded = config_of(config)
@@ -67,12 +70,13 @@ def search(
     from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, rebatched
     from autoquant.checkpoint.quantize import load_float32
     from autoquant.evaluation.compare import shares_scale
-    from autoquant.models.checkpoint_source import checkpoint_folder
+    from autoquant.models.checkpoint_source import checkpoint_folder, open_checkpoint
     from autoquant.models.device import device_of
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Found
     from autoquant.searcher.candidates.knobs import KNOBS as KNOWN
     from autoquant.searcher.judge import ANYWHERE, Task
+    from autoquant.searcher.kept import Kept, open_kept
     from autoquant.searcher.search import search as find
     from autoquant.searcher.servable import served_by
 
@@ -93,6 +97,10 @@ def search(
     judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
     if not shares_scale(chosen):
         judging = rebatched(judging, JUDGED_TOGETHER)
+    judged = Kept()
+    if kept is not None:
+        said = (__version__, str(folder.resolve()), open_checkpoint(folder).stamps(), chosen, sequences, place.type)
+        judged = open_kept(Path(kept), (*said, [ids.tolist() for ids in windows]))
     task = Task(
         load=lambda: load_float32(folder, trust_remote_code=trust_remote_code).to(place),
         strategy=chosen,
@@ -106,6 +114,7 @@ def search(
         offline=offline,
         served=served,
         knobs=frozenset(names),
+        kept=judged,
     )
     return Found(find(task, loaded, budget, tell))
 

@@ -190,7 +190,7 @@ def _digest(
 ) -> str:
     """What stands for all that decides the bytes of the shards; of the source's files size and time do."""
     found = hashlib.sha256(config.model_dump_json(by_alias=True).encode())
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in stored.shards.paths()]
+    files = stored.shards.stamps()
     spaces = [(one.name, one.layer, one.method.value, one.seeds) for one in resolved.spaces]
     groups = [(one.name, one.layer) for one in resolved.groups]
     said = (__version__, torch.__version__, str(stored.source.resolve()), files, spaces, groups, dtype, device.type)

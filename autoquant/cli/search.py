@@ -57,7 +57,8 @@ def command(model: Path, config: Path, output: Path, force: bool, form: str, qui
 
     Writes a config with every decision in it, and the evidence for each under "search". MODEL is a folder with
     safetensors. Fit and held-out windows are drawn from the calibration text; no other text is read. As long as the
-    budget is not used up, the same seed gives the same config.
+    budget is not used up, the same seed gives the same config. What was judged is kept beside OUTPUT until that is
+    written: the same command goes on after an interruption.
     """
     from autoquant import api
     from autoquant.cli.output import remark
@@ -65,9 +66,11 @@ def command(model: Path, config: Path, output: Path, force: bool, form: str, qui
     from autoquant.io.files import check_target
 
     check_target(output, force=force)
+    kept = output.with_name(f".{output.name}.judged")
     with steps(quiet) as shown:
-        found = api.search(model, config, tell=shown.say, **how)
+        found = api.search(model, config, tell=shown.say, kept=kept, **how)
     api.save_config(found.config, output, force=force)
+    kept.unlink(missing_ok=True)
     options.print_result(found, form, quiet)
     if not quiet:
         remark([f"wrote {output}"])

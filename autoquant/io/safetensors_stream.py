@@ -196,6 +196,10 @@ class Shards:
         """The files."""
         return [self.folder / file for file in self.files]
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of each file, which stand for its bytes."""
+        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths()]
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU: a view of the file, whose bytes are read where they are looked at."""
         path = self.folder / self.entries[name].file

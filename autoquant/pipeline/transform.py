@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ def silent(step: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
+Sweeping = Callable[[Sequence[str], bool, Callable[[], Sweep]], Sweep]
+"""Gives the sweep of a rotated model, or what is known of it, by the weights that are watched and whether the cache
+is."""
+
+
+def swept_now(weights: Sequence[str], cache: bool, sweep: Callable[[], Sweep]) -> Sweep:
+    """Nothing is known."""
+    return sweep()
+
+
 def depends_on_strategy(config: Config) -> bool:
     """True if a model that is prepared for one strategy is not prepared for all."""
     smoothing, rotation = config.smoothing, config.rotation
@@ -68,6 +79,7 @@ def prepare_(
     *,
     cache: bool,
     tell: Progress = silent,
+    sweeping: Sweeping = swept_now,
 ) -> Prepared:
     """Carry out everything that comes before quantization on a module in memory; the function stays the same.
 
@@ -75,7 +87,7 @@ def prepare_(
     """
     held = InMemory(model)
     selected = select(config, held.inventory, transforms, seed)
-    return prepare_held_(held, selected, config, strategy, batches, cache=cache, tell=tell)
+    return prepare_held_(held, selected, config, strategy, batches, cache=cache, tell=tell, sweeping=sweeping)
 
 
 @torch.no_grad()
@@ -88,12 +100,13 @@ def prepare_held_(
     *,
     cache: bool,
     tell: Progress = silent,
+    sweeping: Sweeping = swept_now,
 ) -> Prepared:
     """Carry out what was selected from ``config``, wherever the parameters are; the function stays the same.
 
     ``batches``: calibration token ids [1, S], none where nothing has to be calibrated; ``cache``: keys and values are
     observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by descent, and
-    to learned rotations.
+    to learned rotations. ``sweeping`` may know already what the sweep before smoothing finds.
     """
     tell("rotate", 0, 1)
     plan = rotation_plan(selected, held.inventory, held.read, learned_later=True)
@@ -104,7 +117,8 @@ def prepare_held_(
     weights = swept_weights(config, selected)
     if batches:
         with held.prefixed(prefix):
-            swept = held.sweep(weights, batches, cache=cache, progress=lambda *at: tell("calibrate", *at))
+            sweep = partial(held.sweep, weights, batches, cache=cache, progress=partial(tell, "calibrate"))
+            swept = sweeping(weights, cache, sweep)
     tell("smooth", 0, 1)
     swept = smooth_held_(held, selected, swept)
     if any(group.method is SmoothingMethod.DESCENT for group in linear_groups(selected).groups):

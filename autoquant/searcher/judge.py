@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, Strategy
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
 from autoquant.pipeline.quantize import Quantized, quantize_model_
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.strategies import scheme_of
+from autoquant.searcher.kept import Kept
 
 Load = Callable[[], nn.Module]
 Refused = Callable[[Config], Sequence[str]]
@@ -61,6 +64,8 @@ class Task:
     served: Served = ANYWHERE
     knobs: frozenset[str] = frozenset()
     """Names of the knobs to try."""
+    kept: Kept = field(default_factory=Kept)
+    """What was judged before, and is from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +114,43 @@ class Made:
 
 
 class Searcher:
-    """Judges configs on one task. Holds the float model's held-out predictions, so that each is computed once."""
+    """Judges configs on one task. Holds the float model's held-out predictions, so that each is computed once, and what
+    the fitted windows showed of each rotated model, which configs share that smooth and quantize it otherwise.
+    """
 
     def __init__(self, task: Task, tell: Callable[[str], None]) -> None:
         self.task, self.tell = task, tell
+        self.sweeps: dict[tuple[object, ...], Sweep] = {}
         model = task.load()
         self.reference = [_log_probabilities(model, ids) for ids in task.held_out]
 
     def judge(self, config: Config) -> Judged:
         """Quantize by ``config`` and compare with float on the held-out windows."""
+        if (known := self.task.kept.get(config)) is not None:
+            kl, excess, counts, errors = known
+            return Judged(config, tuple(kl), tuple(excess), tuple(counts), dict(errors))
         made = self.quantized(config)
         found = self.compared(made.model)
-        return Judged(config, found.kl, found.excess, found.counts, made.quantized.errors)
+        errors = dict(made.quantized.errors)
+        self.task.kept.put(config, (found.kl, found.excess, found.counts, errors))
+        return Judged(config, found.kl, found.excess, found.counts, errors)
 
     def quantized(self, config: Config, before_: Callable[[nn.Module], None] = lambda model: None) -> Made:
         """The model by ``config``; ``before_`` is given it in floating point, transformed."""
         task = self.task
         model = task.load()
         cache = scheme_of(task.strategy).kv_cache is not None
-        prepared = prepare_(model, config, task.strategy, EVERYTHING, task.fit, cache=cache)
+        swept = partial(self._swept, config)
+        prepared = prepare_(model, config, task.strategy, EVERYTHING, task.fit, cache=cache, sweeping=swept)
         before_(model)
         return Made(model, quantize_model_(model, config, task.strategy, prepared.swept, task.fit))
+
+    def _swept(self, config: Config, weights: Sequence[str], cache: bool, sweep: Callable[[], Sweep]) -> Sweep:
+        """What :func:`sweep` finds of a model that was rotated by the config, found once for each rotation."""
+        key = (config.rotation.model_dump_json(), config.quantization.prefix, tuple(weights), cache)
+        if key not in self.sweeps:
+            self.sweeps[key] = sweep()
+        return self.sweeps[key]
 
     def compared(self, model: nn.Module) -> Distance:
         """How far ``model`` is from float on the held-out windows."""

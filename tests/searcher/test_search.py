@@ -12,7 +12,9 @@ from quantized import DATA, PACKAGED, STATIC, config_of, search_task
 from autoquant.cli.main import main
 from autoquant.config.file import load_config, save_config
 from autoquant.config.format import Config, edited
+from autoquant.pipeline.held import InMemory
 from autoquant.searcher.judge import Judged, Searcher
+from autoquant.searcher.kept import open_kept
 from autoquant.searcher.search import search
 
 
@@ -71,6 +73,34 @@ def run(folder: Path, *options: str) -> Result:
     arguments += ["--calibration", str(DATA / "sample.calibration.txt"), "--strategy", STATIC.value]
     arguments += ["--sequences", "3", "--held-out", "3", "--length", "48", "--knobs", "prefix,clip"]
     return CliRunner().invoke(main, [*arguments, *options])
+
+
+def test_an_interrupted_search_goes_on_and_sweeps_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sweeps, judged = config_of(PACKAGED), [], []
+    sweep, compared = InMemory.sweep, Searcher.compared
+    monkeypatch.setattr(InMemory, "sweep", lambda *at, **named: sweeps.append(1) or sweep(*at, **named))
+    monkeypatch.setattr(Searcher, "compared", lambda *at: judged.append(1) or compared(*at))
+    wanted = search(search_task("clip", "weights"), config)
+    whole = len(judged)
+    assert whole > 3 and len(sweeps) == 1, "no candidate rotates"
+
+    def interrupted(line: str) -> None:
+        if len(judged) == whole + 2:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "kept"
+    for said in ("one model", "another"):
+        with pytest.raises(KeyboardInterrupt):
+            search(replace(search_task("clip", "weights"), kept=open_kept(path, said)), config, tell=interrupted)
+        assert len(open_kept(path, said).known) == 2
+        judged.clear()
+        whole = 0
+    path.write_text(path.read_text() + '["cut sho')
+    kept = open_kept(path, "another")
+    assert open_kept(path, "one model").known == {}
+    judged.clear()
+    assert search(replace(search_task("clip", "weights"), kept=kept), config) == wanted
+    assert len(judged) == len(kept.known) - 2
 
 
 def test_the_command_writes_a_config_that_says_why(tmp_path: Path) -> None:
