@@ -76,7 +76,7 @@ def search(
     from autoquant.report.results import Found
     from autoquant.searcher.candidates.knobs import KNOBS as KNOWN
     from autoquant.searcher.judge import ANYWHERE, Task
-    from autoquant.searcher.kept import Kept, open_kept
+    from autoquant.searcher.kept import open_kept
     from autoquant.searcher.search import search as find
     from autoquant.searcher.servable import served_by
 
@@ -97,10 +97,7 @@ def search(
     judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
     if not shares_scale(chosen):
         judging = rebatched(judging, JUDGED_TOGETHER)
-    judged = Kept()
-    if kept is not None:
-        said = (__version__, str(folder.resolve()), open_checkpoint(folder).stamps(), chosen, sequences, place.type)
-        judged = open_kept(Path(kept), (*said, [ids.tolist() for ids in windows]))
+    said = (__version__, str(folder.resolve()), open_checkpoint(folder).stamps(), chosen, sequences, place.type)
     task = Task(
         load=lambda: load_float32(folder, trust_remote_code=trust_remote_code).to(place),
         strategy=chosen,
@@ -114,7 +111,7 @@ def search(
         offline=offline,
         served=served,
         knobs=frozenset(names),
-        kept=judged,
+        kept=open_kept(kept, (*said, [ids.tolist() for ids in windows])),
     )
     return Found(find(task, loaded, budget, tell))
 

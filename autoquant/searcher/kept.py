@@ -40,8 +40,11 @@ class Kept:
             stream.writelines(f"{line}\n" for line in (*lines, json.dumps([key, found])))
 
 
-def open_kept(path: Path, said: Sequence[object]) -> Kept:
+def open_kept(file: str | Path | None, said: Sequence[object]) -> Kept:
     """What an earlier search left in a file if it was the same one, by all that is ``said`` of it; else nothing."""
+    if file is None:
+        return Kept()
+    path = Path(file)
     digest = hashlib.sha256(repr(said).encode()).hexdigest()
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError):
