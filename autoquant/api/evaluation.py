@@ -74,16 +74,12 @@ def search(
     from autoquant.models.device import device_of
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Found
-    from autoquant.searcher.candidates.knobs import KNOBS as KNOWN
     from autoquant.searcher.judge import ANYWHERE, Task
     from autoquant.searcher.kept import open_kept
     from autoquant.searcher.search import search as find
     from autoquant.searcher.servable import served_by
 
-    names = knobs.split(",") if isinstance(knobs, str) else list(knobs)
-    for name in names:
-        if name not in KNOWN:
-            raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
+    names = _knob_names(knobs)
     folder = checkpoint_folder(model, trust_remote_code=trust_remote_code)
     served = ANYWHERE
     if target is not None:  # refused before the work
@@ -114,6 +110,17 @@ def search(
         kept=open_kept(kept, (*said, [ids.tolist() for ids in windows])),
     )
     return Found(find(task, loaded, budget, tell))
+
+
+def _knob_names(knobs: str | Collection[str]) -> list[str]:
+    """The knobs that are asked for. Raises AutoQuantError for one that there is not."""
+    from autoquant.searcher.candidates.knobs import KNOBS as KNOWN
+
+    names = knobs.split(",") if isinstance(knobs, str) else list(knobs)
+    for name in names:
+        if name not in KNOWN:
+            raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
+    return names
 
 
 def evaluate(
