@@ -36,6 +36,7 @@ from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.io.folders import check_target, finished_folder, resumable_folder
 from autoquant.io.safetensors_stream import INDEX, Shards
 from autoquant.models.checkpoint_source import open_checkpoint
+from autoquant.models.device import device_said
 from autoquant.models.load import listed, load_skeleton, load_with_unplaced
 from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.models.vocabulary import token_tables
@@ -175,7 +176,7 @@ def write_changed(
         copy_side_files(source, folder)
         fold(folding, folder, device, workers, journal, progress)
         _write_index(folder, folding)
-        _write_provenance(folder, source, config, applied, options, proof)
+        _write_provenance(folder, source, config, applied, options, proof, device)
         _write_config(source, folder, bool(plan.untied), dtype)
     return applied
 
@@ -330,9 +331,11 @@ def _write_provenance(
     applied: Applied,
     options: dict[str, Any] | None,
     proof: ProofNote | None,
+    device: torch.device = CPU,
 ) -> None:
     (folder / CONFIG).write_text(config_text(as_proved(config, proof)), encoding="utf-8")
     result = {"smoothed": list(applied.groups), "untied": list(applied.untied), "tensors_changed": applied.tensors}
+    result["device"] = device_said(device)
     made = make_provenance("apply", source, config, options or {}, applied.constructions, result, proof)
     write_provenance(folder, made)
 

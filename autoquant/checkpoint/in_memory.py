@@ -13,6 +13,7 @@ from autoquant.checkpoint.formats import COMPRESSED_TENSORS, NATIVE, Changes, fo
 from autoquant.checkpoint.formats.native import read_config, read_facts, save_quantized
 from autoquant.checkpoint.provenance import CONFIG, read_provenance
 from autoquant.checkpoint.quantize import (
+    Computed,
     Recipe,
     changes_of,
     has_static_cache,
@@ -23,6 +24,7 @@ from autoquant.checkpoint.quantize import (
 from autoquant.config.file import load_config
 from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
+from autoquant.models.device import device_said
 from autoquant.models.structure import structure_of
 from autoquant.pipeline.quantize import needs_sweep, quantize_model_, select
 from autoquant.pipeline.transform import prepare_
@@ -32,13 +34,15 @@ from autoquant.steps import Progress
 def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn.Module:
     """Rotate, smooth and quantize a module in memory. Raises AutoQuantError where anything does not fit."""
     config, strategy = recipe.config, recipe.strategy
+    first = next(model.parameters())
+    computed = Computed(device_said(first.device), str(first.dtype).removeprefix("torch."))
     selected = select(config, structure_of(model), recipe.transforms, recipe.seed)
     batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
     cache = has_static_cache(recipe)
     prepared = prepare_(model, config, strategy, recipe.transforms, batches, recipe.seed, cache=cache, tell=progress)
     done = quantize_model_(model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at))
     options = {"strategy": strategy.value, "transforms": str(recipe.transforms), "seed": recipe.seed}
-    made = provenance(type(model).__name__, recipe, prepared.plan, options, done)
+    made = provenance(type(model).__name__, recipe, prepared.plan, options, done, computed)
     saveable_(model, used_config(recipe), changes_of(prepared.plan, done), made)
     return model
 

@@ -37,6 +37,7 @@ from autoquant.executor.plan import Plan
 from autoquant.io.folders import check_target
 from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
+from autoquant.models.device import device_said
 from autoquant.models.load import load_causal_lm, load_skeleton, load_with_unplaced
 from autoquant.models.tokenizer import has_tokenizer, load_tokenizer
 from autoquant.pipeline.held import InMemory
@@ -198,7 +199,7 @@ def _write_streamed(opened: _Opened, job: Job, progress: Progress) -> Done:
     chosen = _chosen(opened, job.selected)
     progress("rotate", 0, 1)
     made = quantize_layer_by_layer(job, lambda *at: progress("calibrate", *at))
-    return _written(opened, made, job.weights.unplaced, chosen, job.dtypes.most)
+    return _written(opened, made, job.weights.unplaced, chosen, job.dtypes.most, job.place.dtype)
 
 
 def _quantize_in_memory(opened: _Opened, progress: Progress) -> Done:
@@ -224,11 +225,13 @@ def _quantize_in_memory(opened: _Opened, progress: Progress) -> Done:
     show_unused_(held.model, unused)
     progress("write", 0, 1)
     made = Made(ready(held.model), prepared.plan, quantized)
-    return _written(opened, made, loaded.unplaced, chosen, dtypes.most)
+    return _written(opened, made, loaded.unplaced, chosen, dtypes.most, torch.float32)
 
 
-def _written(opened: _Opened, made: Made, left: tuple[str, ...], chosen: Chosen, dtype: torch.dtype) -> Done:
-    """Write what was made; of a stream all is known only when its tensors were taken."""
+def _written(
+    opened: _Opened, made: Made, left: tuple[str, ...], chosen: Chosen, dtype: torch.dtype, swept: torch.dtype
+) -> Done:
+    """Write what was made; of a stream all is known only when its tensors were taken. ``swept``: in which dtype."""
     used, wish = used_config(opened.recipe), opened.wish
     changes = changes_of(made.plan, made.quantized)
     if chosen.form != NATIVE:  # some biases are found to be needed on the way
@@ -236,7 +239,9 @@ def _written(opened: _Opened, made: Made, left: tuple[str, ...], chosen: Chosen,
     record: dict[str, Any] = {}
 
     def note() -> None:
-        record.update(provenance(opened.source, opened.recipe, made.plan, opened.options, made.quantized, left))
+        computed = Computed(device_said(opened.device), str(swept).removeprefix("torch."))
+        source, recipe, options = opened.source, opened.recipe, opened.options
+        record.update(provenance(source, recipe, made.plan, options, made.quantized, computed, left))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from made.ready.tensors
@@ -301,12 +306,21 @@ def changes_of(plan: Plan, quantized: Quantized) -> Changes:
     return Changes(created, tuple(plan.identities), tuple(plan.online))
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Where the calibration text went through the model, and in which dtype, as they are recorded."""
+
+    device: str
+    dtype: str
+
+
 def provenance(
     source: Path | str,
     recipe: Recipe,
     plan: Plan,
     options: dict[str, Any],
     quantized: Quantized,
+    computed: Computed,
     left: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """How a model was made; ``left``: the tensors of its source that the class has no place for."""
@@ -316,6 +330,8 @@ def provenance(
         "rounded_to_nearest": list(quantized.nearest),
         "idle_experts": {module: list(numbers) for module, numbers in quantized.idle.items()},
         "left_behind": list(left),
+        "device": computed.device,
+        "dtype": computed.dtype,
     }
     return make_provenance("quantize", source, recipe.config, options, plan.constructions, result, recipe.proof)
 

@@ -27,6 +27,11 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def device_said(device: torch.device) -> str:
+    """A device as a record has it: 'cpu', or 'cuda' and the card's name."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
 def computing_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     """What a model of transformers that runs in ``dtype`` keeps a floating-point parameter in: some stay float32."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}

@@ -76,7 +76,9 @@ def test_linears_decided_in_sequence_are_written_layer_by_layer(model: str, whol
     made = recipe(source, "smooth+fc_fc+rotation" if model == "packaged" else "smooth:0.6+fc_fc", STATIC_KV, config)
     whole(source, tmp_path / "whole", made, {"seed": 1})
     quantize_checkpoint(source, tmp_path / "layered", made, {"seed": 1}, low_memory=True)
-    errors = json.loads((tmp_path / "layered" / PROVENANCE).read_text())["result"]["output_errors"]
+    result = json.loads((tmp_path / "layered" / PROVENANCE).read_text())["result"]
+    assert (result["device"], result["dtype"]) == ("cpu", "float32")
+    errors = result["output_errors"]
     assert len(errors) == (35 if model == "packaged" else 12) and all(0 < error < 0.1 for error in errors.values())
     assert files(tmp_path / "layered") == files(tmp_path / "whole")
 
