@@ -221,10 +221,12 @@ other models are small and random, so that their perplexities say nothing but wh
 
 - Perplexity on {tokens} tokens of the packaged text, windows of 64 behind BOS; in brackets what it is above ours.
 - int8 bits: what vLLM's int8 linears made of their inputs, beside what our int8 values, scales and int32 sums make of
-  the same inputs, the first 1,024 tokens. "equal": every output of every one of them, bit for bit. There the order of
-  three float multiplications is vLLM's (oneDNN's): sum * (input scale * weight scale) where the input scale is static,
-  else (sum * weight scale) * token scale, of values round(x * (1 / scale)). Ours is (sum * input scale) * weight scale,
-  of values round(x / scale), which is another float in a third of the outputs, by a unit in the last place.
+  the same inputs, the first 1,024 tokens. "equal": every output of every one of them, bit for bit. The floats around
+  the sums go there in the order of vLLM's CPU kernels (oneDNN): values are round(x * (1 / scale)); a static scale gives
+  sum * (input scale * weight scale) + bias, a token's (sum * weight scale) * token scale + bias, the last two in one
+  rounding. Ours are round(x / scale), which is another integer once in a million values (qwen3 t/t static: in one row
+  of 4,872), and (sum * input scale) * weight scale + bias, which is another float in a third of the outputs, by a unit
+  in the last place.
 - median: of the absolute difference of log-probabilities over the whole model. It is no 0 even where all int8 linears
   are equal, since all else is floating point, summed in another order in the two programs: the scales as above, norms,
   attention (vLLM's softmax runs over blocks), SiLU, the head. 1e-6 and less is that. equal: the share of tokens that

@@ -137,19 +137,19 @@ def equal_bits(made: Sequence[tuple[Tensor, Tensor]], linears: Sequence[nn.Modul
 def _product(x: Tensor, ours: Any) -> Tensor:
     """What our int8 values of the inputs and of the weight make, floats multiplied in the order of vLLM's CPU kernels.
 
-    oneDNN multiplies the sum with the product of both scales where the input's is static, else with the weight's and
-    then with the token's; a token's values are x * (1 / scale) where ours are x / scale.
+    Values are x * (1 / scale) there, where ours are x / scale. oneDNN multiplies the sum with the product of both
+    scales where the input's is static; else with the weight's, and then the token's in one rounding with the bias.
     """
     view: WeightView = ours.weight.view()
     bias: Tensor | None = ours.bias
     scale, weight_scale = input_scale(x, view), view.scale.t()
+    values = int8.quantize_activations(x * (1 / scale), torch.ones_like(scale))
+    sums = int8.matmul(values, view.values.t()).float()
     if view.activation.is_static:
-        sums = int8.matmul(int8.quantize_activations(x, scale), view.values.t()).float()
         found = sums * (scale * weight_scale)
-    else:
-        values = int8.quantize_activations(x * (1 / scale), torch.ones_like(scale))
-        found = int8.matmul(values, view.values.t()).float() * weight_scale * scale
-    return found if bias is None else found + bias.float()
+        return found if bias is None else found + bias.float()
+    added = 0.0 if bias is None else bias.double()
+    return ((sums * weight_scale).double() * scale.double() + added).float()  # exact but for the last rounding
 
 
 @torch.no_grad()

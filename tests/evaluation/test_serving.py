@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,7 +25,9 @@ from autoquant.evaluation import serving
 from autoquant.evaluation.products import Products
 from autoquant.evaluation.serving import EQUAL, NEAR, Agreement, agreements, equal_bits
 from autoquant.pipeline.select import Transforms
-from autoquant.quantizer.linear import Int8Linear
+from autoquant.quantizer.linear import Int8Linear, quantize_weight
+from autoquant.quantizer.strategies import scheme_of
+from autoquant.quantizer.weight import Int8Weight
 from autoquant.report.served import ServeCheck, bits_text, verdict
 
 TEXT = Windows(windows(), True)
@@ -66,7 +70,7 @@ def served_products(folder: Path) -> tuple[list[tuple[Tensor, Tensor]], list[nn.
     for (x, _), linear in zip(products.kept(), linears, strict=True):
         weight, static = linear.weight.view(), linear.weight.input_scale
         scale = x.abs().amax(-1, keepdim=True) / 127 if static is None else static
-        values = ((x * (1 / scale)) if static is None else x / scale).round().clamp(-128, 127)
+        values = (x * (1 / scale)).round().clamp(-128, 127)
         sums = (values.double() @ weight.values.double().T).float()
         out = sums * (scale * weight.scale.T) if static is not None else sums * weight.scale.T * scale
         made.append((x, out if linear.bias is None else out + linear.bias))
@@ -94,6 +98,31 @@ def test_int8_linears_are_compared_bit_for_bit(strategy: Strategy, tmp_path: Pat
     assert equal_bits(made[:-1], linears) is None, "one is left over"
     assert equal_bits([(x[:, :-1], y) for x, y in made], linears) is None
     assert equal_bits([], linears) is None, "an engine without int8 linears"
+
+
+def test_a_bias_is_added_in_the_rounding_of_the_token_s_scale() -> None:
+    """As vLLM's kernel does, compiled with fused multiply-add: (sum * weight scale) * token scale + bias."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Linear(64, 32)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    scheme = scheme_of(Strategy.PER_CHANNEL_PER_TOKEN)
+    values, scale = quantize_weight(plain.weight, 1, scheme)
+    linear = Int8Linear(Int8Weight(values, scale, None, scheme.activation, torch.float32, False), plain.bias)
+    x = torch.randn(16, 64, generator=generator)
+    token = x.abs().amax(-1, keepdim=True) / 127
+    sums = ((x * (1 / token)).round().double() @ values.double().T).float() * scale.T
+    fused = [
+        [
+            float(np.float32(Fraction(a) * Fraction(t) + Fraction(b)))
+            for a, b in zip(row, plain.bias.tolist(), strict=True)
+        ]
+        for row, t in zip(sums.tolist(), token.flatten().tolist(), strict=True)
+    ]
+    assert equal_bits([(x, torch.tensor(fused))], [linear]) == 1.0
+    share = equal_bits([(x, sums * token + plain.bias)], [linear])
+    assert share is not None and 0.5 < share < 0.9, "two roundings are another float in a third of the outputs"
 
 
 def test_the_first_rows_are_kept_in_order() -> None:
