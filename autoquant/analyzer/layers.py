@@ -64,8 +64,9 @@ class LayerStack:
 def find_stacks(module: nn.Module) -> tuple[LayerStack, ...]:
     """The outermost lists of blocks in ``module``, in order.
 
-    A list is an ``nn.ModuleList`` of at least one, or an ``nn.Sequential`` of at least two modules, each of which has
-    submodules and parameters. Lists inside a layer (experts) belong to the layer.
+    A list is an ``nn.ModuleList`` of at least one, or an ``nn.Sequential`` (or an ``nn.ModuleDict`` with the numbers
+    from 0 on for keys) of at least two modules, each of which has submodules and parameters. Lists inside a layer
+    (experts) belong to the layer.
     """
     lists = dict(_lists(module, ""))
     inside = {id(m) for stack in lists.values() for m in stack.modules()}
@@ -153,14 +154,14 @@ def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_stack(module: nn.Module) -> bool:
     least = 1 if isinstance(module, nn.ModuleList) else 2
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < least:
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) or len(module) < least:
         return False
     numbered = list(module._modules) == [str(i) for i in range(len(module))]
     return numbered and all(
         layer is not None  # a place in the list that is left empty
         and next(layer.children(), None) is not None
         and next(layer.parameters(), None) is not None
-        for layer in module
+        for layer in module._modules.values()
     )
 
 

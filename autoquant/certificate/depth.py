@@ -39,7 +39,7 @@ def hangs_on_depth(loaded: LoadedModel) -> bool:
     """True if a forward compares or reckons with the number of its layer, or a layer has code of its own: hooks, a
     forward that was put in its place, functions and objects that are called.
     """
-    layers = [part for part in loaded.module.modules() if isinstance(part, nn.ModuleList)]
+    layers = [part for part in loaded.module.modules() if _numbers_its_parts(part)]
     inside = {id(part): part for stack in layers for part in stack.modules()}
     if any(_has_own_code(part) for part in inside.values()):
         return True
@@ -50,6 +50,10 @@ def hangs_on_depth(loaded: LoadedModel) -> bool:
         except Exception:  # the architecture's code, which the stand-ins for its numbers may not suit
             return True
     return bool(asked)
+
+
+def _numbers_its_parts(part: nn.Module) -> bool:
+    return isinstance(part, nn.ModuleList) or (isinstance(part, nn.ModuleDict) and "0" in part)
 
 
 def _has_own_code(part: nn.Module) -> bool:

@@ -409,3 +409,33 @@ def test_representatives_of_layers_that_share_parameters(blocks: str, traced: in
     first = next(group for group in few.findings.groups if group.name == names[0])
     assert [slot.path for slot in first.sources] == ["layers.2.shared.2.weight", "layers.6.shared.2.weight"]
     assert [slot.path for slot in first.targets] == ["layers.2.own.weight", "layers.6.own.weight"]
+
+
+class Numbered(nn.Module):
+    """Layers in a dict, by their numbers written out, as mistral-inference keeps those of one stage of a pipeline."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(8, 4)
+        self.layers = nn.ModuleDict({key: nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 4)) for key in keys})
+        self.head = nn.Linear(4, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.emb(tokens)
+        for layer in self.layers.values():
+            x = x + layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (["0", "1", "2", "3"], ["layers.{layer}.0 -> 1"]),
+        (["0", "2", "1"], ["layers.0.0 -> 1", "layers.2.0 -> 1", "layers.1.0 -> 1"]),
+    ],
+)
+def test_layers_in_a_dict_are_a_stack_by_their_numbers(keys: list[str], found: list[str]) -> None:
+    tokens = torch.tensor([[3, 1, 4], [1, 5, 2]])
+    config = analyze(ModelSource("numbered", factory=lambda: (Numbered(keys), (tokens,)))).config
+    assert [group.name for group in config.smoothing.groups] == found
+    assert config.model.layers == (4 if found[0].startswith("layers.{") else 0)
