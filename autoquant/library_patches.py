@@ -33,6 +33,7 @@ __all__ = [
     "compiled_by_dynamo",
     "constant_in_traces",
     "device_constructors",
+    "gradients_throughout",
     "int_mm",
     "marked_as_compiling",
     "nonzero_takes_all",
@@ -149,16 +150,27 @@ def without_looks_at_masks() -> Iterator[None]:
         file._detect_is_causal_mask = looks
 
 
-@contextlib.contextmanager
-def without_inference_mode() -> Iterator[None]:
+def without_inference_mode() -> AbstractContextManager[None]:
     """Let ``torch.inference_mode`` do nothing: its tensors cannot be traced, and must not stay behind in a module."""
-    kind: Any = torch.autograd.grad_mode.inference_mode
-    before = kind.__enter__, kind.__exit__
-    kind.__enter__, kind.__exit__ = lambda self: None, lambda self, *error: None
+    return _idle(torch.autograd.grad_mode.inference_mode)
+
+
+def gradients_throughout() -> AbstractContextManager[None]:
+    """Let neither ``torch.inference_mode`` nor ``torch.no_grad`` do anything: a forward may be decorated with them."""
+    return _idle(torch.autograd.grad_mode.inference_mode, torch.autograd.grad_mode.no_grad)
+
+
+@contextlib.contextmanager
+def _idle(*kinds: Any) -> Iterator[None]:
+    """Contexts of these kinds do nothing."""
+    before = [(kind, kind.__enter__, kind.__exit__) for kind in kinds]
+    for kind in kinds:
+        kind.__enter__, kind.__exit__ = lambda self: None, lambda self, *error: None
     try:
         yield
     finally:
-        kind.__enter__, kind.__exit__ = before
+        for kind, enter, leave in before:
+            kind.__enter__, kind.__exit__ = enter, leave
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.scales import random_scales
+from autoquant.library_patches import gradients_throughout
 from autoquant.models.reduce import float64_throughout, runs_in_float64
 from autoquant.models.source import LoadedModel
 from autoquant.models.structure import ModelStructure, structure_of
@@ -238,7 +239,8 @@ def _reached(loaded: LoadedModel, units: Collection[Unit], reference: Reference)
     if not units or size > _MOST_MEASURED:
         return None
     seen: set[Unit] = set()
-    with contextlib.suppress(RuntimeError), torch.enable_grad():  # a kernel may have no derivative
+    # A kernel may have no derivative.
+    with contextlib.suppress(RuntimeError), torch.enable_grad(), gradients_throughout():
         for run in reference.runs:
             seen |= reached(run(loaded.module), loaded.module, units)
         return seen

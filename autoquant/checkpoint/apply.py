@@ -35,7 +35,7 @@ from autoquant.executor.resolve import Smooth, resolve
 from autoquant.executor.resolved import Resolved, check_not_learned
 from autoquant.io.folders import check_target, finished_folder, resumable_folder
 from autoquant.io.safetensors_stream import INDEX, Shards
-from autoquant.models.checkpoint_source import open_checkpoint
+from autoquant.models.checkpoint_source import is_scaled, open_checkpoint, without_scales
 from autoquant.models.device import device_said
 from autoquant.models.load import listed, load_skeleton, load_with_unplaced
 from autoquant.models.structure import ModelStructure, structure_of
@@ -305,10 +305,11 @@ def _apply_loaded(
 
 
 def _write_config(source: Path, folder: Path, untied: bool, dtype: torch.dtype | None) -> None:
-    """The source's config.json, byte for byte unless parameters were untied or converted."""
+    """The source's config.json, byte for byte unless parameters were untied, converted or stored with scales."""
     text = (source / "config.json").read_text()
-    if untied or dtype is not None:
-        settings = json.loads(text)
+    settings = json.loads(text)
+    if untied or dtype is not None or is_scaled(settings):
+        settings = without_scales(settings)
         for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
             if untied and (section is settings or "tie_word_embeddings" in section):
                 section["tie_word_embeddings"] = False

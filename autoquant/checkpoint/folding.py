@@ -194,8 +194,7 @@ def _write(folding: Folding, part: _Part, how: _How, opened: Places, bad: Collec
     output = part.output
     if size := opened.held(output.name, part.first, part.last):
         return _Written(output.name, size)
-    tensor = folding.shards.read(output.stored)
-    given = tensor if part.last is None else tensor[part.first : part.last]
+    given = folding.shards.rows(output.stored, part.first, part.last)
     vain = bool(set(bad) - {folding.names.get(table) for table in folding.tables})
     hidden = any(isinstance(operation, Fill) for operation in output.operations)
     if (vain or hidden) and not _is_sound(output, given):

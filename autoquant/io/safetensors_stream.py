@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
+from autoquant.io.scaled import Scaled
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -183,7 +184,8 @@ class Shards:
     """A checkpoint's tensors, read when asked for.
 
     ``entries`` says of each what it is as stored: its dtype is the one to write what stays in floating point in.
-    ``prefix`` stands before every name in the files, and not in ``entries``.
+    ``prefix`` stands before every name in the files, and not in ``entries``. ``scaled``: the tensors that are computed
+    of others when they are read; ``stored`` has the entries of these.
     """
 
     folder: Path
@@ -191,6 +193,8 @@ class Shards:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     prefix: str = ""
+    scaled: Mapping[str, Scaled] = field(default_factory=dict)
+    stored: Mapping[str, Entry] = field(default_factory=dict)
 
     def paths(self) -> list[Path]:
         """The files."""
@@ -202,7 +206,17 @@ class Shards:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU: a view of the file, whose bytes are read where they are looked at."""
-        path = self.folder / self.entries[name].file
+        return self.rows(name, 0, None)
+
+    def rows(self, name: str, first: int, last: int | None) -> Tensor:
+        """Some of a tensor along its first dimension, ``last`` None: to its end."""
+        if name in self.scaled:
+            return self.scaled[name].rows(self._read, first, last)
+        tensor = self._read(name)
+        return tensor[first:last] if first or last is not None else tensor
+
+    def _read(self, name: str) -> Tensor:
+        path = self.folder / (self.stored or self.entries)[name].file
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(self.prefix + name)
@@ -212,6 +226,8 @@ class Shards:
 
     def read_ahead(self, name: str, first: int, length: int) -> None:
         """Have the system fetch some bytes of a tensor while others are worked on."""
+        if name in self.scaled:
+            return
         entry = self.entries[name]
         with contextlib.suppress(OSError):  # a hint
             descriptor = os.open(self.folder / entry.file, os.O_RDONLY)

@@ -12,11 +12,12 @@ import torch
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import Shards, open_shards
+from autoquant.io.scaled import FLOAT8
+from autoquant.io.scaled_shards import METHODS, as_numbers
 
 ADAPTER = "adapter_config.json"
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _FACTORY = re.compile(r"[\w.]+:\w+")
-_SCALED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 def checkpoint_folder(source: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
@@ -104,22 +105,56 @@ def quantization_method(settings: dict[str, Any]) -> str | None:
     return None
 
 
+def is_scaled(settings: dict[str, Any]) -> bool:
+    """True if the weights are stored in a form that is read as the numbers that it stands for."""
+    return quantization_method(settings) in METHODS
+
+
+def without_scales(settings: dict[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` without what it says of scales that are multiplied into the weights."""
+    if not is_scaled(settings):
+        return settings
+    sections = {
+        key: {k: v for k, v in value.items() if k != "quantization_config"} if isinstance(value, dict) else value
+        for key, value in settings.items()
+    }
+    return {key: value for key, value in sections.items() if key != "quantization_config"}
+
+
+def _declared_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """What a ``config.json`` says that the weights are of, bfloat16 where it does not say."""
+    for section in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        found = getattr(torch, str(section.get("dtype") or section.get("torch_dtype")), None)
+        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1:
+            return found
+    return torch.bfloat16
+
+
 def open_checkpoint(folder: Path, *, quantized: bool = False) -> Shards:
     """The tensors of a checkpoint whose weights are as they are: the first check of every command, no model is built.
 
-    ``quantized``: one that transformers dequantizes will do too. Raises AutoQuantError for a folder that is not a
+    Float8 in blocks and MXFP4 are read as the numbers that they stand for (:func:`is_scaled`). ``quantized``: one that
+    transformers dequantizes will do too. Raises AutoQuantError for a folder that is not a
     checkpoint, holds an adapter alone or pickles, is quantized already, or whose ``config.json`` names other files.
     """
     settings = read_settings(folder)
     method = quantization_method(settings)
-    if method is not None and not quantized:
-        raise AutoQuantError(
-            f"{folder}: is quantized already ({method}); its weights cannot be folded: start from the original model"
-        )
+    refusal = (
+        f"{folder}: is quantized already ({method}); its weights cannot be folded: start from the original model, or "
+        "dequantize it first"
+    )
+    if method is not None and not quantized and method not in METHODS:
+        raise AutoQuantError(refusal)
     if settings.get("transformers_weights") is not None:
         raise AutoQuantError(f"{folder}: its config.json names its weights (transformers_weights); remove that entry")
     shards = open_shards(folder)
-    scaled = [name for name, entry in shards.entries.items() if entry.dtype in _SCALED]
+    if method in METHODS:
+        block = (settings.get("quantization_config") or {}).get("weight_block_size")
+        numbers = as_numbers(shards, method, block, _declared_dtype(settings))
+        if not numbers.scaled and not quantized:
+            raise AutoQuantError(refusal)
+        return numbers
+    scaled = [name for name, entry in shards.entries.items() if entry.dtype in FLOAT8]
     if scaled and method is None:
         raise AutoQuantError(
             f"{folder}: {scaled[0]} and {len(scaled) - 1} more are float8, whose scales its config.json does not "

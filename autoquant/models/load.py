@@ -30,6 +30,7 @@ from autoquant.models.build import with_inputs
 from autoquant.models.checkpoint_source import (
     ADAPTER,
     checkpoint_folder,
+    is_scaled,
     open_checkpoint,
     quantization_method,
     read_settings,
@@ -183,8 +184,10 @@ def load_settings(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises AutoQuantError where it cannot be read, and where it is code of its own that is not trusted.
     """
-    read_settings(folder)
+    scaled = is_scaled(read_settings(folder))
     config = named_source(str(folder), trust_remote_code=trust_remote_code).config
+    for part in sub_configs(config).values() if scaled else ():
+        vars(part).pop("quantization_config", None)  # the weights are read as the numbers that they stand for
     for part in sub_configs(config).values():
         named = getattr(part, "_attn_implementation", None)
         if named not in (None, "sdpa", "eager"):
@@ -229,17 +232,23 @@ def build_empty(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = F
     """The folder's causal language model without weights, in evaluation mode: parameters on the meta device, buffers
     with their values, generation settings as the folder has them. Raises AutoQuantError.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     config = load_settings(folder, trust_remote_code=trust_remote_code)
     try:
         with quiet(), parameters_on_meta():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            if (folder / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+            _take_generation_settings_(model, folder)
     except Exception as error:  # construction runs the architecture's own code
         raise AutoQuantError(f"{folder}: its model cannot be built: {what_failed(error, config)}") from error
     return model.eval()
+
+
+def _take_generation_settings_(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def built_anew(model: Any) -> Any:
@@ -293,17 +302,26 @@ def _load(
     prefix = {f"^{re.escape(shards.prefix)}": ""} if shards.prefix else None
     try:
         with _plain_view(folder) as view, quiet():
-            model, info = auto_class(task or (tasks or ("causal-lm",))[0]).from_pretrained(
-                view,
+            numbers, kind = None, auto_class(task or (tasks or ("causal-lm",))[0])
+            if shards.scaled:  # transformers takes tensors in place of a folder by the class itself alone
+                numbers = {name: shards.read(name) for name in shards.entries}
+                kind = type(
+                    build_structure(ModelSource(str(folder), config, None, folder, trust_remote_code, {}, task))
+                )
+            model, info = kind.from_pretrained(
+                view if numbers is None else None,
                 config=config,
                 dtype=dtype or "auto",
-                trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 weights_only=True,
+                state_dict=numbers,
                 ignore_mismatched_sizes=True,  # told below, with the others
                 output_loading_info=True,
                 key_mapping=prefix,
+                **({"trust_remote_code": trust_remote_code} if numbers is None else {}),
             )
+            if numbers is not None:
+                _take_generation_settings_(model, folder)
     except Exception as error:  # the checkpoint's format, its configuration, or the architecture's own code
         raise AutoQuantError(f"{folder}: cannot be loaded: {what_failed(error, config)}") from error
     if prefix is not None:  # else it would be put before the names again when the model is saved

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import device_constructors, pytree
+from autoquant.library_patches import pytree
 from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, part_taken
 from autoquant.models.checkpoint_source import ADAPTER, adapter_alone, read_settings_file
 from autoquant.models.tasks import Kind
+from autoquant.models.without_weights import WithoutWeights, drop_values_
 
 PLACEHOLDER = re.compile(r"^(?:(?P<image>image|img|media)|(?P<audio>audio|sound)|(?P<video>video))\w*token_(id|index)$")
 """Fields that hold the token in whose place the features of an image, a sound or a film go."""
@@ -122,7 +122,7 @@ def _from_path(model: str, path: Path, trust_remote_code: bool) -> ModelSource:
     content = read_settings_file(file)
     if not trust_remote_code:
         check_code(path, content)
-        _require_known(f"{file}: model_type", content["model_type"])
+        _require_known(f"{file}: model_type", content)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
@@ -207,14 +207,29 @@ def check_code(path: Path, settings: Mapping[str, Any]) -> None:
     files = sorted({str(name).partition(".")[0] + ".py" for name in code.values()})
     raise AutoQuantError(
         f"{path}: its model is code of its own ({', '.join(files)}); read it, and give --trust-remote-code to run it"
+        f"{_known_class(settings)}"
     )
 
 
-def _require_known(where: str, model_type: str) -> None:
+def _require_known(where: str, settings: Mapping[str, Any]) -> None:
     from transformers import CONFIG_MAPPING
 
+    model_type = settings["model_type"]
     if model_type not in CONFIG_MAPPING:
-        raise AutoQuantError(f"{where}: transformers knows no {model_type!r}{_nearest(model_type)}")
+        hint = _known_class(settings) or _nearest(model_type)
+        raise AutoQuantError(f"{where}: transformers knows no {model_type!r}{hint}")
+
+
+def _known_class(settings: Mapping[str, Any]) -> str:
+    """A hint where transformers has the class that a ``config.json`` names, as that of another model type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = settings.get("architectures")
+    types = {str(kind): name for name, kind in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+    found = next((kind for kind in named if kind in types), None) if isinstance(named, list) else None
+    if found is None or types[found] == settings["model_type"]:
+        return ""
+    return f"; its class {found} is that of the model_type {types[found]!r}: a copy of the folder that says so may do"
 
 
 def _nearest(model_type: str) -> str:
@@ -246,7 +261,7 @@ def _import_factory(model: str) -> Any:
 def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
     """The module and inputs that a factory makes on ``device``. Raises AutoQuantError with what it said."""
     try:
-        with torch.random.fork_rng(devices=()), _WithoutWeights() if device.type == "meta" else device:
+        with torch.random.fork_rng(devices=()), WithoutWeights() if device.type == "meta" else device:
             made = source.factory()
     except Exception as error:  # the user's code
         raise AutoQuantError(f"{source.name}: {one_line(error)}") from error
@@ -255,7 +270,7 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
     module, example = made
     module.eval()
     if device.type == "meta":
-        _drop_values_(module)
+        drop_values_(module)
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     if isinstance(example, Mapping):
@@ -268,49 +283,6 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
         raise AutoQuantError(f"{source.name}: example inputs: expected a tuple or a dict, got {type(example).__name__}")
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
     return LoadedModel(module, args, kwargs)
-
-
-class _WithoutWeights(TorchFunctionMode):
-    """Floating-point tensors are made on the meta device, integers for real: what an index picks is structure."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func not in device_constructors():
-            return _on_one_device(func, args, kwargs)
-        if kwargs.get("device") is not None:
-            return func(*args, **kwargs)
-        dtype = kwargs.get("dtype")
-        if func in _BY_VALUE if dtype is None else not dtype.is_floating_point:
-            return func(*args, **kwargs)
-        return func(*args, **{**kwargs, "device": "meta"})
-
-
-def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of an operator; without values where some of its tensors have none: ``outer(positions, rates)``."""
-    try:
-        return func(*args, **kwargs)
-    except RuntimeError:
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if len({tensor.is_meta for tensor in tensors}) < 2:
-            raise
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        return func(*args, **kwargs)
-
-
-_BY_VALUE = (torch.tensor, torch.as_tensor, torch.asarray, torch.arange, torch.randint, torch.randperm)
-"""Constructors that make integers unless they are told otherwise."""
-
-
-def _drop_values_(module: nn.Module) -> None:
-    """Move what is floating-point, and was made from values, to the meta device too."""
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                if tensor is None or tensor.is_meta:
-                    continue
-                if tensor.is_floating_point() or tensor.is_complex():
-                    meta = tensor.detach().to("meta")
-                    table[name] = nn.Parameter(meta) if isinstance(tensor, nn.Parameter) else meta  # type: ignore[assignment]  # of its own kind
 
 
 _CHUNK = 16

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import autoquant as aq
 from autoquant.certificate.experts import force_choices, reached, units_of, unreached
 from autoquant.config.format import Config, IndexMap, edited
+from autoquant.library_patches import gradients_throughout
 from tests.certificate.modules import Experts, loaded
 
 COUNT = 5
@@ -149,3 +150,20 @@ def test_one_slot_for_all_matrices_holds_for_those_that_no_run_reached() -> None
     assert [unit for unit in units if unit[0] == "down"] == [("down", number) for number in range(COUNT)]
     none = {unit for unit in units if unit[0] != "down"}
     assert ("up -> down", "linear_linear") in unreached(config, units, none), "nothing of it was reached"
+
+
+def test_experts_are_reached_in_inference_mode_too() -> None:
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(2, 2)])
+
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[0](x)  # type: ignore[no-any-return]  # nn.Module
+
+    unit, units = Unit(), [("experts.0.weight", 0)]
+    assert reached([unit(torch.ones(1, 2))], unit, units) == set()
+    with gradients_throughout():
+        assert reached([unit(torch.ones(1, 2))], unit, units) == set(units)
+    assert unit(torch.ones(1, 2)).is_inference()

@@ -90,6 +90,14 @@ def test_a_directory_or_file_is_read(tmp_path: Path) -> None:
         ("{", "cannot be read as JSON: Expecting property name"),
         ("[]", "expected a JSON object with a model_type"),
         ('{"model_type": "lama"}', "model_type: transformers knows no 'lama' (nearest: 'llama')"),
+        (
+            '{"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}',
+            "knows no 'kimi_k2'; its class DeepseekV3ForCausalLM is that of the model_type 'deepseek_v3'",
+        ),
+        (
+            '{"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "auto_map": {"AutoConfig": "c.C"}}',
+            "(c.py); read it, and give --trust-remote-code to run it; its class DeepseekV3ForCausalLM is that of",
+        ),
         ('{"model_type": "llama", "hidden_size": "wide"}', "not a valid configuration: "),
     ],
 )
