@@ -103,7 +103,9 @@ def _rotation(config: Config, budget: _Budget) -> Iterator[Problem]:
     rotation = config.rotation
     weights: dict[str, int] = {name: 0 for tie in config.model.tied for name in tie}
     for linear in config.model.linears:
-        weights[linear.weight] = weights.get(linear.weight, 0) | _bits(linear.layers)
+        for name in (linear.weight, linear.bias):  # a gain behind a linear is folded into its bias too
+            if name is not None:
+                weights[name] = weights.get(name, 0) | _bits(linear.layers)
     yield from _unique(("rotation", "spaces"), [space.name for space in rotation.spaces])
     for number, space in enumerate(rotation.spaces):
         yield from _space(("rotation", "spaces", number), space, config.model.layers, weights, budget)

@@ -135,7 +135,8 @@ def _rotations(lookup: _Lookup, linear: Linear) -> Iterator[str]:
         for read in space.reads:
             if _overlap(read.layers or space.layers, linear.layers) and _slots(read.readers, linear):
                 inside.append(space.kind)
-        for writer in space.writers:
+        # Rows that a gain is folded into stand among those that are read, and write all the same.
+        for writer in (*space.writers, *(reader for read in space.reads for reader in read.readers)):
             if writer.path in _weights(linear) and writer.dim != linear.in_dim:
                 outside.append(space.kind)
     online = [

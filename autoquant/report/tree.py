@@ -46,9 +46,15 @@ def linear_lines(config: Config, path: str, width: int) -> list[str]:
         if any(w.path in (linear.weight, linear.bias) and _has(w.layers or space.layers, layer) for w in space.writers):
             rows.append(f"writes into {space.kind} {space.name}: {said}")
         for read in space.reads:
-            if any(r.path == linear.weight for r in read.readers) and _has(read.layers or space.layers, layer):
+            dims = [reader.dim for reader in read.readers if reader.path == linear.weight]
+            if dims and _has(read.layers or space.layers, layer):
                 norm = f" behind {read.norm.weight}" if read.norm is not None and read.norm.weight else ""
-                rows.append(f"reads {space.kind} {space.name}{norm}: {said}")
+                if linear.in_dim in dims:
+                    rows.append(f"reads {space.kind} {space.name}{norm}: {said}")
+                else:
+                    rows.append(
+                        f"writes into {space.kind} {space.name}{norm.replace(' behind', ', followed by')}: {said}"
+                    )
     for online in config.rotation.online:
         if online.path == linear.path and _has(online.layers, layer):
             rows.append(f"online {online.kind} of {online.size:,}: {'on' if online.enable else 'possible, off'}")

@@ -11,7 +11,10 @@ from small_graphs import Graph, lin, par
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.findings import Findings
+from autoquant.config.check import problems
+from autoquant.models.source import ModelSource
 
 TOKENS = torch.tensor([[3, 1, 4], [1, 5, 2]])
 
@@ -127,3 +130,12 @@ def test_a_gain_of_heads_is_folded_into_what_reads_them(gain: Callable[[Graph, T
 )
 def test_a_gain_in_another_order_ends_the_values(gain: Callable[[Graph, Tensor], Tensor]) -> None:
     assert [space for space in proved(heads(gain), TOKENS).spaces if space.kind == "R2"] == []
+
+
+def test_the_config_of_a_folded_gain_fits_together() -> None:
+    """Its readers are the rows of a linear, and the linear's bias."""
+    model = stream(lambda s, x: s.g * unit(s, x))
+    config = analyze(ModelSource("gain", factory=lambda: (model, (TOKENS,)))).config
+    (read,) = (read for space in config.rotation.spaces for read in space.reads if read.norm is not None)
+    assert [(reader.path, reader.dim) for reader in read.readers] == [("b.weight", 0), ("b.bias", 0)]
+    assert problems(config) == []
