@@ -135,8 +135,16 @@ def turn_(cells: Cells, slot: Json, layer: int | None, turns: Tensor) -> None:
     view.copy_(flat.view(view.shape))
 
 
-def random_turns(blocks: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(blocks, size, size, generator=generator, dtype=torch.float64))[0]
+def random_turns(blocks: int, size: int, generator: torch.Generator, level: bool = False) -> Tensor:
+    """Rotations of blocks; ``level``: of one block, that leave a vector's mean be, so that a LayerNorm stays one."""
+    if not level:
+        return torch.linalg.qr(torch.randn(blocks, size, size, generator=generator, dtype=torch.float64))[0]
+    basis = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    basis[:, 0] = 1
+    basis = torch.linalg.qr(basis)[0]
+    inner = torch.eye(size, dtype=torch.float64)
+    inner[1:, 1:] = random_turns(1, size - 1, generator)[0]
+    return (basis @ inner @ basis.T)[None]
 
 
 def group_(cells: Cells, group: Json, seed: int) -> None:
@@ -157,11 +165,13 @@ def members(space: Json) -> Iterator[tuple[Json, list[int | None]]]:
         yield member, [None] if text is None or "{layer}" not in held else list(layer_numbers(text))
 
 
-def space_(cells: Cells, space: Json, seed: int) -> None:
+def space_(cells: Cells, space: Json, seed: int, level: bool = False) -> None:
+    """``level``: rotations that leave the mean be, where the norms are LayerNorms of the model's own."""
     generator = torch.Generator().manual_seed(seed)
     own = space["kind"] == "R2" or space["kind"] == "other"
     own = own and all("{layer}" in str(m) and not m.get("layers") for m in (*space["writers"], *space["reads"]))
-    shared = random_turns(space.get("blocks", 1), space["size"], generator)
+    level = level and bool(space.get("centre"))
+    shared = random_turns(space.get("blocks", 1), space["size"], generator, level)
     by_layer: dict[int | None, Tensor] = {}
 
     def turns(layer: int | None) -> Tensor:
@@ -177,7 +187,7 @@ def space_(cells: Cells, space: Json, seed: int) -> None:
     for member, layers in members(space):
         for layer in layers:
             if "readers" in member:
-                read_(cells, member, layer, space)
+                read_(cells, member, layer, space | ({"centre": False} if level else {}))
                 for reader in member["readers"]:
                     turn_(cells, reader, layer, turns(layer))
             else:

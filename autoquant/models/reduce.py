@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autoquant.capture.copies import copied
-from autoquant.capture.fake_tensors import kept_tensors
+from autoquant.capture.fake_tensors import kept_tensors, plain_tensors
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
 from autoquant.models.build import build, build_meta, changed, with_inputs
@@ -228,6 +228,9 @@ def _small_factory(source: ModelSource, seed: int) -> LoadedModel:
     for dtype in (torch.float64, torch.float32):
         made = call_factory(source, torch.device("cpu"))
         made.module.to(dtype)
+        for part in made.module.modules():  # caches in plain attributes: else every call would make them anew
+            tensors = {name: tensor for name, tensor in plain_tensors(part).items() if tensor.is_floating_point()}
+            vars(part).update({name: tensor.to(dtype) for name, tensor in tensors.items()})
         randomise_(made.module, seed)
         leaves, tree = pytree.tree_flatten((made.args, made.kwargs))
         floats = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]

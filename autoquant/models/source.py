@@ -35,6 +35,7 @@ MAX_LAYERS = 10_000
 HEADS = re.compile(r"heads?$|num_query_groups")
 """Fields that count heads."""
 
+_WANTED = re.compile(r"requires the (\w+) library")
 _NUMBERS = re.compile(r"layer_?(ids|idxs?|indices|numbers)$")
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 
@@ -441,8 +442,10 @@ def quiet() -> Iterator[None]:
 
 def what_failed(error: Exception, config: Any) -> str:
     """Why a model of a configuration cannot be built: the field whose value was looked up and not found, if it is one,
-    else the error in one line.
+    or the packages that it wants, else the error in one line.
     """
+    if isinstance(error, ImportError) and (wanted := dict.fromkeys(_WANTED.findall(str(error)))):
+        return f"it needs {' and '.join(wanted)}: pip install 'autoquant[multimodal]', or these packages"
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         for path, part in sub_configs(config).items():
             for name, value in vars(part).items():

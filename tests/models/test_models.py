@@ -20,7 +20,15 @@ from autoquant.models.build import build_meta
 from autoquant.models.checkpoint_source import checkpoint_folder
 from autoquant.models.reduce import float64_throughout, grouped_experts, layer_kinds, randomise_, small
 from autoquant.models.repair import find_source
-from autoquant.models.source import LoadedModel, ModelSource, call_factory, layer_count, limit_layers, one_line
+from autoquant.models.source import (
+    LoadedModel,
+    ModelSource,
+    call_factory,
+    layer_count,
+    limit_layers,
+    one_line,
+    what_failed,
+)
 
 TYPES = [*TABLE, "gpt_oss"]
 # Copies: where layouts and types allow it, they do not appear.
@@ -508,3 +516,12 @@ def test_a_factory_may_mix_integers_and_floats_on_the_meta_device() -> None:
     made = call_factory(source, torch.device("meta"))
     assert made.module.turns.is_meta and made.module.turns.is_complex() and made.module.turns.shape == (6, 4)
     assert call_factory(source, torch.device("cpu")).module.turns.abs().allclose(torch.ones(6, 4))
+
+
+def test_packages_that_a_tower_wants_are_named_once() -> None:
+    said = (
+        "A requires the PIL library but it was not found. A requires the timm library but. B requires the PIL library"
+    )
+    expected = "it needs PIL and timm: pip install 'autoquant[multimodal]', or these packages"
+    assert what_failed(ImportError(said), PreTrainedConfig()) == expected
+    assert what_failed(ImportError("no module"), PreTrainedConfig()) == "ImportError: no module"
