@@ -149,15 +149,30 @@ class Int8Weight(nn.Module):
         self.transposed = transposed
         self.mode: Mode = "int8"
         self.packed = Packed()
+        self.seen: WeightView | None = None
 
     def view(self) -> WeightView:
-        """The whole weight as the surrounding code expects it."""
+        """The whole weight as the surrounding code expects it; the same object while nothing changes.
+
+        Of a small product the attributes of a module are a tenth of the time.
+        """
         if torch.compiler.is_compiling():
-            packed = None
-        elif self.packed.source is self.values:
-            packed = self.packed
-        else:
-            packed = self.packed = Packed(self.values)
+            return self._viewed(None)
+        buffers, seen = self._buffers, self.seen
+        values = buffers["values"]
+        if (
+            seen is None
+            or seen.values is not values
+            or seen.scale is not buffers["scale"]
+            or seen.input_scale is not buffers["input_scale"]
+            or seen.mode != self.mode
+        ):
+            if self.packed.source is not values:
+                self.packed = Packed(self.values)
+            self.seen = seen = self._viewed(self.packed)
+        return seen
+
+    def _viewed(self, packed: Packed | None) -> WeightView:
         return WeightView(
             values=self.values,
             scale=self.scale,
@@ -194,6 +209,7 @@ class Int8Weight(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
+        self.seen = None  # it holds what is moved
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
 
@@ -234,11 +250,11 @@ def linear(x: Tensor, weight: WeightView, bias: Tensor | None = None) -> Tensor:
     In mode int8 both factors are int8 and the sum over I is an exact int32; in mode fake the same rounded values are
     multiplied in float32, which differs by float rounding only.
     """
-    if weight.ndim != 2 or weight.transposed:
+    if weight.values.dim() != 2 or weight.transposed:
         raise AutoQuantError(f"a linear needs an int8 weight [O, I]; it shows {tuple(weight.shape)}")
-    if x.shape[-1:] != weight.shape[-1:]:
+    if x.shape[-1:] != weight.values.shape[-1:]:
         raise AutoQuantError(f"an int8 weight [O, I] {tuple(weight.shape)} cannot take an input {tuple(x.shape)}")
-    x_TI = x.reshape(-1, x.shape[-1])
+    x_TI = x.reshape(-1, x.shape[-1])  # a matrix too: kernels want the strides that this gives a single row
     per_token = weight.activation is Granularity.TOKEN_DYNAMIC
     if weight.mode == "fake":
         out_TO = int8.fake_quantize(x_TI, input_scale(x_TI, weight)) @ weight.dequantize().t()
@@ -254,7 +270,7 @@ def linear(x: Tensor, weight: WeightView, bias: Tensor | None = None) -> Tensor:
         )
     else:
         out_TO = int8.linear(x_TI, weight.values, weight.scale, input_scale(x_TI, weight), bias)
-    return out_TO.reshape(*x.shape[:-1], weight.shape[0])
+    return out_TO if x.dim() == 2 else out_TO.reshape(*x.shape[:-1], weight.values.shape[0])
 
 
 def input_scale(x_TI: Tensor, weight: WeightView) -> Tensor:
