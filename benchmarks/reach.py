@@ -1,5 +1,8 @@
 """Patterns of public model code, before and after: ``python benchmarks/reach.py CASES [--before CHECKOUT] [NAMES]``.
 
+``--results FOLDER`` keeps what was found as patterns end (``now.jsonl``, ``before.jsonl``); a run that is stopped goes
+on from there.
+
 CASES is a folder of small models written after what public repositories do (``reach/minimal.py``, ``odd2.py``,
 ``odd3.py``, and the factories of ``soundness/missed.py``), with ``reach/oracle.py`` as their judge, which imports
 nothing of the project. It is no part of the project. Each pattern is analysed, proved and judged in a process of its
@@ -101,8 +104,9 @@ def one(file, key, factory):
         line["judge"] = repr(error)[:300]
     return line
 
+done = {(line["file"], line["name"]) for line in map(json.loads, open(out))}
 for file, key, factory in found():
-    if only and key.removeprefix("f_") not in only:
+    if (only and key.removeprefix("f_") not in only) or (file, key.removeprefix("f_")) in done:
         continue
     child = os.fork()
     if child == 0:
@@ -122,16 +126,22 @@ for file, key, factory in found():
 """
 
 
-def run(cases: Path, checkout: Path, names: list[str], limit: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """What ``checkout`` finds in each pattern, by file and name."""
-    with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as out:
+def run(
+    cases: Path, checkout: Path, names: list[str], limit: int, kept: Path | None = None
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """What ``checkout`` finds in each pattern, by file and name; patterns whose results are ``kept`` are not run."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = kept or Path(folder) / "found.jsonl"
+        out.touch()
         subprocess.run(
-            [sys.executable, "-c", DRIVER, str(cases), out.name, str(limit), *names],
+            [sys.executable, "-c", DRIVER, str(cases), str(out), str(limit), *names],
             env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
             cwd=checkout,
             check=True,
         )
-        lines = [json.loads(line) for line in out]
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+    order = {file: number for number, file in enumerate(FILES)}
+    lines.sort(key=lambda line: order[line["file"]])
     return {(line["file"], line["name"]): line for line in lines}
 
 
@@ -195,9 +205,15 @@ def main() -> int:
     parser.add_argument("--before", type=Path, help="a checkout of an older version")
     parser.add_argument("--limit", type=int, default=120, help="seconds for one pattern")
     parser.add_argument("--json", type=Path, help="where to put what was found")
+    parser.add_argument("--results", type=Path, help="a folder for what is found, pattern by pattern, to go on from")
     args = parser.parse_args()
-    after = run(args.cases.resolve(), ROOT, args.names, args.limit)
-    before = run(args.cases.resolve(), args.before.resolve(), args.names, args.limit) if args.before else {}
+    cases, kept = args.cases.resolve(), args.results.resolve() if args.results else None
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+    after = run(cases, ROOT, args.names, args.limit, kept and kept / "now.jsonl")
+    before = (
+        run(cases, args.before.resolve(), args.names, args.limit, kept and kept / "before.jsonl") if args.before else {}
+    )
     if args.json:
         args.json.write_text(json.dumps(list(after.values()), indent=1))
     text = f"Before: {summary(before)}.\n\n" * bool(before) + f"Now: {summary(after)}.\n\n{table(after, before)}\n"
