@@ -307,8 +307,8 @@ def _deepseek(attention: str) -> Made:
 
     source.attn_impl = attention
     args = source.ModelArgs(
-        max_batch_size=4, max_seq_len=256, vocab_size=WORDS, dim=32, inter_dim=48, moe_inter_dim=16, n_layers=3,
-        n_heads=4, n_routed_experts=8, n_shared_experts=1, n_activated_experts=2, n_expert_groups=2,
+        max_batch_size=4, max_seq_len=256, vocab_size=WORDS, dim=32, inter_dim=48, moe_inter_dim=16, n_layers=2,
+        n_heads=4, n_routed_experts=4, n_shared_experts=1, n_activated_experts=2, n_expert_groups=2,
         n_limited_groups=1, score_func="sigmoid", q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
         qk_rope_head_dim=4, v_head_dim=8,
     )  # fmt: skip

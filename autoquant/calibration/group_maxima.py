@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
 from autoquant.executor.scales import merge_channels
 from autoquant.io.files import finished_file
+from autoquant.models.inputs import takes_media
 from autoquant.quantizer.linear import Maxima
 
 GroupMaxima = Mapping[tuple[str, int | None], Tensor]
@@ -33,10 +35,15 @@ def collect_activation_maxima(
     """Largest absolute activation per channel at the targets of every selected group.
 
     ``batches``: token ids ``[sequences, length]``. Returns float64 ``[channels]`` per (group name, layer); tied
-    channels are merged by the maximum. Raises AutoQuantError where a target was never reached, naming it.
+    channels are merged by the maximum. Groups of which text reaches nothing in a model that takes images or sound (of
+    its towers) are left out. Raises AutoQuantError where another target was never reached, naming it.
     """
     names = dict.fromkeys(slot.name for group in resolved.groups for slot in group.targets)
-    return group_maxima(resolved, sweep(model, names, batches, cache=False, runner=runner, progress=progress).inputs)
+    maxima = sweep(model, names, batches, cache=False, runner=runner, progress=progress).inputs
+    if takes_media(model):
+        reached = tuple(group for group in resolved.groups if any(slot.name in maxima for slot in group.targets))
+        resolved = replace(resolved, groups=reached)
+    return group_maxima(resolved, maxima)
 
 
 def group_maxima(resolved: Resolved, maxima: Maxima) -> dict[tuple[str, int | None], Tensor]:

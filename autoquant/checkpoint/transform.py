@@ -29,7 +29,7 @@ from autoquant.executor.resolved import Resolved
 from autoquant.io.files import check_target as check_file
 from autoquant.io.folders import check_target
 from autoquant.models.device import device_of
-from autoquant.models.load import class_of
+from autoquant.models.load import class_of, listed
 from autoquant.models.structure import structure_of
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
@@ -93,7 +93,9 @@ def transform_checkpoint(
     if not (resolved.spaces or resolved.groups or resolved.online):
         raise AutoQuantError("nothing to do: no smoothing group, rotation space or online rotation is selected")
     check_stored(stored, resolved)
-    scales = _scales(stored, resolved, options, device, progress) if resolved.groups else None
+    scales: Scales | None = None
+    if resolved.groups:
+        resolved, scales = _scales(stored, resolved, options, device, progress)
     applied = write_changed(
         stored,
         target,
@@ -117,8 +119,10 @@ def _scales(
     options: TransformOptions,
     device: torch.device,
     progress: Progress,
-) -> Scales:
-    """Scales of the groups, by the activations that the rotated model has."""
+) -> tuple[Resolved, Scales]:
+    """Scales of the groups, by the activations that the rotated model has, and what is left of ``resolved``: without
+    groups of towers, of which text reaches nothing.
+    """
     found: GroupMaxima | None = None if options.maxima is None else load_maxima(options.maxima)
     windows = () if found is not None else _windows(stored, options.calibration)
     if found is None and not windows:
@@ -135,9 +139,14 @@ def _scales(
         found = collect_activation_maxima(
             held.model, resolved, windows, progress=lambda *at: progress("calibrate", *at)
         )
+        idle = dict.fromkeys(group.name for group in resolved.groups if (group.name, group.layer) not in found)
+        if idle:
+            warnings.warn(f"not smoothed, since text does not reach it: {listed(list(idle))}", stacklevel=2)
+        kept = tuple(group for group in resolved.groups if (group.name, group.layer) in found)
+        resolved = replace(resolved, groups=kept)
     if options.save_maxima is not None:
         save_maxima(options.save_maxima, found)
-    return group_scales(resolved, found, held.read)
+    return resolved, group_scales(resolved, found, held.read)
 
 
 def _windows(stored: Stored, calibration: CalibrationOptions | Sequence[Tensor]) -> Sequence[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from quantized import DATA, PACKAGED, config_of
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from autoquant.analyzer.analyze import analyze
 from autoquant.calibration.windows import CalibrationOptions
 from autoquant.checkpoint.transform import TransformOptions, transform_checkpoint
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
+from autoquant.models.repair import find_source
 from autoquant.pipeline import select
 from autoquant.pipeline.select import Transforms
 
@@ -61,3 +65,37 @@ def test_what_is_missing_is_said_before_the_work(
     with pytest.raises(AutoQuantError, match=message):
         transform_checkpoint(PACKAGED, config_of(PACKAGED), tmp_path / "out", chosen)
     assert not list(tmp_path.iterdir())
+
+
+def with_a_tower(folder: Path) -> Path:
+    """A small checkpoint of a type that takes images, whose class is that of its language model too."""
+    torch.manual_seed(0)
+    text = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=16, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    tokens = dict(image_token_index=60, boi_token_index=61, eoi_token_index=62, mm_tokens_per_image=4)
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **tokens)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def test_what_text_does_not_reach_is_not_smoothed(tmp_path: Path) -> None:
+    source = with_a_tower(tmp_path / "in")
+    config = analyze(find_source(str(source))).config
+    towers = [group.name for group in config.smoothing.groups if "vision" in group.name]
+    assert towers
+    ids = torch.randint(0, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    options = TransformOptions(Transforms.parse("smooth:0.5+rotation"), tuple(ids[:, None]))
+    with pytest.warns(UserWarning, match=f"not smoothed, since text does not reach it: .*{re.escape(towers[0])}"):
+        done = transform_checkpoint(source, config, tmp_path / "out", options)
+    assert done.smoothed and not any("vision" in name for name in done.applied.groups)
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (source, tmp_path / "out")]
+    with torch.no_grad():
+        before, after = (model(input_ids=ids).logits for model in models)
+    assert (after - before).norm() < 1e-4 * before.norm()
+    moved = [n for n, p in models[0].named_parameters() if not torch.equal(p, models[1].get_parameter(n))]
+    assert any("language_model" in name for name in moved)
