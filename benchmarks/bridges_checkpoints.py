@@ -1,7 +1,7 @@
 """Our checkpoints and our mappings in LLM Compressor's formats: python benchmarks/bridges_checkpoints.py MODEL ...
 
 What `autoquant apply` writes is given to LLM Compressor as any checkpoint is, and quantized to W4A16 (rounded, AWQ,
-GPTQ), FP8 and MXFP4; beside it the model as it is, with the tool's own mapping, and with ours as the tool's recipe.
+GPTQ) and FP8; beside it the model as it is, with the tool's own mapping, and with ours as the tool's recipe.
 Each folder that the tool saves is loaded by transformers, and its perplexity compared window by window with float's.
 Writes bridges_checkpoints.md.
 """
@@ -36,7 +36,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W4A16, rounded": {"QuantizationModifier": {"scheme": "W4A16", **IGNORED}},
     "W4A16, GPTQ": {"GPTQModifier": {"scheme": "W4A16", **IGNORED}},
     "FP8": {"QuantizationModifier": {"scheme": "FP8", **IGNORED}},
-    "MXFP4": {"QuantizationModifier": {"scheme": "MXFP4", **IGNORED}},
 }
 APPLIED = ("fc_fc:0.5", "smooth:0.5+fc_fc:0.5", "rotation", "fc_fc:0.5+rotation")
 SMOOTH = 0.5
@@ -192,8 +191,8 @@ HEAD = """# Our checkpoints and mappings in LLM Compressor's formats
 {sequences} windows of {calibration}; LLM Compressor {llmc}, {versions}, CPU, float32.
 Each folder that LLM Compressor saved is loaded by transformers through compressed-tensors. In brackets: what the
 perplexity is above float's, with the standard error of that paired difference over windows. `lm_head` stays in float.
-W4A16: groups of 128 along the input; FP8: one scale per tensor, of activations too (static); MXFP4: blocks of 32, of
-activations too (dynamic). "no format" is the control: what is prepared computes what the model computes. AWQ searches
+W4A16: groups of 128 along the input; FP8: one scale per tensor, of activations too (static). MXFP4 folders are written
+too, but do not load there in float32. "no format" is the control: what is prepared computes what the model computes. AWQ searches
 its scales for a format, so that it has none; its pinning of memory, which ends with an error where there is no
 accelerator (awq/base.py, line 507), is left out.
 """
