@@ -192,9 +192,9 @@ HEAD = """# Our checkpoints and mappings in LLM Compressor's formats
 Each folder that LLM Compressor saved is loaded by transformers through compressed-tensors. In brackets: what the
 perplexity is above float's, with the standard error of that paired difference over windows. `lm_head` stays in float.
 W4A16: groups of 128 along the input; FP8: one scale per tensor, of activations too (static). MXFP4 folders are written
-too, but do not load there in float32. "no format" is the control: what is prepared computes what the model computes. AWQ searches
-its scales for a format, so that it has none; its pinning of memory, which ends with an error where there is no
-accelerator (awq/base.py, line 507), is left out.
+too, but do not load there in float32. "no format" is the control: what is prepared computes what the model computes.
+AWQ searches its scales for a format, so that it has none; its pinning of memory, which ends with an error where there
+is no accelerator (awq/base.py, line 507), is left out.
 """
 
 
