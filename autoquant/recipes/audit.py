@@ -211,6 +211,9 @@ def scale_(module: nn.Module, pair: MatchedPair, tool: str, seed: int, *, fused:
     """
     weight, bias = _parts(module, pair.smooth)
     columns = [_parts(module, name)[0] for name in pair.balance]
+    for name, column in zip(pair.balance, columns, strict=True):
+        if column.dim() != 2:
+            raise AutoQuantError(f"'{name}' is no linear: it has no columns to scale")
     width = columns[0].shape[1]
     generator = torch.Generator().manual_seed(seed + len(pair.smooth))
     scales = torch.exp(torch.rand(width, generator=generator, dtype=torch.float64) * 2 - 1).to(weight.dtype)

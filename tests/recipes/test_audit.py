@@ -183,6 +183,14 @@ def test_a_registry_needs_the_tool(tmp_path: Path) -> None:
         aq.audit("all", "llm-compressor", python=tmp_path / "no-python")
 
 
+def test_a_norm_among_the_readers_stops_every_algorithm(gemma2: Bench) -> None:
+    verdict, why = judged(gemma2, "re:.*input_layernorm$", "re:.*q_proj$", "re:.*pre_feedforward_layernorm$")
+    assert (verdict, why) == (
+        "stops",
+        "'model.layers.0.pre_feedforward_layernorm' is no linear: it has no columns to scale",
+    )
+
+
 def test_a_module_without_a_weight_stops_every_algorithm(gemma2: Bench) -> None:
     verdict, why = judged(gemma2, "re:.*act_fn$", "re:.*down_proj$", modifier="AWQModifier")
     assert verdict == "stops"
