@@ -300,6 +300,10 @@ class Axes:
         """True if one operator alone uses a parameter."""
         return len(self._sites.get(name, ())) == 1
 
+    def used_by(self, name: str) -> frozenset[int]:
+        """The operators that use a parameter, by their order."""
+        return frozenset(self._sites.get(name, ()))
+
     def place(self, name: str, dim: int, labels: Tensor) -> Tensor | None:
         """Where on dimension ``dim`` of a matrix labels stand; None where some stand nowhere on it."""
         family = self._by_key.get((name, dim, None, 0, False, False))

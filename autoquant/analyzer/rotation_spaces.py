@@ -13,7 +13,7 @@ from autoquant.analyzer.axes import Axis
 from autoquant.analyzer.extents import EXTENTS
 from autoquant.analyzer.index_maps import index_maps
 from autoquant.analyzer.interpreter import Interpreter, Site, interpreted, shared_names
-from autoquant.analyzer.rotation_state import Read, RotationAnalysis, numbered
+from autoquant.analyzer.rotation_state import Read, RotationAnalysis, Split, numbered
 from autoquant.analyzer.rules import ROTATIONS
 from autoquant.analyzer.smoothing_groups import group_name, slot_of
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
@@ -44,6 +44,7 @@ def analyse_rotations(captured: Captured, extent: int = EXTENTS[0]) -> Rotations
     for axes, reason in [*conflicts, *_used_without_gain(analysis)]:
         for family in axes:
             analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)
+    _split_what_is_read_in_parts(analysis)
     keep = np.zeros(analysis.variables.count, dtype=np.bool_)
     solution = analysis.variables.solve(keep)
     if _fix_what_spaces_share(analysis, solution, shared_names(captured)):
@@ -54,6 +55,19 @@ def analyse_rotations(captured: Captured, extent: int = EXTENTS[0]) -> Rotations
         solution = analysis.variables.solve(keep)
         blocks = _blocks(analysis, axes, solution)
     return Rotations(analysis, interpreter, solution, blocks, _spaces(analysis, axes, solution, blocks))
+
+
+def _split_what_is_read_in_parts(analysis: RotationAnalysis) -> None:
+    """Columns of one weight that several operators read, each some of them, are not mixed with those of others."""
+    parts: dict[str, dict[bytes, tuple[Ints, Reason]]] = {}
+    for read in analysis.reads:
+        if read.columns is not None and not analysis.axes.used_once(read.weight):
+            labels = np.unique(read.columns.numpy())
+            reason = read.site.because("parts of it are read by themselves")
+            parts.setdefault(read.weight, {})[labels.tobytes()] = (labels[labels != ZERO], reason)
+    for several in parts.values():
+        for labels, reason in several.values() if len(several) > 1 else ():
+            analysis.splits.append(Split(labels, np.ones(len(labels), dtype=np.int64), reason))
 
 
 def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied: Collection[str]) -> bool:
@@ -186,13 +200,20 @@ def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
 
 
 def _used_without_gain(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
-    """A weight that is used elsewhere too cannot hold a gain that is applied behind it here."""
+    """A weight that is used elsewhere too cannot hold a gain that is applied behind it here, nor one that writes
+    along the same dimension one that is applied before it.
+    """
     found = []
     for family in analysis.axes.all():
-        for read in _reads(analysis, family):
-            if read.behind and read.gain is not None and not analysis.axes.used_once(family.param):
+        reads = _reads(analysis, family)
+        others = analysis.axes.used_by(family.param) - {read.site.order for read in reads} if reads else frozenset()
+        for read in reads:
+            gain = read.gain
+            if gain is None or not (gain.weight or gain.bias):
+                continue
+            if (not analysis.axes.used_once(family.param)) if read.behind else others:
                 reason = read.site.because(
-                    f"{read.gain.weight} cannot be folded into {family.param}, used elsewhere too"
+                    f"{gain.weight or gain.bias} cannot be folded into {family.param}, used elsewhere too"
                 )
                 found.append(([family], reason))
     return found

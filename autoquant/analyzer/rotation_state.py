@@ -88,6 +88,8 @@ class Read:
     gain: Norm | None
     behind: bool = False
     """The gain is applied behind the linear, and is folded into its rows (or its bias), which then write."""
+    columns: Tensor | None = field(default=None, compare=False, repr=False)
+    """The labels of the columns that read, None where it is not kept."""
 
 
 @dataclass(frozen=True, slots=True)

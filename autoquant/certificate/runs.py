@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from types import CellType
 from typing import Any, cast
@@ -132,6 +132,8 @@ def compared(module: nn.Module, output: object, first: bool) -> Outputs:
     """The floating-point tensors that a model returns, the first one alone where the others are states of a library's
     model. Raises AutoQuantError where there is none.
     """
+    if is_dataclass(output) and not isinstance(output, Mapping):  # of a person's own: nothing says what it holds
+        output = list(vars(output).values()) if hasattr(output, "__dict__") else output
     tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     if not tensors:
         raise AutoQuantError(f"{type(module).__name__} returns no tensor to compare")

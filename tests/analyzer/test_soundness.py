@@ -221,3 +221,52 @@ def test_inputs_that_are_no_tensors_and_empty_places_in_lists() -> None:
     source = ModelSource("flagged", factory=lambda: (Flagged(), inputs))
     config = certify(analyze(source), source)
     assert [group.name for group in config.smoothing.groups] == ["up -> down", "down -> list.1"]
+
+
+@pytest.mark.parametrize("gain", [True, False])
+def test_a_weight_that_writes_what_it_reads_holds_no_gain(gain: bool) -> None:
+    """With ``R``: ``(R W)^T (R x) = W^T x``, but a gain between the two would be folded into what is written too."""
+
+    def function(s: Graph, t: Tensor) -> Tensor:
+        x = s.emb(t)
+        y = functional.rms_norm(x, (4,), s.g if gain else None)
+        return s.head(functional.rms_norm(x + s.w(functional.linear(y, s.w.weight.mT).tanh()), (4,)))
+
+    model = Graph(function, emb=nn.Embedding(8, 4), w=lin(6, 4), g=nn.Parameter(torch.rand(4) + 0.5), head=lin())
+    findings = proved(model, TOKENS)
+    assert [space.kind for space in findings.spaces] == ([] if gain else ["R1"])
+    refusals = {b.reason for b in findings.blocked if b.what == "rotation"}
+    assert ("g cannot be folded into w.weight, used elsewhere too" in refusals) == gain
+
+
+HEADS = {
+    "joined": lambda s, y: s.o(y.transpose(1, 2).flatten(-2)),
+    "bent": lambda s, y: s.o(functional.pad(y.tanh().sum(1), (0, 4))),
+}
+
+
+@pytest.mark.parametrize("from_left", [False, True])
+@pytest.mark.parametrize("end", HEADS)
+def test_heads_that_matrices_of_their_own_read_are_not_mixed(end: str, from_left: bool) -> None:
+    def function(s: Graph, x: Tensor) -> Tensor:
+        if from_left:
+            y = (s.v.mT @ (s.w @ x[:, None].mT)).mT
+        else:
+            y = torch.einsum("bhtd,hdc->bhtc", torch.einsum("btc,hdc->bhtd", x, s.w), s.v)
+        made: Tensor = HEADS[end](s, y)
+        return made
+
+    v, w = (nn.Parameter(torch.randn(2, 3, 4) / 2) for _ in range(2))
+    findings = proved(Graph(function, w=w, v=v, o=lin(8, 4)), X)
+    assert (findings.spaces[0].blocks, findings.spaces[0].size) == (2, 3)
+
+
+@pytest.mark.parametrize("bent", [True, False])
+def test_columns_that_are_read_in_parts_are_not_mixed(bent: bool) -> None:
+    def function(s: Graph, x: Tensor) -> Tensor:
+        h = s.a(x)
+        part = functional.linear(h[..., :3], s.o.weight[:, :3])
+        return s.p((part.tanh() if bent else part) + functional.linear(h[..., 3:], s.o.weight[:, 3:]))
+
+    findings = proved(Graph(function, a=lin(4, 6), o=lin(6, 4, bias=False), p=lin()), X)
+    assert (findings.spaces[0].blocks, findings.spaces[0].size) == (2, 3)

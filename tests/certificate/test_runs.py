@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind,
 from autoquant.models.build import build_meta
 from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource
-from tests.certificate.modules import INNER, Unit, loaded
+from tests.certificate.modules import INNER, WORDS, Unit, loaded
 
 
 def relu(unit: Unit, hidden: Tensor) -> Tensor:
@@ -215,3 +216,21 @@ def test_a_cache_among_the_inputs_starts_as_it_was_given() -> None:
 
 def proved(source: ModelSource) -> list[str]:
     return [group.name for group in certify(analyze(source), source).smoothing.groups]
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    words: int = WORDS
+
+
+class Answering(Unit):
+    def forward(self, ids: Tensor) -> Answer:  # type: ignore[override]  # a person's own
+        return Answer(super().forward(ids))
+
+
+def test_a_dataclass_of_a_person_s_own_is_compared() -> None:
+    proof = prove(loaded(Answering(relu)), up_to_down())
+    assert proof.failed() == ()
+    (failed,) = prove(loaded(Answering(relu_with_a_distance)), up_to_down()).failed()
+    assert failed.name == "up -> down"

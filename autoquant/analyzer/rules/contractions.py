@@ -112,6 +112,7 @@ def rotate_contraction(
         labels = a.variables.merge_along(flat.coordinates, tokens, site.order)
         lie = [w_term[d] for d in outer]
         labels = spread(labels, "".join(c for c in own if c in w_term) + "*", "".join(lie) + "*")
+        read_apart(a, site, x, [x_term.index(w_term[d]) for d in outer if w_term[d] in x_term])
         rotate_read(a, site, flat, columns, found, w.name, None, labels=labels)
     else:
         a.variables.fix(columns, site.because("it also reads what is not rotated"))
@@ -266,7 +267,15 @@ def rotate_read(
             a.split_copies(copies[lie], seen[lie], reason)
     name = bias.name if isinstance(bias, Param) else None
     bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
-    a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare))
+    a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare, columns=columns))
+
+
+def read_apart(a: RotationAnalysis, site: Site, x: Vector, dims: Sequence[int]) -> None:
+    """Along ``dims``, each part of ``x`` is read by a matrix of its own: channels of two parts cannot be mixed."""
+    parts = [size if d in dims and varies(x.coordinates, d) else 1 for d, size in enumerate(x.coordinates.shape)]
+    if any(size > 1 for size in parts):
+        keys = torch.arange(int(np.prod(parts))).view(parts).expand(x.coordinates.shape)
+        a.split(x, keys, site.because("parts of it are read by matrices of their own"))
 
 
 def pattern_along_rows(instances: Tensor, real: Tensor) -> Tensor | None:

@@ -19,7 +19,13 @@ from autoquant.analyzer.rotation_state import (
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
 from autoquant.analyzer.rules.attention import rotate_summed_over_tokens, scale_cancel
-from autoquant.analyzer.rules.contractions import rotate_contraction, rotate_read, scale_contraction, use
+from autoquant.analyzer.rules.contractions import (
+    read_apart,
+    rotate_contraction,
+    rotate_read,
+    scale_contraction,
+    use,
+)
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     product_with_weight,
@@ -80,12 +86,14 @@ def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
 def matmul_terms(site: Site, x: tuple[int, ...], w: Value, *, from_left: bool = False) -> tuple[str, str, str] | None:
     """``x @ w`` as an einsum, where a stack of weights ``w`` is broadcast to ``x``, or ``x`` to it; else None.
 
-    ``from_left``: ``w @ x``, whether or not one is broadcast.
+    ``from_left``: ``w @ x``, whether or not ``x`` is broadcast to a stack.
     """
     if not isinstance(w, Param) or len(w.shape) < 3 or len(x) < 2:
         return None
     lead = site.shape[:-2]
     if not from_left and x[:-2] == lead == w.shape[:-2]:
+        return None
+    if from_left and not w.key and 1 in w.shape[:-2]:  # one sequence looks like a stack of one
         return None
     batch = ascii_lowercase[: len(lead)]
     x_term = "".join(
@@ -189,6 +197,8 @@ def rotate_product(
         return a.end(site, [x, w, bias], "rows and columns of the weight are mixed by a reshape")
     columns, rows = (found.columns[0], found.rows[0]) if key else (found.columns, found.rows)
     if isinstance(x, Vector):
+        if not key and found.rows.ndim > 1:
+            read_apart(a, site, x, range(x.coordinates.ndim - 2))
         rotate_read(a, site, x, columns, found, w.name, bias)
     else:
         a.variables.fix(columns, site.because("it also reads what is not rotated"))
