@@ -320,10 +320,13 @@ def summary(lines: dict[str, dict[str, Any]]) -> str:
         and counted([f"{k} {n}" for k, n in lines[model.factory]["spaces"]]) >= model.spaces
     ]
     true = [change for change in changes if change <= 1e-6]
+    left = [f"`{model.factory}`" for model in MODELS if model.factory not in lines]
     return (
         f"{len(captured)} of {len(models)} models of {len({model.repository for model in models})} repositories are "
         f"captured, {len(whole)} with all that reading the code finds. {len(changes)} claims were judged, "
         f"{len(changes) - len(true)} are false; the others change the output by {max(true, default=0):.1e} at most."
+        + f" Not run: {', '.join(left)}."
+        * bool(left)
     )
 
 

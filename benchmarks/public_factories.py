@@ -47,6 +47,9 @@ class _Any(type):
     def __getitem__(cls, key: Any) -> Any:
         return cls
 
+    def __add__(cls, other: Any) -> Any:
+        return other
+
 
 def _anything(name: str) -> Any:
     """A class that can be called, subclassed and used as a decorator, and does nothing."""
@@ -330,6 +333,8 @@ def gpt_oss() -> Made:
         rope_scaling_factor=1.0,
     )  # fmt: skip
     model = Transformer(config).float()
+    for block in model.block:
+        nn.init.zeros_(block.attn.sinks)  # made empty, to be loaded
 
     def run(m: nn.Module, seed: int) -> Tensor:  # no batch, no cache
         return torch.cat([m(row) for row in tokens(seed)])
@@ -473,7 +478,7 @@ def torchtune() -> Made:
 
 def olmo() -> Made:
     checkout("OLMo")
-    stand_in("boto3", "botocore", "cached_path", "google", "datasets", "requests", "torchmetrics", "wandb")
+    stand_in("olmo_data", "boto3", "botocore", "cached_path", "google", "datasets", "requests", "torchmetrics", "wandb")
     from olmo.config import ModelConfig
     from olmo.model import OLMo
 
