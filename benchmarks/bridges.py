@@ -32,7 +32,8 @@ CHILD = Path(__file__).parent / "bridges_child.py"
 EQUAL = 1e-6
 KNOWN = (("quark", "mixtral", "rotation/rotation.py:1005"),)
 """Errors of a tool, a model and a line of the tool's code. Quark takes config.head_dim for the size of a head where the
-config has that field, and Mixtral's is None (rotation/rotation.py:999); given a number, the same recipe holds."""
+config has that field, and Mixtral's is None (rotation/rotation.py:999); given a number, the same recipe holds.
+"""
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 4},
     "qwen2": {},

@@ -51,12 +51,12 @@ def version_of(tool: str) -> str:
 
 
 def said(error: Exception) -> str:
-    """What a tool says, and the last two places in its own code."""
+    """What a tool says, and the last places in its own code."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         frame for frame in frames if re.search(r"site[^/]*/(llmcompressor|compressed_tensors|quark)/", frame.filename)
     ]
-    places = [f"{re.split(r'site[^/]*/', frame.filename)[-1]}:{frame.lineno}" for frame in own[-2:]]
+    places = [f"{re.split(r'site[^/]*/', frame.filename)[-1]}:{frame.lineno}" for frame in own[-5:]]
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text} ({', '.join(places)})"
 
