@@ -283,7 +283,13 @@ class Interpreter:
         is_movement = site.operator in MOVEMENT
         rule = self.rules.get(site.operator)
         if rule is not None and rule.takes(site.node):
-            return self._unrounded(site, rule.apply(self.state, site, *args, **kwargs), tensors)
+            try:
+                result = rule.apply(self.state, site, *args, **kwargs)
+            except RuntimeError:  # of sizes that only fit for as many rows as the data really choose
+                if not any(_sized_by_data(node) for node in (site.node, *site.node.all_input_nodes)):
+                    raise
+                return self.give_up(site, tensors, "how many rows it has of each tensor is chosen by the data")
+            return self._unrounded(site, result, tensors)
         if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Dynamic) for v in _flat(args[1:]))):
             try:
                 return self.movement(site, _function(site), args, kwargs)
@@ -403,6 +409,12 @@ def _constant(value: Tensor, settled: bool = True) -> Constant | Dynamic:
     return Constant(value.detach().cpu(), settled)
 
 
+def _sized_by_data(node: fx.Node) -> bool:
+    """True if a tensor that a node makes has a size that the data say."""
+    tensors = (value for value in _flat(node.meta.get("val")) if isinstance(value, Tensor))
+    return any(not isinstance(size, int) for value in tensors for size in value.shape)
+
+
 def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value | None:
     """Compute a constant for real, on the CPU; None where that is not possible."""
     fake = site.outputs
@@ -419,6 +431,9 @@ def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> 
         result = site.node.target(*real, **real_kwargs)  # type: ignore[operator]  # a call_function node
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # no kernel for these dtypes: unknown, which is always safe
+    made = [v for v in _flat(result) if isinstance(v, Tensor)]
+    if any(v.shape != f.shape for v, f in zip(made, fake, strict=False)):
+        return None  # as many rows as these values say; all that follows is sized for as many as any may
     settled = site.operator not in COUNTING and all(v.settled for v in _numbers(site, args, kwargs))
     return _map(result, lambda v: _computed(v, settled) if isinstance(v, Tensor) else v)
 

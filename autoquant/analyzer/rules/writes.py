@@ -160,7 +160,7 @@ def scale_index_put(
         return run(site, labels, [None if index is None else index.value for index in indices], written)
     if written.numel() == 1:
         return a.variables.merge(labels, written.reshape(()), site.order).expand(site.shape)
-    found = written_places(indices, labels.shape)
+    found = written_places(indices, labels.shape, written.shape)
     if found is None:
         return a.block(site, [x, values], "it is written to places that the data choose")
     dims, chosen = found
@@ -177,7 +177,7 @@ def rotate_index_put(
 ) -> Value:
     """Whole vectors are added to some of the rows, or replace them: wherever these are."""
     plain = all(isinstance(index, (Constant, Dynamic, type(None))) for index in indices)
-    found = written_places(indices, site.shape) if plain else None
+    found = written_places(indices, site.shape, vector_shape(values)) if plain and isinstance(values, Vector) else None
     empty = isinstance(x, Constant) and not bool(x.value.any())
     into = x if isinstance(x, Vector) else None
     if found is None or not (empty or into) or not isinstance(values, Vector) or values.gain is not None:
@@ -202,12 +202,20 @@ def rotate_index_put(
     return Vector(labels, fresh_instances(labels), factors=factors)
 
 
-def written_places(indices: Sequence[Value], shape: Sequence[int]) -> tuple[list[int], tuple[int, ...]] | None:
-    """The consecutive dimensions that indices (or a mask) choose from, and the shape of what they choose."""
+def written_places(
+    indices: Sequence[Value], shape: Sequence[int], written: Sequence[int]
+) -> tuple[list[int], tuple[int, ...]] | None:
+    """The consecutive dimensions that indices (or a mask) choose from, and the shape of what they choose.
+
+    A mask chooses as many places as are ``written``, the shape of the values.
+    """
     dims = [d for d, index in enumerate(indices) if index is not None]
     if len(dims) == 1 and _is_mask(indices[dims[0]]):
         covered = list(range(dims[0], dims[0] + len(shape_of(indices[dims[0]]))))
-        return (covered, (1,)) if covered and covered[-1] < len(shape) else None
+        if not covered or covered[-1] >= len(shape):
+            return None
+        place = len(written) - (len(shape) - covered[-1])
+        return covered, (written[place] if place >= 0 else 1,)
     if not dims or dims != list(range(dims[0], dims[-1] + 1)) or any(_is_mask(indices[d]) for d in dims):
         return None
     return dims, tuple(torch.broadcast_shapes(*(shape_of(indices[d]) for d in dims)))
