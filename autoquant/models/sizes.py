@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from autoquant.models.source import HEADS, depths, standard_field, sub_configs, text_config
+from autoquant.models.source import HEADS, depths, numbers_layers, standard_field, sub_configs, text_config
 
 _VOCABULARY = 128
 
@@ -111,7 +111,9 @@ def _fewer_positions(part: Any) -> dict[str, int]:
 
 
 def _shallower(part: Any) -> dict[str, int]:
-    """Two layers, or as many as show each value of the lists that say what kind every layer is."""
+    """Two layers, or as many as show each value of the lists that say what kind every layer is, and the first of those
+    that are listed by number.
+    """
     return {
         name: min(vars(part)[name], _shown(part, vars(part)[name])) for name in depths(part) if vars(part)[name] > 2
     }
@@ -120,7 +122,8 @@ def _shallower(part: Any) -> dict[str, int]:
 def _shown(part: Any, count: int) -> int:
     lists = [value for value in vars(part).values() if isinstance(value, list | tuple) and len(value) == count]
     kinds = [value for value in lists if all(isinstance(entry, str | bool) for entry in value)]
-    return max([2, *(value.index(entry) + 1 for value in kinds for entry in value)])
+    listed = [value[0] for key, value in vars(part).items() if numbers_layers(key, value, count)]
+    return max([2, *(value.index(entry) + 1 for value in kinds for entry in value), *(first + 1 for first in listed)])
 
 
 def _widths_of(part: Any, hidden: int) -> list[str]:

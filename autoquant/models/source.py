@@ -36,7 +36,7 @@ HEADS = re.compile(r"heads?$|num_query_groups")
 """Fields that count heads."""
 
 _WANTED = re.compile(r"requires the (\w+) library")
-_NUMBERS = re.compile(r"layer_?(ids|idxs?|indices|numbers)$")
+_NUMBERS = re.compile(r"layer_?(ids|idxs?|indices|numbers)$|_indexes$")
 _DEPTH = re.compile(r"^(num_|n_)?(encoder_|decoder_|hidden_)?(layers?|blocks)$|^depth$")
 
 
@@ -374,15 +374,15 @@ def limit_depth(config: Any, name: str, layers: int) -> None:
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == before and key != "architectures":
             setattr(config, key, value[:layers])
-        elif _numbers_layers(key, value, before) and min(value) < layers:
+        elif numbers_layers(key, value, before) and min(value) < layers:
             setattr(config, key, type(value)(number for number in value if number < layers))
         elif key.endswith("shared_layers") and type(value) is int:  # the last ones, which reuse what others made
             setattr(config, key, round(value * layers / before))
     setattr(config, name, min(layers, before))
 
 
-def _numbers_layers(key: str, value: Any, count: int) -> bool:
-    """Whether a field lists some of ``count`` layers by number: ``hybrid_layer_ids``."""
+def numbers_layers(key: str, value: Any, count: int) -> bool:
+    """True if a field lists some of ``count`` layers by number: ``hybrid_layer_ids``, ``deepstack_visual_indexes``."""
     if not isinstance(value, list | tuple) or not value or _NUMBERS.search(key) is None:
         return False
     ascending = all(type(number) is int for number in value) and sorted(set(value)) == list(value)
