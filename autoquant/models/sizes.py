@@ -122,7 +122,7 @@ def _shallower(part: Any) -> dict[str, int]:
 def _shown(part: Any, count: int) -> int:
     lists = [value for value in vars(part).values() if isinstance(value, list | tuple) and len(value) == count]
     kinds = [value for value in lists if all(isinstance(entry, str | bool) for entry in value)]
-    listed = [value[0] for key, value in vars(part).items() if numbers_layers(key, value, count)]
+    listed: list[int] = [value[0] for key, value in vars(part).items() if numbers_layers(key, value, count)]
     return max([2, *(value.index(entry) + 1 for value in kinds for entry in value), *(first + 1 for first in listed)])
 
 

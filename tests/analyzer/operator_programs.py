@@ -355,6 +355,9 @@ WITH_MORE: dict[str, More] = complex_programs.WITH_MORE | {
     "index_put with a mask": lambda s, x, y: torch.index_put(
         x, (torch.zeros(1, dtype=torch.long), (y[0, :, 0] > 0).long()), y[0]
     ),
+    "index_put of rows under a mask": lambda s, x, y: torch.index_put(x[0], (y[0, :, 0].argsort() > 0,), y[0, :2])[
+        None
+    ],
     "index_put over channels": lambda s, x, y: torch.index_put(
         x, (torch.zeros(1, dtype=torch.long), ORDER, y[0, :, 0].argsort()), y[0, :, 0]
     ),

@@ -25,6 +25,7 @@ from autoquant.models.source import (
     ModelSource,
     call_factory,
     layer_count,
+    limit_depth,
     limit_layers,
     one_line,
     what_failed,
@@ -525,3 +526,12 @@ def test_packages_that_a_tower_wants_are_named_once() -> None:
     expected = "it needs PIL and timm: pip install 'autoquant[multimodal]', or these packages"
     assert what_failed(ImportError(said), PreTrainedConfig()) == expected
     assert what_failed(ImportError("no module"), PreTrainedConfig()) == "ImportError: no module"
+
+
+def test_a_small_tower_shows_the_first_of_the_layers_that_are_listed_by_number() -> None:
+    config = CONFIG_MAPPING["qwen3_vl"]()
+    vision = config.vision_config
+    assert (vision.depth, [*vision.deepstack_visual_indexes]) == (27, [8, 16, 24])
+    assert reduction.reductions(config)["vision_config.depth"] == 9
+    limit_depth(vision, "depth", 9)
+    assert (vision.depth, [*vision.deepstack_visual_indexes]) == (9, [8])
