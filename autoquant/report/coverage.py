@@ -52,7 +52,9 @@ def coverage_text(rows: Sequence[Row], command: str, absent: Sequence[str] = ())
 
     ``absent``: full names of registered types that have no row; the page says so.
     """
-    versions = f"transformers {rows[0]['transformers']}, torch {rows[0]['torch']}"
+    versions = ", ".join(
+        f"{package} {' and '.join(sorted({row[package] for row in rows}))}" for package in ("transformers", "torch")
+    )
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     lines = [
         "# Coverage",

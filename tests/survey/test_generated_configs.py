@@ -23,8 +23,12 @@ NAMES = names_in(FOLDER)
 
 
 def drift(committed: Config, fresh: Config) -> str:
-    """Lines that differ, but for what was measured: rounding depends on the processor."""
-    plain = [config_text(edited(config, certificate=None)) for config in (committed, fresh)]
+    """Lines that differ, but for what was measured (rounding depends on the processor) and the version of torch."""
+    provenance = [edited(config.provenance, torch="any") for config in (committed, fresh)]
+    plain = [
+        config_text(edited(config, certificate=None, provenance=made))
+        for config, made in zip((committed, fresh), provenance, strict=True)
+    ]
     return "\n".join(
         difflib.unified_diff(*(text.splitlines() for text in plain), "committed", "fresh", lineterm="", n=1)
     )
