@@ -320,9 +320,14 @@ def _lost(loaded: LoadedModel) -> AutoQuantError | None:
 
 
 def failure_of(loaded: LoadedModel) -> Exception | None:
-    """Why the model cannot be run on its own inputs, None if it can."""
+    """Why the model cannot be run on its own inputs, None if it can.
+
+    A factory's module may write into its own tensors, which are put back. Models of transformers are left as their
+    first run leaves them: one that rescales its weights notes that in an attribute, and both belong together.
+    """
+    kept = kept_tensors(loaded.module) if loaded.config is None else contextlib.nullcontext()
     try:
-        with quiet(), kept_tensors(loaded.module), torch.random.fork_rng(devices=()), torch.no_grad():
+        with quiet(), kept, torch.random.fork_rng(devices=()), torch.no_grad():
             loaded.module(*loaded.args, **loaded.kwargs)
     except Exception as error:  # the architecture's code
         return error

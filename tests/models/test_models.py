@@ -535,3 +535,20 @@ def test_a_small_tower_shows_the_first_of_the_layers_that_are_listed_by_number()
     assert reduction.reductions(config)["vision_config.depth"] == 9
     limit_depth(vision, "depth", 9)
     assert (vision.depth, [*vision.deepstack_visual_indexes]) == (9, [8])
+
+
+def test_a_model_that_notes_what_it_did_to_its_weights_is_left_so() -> None:
+    class Rescales(nn.Linear):
+        rescaled = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.rescaled:
+                self.weight.div_(2)
+                self.rescaled = True
+            return super().forward(x)
+
+    model, x = Rescales(2, 2, bias=False), torch.ones(1, 2)
+    half = model.weight.detach().clone() / 2
+    for _ in range(2):
+        assert reduction.failure_of(LoadedModel(model, (x,), {}, config=CONFIG_MAPPING["llama"]())) is None
+    assert model.rescaled and torch.equal(model.weight, half)
