@@ -173,7 +173,14 @@ def test_two_attentions_in_a_layer_count_by_two() -> None:
     ("model_type", "reason"),
     [
         # What it says first depends on the version: per-layer inputs, or layers that share keys with earlier ones.
-        ("gemma3n_text", ("the model does not run with fewer layers", "layer 20 refers to layer 18")),
+        (
+            "gemma3n_text",
+            (
+                "the model does not run with fewer layers",
+                "layer 20 refers to layer 18",
+                "the model does something of its own after layer 11",
+            ),
+        ),
     ],
 )
 def test_models_that_depend_on_their_depth_stay_whole(model_type: str, reason: str | tuple[str, ...]) -> None:
