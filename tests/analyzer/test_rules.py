@@ -150,8 +150,8 @@ def test_the_message_names_the_lines_to_edit() -> None:
 
 
 def test_every_operator_with_a_rule_is_tested() -> None:
-    # The first has no kernel for float64; export refuses the size that the second makes; the third has a file of its own,
-    # test_flex_attention.py: graphs of higher-order operators hold functions.
+    # The first has no kernel for float64; export refuses the size that the second makes; the third, which takes
+    # functions, has test_flex_attention.py.
     missing = table() - set(used()) - {"_grouped_mm", "bincount", "flex_attention"}
     assert not missing, f"no program for {sorted(missing)}: {TO_EXTEND}"
     for rules in (SCALES.table, ROTATIONS.table):
