@@ -7,6 +7,7 @@ mappings of LLM Compressor's do not hold, docs/audit.patch, which mends its regi
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ import torch
 import transformers
 
 from autoquant.models.repair import find_source
+from autoquant.recipes.audit import Verdict
 from autoquant.recipes.auditing import Entry, entries_of, mending_patch, names_of, registry_of
 from autoquant.report.recipes import Audited, change_of
 
@@ -41,7 +43,7 @@ mapping judged right on the same models; what cannot be said for all layers at o
 `autoquant audit all --tool llm-compressor --python PYTHON --patch FILE` writes it.
 """
 OTHERS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"first_k_dense_replace": 1},
+    "deepseek_v2": {"first_k_dense_replace": 1, "num_experts_per_tok": 6},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "gemma4": {"text_config": {**GEMMA4, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}},
 }
@@ -70,7 +72,7 @@ def section(audited: Audited) -> Iterator[str]:
     said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
     yield f"{len(entries)} entries judged: {said}. Not judged: {left}."
     yield ""
-    yield "| entry | algorithm | verdict | mappings that do not hold | change of the logits | idle groups |"
+    yield "| entry | algorithm | verdict | what does not hold, or is left out | change of the logits | idle groups |"
     yield "|---|---|---|---|---|---:|"
     yield from (row(entry) for entry in audited.entries)
     yield ""
@@ -79,7 +81,7 @@ def section(audited: Audited) -> Iterator[str]:
 def row(entry: Entry) -> str:
     if entry.audit is None:
         return f"| {entry.name} | {entry.modifier} | not judged | {cell(entry.why)} | | |"
-    bad = [one for one in entry.audit.judged if one.verdict.value not in ("right", "skipped")]
+    bad = [one for one in entry.audit.judged if one.verdict is not Verdict.RIGHT]
     why = "<br>".join(cell(f"{one.verdict.value}: {one.mapping}: {one.why}") for one in bad)
     changes = "<br>".join(change_of(one) or "-" for one in bad)
     name = entry.name + (f" ({changed})" if (changed := ", ".join(OTHERS.get(entry.name, ()))) else "")
@@ -97,8 +99,16 @@ def cell(text: str) -> str:
 @click.option("--quark", type=click.Path(path_type=Path))
 @click.option("--entry", "only", multiple=True, help="Only these.  [default: all]")
 @click.option("--workers", default=1, show_default=True, help="Processes, an entry at a time each.")
+@click.option("--kept", type=click.Path(path_type=Path), help="Folder of what is judged: a second run goes on from it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=PAGE, show_default=True)
-def main(llm_compressor: Path | None, quark: Path | None, only: tuple[str, ...], workers: int, output: Path) -> None:
+def main(
+    llm_compressor: Path | None,
+    quark: Path | None,
+    only: tuple[str, ...],
+    workers: int,
+    kept: Path | None,
+    output: Path,
+) -> None:
     found, patches = [], []
     for tool, python in (("llm-compressor", llm_compressor), ("quark", quark)):
         if python is None:
@@ -106,7 +116,8 @@ def main(llm_compressor: Path | None, quark: Path | None, only: tuple[str, ...],
         content = registry_of(tool, python)
         names = [name for name in names_of(content) if not only or name in only]
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            entries = [entry for made in pool.map(judged, names, repeat(content), repeat(tool)) for entry in made]
+            made = pool.map(judged, names, repeat(content), repeat(tool), repeat(kept))
+            entries = [entry for of_name in made for entry in of_name]
         patches.append(mending_patch(content, entries))
         found.append(Audited(tool, content["version"], tuple(entries), patches[-1]))
     output.write_text(page(found), encoding="utf-8")
@@ -114,8 +125,12 @@ def main(llm_compressor: Path | None, quark: Path | None, only: tuple[str, ...],
         output.with_suffix(".patch").write_text("".join(patches), encoding="utf-8")
 
 
-def judged(name: str, content: Mapping[str, Any], tool: str) -> list[Entry]:
+def judged(name: str, content: Mapping[str, Any], tool: str, kept: Path | None) -> list[Entry]:
     """The entries of a class; those of OTHERS put to a model that has the layers they are for."""
+    place = None if kept is None else kept / f"{tool}-{content['version']}-{name}.pickle"
+    if place is not None and place.exists():
+        before: list[Entry] = pickle.loads(place.read_bytes())
+        return before
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         source = None
@@ -128,6 +143,9 @@ def judged(name: str, content: Mapping[str, Any], tool: str) -> list[Entry]:
         sep="\n",
         flush=True,
     )
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(pickle.dumps(entries))
     return entries
 
 

@@ -16,7 +16,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -204,13 +204,14 @@ def garbled(text: str, dice: random.Random) -> str:
 # The judge: which modules a recipe takes and what that does, by code of its own.
 
 
-def sets_of(tool: str, pairs: Sequence[Pair], layers: str, names: Sequence[str]) -> list[Pair]:
+def sets_of(tool: str, pairs: Sequence[Pair], layers: str, names: Sequence[str], linears: Set[str]) -> list[Pair]:
     """The sets of modules that a recipe scales: for each module to scale the readers nearest to it."""
     if tool == "quark":
         found = []
         for prefix in dict.fromkeys(m[0] for name in names if (m := re.match(re.escape(layers) + r"\.\d+\.", name))):
             for smooth, balance in pairs:
-                if prefix + smooth in names and all(prefix + one in names for one in balance):
+                observed = prefix + balance[0] in linears  # of others it sees no input, and leaves the mapping out
+                if observed and prefix + smooth in names and all(prefix + one in names for one in balance):
                     found.append((prefix + smooth, [prefix + one for one in balance]))
         return found
 
@@ -230,13 +231,13 @@ def sets_of(tool: str, pairs: Sequence[Pair], layers: str, names: Sequence[str])
 
 
 def _shared(one: str, other: str) -> int:
-    """How far two names go the same way, up to the layer."""
+    """How many numbers of two names, of the layer and the expert, are the same from the first on."""
     parts = 0
-    for mine, theirs in zip(one.split("."), other.split("."), strict=False):
+    for mine, theirs in zip(re.findall(r"\.(\d+)\.", one), re.findall(r"\.(\d+)\.", other), strict=False):
         if mine != theirs:
             break
         parts += 1
-    return min(parts, 3) if "experts" not in one or "experts" not in other else parts
+    return parts
 
 
 def weight_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None, str]:
@@ -286,12 +287,12 @@ def judged(bench: Bench, tool: str, pairs: Sequence[Pair], layers: str) -> float
     model: Any = bench.loaded.module
     run = bench.reference.runs[0]
     names = [name for name, _ in model.named_modules()]
-    for owner in [
-        name for name in names if name.endswith(".experts") and hasattr(model.get_submodule(name), "down_proj")
-    ]:
-        count = len(model.get_submodule(owner).down_proj)
-        names += [f"{owner}.{expert}.{part}_proj" for expert in range(count) for part in ("up", "gate", "down")]
-    sets = sets_of(tool, pairs, layers, names)
+    experts = []
+    for owner in [name for name in names if name.endswith(".experts")]:
+        count = len(getattr(model.get_submodule(owner), "down_proj", ()))
+        experts += [f"{owner}.{expert}.{part}_proj" for expert in range(count) for part in ("up", "gate", "down")]
+    linears = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)} | {*experts}
+    sets = sets_of(tool, pairs, layers, [*names, *experts], linears)
     heads = model.config.get_text_config().num_attention_heads
 
     def call(module: nn.Module) -> Tensor:
@@ -348,7 +349,7 @@ class Trip:
 
 
 def trip(tool: str, name: str) -> Trip:
-    """The groups of a config after a recipe, in their layers and with their alpha."""
+    """The groups of a config after a recipe, in their layers and with their alpha. ``name``: its path, no suffix."""
     config = load_config(CONFIGS / f"{name}.json")
     text, _ = write_recipe(config, tool)
     pairs, refused = scale_pairs(config, repeats=tool == "quark")
@@ -431,7 +432,8 @@ def main(seed: int, workers: int, output: Path) -> None:
 
 
 def trips_of(tool: str) -> list[Trip]:
-    return [trip(tool, path.stem) for path in sorted(CONFIGS.glob("*.json"))]
+    paths = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.json"))
+    return [trip(tool, str(path.with_suffix(""))) for path in paths if path.parts[0] != "recipes"]
 
 
 if __name__ == "__main__":

@@ -72,8 +72,12 @@ def part_taken(kind: Kind, config: Any) -> Any:
 
 
 def types_of_class(name: str) -> list[tuple[str, Kind]]:
-    """The model types whose registered class has this name, each with its task."""
-    return [(model_type, kind) for kind in KINDS for model_type, found in _names(kind).items() if found == name]
+    """The model types whose registered class has this name, each with its task: first the one that it is for."""
+    import transformers
+
+    own = getattr(getattr(getattr(transformers, name, None), "config_class", None), "model_type", None)
+    found = [(model_type, kind) for kind in KINDS for model_type, known in _names(kind).items() if known == name]
+    return sorted(found, key=lambda pair: pair[0] != own)
 
 
 def _names(kind: Kind) -> dict[str, str]:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import lru_cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +25,10 @@ from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.models.reduce import float64_throughout, runs_in_float64, small, widened
 from autoquant.models.source import LoadedModel, ModelSource
-from autoquant.recipes.experts import modules_of, stacked
+from autoquant.recipes.experts import expert_weight, modules_of, stacked
 from autoquant.recipes.faults import Fault, GroupModules, fault_of, groups_of
 from autoquant.recipes.matching import MatchedPair, WrittenMapping, matched_pairs
+from autoquant.recipes.offsets import offset_norms
 
 Progress = Callable[[str], None]
 
@@ -72,8 +70,8 @@ class Audit:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the mappings'."""
-        worst = (Verdict.WRONG, Verdict.INCOMPLETE, Verdict.STOPS, Verdict.NOT_MATCHED, Verdict.SKIPPED, Verdict.RIGHT)
+        """The worst of the mappings'; what the tool leaves out is no fault beside what is right."""
+        worst = (Verdict.WRONG, Verdict.INCOMPLETE, Verdict.STOPS, Verdict.NOT_MATCHED, Verdict.RIGHT, Verdict.SKIPPED)
         return min((one.verdict for one in self.judged), key=worst.index, default=Verdict.NOT_MATCHED)
 
 
@@ -167,7 +165,7 @@ def _judge(
         change = departure(module, bench.reference)
     if change <= TOLERANCES[dtype_of(module)]:
         return Judged(mapping, Verdict.RIGHT, len(pairs), change)
-    faults = tuple(_faults(bench, pairs, groups, scale))
+    faults = tuple(_faults(bench, pairs, groups, scale, offset_norms(tool)))
     verdict = Verdict.INCOMPLETE if faults and all(fault.missing for fault in faults) else Verdict.WRONG
     why = "; ".join(dict.fromkeys(fault.why for fault in faults)) or "each set alone holds, all of them together do not"
     return Judged(mapping, verdict, len(pairs), change, why, faults)
@@ -189,6 +187,7 @@ def _faults(
     pairs: Sequence[MatchedPair],
     groups: Sequence[GroupModules],
     scale: Callable[[nn.Module, MatchedPair], None],
+    offsets: frozenset[str],
 ) -> Iterator[Fault]:
     """What is wrong with each set that changes the logits when it alone is scaled, one of those that are alike."""
     alike = {_pattern(str(pair)): pair for pair in reversed(pairs)}
@@ -198,7 +197,7 @@ def _faults(
         scale(module, pair)
         with bench.widen():
             if departure(module, bench.reference) > TOLERANCES[dtype_of(module)]:
-                yield fault_of(pair, bench.config, groups, bench.loaded.module, given)
+                yield fault_of(pair, bench.config, groups, bench.loaded.module, given, offsets)
 
 
 @torch.no_grad()
@@ -250,29 +249,11 @@ def _repeated(module: nn.Module, scales: Tensor, channels: int) -> tuple[Tensor,
 
 def _parts(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """The weight and the bias of a module, a part of a stacked one for an expert. Raises AutoQuantError."""
-    held = stacked(name)
-    if held != name:
-        if getattr(module.get_submodule(held.rpartition(".")[0]), "is_transposed", False):
-            raise AutoQuantError(f"'{held}' is transposed, and is not taken apart here")
-        number, leaf = name.removeprefix(held.rpartition(".")[0] + ".").split(".")
-        whole = module.get_parameter(held)[int(number)]
-        return (whole if leaf == "down_proj" else whole.chunk(2)[leaf == "up_proj"]), None
+    if stacked(name) != name:
+        return expert_weight(module, name), None
     part = module.get_submodule(name)
     weight = getattr(part, "weight", None)
     if not isinstance(weight, Tensor):
         raise AutoQuantError(f"'{name}' has no weight to scale")
     bias = getattr(part, "bias", None)
     return weight, bias if isinstance(bias, Tensor) else None
-
-
-@lru_cache(maxsize=1)
-def _tools() -> Mapping[str, Mapping[str, object]]:
-    content: dict[str, dict[str, object]] = json.loads(files("autoquant.recipes").joinpath("tools.json").read_text())
-    return content
-
-
-def offset_norms(tool: str) -> frozenset[str]:
-    """Classes of norms of which ``tool`` knows that the gain is 1 + weight, at the version in tools.json."""
-    names = _tools()[tool].get("offset_norms", [])
-    assert isinstance(names, list)
-    return frozenset(names)

@@ -70,8 +70,9 @@ def audit_registry(
 
 
 def names_of(content: Mapping[str, Any]) -> list[str]:
-    """The classes or types that a registry has entries for."""
-    return list(dict.fromkeys(entry for found in content["registries"].values() for entry in found))
+    """The classes or types that a registry has entries for, those last whose mappings it makes at run time."""
+    found = (*content["registries"].values(), *content.get("made_at_run_time", {}).values())
+    return list(dict.fromkeys(entry for names in found for entry in names))
 
 
 def mending_patch(content: Mapping[str, Any], entries: Sequence[Entry]) -> str:
@@ -84,7 +85,12 @@ def entries_of(
     name: str, content: Mapping[str, Any], tool: str, source: ModelSource | None, progress: Progress
 ) -> Iterator[Entry]:
     """One entry of each registry, put to ``source`` or the type that has the class; the small model is built once."""
-    registries: Mapping[str, Mapping[str, Any]] = content["registries"]
+    made: Mapping[str, Sequence[str]] = content.get("made_at_run_time", {})
+    for modifier in (modifier for modifier, names in made.items() if name in names):
+        yield Entry(name, modifier, "", None, "its mappings are made from the model at run time")
+    registries = {m: found for m, found in content["registries"].items() if name not in made.get(m, ())}
+    if not any(name in found for found in registries.values()):
+        return
     types = (
         types_of_class(name) if tool == "llm-compressor" else ([(name, None)] if named_type(name) is not None else [])
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from autoquant.errors import AutoQuantError
 
 EXPERT_PARTS = {"up_proj": "gate_up_proj", "gate_proj": "gate_up_proj", "down_proj": "down_proj"}
 """The stacked parameter that holds each linear of an expert, in this order: rows of gate, then up."""
@@ -31,3 +33,18 @@ def modules_of(module: nn.Module) -> dict[str, str]:
 def experts_in(module: str, count: int) -> list[str]:
     """The linears of the ``count`` experts that ``module`` holds, one expert after the other."""
     return [f"{module}.{expert}.{leaf}" for expert in range(count) for leaf in EXPERT_PARTS]
+
+
+def expert_weight(module: nn.Module, name: str) -> Tensor:
+    """The weight of an expert's linear, ``[out, in]``: a view of the stack that holds it, whichever way that lies.
+
+    Raises AutoQuantError where gate and up do not lie one behind the other.
+    """
+    owner, number, leaf = name.rsplit(".", 2)
+    experts = module.get_submodule(owner)
+    if not getattr(experts, "is_concatenated", True):
+        raise AutoQuantError(f"'{owner}' holds gate and up interleaved, and is not taken apart here")
+    stacks = [experts.get_parameter(held)[int(number)] for held in ("gate_up_proj", "down_proj")]
+    if stacks[0].shape[1] == 2 * stacks[1].shape[0]:  # [in, out], not [out, in]
+        stacks = [stack.mT for stack in stacks]
+    return stacks[1] if leaf == "down_proj" else stacks[0].chunk(2)[leaf == "up_proj"]

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from autoquant.config.format import Config, SmoothingGroup, SmoothingKind
 from autoquant.config.layers import fill, layer_numbers
+from autoquant.config.slots import channels_of
 from autoquant.library_patches import pytree
 from autoquant.recipes.experts import stacked
 from autoquant.recipes.matching import MatchedPair
@@ -69,11 +70,17 @@ def fault_of(
     groups: Sequence[GroupModules],
     module: nn.Module,
     run: Callable[[nn.Module], object],
+    offsets: frozenset[str] = frozenset(),
 ) -> Fault:
-    """What is wrong with a set that changes what the model computes; ``run`` calls the model."""
-    of_source = next((one for one in groups if pair.smooth in one.sources), None)
+    """What is wrong with a set that changes what the model computes; ``run`` calls the model.
+
+    ``offsets``: classes of norms of which the tool knows that the gain is 1 + weight.
+    """
+    of_source = next((one for one in groups if {pair.smooth, stacked(pair.smooth)} & one.sources), None)
     if of_source is None:
         return Fault(pair, _no_source(pair, config, groups, module, run))
+    if (of_expert := _of_expert(pair, of_source)) is not None:
+        return Fault(pair, of_expert)
     taken = {*pair.balance} | {stacked(name) for name in pair.balance}
     extra = sorted(
         name for name in pair.balance if name not in of_source.targets and stacked(name) not in of_source.targets
@@ -83,12 +90,41 @@ def fault_of(
     missing = tuple(sorted(name for name in of_source.targets if name not in taken))
     if missing:
         return Fault(pair, f"forgets the reader {', '.join(map(repr, missing))}", missing)
-    others = sorted(of_source.sources - {pair.smooth})
+    others = sorted(of_source.sources - {pair.smooth, stacked(pair.smooth)})
     if others:
         return Fault(pair, f"forgets '{others[0]}', which makes the same channels")
-    if any(slot.offset for slot in of_source.group.sources):
+    if (tie := _tie(pair, config)) is not None:
+        return Fault(pair, tie)
+    offset = any(slot.offset for slot in of_source.group.sources)
+    if offset and type(module.get_submodule(pair.smooth)).__name__ not in offsets:
         return Fault(pair, f"the gain of '{pair.smooth}' is 1 + weight, which the tool does not know of its class")
     return Fault(pair, f"the channels of '{pair.smooth}' are read in another order, or some of them only")
+
+
+def _of_expert(pair: MatchedPair, of_source: GroupModules) -> str | None:
+    """What is wrong with an expert's linear that is scaled: its rows carry no scale, or another expert reads."""
+    held = stacked(pair.smooth)
+    if held == pair.smooth:
+        return None
+    head, _, leaf = pair.smooth.rpartition(".")
+    slot = next(slot for slot in of_source.group.sources if fill(slot.path, of_source.layer) == held)
+    channels = channels_of(slot).reshape(slot.stack or 1, -1)[0]
+    half = len(channels) // 2
+    rows = {"gate_proj": channels[:half], "up_proj": channels[half:]}.get(leaf, channels)
+    if not (rows >= 0).any():
+        return f"what '{pair.smooth}' makes takes no scale: of '{held}' the other rows do"
+    other = next((name for name in pair.balance if name.rpartition(".")[0] != head and stacked(name) != name), None)
+    return None if other is None else f"'{other}' does not read what '{pair.smooth}' makes: it is another expert's"
+
+
+def _tie(pair: MatchedPair, config: Config) -> str | None:
+    """Which weight of a set is another one too, that is scaled with it."""
+    weights = [f"{name}.weight" for name in (*pair.balance, pair.smooth)]
+    for names in config.model.tied:
+        for weight in (weight for weight in weights if weight in names):
+            other = next(name for name in names if name != weight)
+            return f"'{weight}' is tied with '{other}', which is scaled too"
+    return None
 
 
 def _no_source(
@@ -98,14 +134,21 @@ def _no_source(
     module: nn.Module,
     run: Callable[[nn.Module], object],
 ) -> str:
-    for entry in config.blocked:
-        numbers = layer_numbers(entry.layers) if entry.layers else (0,)
-        paths = {fill(entry.path, layer) for layer in numbers}
-        if entry.what == "smoothing" and paths & {*pair.balance, pair.smooth}:
-            return f"{entry.operator} at '{entry.at}': {entry.reason}"
     others = [use for use in uses_of(module, pair.smooth, run) if use.module not in pair.balance]
     into = f": it goes into {others[0]}" if others else ""
-    return f"'{pair.smooth}' is the source of no group{into}{_reads(pair.balance[0], groups, '; ', quote=True)}"
+    reads = _reads(pair.balance[0], groups, "; ", quote=True) or _blocked(pair, config)
+    return f"'{pair.smooth}' is the source of no group{into}{reads}"
+
+
+def _blocked(pair: MatchedPair, config: Config) -> str:
+    """Why what the readers read can take no scale, as a clause; nothing where the analysis does not say."""
+    for entry in (entry for entry in config.blocked if entry.what == "smoothing"):
+        for layer in layer_numbers(entry.layers) if entry.layers else (0,):
+            path = fill(entry.path, layer)
+            if path in pair.balance:
+                blocks = f"{entry.operator} at '{fill(entry.at, layer)}': {entry.reason}"
+                return f"; what '{path}' reads takes no scale: {blocks}"
+    return ""
 
 
 def _reads(name: str, groups: Sequence[GroupModules], before: str = ": it ", quote: bool = False) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import llmcompressor
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import AWQ_DYNAMIC_MAPPING_REGISTRY
 from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
+from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY
 from llmcompressor.modifiers.transform.smoothquant.utils import MAPPINGS_REGISTRY
 
 HOOK = "activation_hook_target"
@@ -34,6 +35,9 @@ content = {
         modifier: {"path": f"src/llmcompressor/{file}", "text": (root / file).read_text(), "name": name}
         for modifier, (file, name) in FILES.items()
     },
-    "made_at_run_time": {"AWQModifier": sorted(AWQ_DYNAMIC_MAPPING_REGISTRY)},
+    "made_at_run_time": {
+        "SmoothQuantModifier": sorted(SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY),
+        "AWQModifier": sorted(AWQ_DYNAMIC_MAPPING_REGISTRY),
+    },
 }
 print(json.dumps(content))
