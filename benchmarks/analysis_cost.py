@@ -55,12 +55,13 @@ def measure(folder: str) -> None:
     analyzed = analyze(find_source(folder))
     total = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_SELF)
-    figures = {"total": total, "cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss / 1024}
+    nodes = sum(len(subgraph.graph.graph.nodes) for subgraph in analyzed.captured.subgraphs)
+    figures = {"total": total, "nodes": nodes, "cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss / 1024}
     print(json.dumps({**figures, "parameters": analyzed.config.model.parameters} | analyzed.seconds))
 
 
 def measured(config: Mapping[str, object], layers: int) -> dict[str, float]:
-    """The figures of a process that analyses ``config`` with so many layers: seconds, and MiB at the peak."""
+    """Of a process that analyses ``config`` with so many layers: seconds, nodes of its graphs, MiB at the peak."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
         ran = subprocess.run(

@@ -23,11 +23,13 @@ def cost() -> ModuleType:
     return module
 
 
-def test_126_layers_cost_what_2_cost(cost: ModuleType) -> None:
+def test_126_layers_are_read_off_the_graph_of_2(cost: ModuleType) -> None:
+    """Seconds are for the benchmark to compare: this machine's depend on what else runs."""
     few, many = (cost.measured({"model_type": "llama"}, layers) for layers in (2, 126))
     print(few, many)
     assert many["parameters"] > 25 * 1e9 > few["parameters"]
-    assert many["cpu"] < 1.3 * few["cpu"]
+    assert many["nodes"] == few["nodes"] > 100
+    assert many["peak"] < 1.1 * few["peak"]
 
 
 @pytest.mark.parametrize(("name", "billions"), [("DeepSeek-V3, 671 B", 671), ("Qwen3-MoE 235 B", 235)])
