@@ -64,7 +64,7 @@ LIKE_ANOTHER = frozenset("""expand_as reshape_as view_as type_as""".split())
 CASTS = frozenset("""to _to_copy type_as""".split())
 """Operators that change the number format only."""
 
-LINEAR = frozenset("""to _to_copy type_as dropout feature_dropout alpha_dropout neg conj real positive""".split())
+LINEAR = frozenset("""to _to_copy type_as dropout feature_dropout alpha_dropout neg conj real imag positive""".split())
 """f(s x) = s f(x) for every number s, element by element: scales and rotations pass."""
 
 PASSES = LINEAR | frozenset("""relu leaky_relu rrelu abs""".split())

@@ -31,12 +31,21 @@ cases, out, limit, only = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3
 sys.path[:0] = [str(cases / "reach"), str(cases / "soundness")]
 import torch
 torch.set_num_threads(1)
+
+def home(name, *places):  # which module holds it has changed over time
+    for place in places:
+        try:
+            return getattr(importlib.import_module(f"autoquant.{place}"), name)
+        except ModuleNotFoundError:
+            continue
+    raise ModuleNotFoundError(name)
+
 if importlib.util.find_spec("autoquant.analyze") is None:  # where the cases' own main parts look for it
     sys.modules["autoquant.analyze"] = importlib.import_module("autoquant.analyzer.analyze")
-from autoquant.analyzer.analyze import analyze
-from autoquant.certificate.certify import certify
-from autoquant.models.source import ModelSource
-from autoquant.errors import AutoQuantError
+analyze = home("analyze", "analyzer.analyze", "analyze")
+certify = home("certify", "certificate.certify", "certify")
+ModelSource = home("ModelSource", "models.source", "models")
+AutoQuantError = home("AutoQuantError", "errors")
 import oracle
 
 def found():

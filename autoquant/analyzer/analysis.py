@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -134,9 +135,18 @@ def _blocked_smoothing(scales: Scales) -> list[Blocked]:
         covered = _covered(
             slots.get((use.weight, use.contracted_dim), []), use.weight, use.contracted_dim, use.in_features
         )
+        together = next((g.name for g in scales.groups if any(_reads(slot, use) for slot in g.sources)), None)
+        if together is not None and not covered.all():  # of keys that are values too
+            reason = use.site.because(f"its input is scaled only with the others of '{together}'")
+            blocked[_blocked(module_of(use.weight), "smoothing", reason)] = None
+            continue
         for reason in _reasons(scales, use, ~covered):
             blocked[_blocked(module_of(use.weight), "smoothing", reason)] = None
     return list(blocked)
+
+
+def _reads(slot: Slot, use: Use) -> bool:
+    return (slot.path, slot.dim) == (use.weight, use.contracted_dim)
 
 
 def _reasons(scales: Scales, use: Use, where: Bools) -> list[Reason]:
@@ -155,6 +165,10 @@ def _reasons(scales: Scales, use: Use, where: Bools) -> list[Reason]:
     reason = table.get(int(scales.solution.reason[label]))
     if reason is None:
         return [Reason(NO_SOURCE, use.site.operator, use.site.at, use.site.order)]
+    if not reason.operator:  # of two equations that cannot both hold: where the second one was met
+        nodes = (node for part in scales.interpreter.captured.subgraphs for node in part.graph.graph.nodes)
+        met = next(islice(nodes, reason.order - 1, None))
+        reason = replace(reason, operator=operator_name(met), at=module_path(met))
     return [Reason(f"{SHARED}{reason.text}", reason.operator, reason.at, reason.order)]
 
 

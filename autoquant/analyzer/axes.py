@@ -24,6 +24,9 @@ from autoquant.analyzer.variables import Ints, Reason, Variables
 MAX_ELEMENTS = 1 << 24
 """Largest parameter that is labelled element by element (as a tensor, or through a reshape that must copy)."""
 
+UNKNOWN_USE = "something else"
+"""How a parameter is used where no rule says what it is for."""
+
 Role = Literal["row", "column", "leaf", "table"]
 
 
@@ -251,12 +254,18 @@ class Axes:
         return found
 
     def contested(self) -> dict[str, Reason]:
-        """The parameters that are used in two ways."""
+        """The parameters that are used in two ways; one of which nothing is known tells why where it is met."""
         found = {}
         for name, uses in self._uses.items():
-            if len(uses) > 1:
-                text = "the parameter is used in different ways: as " + " and as ".join(sorted(uses))
-                found[name] = self._at_last_use(name, text)
+            if len(uses) < 2:
+                continue
+            if UNKNOWN_USE in uses:
+                last = uses[UNKNOWN_USE]
+                says = last.text if last.text.partition(" ")[0] in self._uses else f"{name} is used where {last.text}"
+                found[name] = replace(last, text=says)
+                continue
+            text = "the parameter is used in different ways: as " + " and as ".join(sorted(uses))
+            found[name] = self._at_last_use(name, text)
         return found
 
     def _at_last_use(self, name: str, text: str) -> Reason:
@@ -292,7 +301,7 @@ class Axes:
             self.variables.mix(labels)
         return labels
 
-    def other_use(self, param: Param, here: Reason, how: str = "something else") -> None:
+    def other_use(self, param: Param, here: Reason, how: str = UNKNOWN_USE) -> None:
         """Note a use that gives the parameter no variables; it must be the only kind of use."""
         self._use(param, how, here)
 

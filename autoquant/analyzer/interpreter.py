@@ -165,7 +165,8 @@ class Interpreter:
                     self.values[node] = self._input(site, subgraph, subgraph.inputs.get(node.name))
                 elif node.op == "get_attr":
                     held = getattr(subgraph.graph, str(node.target), None)
-                    self.values[node] = _constant(held) if isinstance(held, Tensor) else held
+                    settled = not self.captured.by_position
+                    self.values[node] = _constant(held, settled) if isinstance(held, Tensor) else held
                 elif node.op == "output":
                     self._keep(site, subgraph, node)
                     values = [v for v in _flat(self._value(self._results(subgraph, node))) if not _plain(v)]
@@ -192,7 +193,8 @@ class Interpreter:
         if what.kind == "graph break" and fake.is_floating_point():
             return self.graph_break(site)
         if what.kind in ("buffer", "constant") and site.node.name in subgraph.constants:
-            return _constant(subgraph.constants[site.node.name], settled=what.kind == "constant")
+            settled = what.kind == "constant" and not self.captured.by_position
+            return _constant(subgraph.constants[site.node.name], settled)
         return Dynamic(tuple(fake.shape), fake.dtype)
 
     def _keep(self, site: Site, subgraph: Subgraph, output: fx.Node) -> None:

@@ -40,7 +40,7 @@ def analyse_rotations(captured: Captured, extent: int = EXTENTS[0]) -> Rotations
     """Find every vector space of the graph that an orthogonal matrix can be put on."""
     analysis = RotationAnalysis()
     interpreter = interpreted(captured, ROTATIONS.table, analysis, analysis.end, extent=extent)
-    conflicts = [*analysis.axes.conflicts(), *_twice_read(analysis), *_contested_gains(analysis)]
+    conflicts = [*_used_in_two_ways(analysis), *_twice_read(analysis), *_contested_gains(analysis)]
     for axes, reason in [*conflicts, *_used_without_gain(analysis)]:
         for family in axes:
             analysis.variables.fix(torch.from_numpy(analysis.axes.labels(family)), reason)
@@ -96,6 +96,8 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
             text = "its mean is subtracted for some of its readers only"
             if read.behind and read.gain is not None:
                 text = f"{read.gain.weight} is applied to what is written, and the mean of that is subtracted"
+        if text is None and np.isin(components, means).any() and _writes_too(analysis, read):
+            text = f"{read.weight} is written too, and could not be centred for that without being read otherwise"
         for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
             if text is None and name in tied:
                 text = f"{name} is shared with another norm"
@@ -113,6 +115,15 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
             analysis.variables.fix(torch.from_numpy(labels), reason)
             found = True
     return found
+
+
+def _writes_too(analysis: RotationAnalysis, read: Read) -> bool:
+    """True if something else than reading is done with a weight: a table or a transposed one may write the same space.
+
+    It is in the config once, as a reader, and readers are not centred.
+    """
+    own = {r.site.order for r in analysis.reads if (r.weight, r.dim) == (read.weight, read.dim)}
+    return not read.behind and bool(analysis.axes.used_by(read.weight) - own)
 
 
 def _fix_copies_paired_otherwise(
@@ -169,6 +180,20 @@ def _occurrence(values: Ints) -> Ints:
     nth = np.empty(len(values), dtype=np.int64)
     nth[order] = np.arange(len(values)) - np.searchsorted(found, found)
     return nth
+
+
+def _used_in_two_ways(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
+    """Parameters of which one use stands in the way of another.
+
+    A table that is a weight too (a tied head) is rotated along its channels for both, as long as no norm goes into it.
+    """
+    found = []
+    for families, reason in analysis.axes.conflicts():
+        uses = analysis.axes.uses(families[0].param) if families else {}
+        if uses.keys() == {"a table", "a weight"} and families[0].param not in analysis.folded:
+            families = [family for family in families if family.dim == 0]  # each row of a token: none may be mixed
+        found.append((families, reason))
+    return found
 
 
 def _contested_gains(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:

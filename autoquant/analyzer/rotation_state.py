@@ -254,6 +254,8 @@ class RotationAnalysis:
         if site.operator in ("constant_pad_nd", "pad"):
             if len(rest) > 1 and rest[-1] not in (0, 0.0, None, "constant"):
                 return self.end(site, [first], "it is padded with a constant")
+            if first.gain is not None and first.gain.bias is not None:
+                return self.end(site, [first], f"it is padded with 0, to which {first.gain.bias} was not added")
             rest = rest[:1]
         moved = apply(first, lambda labels: function(labels, *rest, **kwargs))
         if site.operator in ("tril", "triu", "constant_pad_nd", "pad") and isinstance(moved, Vector):

@@ -103,7 +103,7 @@ class ScaleAnalysis:
             Untracked()
             if unwieldy(f)
             else self.fixed(f.shape, reason)
-            if f.is_floating_point()
+            if f.is_floating_point() or f.is_complex()
             else Dynamic(tuple(f.shape), f.dtype)
             for f in site.outputs
         )

@@ -76,6 +76,8 @@ class Captured:
     """Parameters, by all of their names, that code outside of the subgraphs uses."""
     spare: Mapping[str, Any] = field(default_factory=dict)
     """Inputs that were added, without which it could not be traced."""
+    by_position: bool = False
+    """Whether code was followed by the values of positions: what is constant then is so for these lengths alone."""
 
 
 def module_path(node: torch.fx.Node) -> str:

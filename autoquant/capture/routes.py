@@ -95,12 +95,20 @@ def capture(
     hidden: list[str] = []
     dynamo, export = Route("dynamo", _strict), Route("export", non_strict)
     untraceable = Route("export", partial(_around_untraceable, run=non_strict, calls=calls))
+    by_position = Route("export", _by_position)
     subgraphs = Route("dynamo-pieces", partial(capture_subgraphs, hidden=hidden))
     more = [replace(route, added=spare) for route in (export, untraceable) if spare]
     routes: dict[str, list[Route]] = {
-        "auto": [*((export, dynamo) if known else (dynamo, export)), *more[:1], untraceable, *more[1:], subgraphs],
+        "auto": [
+            *((export, dynamo) if known else (dynamo, export)),
+            *more[:1],
+            by_position,
+            untraceable,
+            *more[1:],
+            subgraphs,
+        ],
         "dynamo": [dynamo, subgraphs],
-        "export": [export, *more[:1], untraceable, *more[1:]],
+        "export": [export, *more[:1], by_position, untraceable, *more[1:]],
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
@@ -109,6 +117,8 @@ def capture(
         names, aliases = names_of(module)
         inseparable = asks_for_ties(module)  # before tensors that are held by reference are others than the parameters
         for route in routes[how]:
+            if route is by_position and not any(_VALUES.search(failure) for failure in failures):
+                continue
             try:
                 with undisturbed(module), short_chunks(module):
                     inputs = tuple(args), {**kwargs, **route.added}
@@ -126,6 +136,7 @@ def capture(
                         inseparable,
                         tuple(hidden),
                         route.added,
+                        route is by_position,
                     )
             except Exception as error:  # Tracing runs the model's own code: whatever it raises means "not this way".
                 failure = f"{route.name}: {_first_line(error)}"
@@ -181,6 +192,15 @@ def _non_strict(
     module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
     with known_values(), some_rows():
         program = torch.export.export(module, args, given, strict=False)
+    return (lower(program, names),)
+
+
+def _by_position(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names
+) -> tuple[Subgraph, ...]:
+    """Where code decides by the largest position: the positions that it counts itself have values."""
+    with known_values(), some_rows(), CountsOfEach():
+        program = torch.export.export(module, args, kwargs, strict=False)
     return (lower(program, names),)
 
 

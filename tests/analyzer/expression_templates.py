@@ -55,6 +55,8 @@ torch.masked_fill({x}, {mask}, 0)
 {x} + torch.min({x}, 1, keepdim=True).values
 torch.linalg.vector_norm({x}, dim=1, keepdim=True) + {y}
 {x}.cumsum(1)
+torch.fft.fft({x}, dim=1).real
+torch.fft.irfft(torch.fft.rfft({x}, dim=1), n={T}, dim=1) + {y}
 {x} + torch.topk({x}, 1, 1)[0]
 torch.sort({x}, 1)[0]
 torch.maximum({x}, {y})
@@ -315,6 +317,8 @@ torch.where({x} > 0, {x}, {y})
 {x} - {x}.amax(-1, keepdim=True)
 {x} / torch.linalg.vector_norm({x}, dim=-1, keepdim=True)
 {x}.cumsum(-1)
+torch.fft.fft({x}, dim=-1).real
+torch.fft.fft({x}, dim=1).abs() - {y}
 torch.sort({x}, -1)[0]
 torch.topk({x}, 2, -1)[0]
 torch.ops.aten.index_put({x}, [None, None, torch.tensor([1])], {y}[..., :1])

@@ -340,6 +340,15 @@ def _planted_chain(s: Scope) -> list[str]:
     return [*lines, f"{down}({h})"]
 
 
+def _dense(s: Scope, inputs: int, outputs: int) -> str:
+    """A convolution of all channels over two tokens."""
+    return s.module(f"nn.Conv1d({inputs}, {outputs}, 2, padding=1)")
+
+
+def _applied(layer: str, x: str, convolved: bool) -> str:
+    return f"{layer}(({x}).transpose(1, 2))[..., :{TOKENS}].transpose(1, 2)" if convolved else f"{layer}({x})"
+
+
 def _planted_stream(s: Scope) -> list[str]:
     """A residual stream of its own, through blocks whose inner operators are any at all."""
     width, h, u = s.draw.choice(WIDTHS), s.name("h"), s.name("u")
@@ -347,14 +356,22 @@ def _planted_stream(s: Scope) -> list[str]:
     lines, writers = [f"{h} = {table}(tokens)"], [f"{table}.weight"]
     kind = s.draw.choice(NORMS)
     for _ in range(s.draw.randint(1, 2)):
-        norm, up, down = s.module(kind.format(width)), s.linear(width, 6), s.linear(6, width)
-        lines.append(f"{u} = {up}({norm}({h}))")
+        norm = s.module(kind.format(width))
+        convolved = (
+            kind.startswith("nn.RMS") and s.draw.random() < 0.25
+        )  # the bias of a LayerNorm is not added to zeros
+        up, down = (_dense(s, *sizes) if convolved else s.linear(*sizes) for sizes in ((width, 6), (6, width)))
+        lines.append(f"{u} = {_applied(up, f'{norm}({h})', convolved)}")
         form = s.draw.choice([t for f in ("homogeneous", "nonlinear", "movement", "arithmetic") for t in FAMILIES[f]])
         lines.append(f"{u} = {expression(s, form, (u,), 6)}")
         factor = s.draw.choice(("", "0.5 * ", "{} * ", "(1 + {}) * ") if kind.startswith("nn.RMS") else ("", "0.5 * "))
         factor = factor.format(s.parameter(width)) if "{}" in factor else factor  # a LayerScale
-        lines.append(f"{h} = {h} + {factor}{down}({u})")
+        lines.append(f"{h} = {h} + {factor}{_applied(down, u, convolved)}")
         writers.append(f"{down}.weight")
+    if kind.startswith("nn.RMS") and s.draw.random() < 0.25:  # the table is the head too, and cannot be centred
+        s.plant("space", tuple(writers))
+        joined = s.linear(s.widths[0], VOCABULARY)
+        return [*lines, f"F.linear(F.rms_norm({h}, ({width},)), {table}.weight) + {joined}({s.inputs[0]})"]
     norm, outputs = s.module(kind.format(width)), s.draw.choice(WIDTHS)
     head, joined = s.linear(width, outputs), s.linear(s.widths[0], outputs)
     s.plant("space", tuple(writers))

@@ -251,6 +251,31 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         IDS,
     ),
     "table_is_weight": lambda: (embedded(lambda s, i: s.o(F.linear(s.e(i), s.e.weight)), o=lin(7, 4)), IDS),
+    "table_is_head": lambda: (
+        embedded(
+            lambda s, i: F.linear(rms(s, s.e(i) + s.b(F.silu(s.a(rms(s, s.e(i)))))), s.e.weight), a=lin(), b=lin()
+        ),
+        IDS,
+    ),
+    "table_is_head_of_a_layer_norm": lambda: (
+        embedded(
+            lambda s, i: F.linear(
+                F.layer_norm(s.e(i) + s.b(F.silu(s.a(F.layer_norm(s.e(i), (4,))))), (4,)), s.e.weight
+            ),
+            a=lin(),
+            b=lin(),
+        ),
+        IDS,
+    ),
+    "table_is_head_behind_a_gain": lambda: (
+        embedded(
+            lambda s, i: F.linear(s.n(s.e(i) + s.b(F.silu(s.a(rms(s, s.e(i)))))), s.e.weight),
+            a=lin(),
+            b=lin(),
+            n=rms_norm(),
+        ),
+        IDS,
+    ),
     "weight_is_bias": lambda: (
         embedded(lambda s, i: s.o(F.layer_norm(s.e(i), (4,), s.p, s.p)), p=par(4), o=lin()),
         IDS,

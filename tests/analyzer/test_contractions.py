@@ -152,6 +152,19 @@ def test_running_sums_over_tokens_pass_vectors(dim: int, found: list[str]) -> No
     assert spaces(proved(stream(lambda s, x: s.a(x).cumsum(dim), a=lin()), TOKENS)) == found
 
 
+@pytest.mark.parametrize(
+    ("mix", "found"),
+    [
+        (lambda x: torch.fft.fft(x, dim=1).real, ["R1"]),
+        (lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=3, dim=1), ["R1"]),
+        (lambda x: torch.fft.fft(x, dim=1).abs(), []),  # of each channel by itself
+        (lambda x: torch.fft.fft(x, dim=-1).real, []),
+    ],
+)
+def test_frequencies_over_tokens_pass_vectors(mix: Callable[[Tensor], Tensor], found: list[str]) -> None:
+    assert spaces(proved(stream(lambda s, x: mix(s.a(x)), a=lin()), TOKENS)) == found
+
+
 def test_queries_meet_keys_in_an_einsum() -> None:
     def inner(s: Graph, x: Tensor) -> Tensor:
         q, k, v = (f(x).view(2, 3, 2, 2) for f in (s.q, s.k, s.v))

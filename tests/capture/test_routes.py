@@ -442,3 +442,32 @@ def test_what_is_mapped_over_becomes_operators_of_a_batch() -> None:
     names = {str(node.target) for node in subgraph.graph.graph.nodes if node.op == "call_function"}
     assert {name.partition(".")[0] for name in names} == {"aten"}
     assert check_against_eager(module, (x,), {}, captured) < 1e-6
+
+
+class Long(nn.Module):
+    """Takes other frequencies for long sequences, as the largest position says."""
+
+    def __init__(self, position: bool) -> None:
+        super().__init__()
+        self.table, self.position = nn.Embedding(8, 4), position
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device) if self.position else ids[0]
+        speed = 0.1 if torch.max(positions) + 1 > 64 else 1.0
+        return x * (positions[:, None] * speed).cos()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_code_that_decides_by_the_largest_position_is_followed(device: str) -> None:
+    module, ids = Long(position=True).to(device).eval(), torch.tensor([[1, 2, 3]], device=device)
+    captured = capture(module, (ids,), {})
+    assert (captured.how, captured.by_position, captured.untraceable) == ("export", True, ())
+    if device == "cpu":
+        assert check_against_eager(module, (ids,), {}, captured) == 0.0
+
+
+def test_code_that_decides_by_token_ids_is_not() -> None:
+    module = Long(position=False).to("meta").eval()
+    with pytest.raises(AutoQuantError, match="by the values of activations"):
+        capture(module, (torch.tensor([[1, 2, 3]], device="meta"),), {}, "export")

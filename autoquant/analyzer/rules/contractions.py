@@ -253,7 +253,10 @@ def rotate_read(
     if x.gain is not None and x.gain_index is not None:
         channels = x.gain_index.shape[-1]
         size = a.gain_sizes.get(x.gain.weight or "", channels)
-        if channels % size or not bool((x.gain_index == torch.arange(channels) % size).all()):
+        placed = (x.gain_index == torch.arange(channels) % size) | (x.coordinates == ZERO)
+        if channels < size:
+            a.end(site, [x], f"{x.gain.weight} multiplies more channels than are read here")
+        elif channels % size or not bool(placed.all()):
             a.end(site, [x], "the norm's weight is rearranged before it is read")
     order = columns.argsort(-1)  # as they lie in the weight
     labels = labels.expand_as(columns)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from autoquant.analyzer.axes import Param
+from autoquant.analyzer.axes import Factors, Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
+    Product,
     RotationAnalysis,
     Vector,
+    apply,
     fresh_instances,
 )
+from autoquant.analyzer.rules.contractions import rotate_read
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     product_with_weight,
@@ -64,21 +67,31 @@ def scale_convolution(
 def rotate_convolution(
     a: RotationAnalysis, site: Site, x: Value, w: Value, bias: Value = None, *args: Value, **kwargs: Value
 ) -> Value:
-    """A dense one over pixels or sound, which nothing rotates, writes vectors: one per place."""
+    """A dense one writes vectors, one per place, and reads those of several places by a matrix for each."""
     groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
-    if (
-        not isinstance(x, (Constant, Dynamic))
-        or not isinstance(w, Param)
-        or w.views
-        or groups != 1
-        or not isinstance(bias, (Param, type(None)))
-    ):
+    if not isinstance(w, Param) or w.views or not isinstance(bias, (Param, type(None))):
         return a.end(site, [x, w, bias], NO_ROTATION)
-    rows = a.axes.axis(w, 0, "row", site.because("it is a weight"), stacked=False)
+    if groups != 1:
+        alone = w.shape[1] == 1
+        text = "each channel is convolved by itself" if alone else "its channels are convolved in groups"
+        return a.end(site, [x, w, bias], text)
+    here = site.because("it is a weight")
+    rows = a.axes.axis(w, 0, "row", here, stacked=False)
+    columns = a.axes.axis(w, 1, "column", here, stacked=False)
+    if isinstance(x, Vector):
+        if x.gain is not None and x.gain.bias is not None:  # what pads has none, and each place has its own matrix
+            return a.end(site, [x, w, bias], f"{x.gain.bias} cannot be folded into a convolution")
+        channel = len(site.shape) - CONVOLUTIONS[site.operator] - 1
+        last = apply(x, lambda labels: labels.movedim(channel, -1))
+        rotate_read(a, site, last, columns, Factors(columns, rows, 1, 0), w.name, None)
+    else:  # pixels or sound
+        a.variables.fix(columns, site.because("it also reads what is not rotated"))
+        a.end(site, [x], NO_ROTATION)
     if bias is not None:
         labels = a.axes.leaf(bias, 0, site.because("it is a bias"))
         if labels is None or bias.views:
             return a.end(site, [w, bias], NO_ROTATION)
         rows = a.variables.merge(rows, labels, site.order)
+    a.products[site.node] = Product(w.name, 0, None if bias is None else bias.name)
     rows = rows.view(-1, *(1,) * CONVOLUTIONS[site.operator]).expand(site.shape)
     return Vector(rows, fresh_instances(rows))

@@ -15,10 +15,10 @@ from autoquant.config.format import Norm
 
 _REARRANGED = (
     "alias clone contiguous detach flatten lift_fresh_copy movedim permute reshape squeeze t transpose unflatten "
-    "unsqueeze view _unsafe_view _reshape_alias numpy_T mT"
+    "unsqueeze view _unsafe_view _reshape_alias numpy_T mT slice"
 )
 REARRANGED = frozenset(_REARRANGED.split())
-"""Operators that hold each element of their argument once."""
+"""Operators that hold each element of their argument once, or not at all."""
 
 
 def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -> Value:

@@ -171,7 +171,7 @@ def scale_activations(a: ScaleAnalysis, site: Site, x: Value, y: Value, bias: Va
     left, right = a.labels(site, x), a.labels(site, y)
     a.mixed(left)
     a.mixed(right)
-    reason = site.because("it is a product of two activations")
+    reason = site.because(sentence_of_product(site))
     if left.ndim < 2 or right.ndim < 2:
         return a.block(site, [x, y, bias], "it is a product with a vector")
     if a.variables.all_fixed(left):
@@ -188,7 +188,7 @@ def rotate_product(
     a: RotationAnalysis, site: Site, x: Value, w: Value, contracted: int, bias: Value = None, key: int = 0
 ) -> Value:
     if not isinstance(w, Param) or len(w.shape) < 2:
-        return a.end(site, [x, w, bias], "it is a product of two activations")
+        return a.end(site, [x, w, bias], sentence_of_product(site))
     ndim = len(w.shape)
     output = ndim - 1 if contracted == ndim - 2 else ndim - 2
     weight = replace(w, key=key or w.key)
@@ -218,6 +218,13 @@ def rotate_product(
         keys = torch.arange(lead.numel()).view(*lead, 1, 1).expand(site.shape)
         a.split(out, keys, site.because("its channels are made of different vectors"))
     return out
+
+
+def sentence_of_product(site: Site) -> str:
+    """What a product is whose second factor is no parameter: what a linear multiplies by is a weight all the same."""
+    if site.operator in ("linear", "addmm"):
+        return "it is multiplied by a computed weight"
+    return "it is a product of two activations"
 
 
 def rotate_product_from_left(a: RotationAnalysis, site: Site, w: Param, x: Vector) -> Value:

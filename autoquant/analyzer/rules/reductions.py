@@ -192,11 +192,37 @@ def scale_running(a: ScaleAnalysis, site: Site, x: Value, dim: int, **kwargs: Va
 @rotation_rule("cumsum", says="adds up whole vectors: all of them are rotated alike")
 def rotate_running(a: RotationAnalysis, site: Site, x: Value, dim: int, **kwargs: Value) -> Value:
     """Sums over tokens, as far as each of them."""
+    return rotate_summed_along(a, site, x, dim)
+
+
+def rotate_summed_along(a: RotationAnalysis, site: Site, x: Value, dim: int) -> Value:
+    """Each token of the result is a sum of whole vectors, whatever their factors are."""
     if not isinstance(x, Vector) or x.gain is not None or varies(x.coordinates, dim % x.coordinates.ndim):
         return a.end(site, [x], "its channels are summed")
     along = [dim % x.coordinates.ndim]
     labels = a.variables.merge_along(x.coordinates, along, site.order, keepdim=True).expand(site.shape)
     return Vector(labels, fresh_instances(labels), factors=seen_along(x, along, True, site.shape))
+
+
+_SPECTRA = "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"
+
+
+@scale_rule(_SPECTRA, says=ADDS)
+def scale_spectrum(
+    a: ScaleAnalysis, site: Site, x: Value, n: Value = None, dim: int = -1, norm: Value = None, **kwargs: Value
+) -> Value:
+    """Sums along one dimension, with factors that are numbers."""
+    labels = a.labels(site, x)
+    a.mixed(labels)
+    return a.variables.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True).expand(site.shape)
+
+
+@rotation_rule(_SPECTRA, says="adds up whole vectors: all of them are rotated alike")
+def rotate_spectrum(
+    a: RotationAnalysis, site: Site, x: Value, n: Value = None, dim: int = -1, norm: Value = None, **kwargs: Value
+) -> Value:
+    """Over tokens: real numbers that mix channels go past the complex ones that mix tokens."""
+    return rotate_summed_along(a, site, x, dim)
 
 
 @scale_rule(*POOLS, says="adds or picks neighbours: all of them carry the same scale")
