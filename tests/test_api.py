@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGED = ROOT / "autoquant" / "data" / "wikinano1m"
 FUNCTIONS = sorted(set(aq.__all__) - {"__version__", "AutoQuantError"})
 NEEDED = {
+    "autoquant.quantizer.gluon_kernels": "triton",
     "autoquant.quantizer.triton_kernels": "triton",
     "autoquant.recipes.registry_llm_compressor": "llmcompressor",
     "autoquant.recipes.registry_quark": "quark",

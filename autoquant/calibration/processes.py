@@ -78,10 +78,11 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if count == 1:
         yield ALONE
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    own = device if device.type == "cuda" else None
+    if own is not None:
+        torch.cuda.set_device(own)
     try:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("gloo" if own is None else "nccl", device_id=own)
     except (RuntimeError, ValueError) as error:
         raise AutoQuantError(f"the {count} processes cannot be joined: {' '.join(str(error).split())[:200]}") from error
     try:

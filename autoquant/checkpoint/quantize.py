@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,12 @@ from autoquant.quantizer.strategies import kv_granularity, plan_linears
 IN_NATIVE = Wish(NATIVE)
 CPU = torch.device("cpu")
 WINDOWS_ON_GPU = 8
-"""In one forward pass: a GPU is not filled by one."""
+"""In one forward pass, or more: a GPU is not filled by one."""
+TOKENS_ON_GPU = 16_384
+PASSES = 16
+"""From which on a pass has more windows, up to so many tokens: each has a thread, and a thread on a GPU a cuBLAS of its
+own, which takes tens of milliseconds and of megabytes.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +192,18 @@ def _quantize_streamed(
     place = Place(device, dtype or (torch.float32 if exact else _sweep_dtype(dtypes.most, device)), opened.processes)
     batches = _calibration(opened, selected, weights.unused)
     if device.type != "cpu" and not exact:
-        batches = together(batches, WINDOWS_ON_GPU)
+        batches = together(batches, windows_on_gpu(batches))
     job = Job(opened.source, weights, config, strategy, selected, batches, cache, dtypes, place)
     try:
         return _write_streamed(opened, job, progress)
     except LayerCalledAgain:
         return _write_streamed(opened, replace(job, together=True), progress)
+
+
+def windows_on_gpu(batches: Sequence[Tensor]) -> int:
+    """How many of these windows [1, S] go through a GPU at once."""
+    longest = max((batch.shape[1] for batch in batches), default=1)
+    return max(WINDOWS_ON_GPU, min(TOKENS_ON_GPU // longest, len(batches) // PASSES))
 
 
 def _write_streamed(opened: _Opened, job: Job, progress: Progress) -> Done:

@@ -1,6 +1,7 @@
 """Int8 linears on CUDA: rows to int8 in one kernel, product, scales, bias and rounding in another; one row in one.
 
-The kernels are Triton's (:mod:`autoquant.quantizer.triton_kernels`), bound as the operators ``autoquant::int8_linear``
+The kernels are Triton's (:mod:`autoquant.quantizer.triton_kernels`; of many rows on Hopper
+:mod:`autoquant.quantizer.gluon_kernels`), bound as the operators ``autoquant::int8_linear``
 and ``autoquant::int8_grouped_linear`` that torch.compile keeps whole. Which tiles are used is measured once for each
 shape and each power of two of rows, in each process; a tiling takes part only after it gave, bit for bit, what the CPU
 computes from inputs with extreme, tiny, NaN and zero rows. Where none does, or there is no Triton, torch's operations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
 from typing import Any
@@ -230,6 +231,12 @@ def _product(
     flags: Flags,
     offs: Tensor | None,
 ) -> None:
+    if tiling.specialized:
+        gluon, scales = _gluon_kernels(), (flags.token, flags.channel, bias is not None)
+        programs = tiling.programs or torch.cuda.get_device_properties(q.device).multi_processor_count
+        grid, arguments, extents = gluon.launch(tiling, q, values, row_scale, scale, bias, out_TO, programs)
+        _launch(gluon.product, grid, arguments, (*extents, *scales), warps=tiling.warps)
+        return
     rows, inputs = q.shape
     experts, outputs = 0 if offs is None else offs.shape[0], values.shape[-2]
     tiles = _up(rows, tiling.rows) + experts  # each expert has at most one tile that is not full
@@ -284,7 +291,7 @@ def _launch(
     All that it would look at is in the key or the same in every call: integers that it tells apart are multiples of 16,
     and so are addresses but for those it is told not to look at.
     """
-    dtypes = tuple(getattr(argument, "dtype", None) for argument in arguments)
+    dtypes = tuple(getattr(getattr(argument, "base", argument), "dtype", None) for argument in arguments)
     key = (kernel, torch.cuda.current_device() if torch.cuda.is_available() else None, dtypes, constants, warps)
     compiled = COMPILED.get(key)
     if compiled is not None:
@@ -309,7 +316,11 @@ def _chosen(
     key = (power_of_two(x_TI.shape[0]), outputs, inputs, flags, x_TI.device)
     if key in CHOSEN:
         return CHOSEN[key]
-    candidates = tilings(x_TI.shape[0], outputs, _hopper(x_TI.device))
+    candidates = [
+        tiling
+        for tiling in tilings(x_TI.shape[0], outputs, _hopper(x_TI.device))
+        if not tiling.specialized or (flags.dtype.itemsize == 2 and _capability(x_TI.device) == (9, 0))
+    ]
     if x_TI.is_cuda and torch.cuda.is_current_stream_capturing():
         proved = [tiling for tiling in candidates if EXACT.get(_proof(tiling, flags, x_TI.device, inputs, 0))]
         return proved[0] if proved else None
@@ -365,6 +376,8 @@ def _proof(tiling: Tiling, flags: Flags, device: torch.device, inputs: int, expe
 
 
 def _probed(tiling: Tiling, flags: Flags, device: torch.device, experts: int, inputs: int) -> bool:
+    if tiling.specialized:
+        tiling = replace(tiling, programs=1)  # which goes through all tiles, one after the other
     rows = 1 if tiling.rows == 1 else tiling.rows + 3
     x, values, scale, bias = probe(rows, tiling.outputs + ALIGNED, inputs, flags)
     given = None if flags.token or flags.whole else torch.tensor(0.037)
@@ -419,9 +432,20 @@ def _kernels() -> Any:
     return triton_kernels
 
 
+def _gluon_kernels() -> Any:
+    from autoquant.quantizer import gluon_kernels
+
+    return gluon_kernels
+
+
 @cache
 def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _capability(device) >= (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @cache

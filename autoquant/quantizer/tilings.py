@@ -11,7 +11,8 @@ class Tiling:
 
     ``swap``: the weight is the left factor. ``tma``: tiles come through Hopper's copy engine. ``group``: rows of tiles
     that are gone through together. ``chunks``: x is taken in so many, one quantized while another is multiplied.
-    ``rows`` = 1 is the single kernel for one row; its ``depth`` counts words of four.
+    ``rows`` = 1 is the single kernel for one row; its ``depth`` counts words of four. ``specialized``: the kernel for
+    Hopper alone whose warps fetch or multiply, in so many ``programs`` (None: one for each processor of the card).
     """
 
     rows: int
@@ -24,6 +25,8 @@ class Tiling:
     tma: bool = False
     group: int = 8
     chunks: int = 1
+    specialized: bool = False
+    programs: int | None = None
 
 
 ONE_ROW = (Tiling(1, 8, 256, 4, 3), Tiling(1, 16, 256, 4, 1), Tiling(1, 8, 256, 4, 1))
@@ -33,17 +36,19 @@ MEDIUM = (
     Tiling(128, 64, 256, 4, 4, tma=True),
     Tiling(64, 64, 256, 4, 4, tma=True),
     Tiling(128, 256, 128, 8, 4, tma=True),
+    Tiling(128, 128, 128, 4, 6, tma=True, specialized=True),
+    Tiling(128, 256, 128, 4, 4, tma=True, specialized=True),
 )
 LARGE = (
+    Tiling(128, 256, 128, 4, 4, tma=True, specialized=True),
+    Tiling(256, 128, 128, 4, 4, tma=True, specialized=True),
     Tiling(128, 256, 128, 8, 4, tma=True),
-    Tiling(128, 256, 128, 8, 4, tma=True, group=16),
     Tiling(256, 128, 128, 8, 4, tma=True),
-    Tiling(256, 128, 128, 8, 4, tma=True, swap=True),
 )
 LARGEST = (
+    Tiling(128, 256, 128, 4, 4, tma=True, specialized=True, chunks=4),
+    Tiling(256, 128, 128, 4, 4, tma=True, specialized=True, chunks=4),
     Tiling(128, 256, 128, 8, 4, tma=True, chunks=4),
-    Tiling(256, 128, 128, 8, 4, tma=True, chunks=4),
-    Tiling(256, 128, 128, 8, 4, tma=True, swap=True, chunks=4),
 )
 """Beside LARGE, where x in chunks still fills the card."""
 OLDER = (Tiling(128, 128, 64, 8, 3), Tiling(64, 64, 64, 4, 3))

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import autoquant
 from autoquant.checkpoint.formats.native import TENSORS
-from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint
+from autoquant.checkpoint.quantize import Recipe, load_float32, quantize_checkpoint, windows_on_gpu
 from autoquant.cli.main import main
 from autoquant.config.file import save_config
 from autoquant.config.format import Config, Rounding, SmoothingMethod, StaticClip, Strategy, edited
@@ -223,6 +223,14 @@ def test_the_command(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, [*arguments, "--force", "--strategy", DYNAMIC[:-1]])
     assert (wrong.exit_code, wrong.stdout) == (1, "")
     assert f"no strategy '{DYNAMIC[:-1]}'; did you mean '{DYNAMIC}'?" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "wanted"),
+    [(0, 512, 8), (16, 512, 8), (128, 512, 8), (256, 512, 16), (1024, 512, 32), (1024, 2048, 8)],
+)
+def test_a_pass_on_a_gpu_has_more_windows_where_there_are_many(count: int, length: int, wanted: int) -> None:
+    assert windows_on_gpu([torch.zeros(1, length, dtype=torch.long)] * count) == wanted
 
 
 def test_importing_autoquant_imports_no_torch() -> None:

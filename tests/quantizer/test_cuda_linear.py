@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 from autoquant.quantizer import cuda_linear, int8
 from autoquant.quantizer.cuda_linear import Flags
 from autoquant.quantizer.strategies import Granularity
-from autoquant.quantizer.tilings import LARGE, Tiling
+from autoquant.quantizer.tilings import LARGE, LARGEST, MEDIUM, Tiling
 from autoquant.quantizer.weight import Int8Weight, grouped_product, linear
 
 CUDA = torch.cuda.is_available()
@@ -58,6 +59,16 @@ def test_kernels_give_what_the_cpu_computes_bit_for_bit(tiling: Tiling, flags: F
         pytest.skip("one row's scale is its own")
     for inputs in (2048, 2064):
         assert cuda_linear.is_exact(tiling, flags, DEVICE, inputs)
+
+
+@with_cuda
+@pytest.mark.skipif(CUDA and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_specialized_kernels_give_what_the_cpu_computes_bit_for_bit(flags: Flags, dtype: torch.dtype) -> None:
+    for tiling in {tiling for tiling in (*MEDIUM, *LARGE, *LARGEST) if tiling.specialized}:
+        for inputs in (2048, 2064):
+            assert cuda_linear.is_exact(tiling, replace(flags, dtype=dtype), DEVICE, inputs), f"{tiling}"
 
 
 @with_triton
@@ -104,6 +115,34 @@ def test_the_first_of_equal_candidates_is_used_and_the_fastest_of_others(monkeyp
         raise torch.OutOfMemoryError("no")
 
     assert cuda_linear._least(LARGE, too_little_memory) == LARGE[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "wanted"),
+    [
+        (torch.bfloat16, (9, 0), True),
+        (torch.float32, (9, 0), False),  # no room in shared memory
+        (torch.bfloat16, (10, 0), False),  # other instructions
+        (torch.bfloat16, (8, 0), False),
+    ],
+)
+def test_specialized_kernels_are_for_hopper_and_half_sized_floats(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], wanted: bool
+) -> None:
+    tried: list[Tiling] = []
+
+    def no(tiling: Tiling, *rest: Any) -> bool:
+        tried.append(tiling)
+        return False
+
+    monkeypatch.setattr(cuda_linear, "_capability", lambda device: capability)
+    monkeypatch.setattr(cuda_linear, "_hopper", lambda device: capability >= (9, 0))
+    monkeypatch.setattr(cuda_linear, "is_exact", no)
+    flags = Flags(dtype, True, False, True, None)
+    x, values, scale, bias = cuda_linear.probe(2000, 16, 16, flags)
+    assert cuda_linear._chosen(x, values, scale, None, bias, flags) is None
+    assert any(tiling.specialized for tiling in tried) == wanted
+    assert any(not tiling.specialized for tiling in tried)
 
 
 def test_a_cpu_is_not_taken() -> None:

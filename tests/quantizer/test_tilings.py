@@ -12,6 +12,7 @@ def test_tiles_of_any_number_of_rows(hopper: bool) -> None:
         assert candidates and len(set(candidates)) == len(candidates)
         assert all((tiling.rows == 1) == (rows == 1) for tiling in candidates)
         assert all(hopper or not tiling.tma for tiling in candidates)
+        assert not any(tiling.specialized and (tiling.swap or tiling.split > 1) for tiling in candidates)
         assert all(not tiling.swap or tiling.rows >= min(rows, 128) for tiling in candidates)
 
 
