@@ -32,6 +32,7 @@ __all__ = [
     "TorchDispatchMode",
     "compiled_by_dynamo",
     "constant_in_traces",
+    "data_as_detached",
     "device_constructors",
     "gradients_throughout",
     "int_mm",
@@ -108,6 +109,25 @@ def some_rows() -> Iterator[None]:
         yield
     finally:
         kind.evaluate_expr = evaluate
+
+
+@contextlib.contextmanager
+def data_as_detached() -> Iterator[None]:
+    """Let Dynamo take ``x.data`` for ``x.detach()``.
+
+    By its own way what the forward computed becomes a constant of the graph, of which nothing but its shape is known;
+    and torch 2.13 dies of a segmentation fault where such a graph writes to it and is made functional.
+    """
+    _with_dynamo_()
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    kind: Any = TensorVariable
+    before = kind.method_attr_data
+    kind.method_attr_data = lambda self, tx: self.call_method(tx, "detach", [], {})
+    try:
+        yield
+    finally:
+        kind.method_attr_data = before
 
 
 @contextlib.contextmanager

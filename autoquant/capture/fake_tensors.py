@@ -21,8 +21,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from autoquant.capture.state import kept_state
 from autoquant.library_patches import (
     FakeTensorMode,
+    data_as_detached,
     pytree,
     reset_dynamo,
     without_inference_mode,
@@ -30,8 +32,6 @@ from autoquant.library_patches import (
     without_modes,
     without_vmap,
 )
-
-_MODULE_TABLES = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 
 _FROM_VALUES = (torch.arange, torch.tensor, torch.as_tensor, torch.asarray, torch.linspace)
 _FILLS = (torch.zeros, torch.ones, torch.full, torch.empty)
@@ -51,7 +51,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()  # an encoder layer as one operator, of which nothing is known
     try:
         with (
-            kept_tensors(module),
+            kept_state(module),
             torch.random.fork_rng(devices=()),
             torch.no_grad(),
             warnings.catch_warnings(),
@@ -62,6 +62,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             logging.disable(logging.CRITICAL)
             torch.backends.mha.set_fastpath_enabled(False)
+            quiet.enter_context(data_as_detached())
             quiet.enter_context(without_looks_at_masks())
             quiet.enter_context(without_inference_mode())
             module.eval()
@@ -71,36 +72,6 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.backends.mha.set_fastpath_enabled(fused)
         logging.disable(threshold)
-
-
-@contextlib.contextmanager
-def kept_tensors(module: nn.Module) -> Iterator[None]:
-    """Put attributes, hooks, and the values of buffers and of :func:`plain_tensors` back as they were."""
-    attributes = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
-    tables = [(now[key], dict(now[key])) for now, _ in attributes for key in _MODULE_TABLES]
-    held = (*module.buffers(), *(tensor for part in module.modules() for tensor in plain_tensors(part).values()))
-    held = tuple(tensor for tensor in held if not (tensor.is_meta or tensor.is_inference()))
-    values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in held]
-    try:
-        yield
-    finally:
-        for now, before in attributes + tables:
-            if list(map(id, now.values())) != list(map(id, before.values())) or list(now) != list(before):
-                now.clear()
-                now.update(before)
-        with torch.no_grad():
-            for tensor, version, value in values:
-                if tensor._version != version:
-                    tensor.copy_(value)
-
-
-def plain_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Floating-point tensors that are attributes of a module and neither parameters nor buffers of it: caches."""
-    return {
-        name: value
-        for name, value in vars(part).items()
-        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-    }
 
 
 def fakeify_(module: nn.Module, inputs: Any) -> tuple[Any, FakeTensorMode]:
@@ -137,6 +108,17 @@ def known_values() -> Iterator[None]:
     """
     with without_vmap(_is_known), _KnownValues():
         yield
+
+
+class DataAsDetached(TorchFunctionMode):
+    """``x.data`` is ``x.detach()``, which a trace follows. Another tensor's data cannot be followed: RuntimeError."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]  # a descriptor
+            return args[0].detach()
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise RuntimeError("it gives a tensor the data of another one (.data = ...), which no trace follows")
+        return func(*args, **(kwargs or {}))
 
 
 class CountsOfEach(TorchFunctionMode):

@@ -20,7 +20,14 @@ import torch
 from torch import nn
 
 from autoquant.capture.attributes import attributes_as_buffers
-from autoquant.capture.fake_tensors import CountsOfEach, fakeify_, known_values, short_chunks, undisturbed
+from autoquant.capture.fake_tensors import (
+    CountsOfEach,
+    DataAsDetached,
+    fakeify_,
+    known_values,
+    short_chunks,
+    undisturbed,
+)
 from autoquant.capture.graph import (
     Captured,
     GraphInput,
@@ -184,13 +191,13 @@ def _non_strict(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
 ) -> tuple[Subgraph, ...]:
     if not known:
-        with some_rows(), CountsOfEach():
+        with some_rows(), CountsOfEach(), DataAsDetached():
             program = torch.export.export(module, args, kwargs, strict=False)
         return (lower(program, names),)
     constants = {name: kwargs[name] for name in known}
     given = {name: value for name, value in kwargs.items() if name not in constants}
     module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
-    with known_values(), some_rows():
+    with known_values(), some_rows(), DataAsDetached():
         program = torch.export.export(module, args, given, strict=False)
     return (lower(program, names),)
 

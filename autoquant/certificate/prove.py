@@ -126,6 +126,12 @@ def prove(
             for name, parameter in loaded.module.named_parameters():
                 check_finite(name, parameter)
             raise AutoQuantError("the model's own logits hold a NaN or an infinity")
+        again = departure(loaded.module, reference, 1) if chosen else 0.0
+        if not again <= tolerance:
+            raise AutoQuantError(
+                f"{type(loaded.module).__name__} returns something else when it is called again with the same inputs "
+                f"(changed by {again:.2g}): what it returns hangs on more than these and what it holds"
+            )
         bench = _Bench(loaded, reference, seed, tolerance)
         trials = {}
         for claim in chosen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autoquant.capture.fake_tensors import kept_tensors
+from autoquant.capture.state import kept_state
 from autoquant.certificate.experts import force_choices
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
@@ -29,6 +29,8 @@ FACTORY_BATCHES = (1, 9)
 WINDOW = 12
 """Tokens of a small model's windows: fewer than its longest run, and than a prefill with its decoded tokens."""
 PREFILL, DECODED = 10, 4
+CALLS, _MOST_CALLS = 3, 64
+"""One after the other, of a module that keeps something of each: beyond a number in its code, up to the second."""
 OFFSET, PADDING = 29, 3
 _WINDOWS = re.compile(
     r"(^|_)window(_size)?$|^attention_chunk_size$|^original_max_position_embeddings$|local_attention$"
@@ -41,7 +43,10 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way to call a model; ``call`` returns what is compared. ``length``: tokens, 0 where they are not counted."""
+    """One way to call a model; ``call`` returns what is compared. ``length``: tokens, 0 where they are not counted.
+
+    Every run starts from the state that the model is in, and leaves it so.
+    """
 
     name: str
     length: int
@@ -49,7 +54,7 @@ class Run:
     within: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __call__(self, module: nn.Module) -> Outputs:
-        with quiet(), torch.random.fork_rng(devices=()), self.within():
+        with quiet(), torch.random.fork_rng(devices=()), self.within(), kept_state(module):
             return self.call(module)
 
 
@@ -120,12 +125,9 @@ def given(loaded: LoadedModel) -> Run:
 
 
 def _call(loaded: LoadedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Outputs:
-    if loaded.config is not None:
-        return compared(module, module(*args, **kwargs), True)
-    # A user's module may write into its inputs and its own tensors (caches): every run starts from what was given.
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
-    with kept_tensors(module):
-        return compared(module, module(*args, **kwargs), False)
+    if loaded.config is None:  # a user's module may write into its inputs
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    return compared(module, module(*args, **kwargs), loaded.config is not None)
 
 
 def compared(module: nn.Module, output: object, first: bool) -> Outputs:
@@ -255,9 +257,36 @@ def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
     for tokens in dict.fromkeys((length, *FACTORY_LENGTHS, *_spans(loaded.module))):
         args, kwargs = other(tokens)
         yield Run(f"{tokens} tokens", tokens, partial(_call, loaded, args, kwargs))
+    again = [other(length) for _ in range(_calls(loaded))]
+    if again:
+        yield Run(f"{len(again)} calls", length, partial(_one_after_the_other, again))
     for count in (count for count in FACTORY_BATCHES if count != batch):
         args, kwargs = other(length, count)
         yield Run(f"{count} sequences", length, partial(_call, loaded, args, kwargs))
+
+
+def _one_after_the_other(calls: Sequence[tuple[Any, Any]], module: nn.Module) -> Outputs:
+    """What a module returns call by call, in the state that the calls before leave it in."""
+    made = [module(*args, **kwargs) for args, kwargs in pytree.tree_map_only(Tensor, torch.clone, calls)]
+    return tuple(tensor for output in made for tensor in compared(module, output, False))
+
+
+def _calls(loaded: LoadedModel) -> int:
+    """How many calls show what a module does by the state that earlier ones leave: more than any number that its code
+    names, as far as they can be afforded; none where a call changes nothing that it holds.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (loaded.args, dict(loaded.kwargs)))
+    with quiet(), torch.no_grad(), torch.random.fork_rng(devices=()), kept_state(loaded.module) as kept:
+        loaded.module(*args, **kwargs)
+    if not kept.changed:
+        return 0
+    seen: set[int] = set()
+    named = [0]
+    for part in loaded.module.modules():
+        named += _named_in(type(part).forward, seen)
+        for value in vars(part).values():
+            named += [value] if type(value) is int else _named_in(value, seen)
+    return CALLS + max(value for value in named if value <= _MOST_CALLS)
 
 
 def _written(loaded: LoadedModel, leaves: Collection[Any]) -> frozenset[int]:
@@ -265,7 +294,7 @@ def _written(loaded: LoadedModel, leaves: Collection[Any]) -> frozenset[int]:
     copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     tree = pytree.tree_flatten((loaded.args, dict(loaded.kwargs)))[1]
     args, kwargs = pytree.tree_unflatten(copies, tree)
-    with torch.no_grad(), kept_tensors(loaded.module):
+    with torch.no_grad(), kept_state(loaded.module):
         loaded.module(*args, **kwargs)
     pairs = zip(leaves, copies, strict=True)
     return frozenset(id(leaf) for leaf, copied in pairs if isinstance(copied, Tensor) and copied._version > 0)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autoquant.capture.copies import copied
-from autoquant.capture.fake_tensors import kept_tensors, plain_tensors
+from autoquant.capture.state import kept_state, plain_tensors
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
 from autoquant.models.build import build, build_meta, changed, with_inputs
@@ -325,7 +325,7 @@ def failure_of(loaded: LoadedModel) -> Exception | None:
     A factory's module may write into its own tensors, which are put back. Models of transformers are left as their
     first run leaves them: one that rescales its weights notes that in an attribute, and both belong together.
     """
-    kept = kept_tensors(loaded.module) if loaded.config is None else contextlib.nullcontext()
+    kept = kept_state(loaded.module) if loaded.config is None else contextlib.nullcontext()
     try:
         with quiet(), kept, torch.random.fork_rng(devices=()), torch.no_grad():
             loaded.module(*loaded.args, **loaded.kwargs)

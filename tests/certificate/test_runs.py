@@ -14,6 +14,7 @@ from autoquant.certificate.certify import certify
 from autoquant.certificate.prove import prove
 from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, with_short_windows
 from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind, edited
+from autoquant.errors import AutoQuantError
 from autoquant.models.build import build_meta
 from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource
@@ -234,3 +235,43 @@ def test_a_dataclass_of_a_person_s_own_is_compared() -> None:
     assert proof.failed() == ()
     (failed,) = prove(loaded(Answering(relu_with_a_distance)), up_to_down()).failed()
     assert failed.name == "up -> down"
+
+
+def relu_of_two_calls(unit: Unit, hidden: Tensor) -> Tensor:
+    unit.calls: int = getattr(unit, "calls", 0) + 1  # type: ignore[misc]  # an attribute of one kind of unit
+    return hidden.relu() if unit.calls < 9 else hidden.tanh()
+
+
+def test_what_later_calls_alone_do_is_refused() -> None:
+    module = loaded(Unit(relu_of_two_calls))
+    module.module.calls = 0  # type: ignore[assignment]  # a number
+    (calls,) = [run.name for run in further_runs(module, (), 0) if run.name.endswith(" calls")]
+    assert int(calls.partition(" ")[0]) >= 9 + 3  # more than the nine that the code names
+    (failed,) = prove(module, up_to_down()).failed()
+    assert failed.name == "up -> down" and failed.change > 1e-3
+    assert module.module.calls == 0
+
+
+def times_the_calls(unit: Unit, hidden: Tensor) -> Tensor:
+    unit.log.append(len(unit.log))  # type: ignore[operator, union-attr]  # a list
+    return hidden.relu() * len(unit.log)  # type: ignore[arg-type]
+
+
+def test_a_module_that_counts_its_calls_keeps_its_claims() -> None:
+    module = loaded(Unit(times_the_calls))
+    module.module.log = []  # type: ignore[assignment]  # a list
+    proof = prove(module, up_to_down())
+    assert not proof.failed() and max(trial.change for trial in proof.trials) < 1e-13
+
+
+CALLS = [0]
+
+
+def times_a_global(unit: Unit, hidden: Tensor) -> Tensor:
+    CALLS[0] += 1
+    return hidden.relu() * CALLS[0]
+
+
+def test_what_hangs_on_more_than_inputs_and_state_is_said() -> None:
+    with pytest.raises(AutoQuantError, match="Unit returns something else when it is called again with the same"):
+        prove(loaded(Unit(times_a_global)), up_to_down())
