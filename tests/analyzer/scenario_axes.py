@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from scenario_parts import BUFFERS, DIFFERENT, LENGTHS, ONE_LAYER, ROLES, SAFE, STARTS
+from scenario_rules import rules
 from scenarios import (
     FORMS,
     HEADS,
@@ -301,11 +302,20 @@ OTHER: dict[str, Callable[[Tensor], Tensor]] = {
 """What is done to the index before the second product."""
 
 
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bmm": lambda h, w: torch.bmm(h, w.transpose(1, 2)),
+    "bmm, weight on the left": lambda h, w: torch.bmm(w, h.transpose(1, 2)).transpose(1, 2),
+    "einsum": lambda h, w: torch.einsum("tod,thd->toh", h, w),
+}
+"""``h [tokens, 1, in]`` with a matrix ``w [tokens, out, in]`` for each token."""
+
+
 class Experts(nn.Module):
     """A matrix for each expert, chosen by the token's number or by a router."""
 
-    def __init__(self, routed: bool, again: Callable[[Tensor], Tensor], act: str) -> None:
+    def __init__(self, routed: bool, again: Callable[[Tensor], Tensor], act: str, product: str = "bmm") -> None:
         super().__init__()
+        self.product = PRODUCTS[product]
         self.norm = nn.RMSNorm(WIDTH, eps=1e-3)
         self.router = nn.Linear(WIDTH, EXPERTS)
         self.first = nn.Parameter(torch.randn(EXPERTS, 5, WIDTH))
@@ -316,12 +326,12 @@ class Experts(nn.Module):
         n = self.norm(x).flatten(0, 1)
         scores = self.router(n).softmax(-1)
         e = scores.argmax(-1) if self.routed else tokens.flatten() % EXPERTS
-        h = torch.bmm(n.unsqueeze(1), self.first[e].transpose(1, 2))
+        h = self.product(n.unsqueeze(1), self.first[e])
         if self.act == "tanh of the last":
             h = torch.where((e == EXPERTS - 1)[:, None, None], h.tanh(), h.relu())
         else:
             h = h.relu()
-        y = torch.bmm(h, self.second[self.again(e)].transpose(1, 2)).squeeze(1)
+        y = self.product(h, self.second[self.again(e)]).squeeze(1)
         return x + (y * scores.gather(-1, e[:, None])).view(x.shape)
 
 
@@ -379,7 +389,13 @@ def experts(seed: int) -> Scenario:
         table = rng.choice((SAME, OTHER))
         name = rng.choice(list(table))
         again = table[name]
-        drawn.append((f"stacked, {name}, {act}, routed {routed}", lambda r=routed, a=again, c=act: Experts(r, a, c)))
+        product = rng.choice(list(PRODUCTS))
+        drawn.append(
+            (
+                f"stacked, {name}, {act}, routed {routed}, {product}",
+                lambda r=routed, a=again, c=act, p=product: Experts(r, a, c, p),
+            )
+        )
         group = Claimed("group", (f"{path}.first",), (f"{path}.second",), 5 if act == "relu" else None)
         (plants if table is SAME and act == "relu" else traps).append(group)
     few = rng.choice(((0, 0, 0), (1, 0, 1), (2, 1, 2)))
@@ -421,4 +437,5 @@ AXES: dict[str, Callable[[int], Scenario]] = {
     "roles": roles,
     "decode": decode,
     "experts": experts,
+    "rules": rules,
 }

@@ -144,9 +144,14 @@ def _numbers(text: str) -> list[int]:
 def _found(plant: Claimed, findings: Findings) -> bool:
     """True if groups from the sources cover all columns of the targets, or one space all rows of the writers."""
     if plant.what == "space":
-        return any(all(_covered(space.writers, path) for path in plant.sources) for space in findings.spaces)
+        return any(all(_covered(_rows(space), path) for path in plant.sources) for space in findings.spaces)
     groups = [g for g in findings.groups if {s.path for s in g.sources} >= set(plant.sources)]
     return all(_covered([t for g in groups for t in g.targets], path) for path in plant.targets)
+
+
+def _rows(space: Space) -> list[Slot]:
+    """What writes into a space: also rows behind which a gain stands, which is folded into them."""
+    return [*space.writers, *(slot for read in space.reads for slot in read.readers if slot.dim == 0)]
 
 
 def _claims(trap: Claimed, findings: Findings) -> bool:
