@@ -40,6 +40,7 @@ __all__ = [
     "nonzero_takes_all",
     "plain_calls",
     "pytree",
+    "questions_of_sizes",
     "reset_dynamo",
     "some_rows",
     "without_amx_",
@@ -109,6 +110,39 @@ def some_rows() -> Iterator[None]:
         yield
     finally:
         kind.evaluate_expr = evaluate
+
+
+def questions_of_sizes(
+    call: Callable[[Any, Any], object], args: Any, kwargs: Any, named: Callable[[Tensor], list[int | None]]
+) -> list[Callable[[int, int], bool]]:
+    """What ``call(args, kwargs)`` asks of two numbers, each question as a function of them that is true as it is.
+
+    ``named``: which of the two each size of an input is, 0 or 1, None where it is another one. Nothing is computed.
+    """
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    sizes: Any = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+    mode = FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True)
+    number_of: dict[Any, int] = {}
+
+    def fake(leaf: Tensor) -> Tensor:
+        kinds = named(leaf) or [None] * leaf.dim()
+        dims = [DimDynamic.STATIC if kind is None else DimDynamic.DYNAMIC for kind in kinds]
+        made: Tensor = mode.from_tensor(leaf, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
+        for kind, size in zip(kinds, made.shape, strict=True):
+            if kind is not None and isinstance(size, torch.SymInt):
+                number_of[size.node._expr] = kind
+        return made
+
+    args, kwargs = pytree.tree_map_only(Tensor, fake, (args, kwargs))
+    with contextlib.suppress(Exception), mode:  # the model's own code; what it asked until then was asked
+        call(args, kwargs)
+    found = {guard.expr for guard in sizes.guards}
+
+    def asked(expression: Any) -> Callable[[int, int], bool]:
+        return lambda *numbers: bool(expression.xreplace({symbol: numbers[k] for symbol, k in number_of.items()}))
+
+    return [asked(expression) for expression in sorted(found, key=str) if expression.free_symbols <= number_of.keys()]
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ class _Inside:
                 self._add(value)
             case Mapping():
                 self._add(value.values())
-            case FunctionType() if _is_own(value.__module__):
+            case FunctionType() if is_own(value.__module__):
                 self._function(value)
             case MethodType():
                 self._add((value.__self__, value.__func__))
@@ -141,7 +141,7 @@ class _Inside:
                 self._add((value.func, *value.args, *value.keywords.values()))
             case nn.Module() | SimpleNamespace():
                 self._table(value.__dict__)
-            case _ if _is_own(type(value).__module__) and isinstance(getattr(value, "__dict__", None), dict):
+            case _ if is_own(type(value).__module__) and isinstance(getattr(value, "__dict__", None), dict):
                 self._table(value.__dict__)
 
     def _state(self, read: Callable[[], Any], put: Callable[[Any], object], content: Any) -> None:
@@ -210,5 +210,6 @@ def _identity(cell: CellType) -> int:
         return 0
 
 
-def _is_own(name: str | None) -> bool:
+def is_own(name: str | None) -> bool:
+    """True of a module of Python code that is a person's, not torch's, transformers' or Python's."""
     return (name or "").partition(".")[0] not in _NOT_OWN

@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autoquant.capture.state import kept_state
+from autoquant.capture.state import is_own, kept_state
+from autoquant.certificate.branches import sizes_that_matter
 from autoquant.certificate.experts import force_choices
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
@@ -180,6 +181,12 @@ def _text_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
         made = _text(loaded, 1, tokens, seed + tokens)
         if made is not None:
             yield Run(f"{tokens} tokens", tokens, partial(_call, loaded, (), made))
+    if any(is_own(type(part).__module__) for part in module.modules()):  # code that no survey has seen
+        given_text = lambda count, tokens: ((), _text(loaded, count, tokens, seed) or {})  # noqa: E731
+        for count, tokens in sizes_that_matter(module, given_text, (2, WINDOW)):
+            kwargs = _text(loaded, count, tokens, seed + tokens)
+            if kwargs is not None:
+                yield Run(f"{count} sequences of {tokens} tokens", tokens, partial(_call, loaded, (), kwargs))
     names = inspect.signature(module.forward).parameters
     made = _text(loaded, 2, WINDOW, seed)
     ids = None if made is None else made.get("input_ids")
@@ -257,6 +264,10 @@ def _factory_runs(loaded: LoadedModel, seed: int) -> Iterator[Run]:
     for tokens in dict.fromkeys((length, *FACTORY_LENGTHS, *_spans(loaded.module))):
         args, kwargs = other(tokens)
         yield Run(f"{tokens} tokens", tokens, partial(_call, loaded, args, kwargs))
+    first = (2, length if length > 2 else 5)
+    for count, tokens in sizes_that_matter(loaded.module, lambda count, tokens: other(tokens, count), first):
+        args, kwargs = other(tokens, count)
+        yield Run(f"{count} sequences of {tokens} tokens", tokens, partial(_call, loaded, args, kwargs))
     again = [other(length) for _ in range(_calls(loaded))]
     if again:
         yield Run(f"{len(again)} calls", length, partial(_one_after_the_other, again))
