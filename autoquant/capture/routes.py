@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.jit import ScriptModule
 
 from autoquant.capture.attributes import attributes_as_buffers
 from autoquant.capture.fake_tensors import (
@@ -119,6 +120,12 @@ def capture(
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
+    compiled_before = next((path for path, part in module.named_modules() if isinstance(part, ScriptModule)), None)
+    if compiled_before is not None:
+        raise AutoQuantError(
+            f"cannot capture {type(module).__name__}: {compiled_before or 'it'} is compiled by TorchScript, whose code "
+            "no trace enters; build the model without torch.jit"
+        )
     failures: list[str] = []
     with attributes_as_buffers(module, args, kwargs):
         names, aliases = names_of(module)

@@ -471,3 +471,10 @@ def test_code_that_decides_by_token_ids_is_not() -> None:
     module = Long(position=False).to("meta").eval()
     with pytest.raises(AutoQuantError, match="by the values of activations"):
         capture(module, (torch.tensor([[1, 2, 3]], device="meta"),), {}, "export")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_module_of_torchscript_is_named() -> None:
+    inner: nn.Module = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))  # type: ignore[no-untyped-call]  # torch has no types for it
+    with pytest.raises(AutoQuantError, match=r"cannot capture Sequential: 1 is compiled by TorchScript"):
+        capture(nn.Sequential(nn.Linear(4, 4), inner), (torch.ones(1, 4),), {})
