@@ -6,8 +6,8 @@ on from there.
 CASES is a folder of small models written after what public repositories do (``reach/minimal.py``, ``odd2.py``,
 ``odd3.py``, and the factories of ``soundness/missed.py``), with ``reach/oracle.py`` as their judge, which imports
 nothing of the project. It is no part of the project. Each pattern is analysed, proved and judged in a process of its
-own that is ended after two minutes. Writes ``benchmarks/reach.md`` unless NAMES are given; exits with 1 where a claim
-is false.
+own that is ended after two minutes; what was found before is not judged. Writes ``benchmarks/reach.md`` unless NAMES
+are given; exits with 1 where a claim is false.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ FILES = ("minimal", "odd2", "odd3", "missed")
 DRIVER = """
 import importlib, importlib.util, json, logging, os, pathlib, signal, sys, time, types, warnings
 warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL)
-cases, out, limit, only = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+cases, out, limit = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+judged, only = sys.argv[4] == "judge", sys.argv[5:]
 sys.path[:0] = [str(cases / "reach"), str(cases / "soundness")]
 import torch
 torch.set_num_threads(1)
@@ -105,6 +106,8 @@ def one(file, key, factory):
     line["spaces"] = [s["kind"] + " " + s["name"] for s in made["rotation"]["spaces"]]
     line["blocked"] = [(b["path"], b["what"], b["reason"], b["operator"]) for b in made["blocked"]]
     line["matrices"], line["listed"], line["missing"] = covered(made, factory()[0])
+    if not judged:
+        return line
     try:
         rows = oracle.check(made, factory, 2)
         line["false"] = [r[:3] for r in rows if not (isinstance(r[2], float) and r[2] <= 1e-6)]
@@ -136,14 +139,17 @@ for file, key, factory in found():
 
 
 def run(
-    cases: Path, checkout: Path, names: list[str], limit: int, kept: Path | None = None
+    cases: Path, checkout: Path, names: list[str], limit: int, kept: Path | None = None, *, judged: bool = True
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """What ``checkout`` finds in each pattern, by file and name; patterns whose results are ``kept`` are not run."""
+    """What ``checkout`` finds in each pattern, by file and name; patterns whose results are ``kept`` are not run.
+
+    ``judged``: every claim is carried out, too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = kept or Path(folder) / "found.jsonl"
         out.touch()
         subprocess.run(
-            [sys.executable, "-c", DRIVER, str(cases), str(out), str(limit), *names],
+            [sys.executable, "-c", DRIVER, str(cases), str(out), str(limit), "judge" if judged else "-", *names],
             env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
             cwd=checkout,
             check=True,
@@ -199,9 +205,11 @@ def summary(found: dict[tuple[str, str], Any]) -> str:
     captured = [line for line in lines if "matrices" in line]
     groups, spaces = (sum(len(line[key]) for line in captured) for key in ("groups", "spaces"))
     missing = sum(len(line["missing"]) for line in captured)
-    false = sum(len(line.get("false", ())) for line in captured)
+    judged = [line for line in captured if "judged" in line]
+    trials = sum(line["judged"] for line in judged)
+    verdict = f"{sum(len(line['false']) for line in judged)} of the judge's {trials} trials false, " if judged else ""
     return (
-        f"{len(captured)} of {len(found)} captured, {groups} groups and {spaces} spaces, {false} claims false, "
+        f"{len(captured)} of {len(found)} captured, {groups} groups and {spaces} spaces, {verdict}"
         f"{missing} matrices in no list"
     )
 
@@ -220,9 +228,10 @@ def main() -> int:
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
     after = run(cases, ROOT, args.names, args.limit, kept and kept / "now.jsonl")
-    before = (
-        run(cases, args.before.resolve(), args.names, args.limit, kept and kept / "before.jsonl") if args.before else {}
-    )
+    before = {}
+    if args.before:
+        out = kept and kept / "before.jsonl"
+        before = run(cases, args.before.resolve(), args.names, args.limit, out, judged=False)
     if args.json:
         args.json.write_text(json.dumps(list(after.values()), indent=1))
     text = f"Before: {summary(before)}.\n\n" * bool(before) + f"Now: {summary(after)}.\n\n{table(after, before)}\n"

@@ -56,6 +56,24 @@ def gpt2(folder: Path) -> Path:
     return folder
 
 
+def with_a_tower(folder: Path) -> Path:
+    """A small checkpoint of a type that takes images, whose class is that of its language model too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    text = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=16, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    tokens = dict(image_token_index=60, boi_token_index=61, eoi_token_index=62, mm_tokens_per_image=4)
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **tokens)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
 def search_task(*knobs: str, strategy: Strategy = STATIC, per_token: int = 0) -> Task:
     """What a search is about: windows of random tokens through the packaged model."""
     found = windows(6, 40)

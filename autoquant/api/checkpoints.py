@@ -218,10 +218,12 @@ def quantize(
         raise AutoQuantError(f"{model}: a folder needs an output")
     from autoquant.calibration.texts import PACKAGED
     from autoquant.models.device import device_of
+    from autoquant.models.load import check_reads_text
     from autoquant.models.tokenizer import load_tokenizer
 
     place = device_of(device)
     source, folder = _folders(model, Path(output), force, trust_remote_code)
+    check_reads_text(source, trust_remote_code=trust_remote_code)
     loaded = analyzed_config(config, source, trust_remote_code, progress)
     packaged = calibration is None and _calibrates(source, loaded, used, chosen, trust_remote_code)
     if packaged:

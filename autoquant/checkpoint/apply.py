@@ -281,7 +281,7 @@ def _apply_loaded(
 ) -> Applied:
     """For checkpoints whose tensors transformers renames or stacks on loading: change the loaded model and save it."""
     source, shards = stored.source, stored.shards
-    loaded = load_with_unplaced(source, None, trust_remote_code=stored.trust_remote_code)
+    loaded = load_with_unplaced(source, trust_remote_code=stored.trust_remote_code)
     model = loaded.model
     restore_dtypes_(model, shards)
     check_unturned(source, shards, loaded.unplaced, resolved)

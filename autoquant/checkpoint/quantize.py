@@ -32,15 +32,17 @@ from autoquant.checkpoint.provenance import make_provenance
 from autoquant.checkpoint.side_files import check_links
 from autoquant.checkpoint.streamed import StoredOtherwise, Weights, looked_through, open_weights
 from autoquant.config.format import Config, Strategy, edited
+from autoquant.config.spelling import listed
 from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
 from autoquant.io.folders import check_target
 from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.device import device_said
-from autoquant.models.load import load_causal_lm, load_skeleton, load_with_unplaced
+from autoquant.models.load import check_reads_text, load_causal_lm, load_skeleton, load_with_unplaced
 from autoquant.models.tokenizer import has_tokenizer, load_tokenizer
 from autoquant.pipeline.held import InMemory
+from autoquant.pipeline.of_text import of_text
 from autoquant.pipeline.quantize import Quantized, Selected, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import Progress, prepare_held_, silent
@@ -109,6 +111,12 @@ def quantize_checkpoint(
         progress("load", 0, 1)
         shards = open_checkpoint(source)
         check_links(source)
+        check_reads_text(source, trust_remote_code=trust_remote_code)
+        skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
+        config, idle = of_text(recipe.config, skeleton)
+        if idle:
+            warnings.warn(f"kept in floating point, since text does not reach it: {listed(idle)}", stacklevel=2)
+            recipe = replace(recipe, config=config)
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if has_tokenizer(source) else None
         trust = trust_remote_code
         opened = _Opened(source, target, recipe, options, shards, tokenizer, device, processes, wish, force, trust)
@@ -217,7 +225,7 @@ def _quantize_in_memory(opened: _Opened, progress: Progress) -> Done:
     source, recipe, trust = opened.source, opened.recipe, opened.trust_remote_code
     with warnings.catch_warnings():  # what is to be said of the stored weights was said
         warnings.simplefilter("ignore")
-        loaded = load_with_unplaced(source, "causal-lm", torch.float32, trust_remote_code=trust)
+        loaded = load_with_unplaced(source, torch.float32, trust_remote_code=trust)
     unused = hide_unused_(source, loaded.model)
     held = InMemory(loaded.model.to(opened.device), shared(opened.processes))
     dtypes = stored_dtypes(opened.shards, stored_names(held.inventory, opened.shards))

@@ -48,7 +48,6 @@ from autoquant.models.source import (
     what_failed,
 )
 from autoquant.models.structure import record_untied_, structure_of
-from autoquant.models.tasks import Kind
 
 BATCH, TOKENS = 2, 16
 
@@ -65,6 +64,7 @@ _SMALL = 1_000_000
 """Parameters that are of no matter, whatever a file holds."""
 _NAMED = 5
 """Weights named in a message; of the others the number is said."""
+_OF_TEXT = ("causal-lm", "image-text-to-text")
 OLD_BUFFER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Names of what classes kept in checkpoints once and now compute."""
 _LEFT_OUT = (ADAPTER, ".metadata", "*.distcp")
@@ -79,7 +79,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     quantized: bool = False,
 ) -> Any:
-    """A folder's or hub id's causal language model, in evaluation mode; ``dtype`` None: as its config says.
+    """A folder's or hub id's model that goes on with text, in evaluation mode; ``dtype`` None: as its config says.
 
     ``quantized``: take also what is quantized already and transformers can load. Warns of tensors that the class has no
     place for, of a wrapper's prefix, and of embeddings that are tied by the config and not in the file.
@@ -87,19 +87,17 @@ def load_causal_lm(
     Raises AutoQuantError where it cannot be loaded, and where a weight is missing or has another shape.
     """
     folder = checkpoint_folder(source, trust_remote_code=trust_remote_code)
-    return _load(folder, "causal-lm", dtype, device, trust_remote_code, quantized).model
+    return _load(folder, dtype, device, trust_remote_code, quantized, of_text=True).model
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
     """What :func:`load_causal_lm` does, by the checkpoint's own auto class."""
-    return load_with_unplaced(folder, None, dtype, trust_remote_code=trust_remote_code).model
+    return load_with_unplaced(folder, dtype, trust_remote_code=trust_remote_code).model
 
 
-def load_with_unplaced(
-    folder: Path, task: Kind | None, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
-) -> Loaded:
-    """The model of a folder, and which of its tensors the class has no place for; ``task`` None: its own."""
-    return _load(folder, task, dtype, None, trust_remote_code, False)
+def load_with_unplaced(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Loaded:
+    """The model of a folder, and which of its tensors the class has no place for."""
+    return _load(folder, dtype, None, trust_remote_code, quantized=False, of_text=False)
 
 
 def load_weights(
@@ -222,6 +220,18 @@ def _check_size(folder: Path, config: Any, shards: Shards, trust_remote_code: bo
         )
 
 
+def check_reads_text(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise AutoQuantError for a checkpoint that text alone does not go through, before anything is done with it."""
+    config = load_settings(folder, trust_remote_code=trust_remote_code)
+    tasks = kinds_of(config)
+    if not tasks or tasks[0] in _OF_TEXT or ("causal-lm" in tasks and not config.is_encoder_decoder):
+        return
+    raise AutoQuantError(
+        f"{folder}: {config.model_type!r} is an encoder and a decoder ({tasks[0]}), and text alone calibrates and "
+        "scores models that go on with it; `autoquant apply --transforms rotation` changes this one"
+    )
+
+
 def class_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The auto class that builds a checkpoint."""
     config = load_settings(Path(folder), trust_remote_code=trust_remote_code)
@@ -229,15 +239,14 @@ def class_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def build_empty(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """The folder's causal language model without weights, in evaluation mode: parameters on the meta device, buffers
-    with their values, generation settings as the folder has them. Raises AutoQuantError.
+    """The folder's model without weights, by its own auto class, in evaluation mode: parameters on the meta device,
+    buffers with their values, generation settings as the folder has them. Raises AutoQuantError.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_settings(folder, trust_remote_code=trust_remote_code)
+    kind = auto_class((kinds_of(config) or ("causal-lm",))[0])
     try:
         with quiet(), parameters_on_meta():
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: Any = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             _take_generation_settings_(model, folder)
     except Exception as error:  # construction runs the architecture's own code
         raise AutoQuantError(f"{folder}: its model cannot be built: {what_failed(error, config)}") from error
@@ -285,29 +294,27 @@ def hide_progress() -> None:
 
 def _load(
     folder: Path,
-    task: Kind | None,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     trust_remote_code: bool,
     quantized: bool,
+    of_text: bool,
 ) -> Loaded:
     shards = open_checkpoint(folder, quantized=quantized)
     config = load_settings(folder, trust_remote_code=trust_remote_code)
     check_depth(folder, config, shards)
     _check_size(folder, config, shards, trust_remote_code, most=16 if quantized else 4)
     tasks = kinds_of(config)
-    if task is not None and tasks and task not in tasks:
-        raise AutoQuantError(f"{folder}: type {config.model_type!r} is no causal language model, but {tasks[0]}")
+    if of_text:
+        check_reads_text(folder, trust_remote_code=trust_remote_code)
     hide_progress()
     prefix = {f"^{re.escape(shards.prefix)}": ""} if shards.prefix else None
     try:
         with _plain_view(folder) as view, quiet():
-            numbers, kind = None, auto_class(task or (tasks or ("causal-lm",))[0])
+            numbers, kind = None, auto_class((tasks or ("causal-lm",))[0])
             if shards.scaled:  # transformers takes tensors in place of a folder by the class itself alone
                 numbers = {name: shards.read(name) for name in shards.entries}
-                kind = type(
-                    build_structure(ModelSource(str(folder), config, None, folder, trust_remote_code, {}, task))
-                )
+                kind = type(build_structure(ModelSource(str(folder), config, None, folder, trust_remote_code)))
             model, info = kind.from_pretrained(
                 view if numbers is None else None,
                 config=config,

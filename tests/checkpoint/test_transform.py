@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from quantized import DATA, PACKAGED, config_of
+from quantized import DATA, PACKAGED, config_of, with_a_tower
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.calibration.windows import CalibrationOptions
@@ -65,22 +65,6 @@ def test_what_is_missing_is_said_before_the_work(
     with pytest.raises(AutoQuantError, match=message):
         transform_checkpoint(PACKAGED, config_of(PACKAGED), tmp_path / "out", chosen)
     assert not list(tmp_path.iterdir())
-
-
-def with_a_tower(folder: Path) -> Path:
-    """A small checkpoint of a type that takes images, whose class is that of its language model too."""
-    torch.manual_seed(0)
-    text = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=16, query_pre_attn_scalar=8,
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
-    )
-    tokens = dict(image_token_index=60, boi_token_index=61, eoi_token_index=62, mm_tokens_per_image=4)
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **tokens)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
 
 
 def test_what_text_does_not_reach_is_not_smoothed(tmp_path: Path) -> None:
