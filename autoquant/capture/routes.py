@@ -120,12 +120,7 @@ def capture(
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
-    compiled_before = next((path for path, part in module.named_modules() if isinstance(part, ScriptModule)), None)
-    if compiled_before is not None:
-        raise AutoQuantError(
-            f"cannot capture {type(module).__name__}: {compiled_before or 'it'} is compiled by TorchScript, whose code "
-            "no trace enters; build the model without torch.jit"
-        )
+    _check_is_python(module)
     failures: list[str] = []
     with attributes_as_buffers(module, args, kwargs):
         names, aliases = names_of(module)
@@ -157,6 +152,15 @@ def capture(
                 failures += [failure] if failure not in failures else []
     why = _BY_VALUES if any(_VALUES.search(failure) for failure in failures) else ""
     raise AutoQuantError(f"cannot capture {type(module).__name__}: {why}" + "; ".join(failures))
+
+
+def _check_is_python(module: nn.Module) -> None:
+    compiled_before = next((path for path, part in module.named_modules() if isinstance(part, ScriptModule)), None)
+    if compiled_before is not None:
+        raise AutoQuantError(
+            f"cannot capture {type(module).__name__}: {compiled_before or 'it'} is compiled by TorchScript, whose code "
+            "no trace enters; build the model without torch.jit"
+        )
 
 
 def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], captured: Captured) -> float:
