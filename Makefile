@@ -21,8 +21,9 @@ SERVED := $(if $(filter $(SERVE_VENV)/bin/python,$(SERVE_PYTHON)),$(SERVE_VENV)/
 # Another for the tools that take our recipes.
 BRIDGE_VENV := bridge-venv
 BRIDGED := $(BRIDGE_VENV)/.installed
+BRIDGE_TOOLS := --llm-compressor $(BRIDGE_VENV)/bin/python --quark $(BRIDGE_VENV)/bin/python
 
-.PHONY: test-bridges serve test-serve test-onnx demo lint check test test-slow configs survey picture install clean
+.PHONY: bridges test-bridges serve test-serve test-onnx demo lint check test test-slow configs survey picture install clean
 
 demo: $(INSTALLED)
 	mkdir -p $(OUT)
@@ -51,10 +52,17 @@ test-onnx: $(INSTALLED)
 	$(BIN)/pytest -q tests/checkpoint/formats/test_onnx.py
 	$(BIN)/python benchmarks/onnx_check.py
 
-# Our recipes run by LLM Compressor and Quark themselves (benchmarks/bridges.md), and their registries audited (docs/audit.md).
+# Our recipes run by LLM Compressor and Quark themselves, and entries of their registries audited: a sample, written to $(OUT).
 test-bridges: $(INSTALLED) $(BRIDGED)
-	$(BIN)/python benchmarks/bridges.py --llm-compressor $(BRIDGE_VENV)/bin/python --quark $(BRIDGE_VENV)/bin/python
-	$(BIN)/python benchmarks/audit.py --llm-compressor $(BRIDGE_VENV)/bin/python --quark $(BRIDGE_VENV)/bin/python
+	mkdir -p $(OUT)
+	$(BIN)/python benchmarks/bridges.py $(BRIDGE_TOOLS) --model llama --model gemma2 --model qwen3_moe --model opt -o $(OUT)/bridges.md
+	$(BIN)/python benchmarks/audit.py $(BRIDGE_TOOLS) --entry LlamaForCausalLM --entry Gemma2ForCausalLM --entry llama -o $(OUT)/audit.md
+	cat $(OUT)/bridges.md $(OUT)/audit.md
+
+# All of it: writes benchmarks/bridges.md, docs/audit.md and docs/audit.patch.
+bridges: $(INSTALLED) $(BRIDGED)
+	$(BIN)/python benchmarks/bridges.py $(BRIDGE_TOOLS)
+	$(BIN)/python benchmarks/audit.py $(BRIDGE_TOOLS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Our recipes run by the tools themselves: python benchmarks/bridges.py --llm-compressor PY --quark PY
 
-PY is the Python of an environment in which the tool is installed (`make test-bridges`). For each architecture a small
+PY is the Python of an environment in which the tool is installed (`make bridges`). For each architecture a small
 random model is written, analyzed and proved; the recipe, its quantization left out, is run by the tool on that model in
 float64, and the logits before and after are compared. Norms compute in float32 in most models, so that 1e-6 is equal.
 Writes bridges.md; exit code 1 where a recipe changes the function.
@@ -143,7 +143,8 @@ def page(found: list[Ran]) -> Iterator[str]:
     yield "random model (float64) after the tool ran our recipe, quantization left out. Up to 1e-6 is equal: norms are"
     yield "computed in float32, and round the difference of two float64 sums away. What the recipe leaves out,"
     yield "`autoquant export` lists; how many tensors the tool changed says that it did something. An error"
-    yield "is the tool's own, with the places in its code."
+    yield "is the tool's own, with the places in its code. Quark takes `config.head_dim` for the size of a head where the"
+    yield "config has that field (`rotation.py`, line 999), and Mixtral's is None; with a number there the same recipe holds."
     yield ""
     yield "| tool | model | in the recipe | left out | tensors changed | change of the logits |"
     yield "|---|---|---|---:|---:|---:|"
