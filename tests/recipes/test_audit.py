@@ -179,6 +179,8 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, text: str, message: s
 def test_a_registry_needs_the_tool(tmp_path: Path) -> None:
     with pytest.raises(AutoQuantError, match="name the MODEL"):
         aq.audit("all", "llm-compressor")
+    with pytest.raises(AutoQuantError, match="no such file; for a class name the --python that has llm-compressor"):
+        aq.audit("LlamaForCausalLM", "llm-compressor", "llama")
     with pytest.raises(AutoQuantError, match="cannot be run"):
         aq.audit("all", "llm-compressor", python=tmp_path / "no-python")
 
