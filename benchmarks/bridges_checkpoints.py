@@ -194,7 +194,8 @@ perplexity is above float's, with the standard error of that paired difference o
 W4A16: groups of 128 along the input; FP8: one scale per tensor, of activations too (static). MXFP4 folders are written
 too, but do not load there in float32. "no format" is the control: what is prepared computes what the model computes.
 AWQ searches its scales for a format, so that it has none; its pinning of memory, which ends with an error where there
-is no accelerator (awq/base.py, line 507), is left out.
+is no accelerator (awq/base.py, line 507), is left out. Why scales give FP8 nothing and a rotation costs it something:
+[signal_to_noise.md](signal_to_noise.md).
 """
 
 
@@ -205,6 +206,9 @@ is no accelerator (awq/base.py, line 507), is left out.
 @click.option("--llm-compressor", "python", type=click.Path(path_type=Path), required=True, help="Its interpreter.")
 @click.option("--tokens", type=int, default=16384, show_default=True, help="The first so many of the text.")
 @click.option("--sequences", type=int, default=8, show_default=True, help="Windows of calibration.")
+@click.option(
+    "--row", "only", multiple=True, help="Only rows that have this in their name, beside float.  [default: all]"
+)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="Where folders and scores are kept.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=PAGE, show_default=True)
@@ -215,6 +219,7 @@ def main(
     python: Path,
     tokens: int,
     sequences: int,
+    only: tuple[str, ...],
     threads: int,
     work: Path | None,
     output: Path,
@@ -228,6 +233,8 @@ def main(
         folder = (work or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         cells = cells_of(rows_of(model, calibration, sequences, folder), folder)
+        if only:  # float is what all are compared with
+            cells = [cells[0], *(cell for cell in cells[1:] if any(part in cell.row.said for part in only))]
         make(cells, python.absolute(), rows, threads, folder)
         found = measured(cells, windows, python.absolute(), folder)
     version = subprocess.run(

@@ -85,9 +85,7 @@ def audit(
     source = None if model is None else source_of(model, None, None, task, trust_remote_code)
     if source is not None and python is None:
         if str(recipe).isidentifier() and not Path(recipe).exists():
-            raise AutoQuantError(
-                f"'{recipe}': no such file; a class is looked up with --python, where {tool} is installed"
-            )
+            raise AutoQuantError(f"'{recipe}': no such file; for a class name the --python that has {tool}")
         return Audited(tool, "", (audit_file(Path(recipe), tool, source, tell),))
     if python is None:
         raise AutoQuantError(f"'{recipe}': name the MODEL to put a file to, or --python, where {tool} is installed")
