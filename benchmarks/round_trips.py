@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +105,29 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def cells_of(kind: str) -> tuple[list[str], list[str]]:
+    """The two rows of a type: whether its folders load the same, and what came of the further way."""
+    import torch
+
+    from autoquant.config.format import Strategy
+    from autoquant.errors import AutoQuantError
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="autoquant-trips-") as temporary:
+        try:
+            same = trips(kind, Path(temporary))
+        except AutoQuantError as error:
+            refused = [f"refused: {error.message}"] * len(Strategy)
+            return refused, refused
+    cells = ["equal" if same[strategy.value][0] else "DIFFERENT" for strategy in Strategy]
+    return cells, [same[strategy.value][1] for strategy in Strategy]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", nargs="+", default=list(TYPES))
+    parser.add_argument("--jobs", type=int, default=1, help="processes, a thread each")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -113,24 +135,16 @@ def main() -> int:
     import transformers
 
     from autoquant.config.format import Strategy
-    from autoquant.errors import AutoQuantError
 
-    torch.set_num_threads(1)
     rows, ways, wrong, broken, start = [], [], 0, 0, time.monotonic()
-    for kind in options.types:
-        with tempfile.TemporaryDirectory(prefix="autoquant-trips-") as temporary:
-            try:
-                same = trips(kind, Path(temporary))
-                cells = ["equal" if same[strategy.value][0] else "DIFFERENT" for strategy in Strategy]
-                further = [same[strategy.value][1] for strategy in Strategy]
-            except AutoQuantError as error:
-                cells = further = [f"refused: {error.message}"] * len(Strategy)
-        wrong += len(Strategy) - cells.count("equal")
-        broken += sum(cell.startswith("DIFFERENT") for cell in further)
-        ways.append(f"| {kind} | {' | '.join(further)} |")
-        print(ways[-1])
-        rows.append(f"| {kind} | {' | '.join(cells)} |")
-        print(rows[-1], f"{time.monotonic() - start:.0f} s", flush=True)
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        for kind, (cells, further) in zip(options.types, pool.map(cells_of, options.types), strict=True):
+            wrong += len(cells) - cells.count("equal")
+            broken += sum(cell.startswith("DIFFERENT") for cell in further)
+            ways.append(f"| {kind} | {' | '.join(further)} |")
+            print(ways[-1])
+            rows.append(f"| {kind} | {' | '.join(cells)} |")
+            print(rows[-1], f"{time.monotonic() - start:.0f} s", flush=True)
     names = [strategy.value.removeprefix("w_int8_").replace("_a_int8_", " / ") for strategy in Strategy]
     lines = [
         "# Round trips",

@@ -40,7 +40,11 @@ def search(
     searcher = Searcher(task, tell)
     start = best = searcher.judge(config)
     tell(f"as it is: {_shown(start)}")
-    decisions: list[Decision] = []
+    digest = _digest((*task.fit, *task.held_out))
+    earlier = _gone_on_from(config.search, task, digest)
+    decisions = [] if earlier is None else list(earlier.decisions)
+    if decisions:
+        tell(f"goes on from {len(decisions)} decisions of an earlier search with the same windows")
     for name, knob in KNOBS.items():
         if name not in task.knobs:
             continue
@@ -72,16 +76,25 @@ def search(
         strategy=task.strategy,
         seed=task.seed,
         calibration=task.calibration,
-        digest=_digest((*task.fit, *task.held_out)),
+        digest=digest,
         fitted=len(task.fit),
         held_out=sum(len(ids) for ids in task.held_out),
-        before=_percent(start.perplexity_ratio.mean),
+        before=_percent(start.perplexity_ratio.mean) if earlier is None else earlier.before,
         after=_percent(ratio.mean),
         standard_error=round(100 * ratio.standard_error, 3) if math.isfinite(ratio.standard_error) else 0.0,
         decisions=tuple(decisions),
     )
     section = edited(best.config.quantization, strategy=task.strategy)
     return edited(best.config, search=record, quantization=section)
+
+
+def _gone_on_from(earlier: Search | None, task: Task, digest: str) -> Search | None:
+    """The search that this one goes on from, whose evidence is kept: of the same strategy, judged on the same windows.
+
+    What was changed by hand in between shows as a step from one decision's ``after`` to the next one's ``before``.
+    """
+    alike = earlier is not None and earlier.strategy is task.strategy and earlier.digest == digest
+    return earlier if alike else None
 
 
 def _shown(judged: Judged) -> str:

@@ -11,7 +11,7 @@ from quantized import DATA, PACKAGED, STATIC, config_of, search_task
 
 from autoquant.cli.main import main
 from autoquant.config.file import load_config, save_config
-from autoquant.config.format import Config, edited
+from autoquant.config.format import Config, Strategy, edited
 from autoquant.pipeline.held import InMemory
 from autoquant.searcher.judge import Judged, Searcher
 from autoquant.searcher.kept import open_kept
@@ -51,6 +51,27 @@ def test_the_search_turns_knobs_keeps_the_evidence_and_repeats_itself() -> None:
     assert first.cost == "the prefix's keys and values, stored in floating point"
     assert re.match(r"as it is: perplexity [+-]\d+\.\d\d ± \d+\.\d\d %, KL 0\.\d+ nats$", lines[0])
     assert search(search_task("prefix", "clip"), config) == found
+
+
+def test_a_search_that_goes_on_from_another_keeps_its_evidence() -> None:
+    lines: list[str] = []
+    first = search(search_task("prefix"), config_of(PACKAGED))
+    found = search(search_task("alpha"), first, tell=lines.append)
+    assert first.search is not None and found.search is not None
+    assert [one.where for one in first.search.decisions] == ["quantization.prefix"]
+    assert [one.where.split(".")[0] for one in found.search.decisions] == ["quantization", "smoothing"]
+    assert (found.search.before, found.search.decisions[0]) == (first.search.before, first.search.decisions[0])
+    assert found.search.decisions[1].before == first.search.decisions[0].after
+    assert lines[1] == "goes on from 1 decisions of an earlier search with the same windows"
+
+
+def test_evidence_of_another_strategy_or_of_other_windows_is_not_kept() -> None:
+    first = search(search_task("prefix"), config_of(PACKAGED))
+    task = search_task("bias")
+    for other in (replace(task, strategy=Strategy.PER_TENSOR_STATIC), replace(task, fit=task.fit[:2])):
+        record = search(other, first).search
+        assert record is not None
+        assert "quantization.prefix" not in [one.where for one in record.decisions]
 
 
 def test_no_budget_changes_no_knob() -> None:
