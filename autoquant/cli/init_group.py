@@ -34,13 +34,13 @@ def command(
     force: bool,
     quiet: bool,
 ) -> None:
-    r"""Write a smoothing group by hand; the checker helps, and the proof decides whether it holds.
+    """Write a smoothing group by hand; the checker helps, and the proof decides whether it holds.
 
     Sources and targets are parameters of the config's linears (a weight's rows make channels, its columns read them)
     or of norms, with {layer} for the layer. The proof runs on a small random model of the config's type.
 
-    \b
-    autoquant init-group c.json --source model.layers.{layer}.mlp.up_proj.weight \\
+    \N{BACKSPACE}
+    autoquant init-group c.json --source model.layers.{layer}.mlp.up_proj.weight \N{REVERSE SOLIDUS}
         --target model.layers.{layer}.mlp.down_proj.weight
     """
     from autoquant import api

@@ -30,7 +30,7 @@ GROUPS = {
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
-EPILOG = r"""
+EPILOG = """
 MODEL is a model type of transformers, a folder, a config.json, a hub id, or package.module:factory. What reads weights
 (quantize, apply, search, eval, compare) takes a folder or a hub id.
 

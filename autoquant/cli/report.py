@@ -21,12 +21,12 @@ from autoquant.cli import options
 @options.format()
 @options.quiet
 def command(config: Path, output: Path, form: str, quiet: bool, **how: Any) -> None:
-    r"""Show a config as a page: layers, groups, what is blocked, the proof.
+    """Show a config as a page: layers, groups, what is blocked, the proof.
 
     With --model also outliers over depth, attention sinks, signal to noise in int8 and what each linear costs. The page
     is one file that loads nothing.
 
-    \b
+    \N{BACKSPACE}
     autoquant report llama.json -o llama.html
     autoquant report my.json --model my-model -o my.html
     """

@@ -14,9 +14,9 @@ from autoquant.cli import options
 @options.force
 @options.quiet
 def command(config: Path, assignments: tuple[str, ...], output: Path | None, force: bool, quiet: bool) -> None:
-    r"""Set knobs of a config, for scripts: all of them, or none where one is wrong.
+    """Set knobs of a config, for scripts: all of them, or none where one is wrong.
 
-    \b
+    \N{BACKSPACE}
     autoquant set c.json smoothing.alpha=0.7 rotation.method=orthogonal
     autoquant set c.json 'layers 0-3: enable=false' 'layers 0: strategy=null'
     autoquant set c.json 'mlp.up_proj -> down_proj: alpha=0.6'

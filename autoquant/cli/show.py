@@ -12,9 +12,9 @@ from autoquant.cli import options
 @click.option("--layer", type=click.IntRange(0), help="This layer only.  [default: one of each kind]")
 @click.option("--linear", metavar="PATH", help="All of one linear: its path, or an end of it.")
 def command(config: Path, layer: int | None, linear: str | None) -> None:
-    r"""Show a config in the terminal: changed knobs first, then a layer as a tree.
+    """Show a config in the terminal: changed knobs first, then a layer as a tree.
 
-    \b
+    \N{BACKSPACE}
     autoquant show llama.json --layer 3
     autoquant show llama.json --linear mlp.down_proj
     """

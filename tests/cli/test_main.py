@@ -70,6 +70,7 @@ def test_the_options_are_frozen(name: str, snapshot: SnapshotAssertion) -> None:
         importlib.import_module(f"autoquant.cli.{name.replace('-', '_')}").command._help_option = None
     result = CliRunner().invoke(cli.main, [name, "--help"] if name else ["--help"], prog_name="autoquant")
     assert result.exit_code == 0
+    assert "\\b" not in result.output, "click's mark of a block as it is was not read"
     assert result.output == snapshot
 
 
