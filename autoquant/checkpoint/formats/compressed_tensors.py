@@ -220,9 +220,9 @@ def _groups(planned: Iterable[PlannedLinear], layout: Layout) -> tuple[Group, ..
 
 
 def _targets(linear: PlannedLinear, layout: Layout) -> list[str]:
-    """A linear's names on the hub; of a stack one expression for all numbers of each matrix."""
+    """A linear's names on the hub; of a stack that is apart there one expression for all numbers of each matrix."""
     names = [_base(part.name) for part in layout.get(linear.weight, ())]
-    if linear.stack is None:
+    if linear.stack is None or len(names) == 1:
         return names
     numbered = (re.sub(r"(.*)\\\.\d+\\\.", r"\1\\.\\d+\\.", re.escape(name)) for name in names)
     return list(dict.fromkeys(f"{REGEX}{expression}$" for expression in numbered))
@@ -233,6 +233,17 @@ def _ignored(contents: Contents, planned: Mapping[str, PlannedLinear], layout: L
     section = edited(contents.config.quantization, exclude=(), overrides=())
     products = [one for one in plan_linears(edited(contents.config, quantization=section)) if one.weight not in planned]
     names = [name for linear in products for name in (_base(linear.weight), *_targets(linear, layout))]
+    names += _numbered(products, planned, layout)
     modules = contents.model.named_modules()
     names += [name for name, module in modules if isinstance(module, nn.Linear) and f"{name}.weight" not in planned]
     return list(dict.fromkeys(names))
+
+
+def _numbered(products: Iterable[PlannedLinear], planned: Iterable[str], layout: Layout) -> Iterator[str]:
+    """Expressions for all that servers ask of experts: by a number behind their module, and names of their own."""
+    kept = {weight.rpartition(".")[0] for weight in planned}
+    for linear in products:
+        module, names = linear.weight.rpartition(".")[0], [part.name for part in layout.get(linear.weight, ())]
+        if linear.stack is not None and module not in kept:
+            apart = re.match(r"(.*)\.\d+\.", names[0]) if len(names) > 1 else None
+            yield f"{REGEX}{re.escape(module if apart is None else apart[1])}\\.\\d+\\."
