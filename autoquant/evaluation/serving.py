@@ -30,8 +30,8 @@ from autoquant.errors import AutoQuantError
 from autoquant.evaluation.perplexity import logits_of
 from autoquant.evaluation.products import Products
 from autoquant.quantizer import int8
-from autoquant.quantizer.linear import Int8Linear, int8_weights
-from autoquant.quantizer.weight import WeightView, input_scale
+from autoquant.quantizer.linear import int8_weights
+from autoquant.quantizer.weight import Int8Weight, WeightView, input_scale
 
 ENGINES = {"vllm": "autoquant.evaluation.vllm_scores", "transformers": "autoquant.models.transformers_scores"}
 """The module that scores with each, run by an interpreter that has it."""
@@ -99,7 +99,7 @@ def agreements(
     scores, versions, products = scores_elsewhere(folders, rows, engine, python, dtype)
     found = []
     for folder, score, made in zip(folders, scores, products, strict=True):
-        model, own = load(folder, torch.float32), Products(lambda module: isinstance(module, Int8Linear), 0)
+        model, own = load(folder, torch.float32), Products(_is_int8, 0)
         own.attach_(model)
         ours, static = _here(model, windows), _is_static(model)
         shared = (folder, engine, versions, static, len(ours), _perplexity(ours))
@@ -114,11 +114,17 @@ def agreements(
     return tuple(found)
 
 
+def _is_int8(module: nn.Module) -> bool:
+    """True for a linear with an int8 weight, of ours or of a class that keeps its own code around one."""
+    return isinstance(getattr(module, "weight", None), Int8Weight)
+
+
 def equal_bits(made: Sequence[tuple[Tensor, Tensor]], linears: Sequence[nn.Module]) -> float | None:
     """The share of the outputs that a server's int8 linears ``made`` of their inputs, and ours make bit for bit.
 
-    Both in the order of the calls; a server's linear may be several of ours, whose outputs it has side by side. None
-    where the two do not fit together, as where a server's linears compute in floating point.
+    Both in the order of the calls; a server's linear may be several of ours, whose outputs it has side by side, and may
+    have the rows of a fused one in another order, by heads. None where the two do not fit together, as where a server's
+    linears compute in floating point.
     """
     left, equal, total = list(linears), 0, 0
     for x, y in made:
@@ -130,8 +136,15 @@ def equal_bits(made: Sequence[tuple[Tensor, Tensor]], linears: Sequence[nn.Modul
         expected = torch.cat(parts, 1)
         if expected.shape != y.shape:
             return None
-        equal, total = equal + int((expected == y).sum()), total + y.numel()
+        alike = y.numel() if _same_columns(expected, y) else int((expected == y).sum())
+        equal, total = equal + alike, total + y.numel()
     return equal / total if total and not left else None
+
+
+def _same_columns(expected: Tensor, y: Tensor) -> bool:
+    """True if both [T, O] have the same columns, in whatever order."""
+    (ours, count), (theirs, counted) = (torch.unique(one, dim=1, return_counts=True) for one in (expected, y))
+    return torch.equal(ours, theirs) and torch.equal(count, counted)
 
 
 def _product(x: Tensor, ours: Any) -> Tensor:

@@ -96,6 +96,12 @@ def test_int8_linears_are_compared_bit_for_bit(strategy: Strategy, tmp_path: Pat
     total = sum(y.numel() for _, y in made)
     assert equal_bits(made, linears) == 1 - 1 / total
     assert equal_bits(made[:-1], linears) is None, "one is left over"
+    made[3] = (x, y)
+    regrouped = [(x, y.flip(1)) for x, y in made]
+    assert equal_bits(regrouped, linears) == 1.0, "rows by heads in another order"
+    regrouped[0][1][3, 2] += 1
+    share = equal_bits(regrouped, linears)
+    assert share is not None and share < 1
     assert equal_bits([(x[:, :-1], y) for x, y in made], linears) is None
     assert equal_bits([], linears) is None, "an engine without int8 linears"
 
