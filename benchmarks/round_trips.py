@@ -29,6 +29,7 @@ REASONS = {
     "no server reads an int8 key/value cache": "int8 cache",
     "takes the head of": "head is not the embedding table",
     "Conv1D": "Conv1D",
+    "this norm was folded away": "folded norm",
     "loads no experts": "experts",
     "static inputs of experts": "experts static",
     "takes no int8 experts": "experts not per token",
@@ -39,16 +40,18 @@ REASONS = {
 def trips(kind: str, folder: Path) -> dict[str, tuple[bool, str]]:
     """Whether a model came back the same, by strategy, and what came of the way over compressed-tensors."""
     import torch
+    import transformers
 
     import autoquant
     from autoquant.config.format import Strategy
     from autoquant.models.reduce import small
     from autoquant.models.repair import find_source
 
-    model: Any = small(find_source(kind)).module.float()
-    model.config.dtype = torch.float32
+    made: Any = small(find_source(kind)).module.float()
+    made.config.dtype = torch.float32
+    made.save_pretrained(folder / "float")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "float")
     model.set_experts_implementation("eager")
-    model.save_pretrained(folder / "float")
     config = autoquant.analyze(folder / "float").config
     generator = torch.Generator().manual_seed(0)
     words = model.get_input_embeddings().weight.shape[0]
