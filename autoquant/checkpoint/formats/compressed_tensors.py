@@ -240,10 +240,13 @@ def _ignored(contents: Contents, planned: Mapping[str, PlannedLinear], layout: L
 
 
 def _numbered(products: Iterable[PlannedLinear], planned: Iterable[str], layout: Layout) -> Iterator[str]:
-    """Expressions for all that servers ask of experts: by a number behind their module, and names of their own."""
+    """Expressions for all that servers ask of experts: by a number behind their module, and names of their own.
+
+    The module is the hub's, or the model's where a server runs the class of transformers itself.
+    """
     kept = {weight.rpartition(".")[0] for weight in planned}
     for linear in products:
         module, names = linear.weight.rpartition(".")[0], [part.name for part in layout.get(linear.weight, ())]
         if linear.stack is not None and module not in kept:
             apart = re.match(r"(.*)\.\d+\.", names[0]) if len(names) > 1 else None
-            yield f"{REGEX}{re.escape(module if apart is None else apart[1])}\\.\\d+\\."
+            yield from (f"{REGEX}{re.escape(at)}\\.\\d+\\." for at in (module, *([] if apart is None else [apart[1]])))

@@ -242,7 +242,7 @@ def test_experts_have_the_hubs_names_one_by_one(tmp_path: Path) -> None:
     )
     section = json.loads((tmp_path / "dense" / "config.json").read_text())["quantization_config"]
     assert r"re:model\.layers\.0\.block_sparse_moe\.experts\.\d+\.w2$" in section["ignore"]
-    assert ignores_experts(section["ignore"], "model.layers.1.block_sparse_moe.experts")
+    assert all(ignores_experts(section["ignore"], f"model.layers.1.{at}.experts") for at in ("block_sparse_moe", "mlp"))
     assert "model.layers.0.block_sparse_moe.experts.2.w2.weight_scale" not in load_file(
         tmp_path / "dense" / "model.safetensors"
     )
