@@ -1,8 +1,8 @@
 """Int8 linears on a CPU: oneDNN's int8 product with a packed weight, and rows in blocks that stay in the cache.
 
 The numbers are those of :func:`autoquant.quantizer.int8.linear` bit for bit: the kernel gives the float32 of each int32
-sum, and proves it on every machine before it is used. Where it does not (AVX2 without VNNI adds pairs of products in
-int16 and saturates), there is :func:`autoquant.quantizer.int8.matmul`.
+sum, or under a static scale the result itself, and proves it on every machine before it is used. Where it does not
+(AVX2 without VNNI adds pairs of products in int16 and saturates), there is :func:`autoquant.quantizer.int8.matmul`.
 
 Packing copies a weight into the order that the kernel reads, once; the copy lives as long as the weight does. Values
 that were changed are packed again.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from torch.nn import functional
 
 from autoquant.quantizer import int8
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 1024
 """Rows of one product. Many: each product reads the whole weight."""
 CACHED = 1 << 17
 """Elements of one elementwise step: half a MiB in float32, which stays in the cache, and is memory used before."""
 HALF_EVEN = 12582912.0
 """1.5 * 2**23. Added to a float32 below 2**22 in magnitude it rounds half to even; the low byte is the integer's."""
+SHIFT = torch.tensor(HALF_EVEN, device="cpu")
 
 
 @dataclass(eq=False, slots=True)
@@ -74,7 +77,7 @@ def takes(x: Tensor, values: Tensor, packed: Packed | None) -> bool:
         and type(x) is Tensor
         and type(values) is Tensor
         and x.device.type == values.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.dtype in DTYPES
         and x.numel() > 0
         and values.numel() > 0
         and values.shape[-1] <= int8.EXACT_INT32_DEPTH
@@ -100,6 +103,9 @@ def linear(
     token, or one for all of x.
     """
     weight, bias_O = packed.of(values), None if bias is None else bias.float()
+    if input_scale is not None and input_scale.dim() == 0:
+        whole = partial(_static, weight=weight, scale_O=scale.reshape(-1), given=input_scale, bias_O=bias_O)
+        return whole(x_TI) if x_TI.shape[0] <= MOST_ROWS else torch.cat([whole(x) for x in x_TI.split(MOST_ROWS)])
     if input_scale is None and not per_token:
         input_scale = _scales(x_TI).amax()
     if x_TI.shape[0] <= MOST_ROWS:
@@ -110,6 +116,15 @@ def linear(
         given = input_scale if input_scale is None or input_scale.numel() == 1 else input_scale[block]
         out_TO[block] = _linear(x_TI[block], weight, scale.reshape(1, -1), given, bias_O)
     return out_TO
+
+
+def _static(x_TI: Tensor, weight: Any, scale_O: Tensor, given: Tensor, bias_O: Tensor | None) -> Tensor:
+    """One kernel after the rounding. It has both scales as one: given two it multiplies in an order of its choice."""
+    q, _ = quantized(x_TI, given)
+    both = scale_O * given
+    if x_TI.dtype == torch.bfloat16 and (bias_O is not None or both.amin() < int8.TINY):
+        return product(q, weight, 1.0, both, bias_O).to(x_TI.dtype)  # it makes zeros of tiny bfloat16
+    return product(q, weight, 1.0, both, bias_O, x_TI.dtype)
 
 
 def _linear(x_TI: Tensor, weight: Any, scale_O: Tensor, given: Tensor | None, bias_O: Tensor | None) -> Tensor:
@@ -144,29 +159,29 @@ def quantized(x_TI: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
     if x_TI.numel() <= CACHED:
         y = x_TI.float()
         scales = y.abs().amax(1, True).div_(int8.QMAX).clamp_min_(int8.TINY) if given is None else given
-        quotient = y / scales if y is x_TI else y.div_(scales)
-        return _rounded(quotient, x_TI.dtype, given is not None).to(torch.int8), scales
+        return _rounded(y, scales, x_TI.dtype, given is not None).to(torch.int8), scales
     scales = _scales(x_TI) if given is None else given
     q, step = torch.empty(x_TI.shape, dtype=torch.int8), max(1, CACHED // x_TI.shape[1])
     for start in range(0, x_TI.shape[0], step):
         part = slice(start, start + step)
         scale = scales if scales.numel() == 1 else scales[part]
-        quotient = x_TI[part] / scale if x_TI.dtype == torch.float32 else x_TI[part].float().div_(scale)
-        q[part] = _rounded(quotient, x_TI.dtype, given is not None)
+        q[part] = _rounded(x_TI[part].float(), scale, x_TI.dtype, given is not None)
     return q, scales
 
 
-def _rounded(quotient: Tensor, dtype: torch.dtype, clamped: bool) -> Tensor:
-    """int32 whose low byte is the int8 value, of a float32 quotient; conversion to int8 keeps that byte alone.
+def _rounded(y: Tensor, scales: Tensor, dtype: torch.dtype, clamped: bool) -> Tensor:
+    """int32 whose low byte is the int8 value, of float32 rows; conversion to int8 keeps that byte alone. ``y`` is
+    overwritten unless it is the input itself, whose ``dtype`` is float32 then.
 
     A row under its own scale needs no clamp. NaN becomes a NaN whose low byte is zero, but for one that a float32 input
-    (``dtype``) brings along with bits of its own.
+    brings along with bits of its own.
     """
-    if clamped:
-        quotient.clamp_(int8.QMIN, int8.QMAX)
+    shifted = torch.addcdiv(SHIFT, y, scales, out=None if dtype == torch.float32 else y)  # a division, then a sum
+    if clamped:  # to bounds that are shifted too
+        shifted.clamp_(HALF_EVEN + int8.QMIN, HALF_EVEN + int8.QMAX)
         if dtype == torch.float32:
-            quotient.nan_to_num_(0.0)
-    return quotient.add_(HALF_EVEN).view(torch.int32)
+            shifted.nan_to_num_(HALF_EVEN)
+    return shifted.view(torch.int32)
 
 
 def _scales(x_TI: Tensor) -> Tensor:
@@ -179,17 +194,26 @@ def _scales(x_TI: Tensor) -> Tensor:
     return maximum.div_(int8.QMAX).clamp_min_(int8.TINY)
 
 
-def product(q: Tensor, weight: Any, scale: float = 1.0) -> Tensor:
-    """Float32 of the int32 sums of int8 rows [M, K] with a packed weight, times a scale, [M, N].
+def product(
+    q: Tensor,
+    weight: Any,
+    scale: float = 1.0,
+    scale_O: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The int32 sums of int8 rows [M, K] with a packed weight as float32, times a scale, plus a bias, [M, N].
 
-    Few rows are filled up to eight where N is small: oneDNN 3.12 takes up to 18 ms for them, and 0.04 ms for eight.
-    Raises RuntimeError, NotImplementedError or AttributeError where the kernel is missing.
+    ``scale_O``, float32 [N] or [1], stands for a scale of 1. Few rows are filled up to eight where N is small: oneDNN
+    3.12 takes up to 18 ms for them, and 0.04 ms for eight. Raises RuntimeError, NotImplementedError or AttributeError
+    where the kernel is missing.
     """
     rows = q.shape[0]
     few = rows < LEAST_ROWS and weight.shape[-1] < WIDE
     filled = functional.pad(q, (0, 0, 0, LEAST_ROWS - rows)) if few else q
+    scales = ONE if scale_O is None else scale_O
     sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-        filled, scale, 0, weight, ONE, ZERO, None, 1.0, 0, torch.float32, "none", [], ""
+        filled, scale, 0, weight, scales, ZERO, bias_O, 1.0, 0, dtype, "none", [], ""
     )
     return sums[:rows] if few else sums
 
@@ -201,15 +225,22 @@ ONE, ZERO = torch.ones(1, device="cpu"), torch.zeros(1, dtype=torch.int32, devic
 def probe_product() -> bool:
     """True if :func:`product` exists here and gets every probe of :func:`autoquant.quantizer.int8.probes` right."""
     for a, b in int8.probes():
-        exact = (a.long() @ b.long()).float()
-        for scale in (1.0, 0.0371, int8.TINY):
-            scale = torch.tensor(scale).item()  # as a float32 holds it
-            try:
-                sums = product(a, torch.ops.onednn.qlinear_prepack(b.t().contiguous(), None), scale)
-            except (RuntimeError, NotImplementedError, AttributeError):
-                return False
-            if not torch.equal(sums, exact * scale):
-                return False
+        exact, outputs = (a.long() @ b.long()).float(), b.shape[1]
+        scales, bias = torch.linspace(1e-3, 2e-2, outputs), torch.linspace(-1.0, 1.0, outputs)
+        try:
+            packed = torch.ops.onednn.qlinear_prepack(b.t().contiguous(), None)
+            for scale in (1.0, 0.0371, int8.TINY):
+                scale = torch.tensor(scale).item()  # as a float32 holds it
+                if not torch.equal(product(a, packed, scale), exact * scale):
+                    return False
+            for each in (scales, scales[:1], scales * int8.TINY):
+                if not torch.equal(product(a, packed, 1.0, each, bias), exact * each + bias):
+                    return False
+            for dtype in DTYPES:
+                if not torch.equal(product(a, packed, 1.0, scales, None, dtype), (exact * scales).to(dtype)):
+                    return False
+        except (RuntimeError, NotImplementedError, AttributeError):
+            return False
     return True
 
 

@@ -231,8 +231,9 @@ def _product(
     flags: Flags,
     offs: Tensor | None,
 ) -> None:
+    scales = (flags.token, not (flags.token or flags.whole), flags.channel, bias is not None)
     if tiling.specialized:
-        gluon, scales = _gluon_kernels(), (flags.token, flags.channel, bias is not None)
+        gluon = _gluon_kernels()
         programs = tiling.programs or torch.cuda.get_device_properties(q.device).multi_processor_count
         grid, arguments, extents = gluon.launch(tiling, q, values, row_scale, scale, bias, out_TO, programs)
         _launch(gluon.product, grid, arguments, (*extents, *scales), warps=tiling.warps)
@@ -247,14 +248,7 @@ def _product(
     arguments = (a, w, row_scale, scale, bias, out_TO, work, offs, rows, outputs, inputs, experts)
     extents = (tiling.rows, tiling.outputs, tiling.depth, tiling.group, tiling.split, tiling.swap)
     early = hopper and tiling.chunks == 1  # starts while the rows are quantized, on the same stream
-    kinds = (
-        tma,
-        tma or inputs % tiling.depth == 0,
-        flags.token,
-        flags.channel,
-        bias is not None,
-        power_of_two(experts),
-    )
+    kinds = (tma, tma or inputs % tiling.depth == 0, *scales, power_of_two(experts))
     _launch(
         _kernels().product, grid, arguments, (*extents, *kinds, tiling.stages, early), warps=tiling.warps, pdl=early
     )

@@ -87,7 +87,7 @@ def stored(y, out, buffer, row, column, PARTS: gl.constexpr):
 @gluon.jit
 def multiply(a_tiles, w_tiles, full, empty, scale, weight_scale, bias, out, buffers, M, N, K, PART: gl.constexpr,
              BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-             TOKEN: gl.constexpr, CHANNEL: gl.constexpr, BIAS: gl.constexpr):
+             TOKEN: gl.constexpr, STATIC: gl.constexpr, CHANNEL: gl.constexpr, BIAS: gl.constexpr):
     """The rows of one group: their sums over K, scaled, with the bias, in out's dtype."""
     ROWS: gl.constexpr = BM // GROUPS
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, WIDEST), 32])
@@ -109,15 +109,9 @@ def multiply(a_tiles, w_tiles, full, empty, scale, weight_scale, bias, out, buff
         row = pid_m * BM + PART * ROWS
         rm = row + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
         rn = pid_n * BN + gl.arange(0, BN, gl.SliceLayout(0, SUMS))
-        y = acc.to(gl.float32)
-        if TOKEN:  # noqa: SIM108  # decided when it is compiled
-            y = y * gl.expand_dims(gl.load(scale + rm, mask=rm < M, other=0.0), 1)
-        else:
-            y = y * gl.load(scale)
-        if CHANNEL:
-            y = y * gl.expand_dims(gl.load(weight_scale + rn, mask=rn < N, other=0.0), 0)
-        else:
-            y = y * gl.load(weight_scale)
+        s = gl.expand_dims(gl.load(scale + rm, mask=rm < M, other=0.0), 1) if TOKEN else gl.load(scale)
+        t = gl.expand_dims(gl.load(weight_scale + rn, mask=rn < N, other=0.0), 0) if CHANNEL else gl.load(weight_scale)
+        y = acc.to(gl.float32) * (s * t) if STATIC else acc.to(gl.float32) * s * t
         if BIAS:
             y = y + gl.expand_dims(gl.load(bias + rn, mask=rn < N, other=0.0).to(gl.float32), 0)
         stored(y.to(out.dtype), out, buffers.index(PART), row, pid_n * BN, PARTS)
@@ -129,8 +123,8 @@ def multiply(a_tiles, w_tiles, full, empty, scale, weight_scale, bias, out, buff
     do_not_specialize_on_alignment=["scale", "weight_scale", "bias"],
 )
 def product(a, w, out, scale, weight_scale, bias, M, N, K, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-            GROUP: gl.constexpr, STAGES: gl.constexpr, TOKEN: gl.constexpr, CHANNEL: gl.constexpr,
-            BIAS: gl.constexpr):
+            GROUP: gl.constexpr, STAGES: gl.constexpr, TOKEN: gl.constexpr, STATIC: gl.constexpr,
+            CHANNEL: gl.constexpr, BIAS: gl.constexpr):
     """All tiles of ``out``. ``a`` is described in halves of a tile, ``out`` in what is stored at once."""
     a_tiles = gl.allocate_shared_memory(gl.int8, [STAGES * GROUPS, BM // GROUPS, BK], a.layout)
     w_tiles = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], w.layout)
@@ -144,9 +138,9 @@ def product(a, w, out, scale, weight_scale, bias, M, N, K, BM: gl.constexpr, BN:
     gl.warp_specialize(
         [
             (multiply, (a_tiles, w_tiles, full, empty, scale, weight_scale, bias, out, buffers, M, N, K, 0, BM, BN,
-                        BK, GROUP, STAGES, TOKEN, CHANNEL, BIAS)),
+                        BK, GROUP, STAGES, TOKEN, STATIC, CHANNEL, BIAS)),
             (multiply, (a_tiles, w_tiles, full, empty, scale, weight_scale, bias, out, buffers, M, N, K, 1, BM, BN,
-                        BK, GROUP, STAGES, TOKEN, CHANNEL, BIAS)),
+                        BK, GROUP, STAGES, TOKEN, STATIC, CHANNEL, BIAS)),
             (fetch, (a, w, a_tiles, w_tiles, full, empty, M, N, K, BM, BN, BK, GROUP, STAGES)),
         ],
         [4, 1],  # warps beside the four of the first

@@ -100,9 +100,11 @@ def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
 def linear(x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ W.T + b`` in int8, [T, O] in x's dtype: what every faster path must give bit for bit.
 
-    ``values`` is int8 [O, I], ``scale`` float32 [O or 1, 1], ``input_scale`` float32 and broadcasts against [T, 1].
+    ``values`` is int8 [O, I], ``scale`` float32 [O or 1, 1], ``input_scale`` float32 and broadcasts against [T, 1]. A
+    static one, [], is multiplied with the weight's first: one product for each sum, as oneDNN does, and vLLM on a CPU.
     """
-    out_TO = matmul(quantize_activations(x_TI, input_scale), values.t()).float() * input_scale * scale.t()
+    sums = matmul(quantize_activations(x_TI, input_scale), values.t()).float()
+    out_TO = sums * (input_scale * scale.t()) if input_scale.dim() == 0 else sums * input_scale * scale.t()
     return (out_TO if bias is None else out_TO + bias.float()).to(x_TI.dtype)
 
 

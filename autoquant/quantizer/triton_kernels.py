@@ -3,7 +3,8 @@
 """Kernels of int8 linears: rows of an input to int8, and their product with an int8 weight, finished there.
 
 The arithmetic is that of :mod:`autoquant.quantizer.int8`, operation by operation, each rounded to float32 once: true
-division (``div_rn``), rounding half to even, sums in int32, ``(float(sum) * scale) * weight scale + bias``. The kernels
+division (``div_rn``), rounding half to even, sums in int32, ``(float(sum) * scale) * weight scale + bias``, or
+``float(sum) * (scale * weight scale) + bias`` where the scale is STATIC. The kernels
 must be launched with ``enable_fp_fusion=False``: a fused multiply-add would round the last two steps together.
 
 Triton is imported here alone, and this module by :mod:`autoquant.quantizer.cuda_linear` alone, where there is a GPU.
@@ -131,6 +132,7 @@ def finish(
     N,
     expert,
     TOKEN: tl.constexpr,
+    STATIC: tl.constexpr,
     CHANNEL: tl.constexpr,
     BIAS: tl.constexpr,
 ):
@@ -139,11 +141,11 @@ def finish(
     All is loaded here, not before the sums: held through them it costs registers that the sums need.
     """
     s = tl.load(scale + rm, mask=rm < end, other=0.0)[:, None] if TOKEN else tl.load(scale + expert)
-    y = acc.to(tl.float32) * s
     if CHANNEL:
-        y *= tl.load(weight_scale + expert * N + rn, mask=rn < N, other=0.0)[None, :]
+        t = tl.load(weight_scale + expert * N + rn, mask=rn < N, other=0.0)[None, :]
     else:
-        y *= tl.load(weight_scale + expert)
+        t = tl.load(weight_scale + expert)
+    y = acc.to(tl.float32) * (s * t) if STATIC else acc.to(tl.float32) * s * t
     if BIAS:
         y += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     at = rm.to(tl.int64)[:, None] * N + rn[None, :]
@@ -244,6 +246,7 @@ def product(
     TMA: tl.constexpr,
     EVEN: tl.constexpr,
     TOKEN: tl.constexpr,
+    STATIC: tl.constexpr,
     CHANNEL: tl.constexpr,
     BIAS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -279,7 +282,7 @@ def product(
     high = min(low + per, tl.cdiv(K, BK))
     acc = sums_over(a, w, first, pid_n, end, N, K, low, high, BM, BN, BK, SWAP, TMA, EVEN, STAGES)
     if SPLIT == 1:
-        finish(acc, scale, weight_scale, bias, out, rm, rn, end, N, expert, TOKEN, CHANNEL, BIAS)
+        finish(acc, scale, weight_scale, bias, out, rm, rn, end, N, expert, TOKEN, STATIC, CHANNEL, BIAS)
     else:
         sums = work + tl.num_programs(0) + rm[:, None] * N + rn[None, :]
         inside = (rm < end)[:, None] & (rn < N)[None, :]
@@ -287,7 +290,7 @@ def product(
         tl.debug_barrier()  # all of this program's parts are in before it counts
         if tl.atomic_add(work + pid, 1, sem="acq_rel") == SPLIT - 1:
             whole = tl.load(sums, mask=inside, other=0, cache_modifier=".cg")
-            finish(whole, scale, weight_scale, bias, out, rm, rn, end, N, expert, TOKEN, CHANNEL, BIAS)
+            finish(whole, scale, weight_scale, bias, out, rm, rn, end, N, expert, TOKEN, STATIC, CHANNEL, BIAS)
 
 
 @triton.jit
@@ -345,7 +348,8 @@ def row_product(
         wt = tl.load(w_at + (k + rk)[None, :], mask=inside[None, :], other=0)
         acc = dot4(wt, tl.broadcast_to(word[None, :], [BN, BK]), acc, ASM)
     t = tl.load(weight_scale + rn, mask=rn < N, other=0.0) if CHANNEL else tl.load(weight_scale)
-    y = tl.sum(acc, 1).to(tl.float32) * s * t
+    sums = tl.sum(acc, 1).to(tl.float32)
+    y = sums * s * t if TOKEN else sums * (s * t)
     if BIAS:
         y += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)
     tl.store(out + rn, y.to(out.dtype.element_ty), mask=rn < N)

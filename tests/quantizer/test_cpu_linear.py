@@ -94,6 +94,16 @@ def test_a_scale_for_each_row_can_be_given() -> None:
 
 
 @exact
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_below_the_normal_numbers_are_kept(dtype: torch.dtype) -> None:
+    x, values = torch.linspace(-1, 1, 64).to(dtype).expand(20, 64), weight(40, 64)
+    static, scale = torch.tensor(1.0), torch.full((40, 1), 1e-6 if dtype == torch.float16 else 1e-40)
+    wanted = int8.linear(x, values, scale, static, None)
+    assert wanted.count_nonzero() and wanted.abs().max() < torch.finfo(dtype).tiny * 4
+    assert torch.equal(cpu_linear.linear(x, values, Packed(values), scale, static, False, None), wanted)
+
+
+@exact
 def test_values_that_change_are_packed_again() -> None:
     made = Int8Weight(weight(6, 8), torch.ones(6, 1), None, Granularity.TOKEN_DYNAMIC, torch.float32, False)
     x = torch.eye(8)
@@ -132,11 +142,11 @@ def test_copies_begin_empty() -> None:
 def test_a_kernel_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch, probes_forgotten: None) -> None:
     honest = int8.reference_matmul
 
-    def saturating(q: Tensor, packed: Any, scale: float = 1.0) -> Tensor:
+    def saturating(q: Tensor, packed: Any, scale: float = 1.0, each: Any = 1.0, bias: Any = 0.0) -> Tensor:
         """AVX2's vpmaddubsw: q is made unsigned, pairs of products are added in int16, the shift is taken off."""
         b = packed.to_dense().long()
         pairs = ((q.long() + 128)[:, :, None] * b[None]).unflatten(1, (-1, 2)).sum(2)
-        return (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)).float() * scale
+        return (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)).float() * scale * each + bias
 
     few = torch.randint(-60, 60, (3, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.onednn.qlinear_prepack(few, None)

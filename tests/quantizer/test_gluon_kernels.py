@@ -11,9 +11,9 @@ pytest.importorskip("triton.experimental.gluon", reason="needs Triton")
 
 
 @pytest.mark.parametrize(("rows", "outputs", "stages"), [(128, 256, 4), (256, 128, 4), (128, 128, 6)])
-@pytest.mark.parametrize("kinds", [(True, True, False), (False, False, True)])
+@pytest.mark.parametrize("kinds", [(True, False, True, False), (False, True, False, True)])
 def test_the_product_compiles_for_hopper_without_spilling(
-    rows: int, outputs: int, stages: int, kinds: tuple[bool, bool, bool]
+    rows: int, outputs: int, stages: int, kinds: tuple[bool, bool, bool, bool]
 ) -> None:
     triton, runtime = import_module("triton"), import_module("triton.experimental.gluon._runtime")
     gpu = import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
