@@ -42,7 +42,7 @@ of the sum, chunks of rows.
 Processor milliseconds, the least of {rounds} rounds in which all take turns. "qlinear" is what torch has: quantized
 by torch's operations (times the reciprocal of a static scale; divided by a token's), `onednn.qlinear_pointwise` with
 the weight's scales and a static one in the product, the token's behind it. "product" is qlinear alone, its input int8
-already. Ours gives the numbers of `int8.linear` bit for bit: a division, and two multiplications in their order.
+already. Ours gives the numbers of `int8.linear` bit for bit: a division, and a token's scale before the weight's.
 """,
 }
 

@@ -97,9 +97,9 @@ def test_a_scale_for_each_row_can_be_given() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_below_the_normal_numbers_are_kept(dtype: torch.dtype) -> None:
     x, values = torch.linspace(-1, 1, 64).to(dtype).expand(20, 64), weight(40, 64)
-    static, scale = torch.tensor(1.0), torch.full((40, 1), 1e-6 if dtype == torch.float16 else 1e-40)
+    static, scale = torch.tensor(1.0), torch.full((40, 1), 1e-8 if dtype == torch.float16 else 1e-41)
     wanted = int8.linear(x, values, scale, static, None)
-    assert wanted.count_nonzero() and wanted.abs().max() < torch.finfo(dtype).tiny * 4
+    assert wanted.count_nonzero() and wanted.abs().max() < torch.finfo(dtype).tiny
     assert torch.equal(cpu_linear.linear(x, values, Packed(values), scale, static, False, None), wanted)
 
 
