@@ -142,11 +142,14 @@ def test_copies_begin_empty() -> None:
 def test_a_kernel_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch, probes_forgotten: None) -> None:
     honest = int8.reference_matmul
 
-    def saturating(q: Tensor, packed: Any, scale: float = 1.0, each: Any = 1.0, bias: Any = 0.0) -> Tensor:
+    def saturating(
+        q: Tensor, packed: Any, scale: float = 1.0, each: Any = 1.0, bias: Any = None, dtype: Any = torch.float32
+    ) -> Tensor:
         """AVX2's vpmaddubsw: q is made unsigned, pairs of products are added in int16, the shift is taken off."""
         b = packed.to_dense().long()
         pairs = ((q.long() + 128)[:, :, None] * b[None]).unflatten(1, (-1, 2)).sum(2)
-        return (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)).float() * scale * each + bias
+        sums = (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)).float() * scale * each
+        return (sums if bias is None else sums + bias).to(dtype)
 
     few = torch.randint(-60, 60, (3, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.onednn.qlinear_prepack(few, None)
