@@ -5,6 +5,7 @@ torch and transformers are imported when a function needs them.
 
 from autoquant.api.analysis import analyze as analyze
 from autoquant.api.analysis import check as check
+from autoquant.api.analysis import init_group as init_group
 from autoquant.api.analysis import verify as verify
 from autoquant.api.checkpoints import apply as apply
 from autoquant.api.checkpoints import convert as convert

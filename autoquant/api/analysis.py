@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -131,3 +132,38 @@ def verify(
         verified = verify_small(source, loaded, dtype=precision, seed=seed, progress=tell)
     proof = verified.proof
     return Verification(name, own, proof.trials, verified.refused, proof.tolerance, proof.coverage)
+
+
+def init_group(
+    config: str | Path | Config,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    *,
+    layers: str | None = None,
+    name: str | None = None,
+    offset: Literal[0, 1] = 0,
+    model: str | Path | nn.Module | None = None,
+    example_inputs: Any = None,
+    task: Kind | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    progress: Progress = silent,
+) -> Config:
+    """A config with one more smoothing group, which need not be one that the analysis finds: the proof decides.
+
+    ``sources``: weights whose rows make the channels, biases, or gains of norms (``offset`` 1: the gain is 1 + weight);
+    ``targets``: weights whose columns read them; ``layers`` None: those of the first target. All claims of the config
+    are proved on a small random ``model`` (None: the config's own), those by hand at further scales, which gives a new
+    certificate; ``verify`` False leaves it out. Raises AutoQuantError where the group does not fit or not hold.
+    """
+    from autoquant.config.handmade import with_group
+
+    changed = with_group(config_of(config), sources, targets, layers, name, offset)
+    if not verify:
+        return changed
+    progress(IMPORTING, 0, 0)
+    from autoquant.certificate.ensure import proved_anew
+
+    given = changed.provenance.model if model is None else model
+    source = source_of(given, example_inputs, None, task, trust_remote_code)
+    return proved_anew(changed, source, progress=steps_of(progress))

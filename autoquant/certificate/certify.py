@@ -21,6 +21,7 @@ from autoquant.analyzer.analyze import Analyzed, build_config, captured_from, st
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.analyzer.templates import fold, name_across_layers
 from autoquant.capture.routes import Captured, check_against_eager
+from autoquant.certificate.by_hand import BY_HAND, apart, beside, by_hand
 from autoquant.certificate.claims import REFUSED, Claim, claims, digest_of, keep, layers_of, plain, with_layers
 from autoquant.certificate.depth import DEEP, hangs_on_depth
 from autoquant.certificate.match import Depth, match
@@ -174,8 +175,11 @@ def _carried(
     config, captured = _analysed(source, loaded)
     randomise_buffers_(loaded, captured, seed)
     held = [name for name, _ in loaded.module.named_parameters(remove_duplicate=False)]
-    matched = match(analyzed.config, config, held, aligned=_aligned(source, loaded), some=some)
-    return SmallClaims(widened(loaded), matched.config, matched.refused)
+    found, handmade = apart(analyzed.config)
+    matched = match(found, config, held, aligned=_aligned(source, loaded), some=some)
+    same = analyzed.config.provenance.fingerprint == config.provenance.fingerprint
+    carried, refused = beside(matched.config, handmade, analyzed.config, held, same=same)
+    return SmallClaims(widened(loaded), carried, {**matched.refused, **refused})
 
 
 def _small(source: ModelSource, shorter: ModelSource, seed: int, each: int) -> LoadedModel:
@@ -225,17 +229,18 @@ def certificate_of(proof: Proof, dtype: torch.dtype, seed: int, config: Config, 
         tolerance=TOLERANCE,
         dtype=str(dtype).removeprefix("torch."),
         seed=seed,
-        rows=tuple(_rows(trials)),
+        rows=tuple(_rows(trials, by_hand(config))),
         coverage=proof.coverage,
         digest=digest_of(config),
         settings=None if source.config is None else settings_digest(source.config),
     )
 
 
-def _rows(trials: Sequence[Trial]) -> list[CertificateRow]:
+def _rows(trials: Sequence[Trial], handmade: Collection[Claim]) -> list[CertificateRow]:
     rows = []
-    for kind in dict.fromkeys(trial.kind for trial in trials):
-        same = [trial for trial in trials if trial.kind == kind]
+    kinds = {trial: BY_HAND if (trial.name, trial.kind) in handmade else trial.kind for trial in trials}
+    for kind in dict.fromkeys(kinds.values()):
+        same = [trial for trial in trials if kinds[trial] == kind]
         worst = max(same, key=lambda trial: trial.change)
         name = worst.name if kind != "all" else None
         rows.append(CertificateRow(kind=kind, count=len(same), worst=float(f"{worst.change:.1e}"), worst_name=name))

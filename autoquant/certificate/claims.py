@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from autoquant.config.format import Blocked, Certificate, Config, Online, SmoothingGroup, Space, edited
+from autoquant.config.format import Blocked, Certificate, Config, Coverage, Online, SmoothingGroup, Space, edited
 from autoquant.config.layers import layer_bits, layer_numbers, layer_set
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
@@ -64,6 +64,17 @@ def as_proved(config: Config, note: ProofNote | None) -> Config:
         return edited(config, certificate=note.certificate)
     holds = standing(config) != "edited" and (note is None or note.proved)
     return config if holds or config.certificate is None else edited(config, certificate=Certificate(proved=False))
+
+
+def ran(coverage: Coverage) -> str:
+    """What a proof ran, in one line."""
+    parts = [f"{', '.join(map(str, coverage.lengths))} tokens" if coverage.lengths else "the given inputs"]
+    parts += ["left padding"] * coverage.padding + ["later positions"] * coverage.offset
+    parts += ["decoding with a cache"] * coverage.decode
+    if coverage.experts:
+        reached = "how many were reached is not known" if coverage.experts_reached is None else coverage.experts_reached
+        parts.append(f"weights of experts reached: {reached} of {coverage.experts}")
+    return "; ".join(parts)
 
 
 def claims(config: Config) -> Iterator[Claim]:
@@ -178,13 +189,16 @@ def said_by(config: Config) -> Iterator[tuple[str, str, dict[str, object]]]:
 
 
 def _said(what: str, claim: object) -> dict[str, object]:
-    return {key: getattr(claim, key) for key in SAID[what]}
+    said = {key: getattr(claim, key) for key in SAID[what]}
+    # Only where it is so: claims of the analysis keep the digests that they have in files.
+    return {**said, "by_hand": True} if getattr(claim, "by_hand", False) else said
 
 
 def differences(config: Config, found: Config) -> list[str]:
     """What ``config`` claims that the analysis ``found`` does not, in words; sizes, indices and linears included.
 
-    A claim may be left out, and one that holds in each layer by itself may name fewer layers.
+    A claim may be left out, and one that holds in each layer by itself may name fewer layers. A group by hand need not
+    be found: its proof alone decides.
     """
     model = found.provenance.model
     by_name: dict[tuple[str, str], list[dict[str, object]]] = {}
@@ -192,7 +206,7 @@ def differences(config: Config, found: Config) -> list[str]:
         by_name.setdefault((what, name), []).append(claim)
     problems = []
     for what, name, claim in said_by(config):
-        if any(_within(what, claim, allowed) for allowed in by_name.get((what, name), ())):
+        if "by_hand" in claim or any(_within(what, claim, allowed) for allowed in by_name.get((what, name), ())):
             continue
         same = by_name.get((what, name))
         if same is None:
@@ -233,6 +247,22 @@ def as_found(config: Config, found: Config) -> Config:
     groups = _counterparts("smoothing group", smoothing.groups, found.smoothing.groups)
     spaces = _counterparts("rotation space", rotation.spaces, found.rotation.spaces)
     return edited(config, smoothing=edited(smoothing, groups=groups), rotation=edited(rotation, spaces=spaces))
+
+
+def unmarked(config: Config, found: Config) -> Config:
+    """The config, a group by hand that the analysis ``found`` too no longer by hand."""
+
+    def is_found(group: SmoothingGroup) -> bool:
+        said = _said("smoothing group", group)
+        return any(
+            _within("smoothing group", said, _said("smoothing group", other)) for other in found.smoothing.groups
+        )
+
+    groups = tuple(
+        edited(group, by_hand=False) if group.by_hand and is_found(group) else group
+        for group in config.smoothing.groups
+    )
+    return edited(config, smoothing=edited(config.smoothing, groups=groups))
 
 
 def _counterparts(what: str, mine: Sequence[_Named], theirs: Sequence[_Named]) -> tuple[_Named, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autoquant.analyzer.analyze import analyze
+from autoquant.analyzer.analyze import Analyzed, analyze
+from autoquant.certificate.by_hand import by_hand
 from autoquant.certificate.certify import certificate_of
-from autoquant.certificate.claims import IN_WORDS, MAX_SHOWN, ProofNote, check_claims, claims, standing
+from autoquant.certificate.claims import IN_WORDS, MAX_SHOWN, ProofNote, check_claims, claims, ran, standing, unmarked
 from autoquant.certificate.prove import dtype_of, fitting, placeable, prove
 from autoquant.certificate.verify import carried_over
-from autoquant.config.format import Certificate, Config
+from autoquant.config.format import Certificate, Config, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.repair import find_source
 from autoquant.models.settings import settings_digest
@@ -52,7 +53,8 @@ def ensure_proved(
         return ProofNote(True, "it claims nothing")
     progress(f"the config is {state}: proving it")
     try:
-        certificate = _prove(config, source(), seed, progress)
+        model = source()
+        certificate = _prove(config, analyze(model, progress=progress), model, seed, progress)
     except AutoQuantError as error:
         raise AutoQuantError(f"the config is {state}, and {error.message}; {HINT}", error.details) from error
     return ProofNote(True, f"proved now: the config is {state}", certificate)
@@ -74,21 +76,34 @@ def _of_settings(config: Config, settings: str | None) -> bool:
     return config.provenance.transformers is None
 
 
+def proved_anew(
+    config: Config, source: ModelSource, *, seed: int = 0, progress: Callable[[str], None] = lambda step: None
+) -> Config:
+    """``config`` with the certificate of a proof of all that it claims, made now. A group by hand that the analysis
+    finds too is no longer one. Raises AutoQuantError where a claim does not hold.
+    """
+    analyzed = analyze(source, progress=progress)
+    config = unmarked(config, analyzed.config)
+    return edited(config, certificate=_prove(config, analyzed, source, seed, progress))
+
+
 @one_thread()
-def _prove(config: Config, source: ModelSource, seed: int, progress: Callable[[str], None]) -> Certificate:
+def _prove(
+    config: Config, analyzed: Analyzed, source: ModelSource, seed: int, progress: Callable[[str], None]
+) -> Certificate:
     """The certificate of what ``config`` claims, proved on a small model of ``source``. Raises AutoQuantError where
     that does not hold.
     """
-    analyzed = analyze(source, progress=progress)
     carried = carried_over(analyzed, source, check_claims(config, analyzed.config), seed, progress)
     small, unfit = fitting(carried.loaded.module, carried.config)
     small, _ = placeable(carried.loaded.module, small)
     proof = prove(carried.loaded, small, seed=seed, progress=progress)
+    runs = f" ({ran(proof.coverage)})" if by_hand(small) else ""
     refused = [
         *(f"'{name}' ({kind}) does not fit its small model: {why}" for (name, kind), why in unfit.items()),
-        *(f"'{trial.name}' ({trial.kind}) {trial.why()}, on a small model" for trial in proof.failed()),
+        *(f"'{trial.name}' ({trial.kind}) {trial.why()}, on a small model{runs}" for trial in proof.failed()),
     ]
     if refused:
         details = tuple(refused[:MAX_SHOWN]) if len(refused) > 1 else ()
-        raise AutoQuantError(f"{source.name} does not allow what it claims: {refused[0]}", details)
+        raise AutoQuantError(f"{source.name} does not allow what the config claims: {refused[0]}", details)
     return certificate_of(proof, dtype_of(carried.loaded.module), seed, config, source)

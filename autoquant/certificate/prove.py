@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.capture.copies import copied
+from autoquant.certificate.by_hand import by_hand, tried
 from autoquant.certificate.claims import Claim, claims, keep, layers_of, with_layers
 from autoquant.certificate.experts import Unit, choices_of, reached, units_of, unreached
 from autoquant.certificate.runs import Reference, departure, further_runs, given, refer
@@ -143,10 +144,20 @@ def prove(
         units = units_of(config, loaded.module)
         seen = _reached(loaded, units, reference)
         missed = unreached(config, units, seen)
-        tried = tuple(Trial(*claim, change, missed.get(claim, "")) for claim, change in trials.items())
-        failed = [(trial.name, trial.kind) for trial in tried if not trial.holds(tolerance)]
+        for claim in sorted(by_hand(config)):
+            progress(f"proving {claim[0]} ({claim[1]}), which is by hand, at other scales")
+            hard = tried(loaded.module, reference, config, claim, seed, tolerance, _copy_sharing)
+            trials[claim] = _worse(trials[claim], hard.change)
+            missed = missed | ({claim: hard.idle} if hard.idle else {})
+        found = tuple(Trial(*claim, change, missed.get(claim, "")) for claim, change in trials.items())
+        failed = [(trial.name, trial.kind) for trial in found if not trial.holds(tolerance)]
         partly = {claim: _layers_that_hold(bench, config, claim, units, seen) for claim in failed if split(claim)}
-    return Proof(tried, tolerance, _coverage(reference, units, seen), {c: held for c, held in partly.items() if held})
+    return Proof(found, tolerance, _coverage(reference, units, seen), {c: held for c, held in partly.items() if held})
+
+
+def _worse(one: float, other: float) -> float:
+    """The larger change; a NaN is the largest."""
+    return one if one >= other or one != one else other
 
 
 def _layers_that_hold(

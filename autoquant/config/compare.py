@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.config.check import problems
-from autoquant.config.format import Config
+from autoquant.config.format import Config, SmoothingGroup, edited
 from autoquant.config.knobs import changed_knobs, default_knobs, knob_text, knobs_of, same, value_text, with_knobs
 from autoquant.config.places import KNOBS, json_path
 from autoquant.config.spelling import did_you_mean
@@ -107,13 +107,13 @@ class Merged:
 
 
 def merge(new: Config, old: Config, take: str | None = None) -> Merged:
-    """``new`` with the knobs that are not at their defaults in ``old``.
+    """``new`` with the knobs that are not at their defaults in ``old``, and with its groups by hand.
 
     A knob that both have set to different values is a conflict, unless ``take`` is 'new' or 'old'. So is one of a group
     that ``new`` does not have, and one that does not fit ``new``; those are never carried.
     """
-    edits, own, there = changed_knobs(old), changed_knobs(new), knobs_of(new)
-    config, carried, conflicts = new, [], []
+    config, carried, conflicts = _with_handmade(new, old)
+    edits, own, there = changed_knobs(old), changed_knobs(new), knobs_of(config)
     for path, value in edits.items():
         said = f"{knob_text(path)} = {value_text(value)}"
         if path not in there:
@@ -132,6 +132,31 @@ def merge(new: Config, old: Config, take: str | None = None) -> Merged:
                 config = changed
                 carried.append(said)
     return Merged(config, tuple(carried), tuple(conflicts))
+
+
+def _with_handmade(new: Config, old: Config) -> tuple[Config, list[str], list[str]]:
+    """``new`` with the groups by hand of ``old`` that it does not have, what was carried over, and what was not."""
+    config, carried, conflicts = new, list[str](), list[str]()
+    names = {group.name for group in new.smoothing.groups}
+    for group in old.smoothing.groups:
+        if not group.by_hand or group.name in names:
+            continue
+        said = f"group '{group.name}', by hand"
+        changed = edited(config, smoothing=edited(config.smoothing, groups=(*config.smoothing.groups, _plain(group))))
+        if new.provenance.fingerprint != old.provenance.fingerprint:
+            conflicts.append(f"{said}: the new config is of another structure")
+        elif wrong := _new_problems(changed, config):
+            conflicts.append(f"{said}: {wrong[0]}")
+        else:
+            config = changed
+            carried.append(said)
+    return config, carried, conflicts
+
+
+def _plain(group: SmoothingGroup) -> SmoothingGroup:
+    """The group without a person's choices, which are carried over by themselves."""
+    fields = type(group).model_fields
+    return edited(group, **{name: fields[name].default for name in KNOBS["smoothing", "groups"]})
 
 
 def _new_problems(changed: Config, before: Config) -> list[str]:

@@ -28,6 +28,7 @@ from autoquant.config.format import (
     Norm,
     Read,
     Slot,
+    SmoothingGroup,
 )
 from autoquant.config.jsonschema import config_schema, first_schema
 from autoquant.config.places import JsonPath, in_file, json_path, path_text
@@ -49,7 +50,7 @@ MAX_WIDTH = 120
 # Facts leave out what has its default; everything else is a knob or a section and is written in full, so that a person
 # sees what there is to set.
 _FACTS = (Slot, IndexMap, Norm, Read, Linear, Blocked)
-_LATER = {(Certificate, "settings")}
+_LATER = {(Certificate, "settings"), (SmoothingGroup, "by_hand")}
 """Fields that came later: a file that was written without them is written without them again."""
 
 _LINES = {"weights", "activations"}

@@ -146,6 +146,11 @@ class SmoothingGroup(Strict):
         min_length=1, description="Parameters that produce the channels, biases included."
     )
     targets: tuple[Slot, ...] = Field(min_length=1, description="Every parameter that reads the channels.")
+    by_hand: bool = Field(
+        False,
+        description="A person wrote this group (`autoquant init-group`) and the analysis does not find it: the proof "
+        "on a small model alone bears it out.",
+    )
 
 
 class Smoothing(Strict):
@@ -380,7 +385,10 @@ class Provenance(Strict):
 
 
 class CertificateRow(Strict):
-    kind: str = Field(description="norm_linear, linear_linear, query_key, R1, R2, R3, R4, input or all.")
+    kind: str = Field(
+        description="norm_linear, linear_linear, query_key, R1, R2, R3, R4, input or all; by_hand: groups that a "
+        "person wrote and the analysis does not find."
+    )
     count: int = Field(ge=0, description="Groups or spaces of this kind that were tried alone ('all': tried together).")
     worst: float = Field(ge=0, description="Largest relative change of the logits.")
     worst_name: str | None = Field(None, description="The group or space that it belongs to.")

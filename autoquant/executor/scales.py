@@ -15,10 +15,13 @@ def merge_channels(result: Tensor, slot: SmoothedSlot, positions: Tensor) -> Ten
     return result.scatter_reduce(0, channels[carried], positions[carried], "amax")
 
 
-def random_scales(resolved: Resolved, seed: int) -> dict[tuple[str, int | None], Tensor]:
-    """Random scales between 1/2 and 2 (log-uniform) for every selected group: what a certificate multiplies by."""
+def random_scales(resolved: Resolved, seed: int, octaves: float = 1) -> dict[tuple[str, int | None], Tensor]:
+    """Random scales (log-uniform) for every selected group, between 1/2 and 2, or so many ``octaves`` down and up: what
+    a certificate multiplies by.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return {
-        (group.name, group.layer): 2 ** (torch.rand(group.channels, dtype=torch.float64, generator=generator) * 2 - 1)
-        for group in resolved.groups
-    }
+
+    def drawn(channels: int) -> Tensor:
+        return 2 ** ((torch.rand(channels, dtype=torch.float64, generator=generator) * 2 - 1) * octaves)
+
+    return {(group.name, group.layer): drawn(group.channels) for group in resolved.groups}

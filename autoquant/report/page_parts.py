@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant.certificate.claims import IN_WORDS, standing
+from autoquant.certificate.claims import IN_WORDS, ran, standing
 from autoquant.config.format import Config, SmoothingGroup, Space
 from autoquant.report.diagram import LayerKind, used_group
 from autoquant.report.html import chart, folded, table, text
 from autoquant.report.measured_parts import measured_parts
 from autoquant.report.summary import because, reached
-from autoquant.report.table import ran
 
 KINDS = {
     "norm_linear": "smoothing: a norm's weight into the linears that read it",

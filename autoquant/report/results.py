@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from autoquant.certificate.claims import IN_WORDS, standing
+from autoquant.certificate.claims import IN_WORDS, ran, standing
 from autoquant.config.format import Config, Coverage, edited
 from autoquant.io.inert import inert
 from autoquant.report.columns import columns, wrapped
@@ -77,7 +77,9 @@ class Checked:
 
     def lines(self, width: int = WIDTH) -> list[str]:
         """One line of counts, and how its claims stand to their proof."""
-        counts = ", ".join(f"{number} {what}" for what, number in self._counts().items())
+        handmade = sum(group.by_hand for group in self.config.smoothing.groups)
+        extra = {"smoothing groups": f" ({handmade} by hand)"} if handmade else {}
+        counts = ", ".join(f"{number} {what}{extra.get(what, '')}" for what, number in self._counts().items())
         fits = f" and fits {self.model}" if self.model else ""
         return [f"{self.file}: valid{fits}; {counts}; {IN_WORDS[standing(self.config)]}"]
 
@@ -123,8 +125,6 @@ class Verification:
         rows = [(t.name, t.kind, f"{t.change:.1e}", _verdict(t, t in failed)) for t in self.trials]
         subject = "its own weights" if self.own_weights else "a small random model of its structure"
         held = len(self.trials) - len(failed)
-        from autoquant.report.table import ran  # imports rich
-
         return [
             *columns(("claim", "kind", "change of the logits", ""), rows, width),
             *(line for path, why in self.refused.items() for line in wrapped(f"not tried: {path}: {why}", width)),

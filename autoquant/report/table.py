@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
-from autoquant.config.format import Certificate, Config, Coverage
+from autoquant.certificate.claims import ran
+from autoquant.config.format import Certificate, Config
 from autoquant.config.layers import layer_numbers
 from autoquant.io.inert import inert
 from autoquant.report.summary import Row, Section, Summary, summarise
@@ -151,14 +152,3 @@ def _proof(certificate: Certificate) -> list[str]:
         for row in certificate.rows
     ]
     return lines if certificate.coverage is None else [*lines, f"run: {ran(certificate.coverage)}"]
-
-
-def ran(coverage: Coverage) -> str:
-    """What a proof ran, in one line."""
-    parts = [f"{', '.join(map(str, coverage.lengths))} tokens" if coverage.lengths else "the given inputs"]
-    parts += ["left padding"] * coverage.padding + ["later positions"] * coverage.offset
-    parts += ["decoding with a cache"] * coverage.decode
-    if coverage.experts:
-        reached = "how many were reached is not known" if coverage.experts_reached is None else coverage.experts_reached
-        parts.append(f"weights of experts reached: {reached} of {coverage.experts}")
-    return "; ".join(parts)

@@ -40,7 +40,8 @@ def linear_lines(config: Config, path: str, width: int) -> list[str]:
     for group in config.smoothing.groups:
         for slots, verb in ((group.targets, "smoothed by"), (group.sources, "gives its scales to")):
             if any(slot.path in (linear.weight, linear.bias) for slot in slots) and _has(group.layers, layer):
-                rows.append(f"{verb} {group.name} ({group.kind.value}): {used[group.name]}")
+                kind = group.kind.value + (", by hand" if group.by_hand else "")
+                rows.append(f"{verb} {group.name} ({kind}): {used[group.name]}")
     for space in config.rotation.spaces:
         said = used[f"{space.kind} {space.name}"]
         if any(w.path in (linear.weight, linear.bias) and _has(w.layers or space.layers, layer) for w in space.writers):
