@@ -120,8 +120,11 @@ def tried(page: Page, theme: str, width: int) -> list[str]:
     if page.evaluate("getComputedStyle(document.body).backgroundColor") == before:
         wrong.append("the theme does not change")
     page.locator("#theme").click()
-    for select in page.locator("select").all():
-        select.select_option(index=0)
+    for select in page.locator("select").all():  # each choice, and back to what the page chose
+        chosen = select.input_value()
+        for value in select.evaluate("(one) => [...one.options].map((option) => option.value)"):
+            select.select_option(value)
+        select.select_option(chosen)
     return wrong
 
 

@@ -295,7 +295,9 @@ def used_group(config: Config, layer: int | None = None) -> dict[str, str]:
         alpha = next((one.alpha for one in reversed(chosen) if one.alpha is not None), smoothing.alpha)
         others = ", ".join(o.layers for o in group.overrides) if layer is None else ""
         some = f"; otherwise in layers {others}" if others else ""
-        said[group.name] = f"{group.channels:,} scales a layer; " + (f"on, alpha {alpha:g}" if on else "off") + some
+        each = " a layer" if group.layers else ""
+        hand = ", by hand" if group.by_hand else ""
+        said[group.name] = f"{group.channels:,} scales{each}{hand}; " + (f"on, alpha {alpha:g}" if on else "off") + some
     for space in rotation.spaces:
         on = rotation.enable if space.enable is None else space.enable
         method = (space.method or rotation.method).value

@@ -16,8 +16,11 @@ def text(value: object) -> str:
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    """A table with a caption and column headers; numbers stand right."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    """A table with a caption and column headers; numbers stand right, with their header."""
+    rows = list(rows)
+    right = [bool(rows) and all(isinstance(row[at], int | float) for row in rows) for at in range(len(header))]
+    classes = [' class="n"' if one else "" for one in right]
+    head = "".join(f'<th scope="col"{one}>{escape(name)}</th>' for name, one in zip(header, classes, strict=True))
     body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
     name = escape(caption)
     return (

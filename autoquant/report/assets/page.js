@@ -4,6 +4,12 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const safe = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
   const short = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
+  // A name in two lines where it is too long for one, broken behind a "_".
+  const lines = (text, room) => {
+    if (text.length <= room) return text;
+    const breaks = [...text].flatMap((letter, i) => (letter === "_" && i < room ? [i + 1] : [])), at = breaks.length ? breaks[breaks.length - 1] : room - 1;
+    return `${text.slice(0, at)}\n${short(text.slice(at), room)}`;
+  };
   const narrow = () => innerWidth < 640;
   const charts = []; // [element, options(), chart]
   const number = (x) => (x === null ? "not measured" : Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3) ? x.toExponential(1) : Number(x.toPrecision(3)).toLocaleString("en"));
@@ -112,7 +118,10 @@
           if (!node.box) return "";
           const parts = node.box.name.split("."), last = parts[parts.length - 1], room = Math.floor(wide / 6.6);
           const inside = parts.length > 2 ? parts[parts.length - 2] + " " : "", count = node.box.count > 1 ? ` ×${node.box.count}` : "";
-          return short(last, room) + (node.box.shape ? `\n${short((wide > 125 ? inside : "") + node.box.shape.replace(/,/g, "") + count, room + 2)}` : ""); } } }],
+          if (!node.box.shape) return lines(last, room);
+          const shape = node.box.shape.replace(/,/g, "") + count;
+          const fits = [inside + shape, shape, shape.replace(/ /g, "")].find((text) => text.length < room) || node.box.shape.replace(/,/g, "");
+          return `${short(last, room)}\n${short(fits, room + 2)}`; } } }],
     };
   }
   data.layers.forEach((kind, index) => {
@@ -157,8 +166,8 @@
     const at = (v) => (log ? Math.log10(Math.max(v, 1e-9)) : v);
     const cells = values.flatMap((row, j) => row.map((v, i) => [i, j, v === null ? "-" : at(v), v]));
     return {
-      height: Math.max(150, y.length * (y.length > 40 ? 6 : 24)) + 96, title: undefined, tooltip: { ...tooltip(), formatter: (p) => tell(p.data[0], p.data[1], p.data[3]) },
-      grid: { left: 8, right: 12, top: 12, bottom: 62, containLabel: true },
+      height: Math.max(150, y.length * (y.length > 40 ? 6 : 24)) + 108, title: undefined, tooltip: { ...tooltip(), formatter: (p) => tell(p.data[0], p.data[1], p.data[3]) },
+      grid: { left: 8, right: 12, top: 12, bottom: 74, containLabel: true },
       xAxis: axis({ type: "category", data: x, name: xName, nameLocation: "middle", nameGap: 26 }), yAxis: axis({ type: "category", data: y.map((one) => short(String(one), narrow() ? 18 : 30)), inverse: true }),
       visualMap: { dimension: 2, min: at(low), max: Math.max(at(high), at(low) + 1e-6), calculable: true, orient: "horizontal", left: "center", bottom: 0, itemHeight: narrow() ? 110 : 170, itemWidth: 12,
         textStyle: { color: css("--soft") }, inRange: { color: RAMP }, formatter: (v) => number(log ? 10 ** v : v) },
