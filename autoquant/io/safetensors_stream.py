@@ -94,7 +94,11 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
         return [SINGLE], {}
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        convert = f"; {pickles[0]} may hold code: load it where you trust it and save_pretrained" if pickles else ""
+        convert = (
+            f"; {pickles[0]} may hold code: where you trust it, load it with transformers and save_pretrained"
+            if pickles
+            else ""
+        )
         raise AutoQuantError(f"{folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints can be read{convert}")
     try:
         weight_map: dict[str, str] = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
@@ -160,7 +164,8 @@ def _read_header(folder: Path, file: str, metadata: dict[str, str]) -> dict[str,
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise AutoQuantError(f"{path}: not a safetensors file ({_brief(error)})") from error
     if 8 + length + reached != size:
-        raise AutoQuantError(f"{path}: corrupt: {size} bytes, its header describes {8 + length + reached}")
+        again = ": half a download? fetch it again" if size < 8 + length + reached else ""
+        raise AutoQuantError(f"{path}: corrupt: {size} bytes, its header describes {8 + length + reached}{again}")
     return entries
 
 

@@ -14,6 +14,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.io.safetensors_stream import Shards, open_shards
 from autoquant.io.scaled import FLOAT8
 from autoquant.io.scaled_shards import METHODS, as_numbers
+from autoquant.models.hub_errors import why_not
 
 ADAPTER = "adapter_config.json"
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -36,7 +37,7 @@ def checkpoint_folder(source: str | Path, *, weights: bool = True, trust_remote_
         raise AutoQuantError(f"{name}: is a factory's, which has no weights in a file; name a folder or a hub id")
     if not _may_be_hub_id(source):
         near = did_you_mean(path.name, [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise AutoQuantError(f"{name}: no such folder{near}; expected a checkpoint of transformers")
+        raise AutoQuantError(f"{name}: no such folder{near or '; expected a checkpoint of transformers'}")
     from transformers import CONFIG_MAPPING
 
     if name in CONFIG_MAPPING:
@@ -47,10 +48,8 @@ def checkpoint_folder(source: str | Path, *, weights: bool = True, trust_remote_
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated: the hub client has many exceptions of its own
-        raise AutoQuantError(
-            f"{name}: not a folder, and not to be had from the hub ({type(error).__name__}); "
-            "check the spelling, the network and your access to it"
-        ) from error
+        why = why_not(error) or f"{type(error).__name__}; check the spelling, the network and your access to it"
+        raise AutoQuantError(f"{name}: not a folder, and not to be had from the hub: {why}") from error
 
 
 def _may_be_hub_id(source: str | Path) -> bool:

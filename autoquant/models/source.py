@@ -24,6 +24,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
 from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, part_taken
 from autoquant.models.checkpoint_source import ADAPTER, adapter_alone, read_settings_file
+from autoquant.models.hub_errors import why_not
 from autoquant.models.tasks import Kind
 from autoquant.models.without_weights import WithoutWeights, drop_values_
 
@@ -165,8 +166,9 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # offline, unknown, gated, remote code: the hub client has many of its own
         nearest = _nearest(model.rpartition("/")[2])
+        why = why_not(error) or one_line(error)
         raise AutoQuantError(
-            f"{model}: not a directory, not a model type{nearest}, and not to be had from the hub ({one_line(error)})"
+            f"{model}: not a folder, not a model type{nearest}, and not to be had from the hub: {why}"
         ) from error
     return ModelSource(model, config, trust_remote_code=trust_remote_code)
 

@@ -30,8 +30,8 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
         named_source(str(folder), trust_remote_code=trust_remote_code)
     if not has_tokenizer(folder):
         raise AutoQuantError(
-            f"{source}: has no tokenizer, which texts need: put its files there (quantize goes without text where "
-            "activations are dynamic and nothing is smoothed)"
+            f"{source}: has no tokenizer, which texts need: copy its tokenizer.json there (quantize goes without text "
+            "where activations are dynamic and nothing is smoothed)"
         )
     try:
         with quiet():

@@ -120,9 +120,7 @@ def test_an_unknown_name_says_what_was_tried_and_the_nearest_type(tmp_path: Path
     ):
         with pytest.raises(AutoQuantError) as error:
             find_source(name)
-        assert str(error.value).startswith(
-            f"{name}: not a directory, not a model type{nearest}, and not to be had from"
-        )
+        assert str(error.value).startswith(f"{name}: not a folder, not a model type{nearest}, and not to be had from")
         assert "\n" not in str(error.value)
     with pytest.raises(AutoQuantError, match="no such file or directory"):
         find_source(str(tmp_path / "nowhere"))
