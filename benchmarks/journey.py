@@ -123,6 +123,8 @@ def mistakes(scratch: Path) -> list[tuple[str, int, list[str]]]:
 def walked(scratch: Path, install: bool, serve: str | None) -> list[tuple[str, float]]:
     """Seconds of each command."""
     program, rows = str(Path(sys.executable).parent / "autoquant"), []
+    # What was installed is what runs.
+    clean = {name: value for name, value in os.environ.items() if not (install and name == "PYTHONPATH")}
     if install:
         subprocess.run([sys.executable, "-m", "venv", str(scratch / "venv")], check=True)
         started = time.perf_counter()
@@ -134,7 +136,7 @@ def walked(scratch: Path, install: bool, serve: str | None) -> list[tuple[str, f
     for line in (*STEPS, *([SERVE] if serve else [])):
         words = line.replace("OUT", str(scratch)).replace("PYTHON", serve or "").split()
         started = time.perf_counter()
-        subprocess.run([program, *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([program, *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=clean)
         rows.append((line, time.perf_counter() - started))
         print(rows[-1], flush=True)
     return rows
