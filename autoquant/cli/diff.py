@@ -12,9 +12,9 @@ from autoquant.cli import options
 @click.argument("after", type=options.FILE)
 @options.format()
 def command(before: Path, after: Path, form: str) -> None:
-    """What differs between two configs: knobs, claims and facts, whatever the files look like.
+    """What differs between two configs: knobs, claims and facts.
 
-    Files of either format version; the order of entries does not count.
+    Files of either format version, whatever they look like; the order of entries does not count.
     """
     from dataclasses import asdict
 

@@ -35,7 +35,7 @@ def command(
     quiet: bool,
     **how: Any,
 ) -> None:
-    """Write a smoothing group by hand; the checker helps, and the proof decides whether it holds.
+    """Write a smoothing group by hand, which the proof takes or refuses.
 
     Sources and targets are parameters of the config's linears (a weight's rows make channels, its columns read them)
     or of norms, with {layer} for the layer. The proof runs on a small random model, at several lengths and while
@@ -45,7 +45,7 @@ def command(
     \N{BACKSPACE}
     autoquant init-group c.json --source model.layers.{layer}.mlp.up_proj.weight \N{REVERSE SOLIDUS}
         --target model.layers.{layer}.mlp.down_proj.weight
-    """
+    """  # noqa: D301  # click reads the character, not two
     from autoquant import api
     from autoquant.api.configs import load_config, save_config
     from autoquant.cli.output import show

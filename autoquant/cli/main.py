@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
         """Commands by what they are for."""
         for title, names in GROUPS.items():
             commands = {name: self.get_command(ctx, name) for name in names}
-            rows = [(name, one.get_short_help_str(80)) for name, one in commands.items() if one is not None]
+            rows = [(name, one.get_short_help_str(200)) for name, one in commands.items() if one is not None]
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=12)
 

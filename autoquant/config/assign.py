@@ -1,4 +1,6 @@
-"""Knobs set by short texts: ``smoothing.alpha=0.7``, ``layers 0-3: enable=false``, ``v_proj -> o_proj: alpha=0.6``."""
+"""Knobs set by short texts: ``smoothing.alpha=0.7``, ``layers 0-3: enable=false``, ``v_proj -> o_proj: alpha=0.6``,
+``layers 0: mlp.down_proj: strategy=null``.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ from autoquant.config.strategies import parse_strategy
 from autoquant.config.text import WORDS
 from autoquant.errors import AutoQuantError
 
-_LAYERS = re.compile(r"layers?\s+(?P<layers>[\d,:\-]+)\s*:\s*(?P<rest>.+)")
+_LAYERS = re.compile(r"layers?\s+(?P<layers>[\d,:\-]+)\s*:\s*((?P<name>.+?)\s*:\s+)?(?P<rest>[^:]+=.*)")
 _NAMED = re.compile(r"(?P<name>.+?)\s*:\s+(?P<rest>[a-z]+\s*=.+)")
-_ENTRY = re.compile(r"(?P<list>smoothing\.groups|rotation\.spaces|rotation\.online)\[(?P<number>\d+)\]\.(?P<knob>\w+)")
+_LIST = r"(?P<list>smoothing\.groups|rotation\.spaces|rotation\.online)"
+_ENTRY = re.compile(_LIST + r"\[(?P<number>\d+)\]\.(?P<knob>\w+)\s*=(?P<value>.*)", re.DOTALL)
+_QUOTED = re.compile(_LIST + r"\[(?P<quote>['\"])(?P<name>.+)(?P=quote)\]\.(?P<knob>\w+)\s*=(?P<value>.*)", re.DOTALL)
 _EXPECTED = {
     "float_type": "expected a number",
     "finite_number": "expected a finite number",
@@ -44,7 +48,8 @@ _EXPECTED = {
     "greater_than": "expected more than {gt:g}",
 }
 """What pydantic's errors are about, by their type."""
-FORMS = "'smoothing.alpha=0.7', 'layers 0-3: enable=false' or 'NAME: alpha=0.6'"
+_OF_LAYERS = ("enable", "alpha", "method")
+FORMS = "'smoothing.alpha=0.7', 'layers 0-3: enable=false', 'NAME: alpha=0.6' or 'LINEAR: strategy=null'"
 
 
 def assign(config: Config, assignments: Sequence[str]) -> Config:
@@ -63,20 +68,39 @@ def assign(config: Config, assignments: Sequence[str]) -> Config:
 
 def _assigned(config: Config, text: str) -> Config:
     if match := _LAYERS.fullmatch(text.strip()):
-        return _in_layers(config, match["layers"], *_pair(match["rest"], text), text)
+        knob, value = _pair(match["rest"], text)
+        if match["name"] is not None and knob == "strategy":
+            return _of_linear(config, match["name"], match["layers"], value, text)
+        if match["name"] is not None:
+            return _of_group(config, match["name"], match["layers"], knob, value, text)
+        return _in_layers(config, match["layers"], knob, value, text)
     if re.match(r"layers?\s", text.strip()):
         raise AutoQuantError(f"'{text}': layers are given as in 'layers 0-3: enable=false'")
     if (match := _NAMED.fullmatch(text.strip())) is not None:
         knob, value = _pair(match["rest"], text)
+        if knob == "strategy":
+            return _of_linear(config, match["name"], None, value, text)
         return _set(config, (*_named(config, match["name"], knob, text), knob), value, text)
-    name, value = _pair(text, text)
-    if match := _ENTRY.fullmatch(name):
+    if match := _ENTRY.fullmatch(text.strip()) or _QUOTED.fullmatch(text.strip()):
         section, _, key = match["list"].partition(".")
         there = [known for known in names_of(config) if known[:2] == (section, key)]
-        if int(match["number"]) >= len(there):
-            raise AutoQuantError(f"'{text}': {match['list']} has {len(there)} entries, counted from 0")
-        return _set(config, (*there[int(match["number"])], match["knob"]), value, text)
+        _, value = _pair(f"={match['value']}", text)
+        return _set(config, (*_entry(there, match, text), match["knob"]), value, text)
+    name, value = _pair(text, text)
     return _set(config, tuple(name.split(".")), value, text)
+
+
+def _entry(there: Sequence[tuple[str, str, str]], match: re.Match[str], text: str) -> tuple[str, str, str]:
+    """The entry of a list that is given by its number or, as `autoquant diff` shows it, by its name in quotes."""
+    if "name" in match.groupdict():
+        for one in there:
+            if one[2] == match["name"]:
+                return one
+        near = did_you_mean(match["name"], [one[2] for one in there])
+        raise AutoQuantError(f"'{text}': no '{cut(match['name'])}' in {match['list']}{near}")
+    if int(match["number"]) >= len(there):
+        raise AutoQuantError(f"'{text}': {match['list']} has {len(there)} entries, counted from 0")
+    return there[int(match["number"])]
 
 
 def _pair(text: str, whole: str) -> tuple[str, Any]:
@@ -175,9 +199,10 @@ def _in_layers(config: Config, layers: str, knob: str, value: Any, text: str) ->
     if knob == "strategy":
         strategy = None if value is None else parse_strategy(str(value))
         return _strategy_in_layers(config, wanted, strategy, text)
-    if knob not in ("enable", "alpha", "method"):
-        near = did_you_mean(knob, ["enable", "alpha", "method", "strategy"])
-        raise AutoQuantError(f"'{text}': layers have no '{knob}'{near}; expected enable, alpha, method or strategy")
+    if knob not in _OF_LAYERS:
+        near = did_you_mean(knob, [*_OF_LAYERS, "strategy"])
+        expected = f"expected {', '.join(_OF_LAYERS)} or strategy"
+        raise AutoQuantError(f"'{text}': layers have no '{cut(knob)}'{near}; {expected}")
     groups, changed = [], 0
     for group in config.smoothing.groups:
         both = wanted & layer_bits(group.layers) if group.layers is not None else 0
@@ -189,6 +214,54 @@ def _in_layers(config: Config, layers: str, knob: str, value: Any, text: str) ->
     if not changed:
         raise AutoQuantError(f"'{text}': no smoothing group has any of the layers {layers}")
     return edited(config, smoothing=edited(config.smoothing, groups=tuple(groups)))
+
+
+def _of_group(config: Config, name: str, layers: str, knob: str, value: Any, text: str) -> Config:
+    """A knob of one smoothing group in some of its layers."""
+    if knob not in _OF_LAYERS:
+        raise AutoQuantError(f"'{text}': layers have no '{cut(knob)}'; expected {', '.join(_OF_LAYERS)} or strategy")
+    names = [group.name for group in config.smoothing.groups if group.layers is not None]
+    found = [one for one in names if one == name] or [one for one in names if one.endswith(name)]
+    if len(found) != 1:
+        several = f"; {len(found)} end so: {', '.join(found[:4])}" if found else did_you_mean(name, _with_ends(names))
+        raise AutoQuantError(f"'{text}': no smoothing group '{cut(name)}' in layers{several}")
+    wanted, groups = layer_bits(layers), []
+    for group in config.smoothing.groups:
+        if group.name != found[0] or group.layers is None:
+            groups.append(group)
+            continue
+        both = wanted & layer_bits(group.layers)
+        if not both:
+            raise AutoQuantError(f"'{text}': '{group.name}' is in none of these layers, but in {group.layers}")
+        groups.append(_overridden(group, layer_set(numbers_in(both)), knob, value, text))
+    return edited(config, smoothing=edited(config.smoothing, groups=tuple(groups)))
+
+
+def _with_ends(names: Sequence[str]) -> list[str]:
+    """Names, and their ends behind each dot: by one of them a person may go."""
+    return [*names, *(name.split(".", at)[-1] for name in names for at in range(1, name.count(".") + 1))]
+
+
+def _of_linear(config: Config, name: str, layers: str | None, value: Any, text: str) -> Config:
+    """The strategy of one linear, of all its layers or of some: an override, or null for floating point."""
+    known = list(dict.fromkeys(linear.path for linear in config.model.linears))
+    found = [path for path in known if path == name] or [path for path in known if path.endswith(f".{name}")]
+    if len(found) != 1:
+        several = f"; {len(found)} end so: {', '.join(found[:4])}" if found else did_you_mean(name, _with_ends(known))
+        raise AutoQuantError(f"'{text}': no linear '{cut(name)}'{several}")
+    wanted = None if layers is None else layer_bits(layers)
+    strategy = None if value is None else parse_strategy(str(value))
+    added = []
+    for linear in config.model.linears:
+        if linear.path == found[0]:
+            mine = layer_bits(linear.layers) if linear.layers is not None else 0
+            chosen = mine if wanted is None else wanted & mine
+            if chosen or (wanted is None and linear.layers is None):
+                one = layer_set(numbers_in(chosen)) if layers is not None else None
+                added.append(QuantizationOverride(path=found[0], layers=one, strategy=strategy))
+    if not added:
+        raise AutoQuantError(f"'{text}': {found[0]} is in none of these layers")
+    return _with_strategies(config, list({(one.path, one.layers): one for one in added}.values()))
 
 
 def _overridden(group: SmoothingGroup, layers: str, knob: str, value: Any, text: str) -> SmoothingGroup:
@@ -210,6 +283,11 @@ def _strategy_in_layers(config: Config, wanted: int, strategy: Strategy | None, 
             added.append(QuantizationOverride(path=linear.path, layers=layers, strategy=strategy))
     if not added:
         raise AutoQuantError(f"'{text}': no linear that is quantized has any of these layers")
+    return _with_strategies(config, added)
+
+
+def _with_strategies(config: Config, added: Sequence[QuantizationOverride]) -> Config:
+    """The config with overrides, in place of those of the same linears and layers."""
     places = {(one.path, one.layers) for one in added}
     kept = [one for one in config.quantization.overrides if (one.path, one.layers) not in places]
     return edited(config, quantization=edited(config.quantization, overrides=(*kept, *added)))

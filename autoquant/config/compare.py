@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from autoquant.config.check import problems
 from autoquant.config.format import Config, SmoothingGroup, edited
 from autoquant.config.knobs import changed_knobs, default_knobs, knob_text, knobs_of, same, value_text, with_knobs
 from autoquant.config.places import KNOBS, json_path
 from autoquant.config.spelling import did_you_mean
+
+_ONE = {"groups": "group", "spaces": "space", "online": "online rotation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,13 @@ def _knobs(one: Config, other: Config) -> Iterator[Difference]:
     before, after = knobs_of(one), knobs_of(other)
     for path in before:
         if path in after and not same(path, before[path], after[path]):
+            gone, come = (
+                _apart(one, other) for one, other in ((before[path], after[path]), (after[path], before[path]))
+            )
+            if gone or come:  # entries of a list, each by itself
+                yield from (Difference("knobs", knob_text(path), value_text(one), None) for one in gone)
+                yield from (Difference("knobs", knob_text(path), None, value_text(one)) for one in come)
+                continue
             yield Difference("knobs", knob_text(path), value_text(before[path]), value_text(after[path]))
     usual = {**default_knobs(one), **default_knobs(other)}
     alone = [path for path in (*before, *after) if (path in before) != (path in after)]
@@ -49,6 +60,13 @@ def _knobs(one: Config, other: Config) -> Iterator[Difference]:
         if not same(path, value, usual[path]):
             sides = (value_text(value), None) if path in before else (None, value_text(value))
             yield Difference("knobs", knob_text(path), *sides)
+
+
+def _apart(one: Any, other: Any) -> list[Any]:
+    """Overrides that are in one list and not in the other; none where these are no lists of overrides."""
+    if not (isinstance(one, tuple) and isinstance(other, tuple)):
+        return []
+    return [entry for entry in one if isinstance(entry, BaseModel) and entry not in other]
 
 
 def _claims(one: Config, other: Config) -> Iterator[Difference]:
@@ -118,7 +136,7 @@ def merge(new: Config, old: Config, take: str | None = None) -> Merged:
         said = f"{knob_text(path)} = {value_text(value)}"
         if path not in there:
             near = did_you_mean(str(path[2]), [str(p[2]) for p in there if len(p) == 4 and p[:2] == path[:2]])
-            conflicts.append(f"{said}: the new config has no such {path[1]}{near}")
+            conflicts.append(f"{said}: the new config has no such {_ONE[str(path[1])]}{near}")
         elif path in own and not same(path, own[path], value) and take is None:
             conflicts.append(f"{said}: the new config has {value_text(own[path])}; --take says which")
         elif path in own and (take == "new" or same(path, own[path], value)):
