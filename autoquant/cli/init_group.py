@@ -45,7 +45,7 @@ def command(
     \N{BACKSPACE}
     autoquant init-group c.json --source model.layers.{layer}.mlp.up_proj.weight \N{REVERSE SOLIDUS}
         --target model.layers.{layer}.mlp.down_proj.weight
-    """  # noqa: D301  # click reads the character, not two
+    """
     from autoquant import api
     from autoquant.api.configs import load_config, save_config
     from autoquant.cli.output import show

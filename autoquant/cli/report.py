@@ -29,7 +29,7 @@ def command(config: Path, output: Path, form: str, quiet: bool, **how: Any) -> N
     \N{BACKSPACE}
     autoquant report llama.json -o llama.html
     autoquant report my.json --model my-model -o my.html
-    """  # noqa: D301  # click reads the character, not two
+    """
     from autoquant import api
     from autoquant.cli.progress import steps
 

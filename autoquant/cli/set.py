@@ -22,7 +22,7 @@ def command(config: Path, assignments: tuple[str, ...], output: Path | None, for
     autoquant set c.json 'mlp.up_proj -> down_proj: alpha=0.6' 'layers 0: up_proj -> down_proj: enable=false'
     autoquant set c.json 'layers 0: mlp.down_proj: strategy=null' 'lm_head: strategy=null'
     autoquant set c.json quantization.exclude='["lm_head"]' -o d.json
-    """  # noqa: D301  # click reads the character, not two
+    """
     from autoquant.api.configs import load_config, save_config
     from autoquant.cli.output import show
     from autoquant.config.assign import assign

@@ -17,7 +17,7 @@ def command(config: Path, layer: int | None, linear: str | None) -> None:
     \N{BACKSPACE}
     autoquant show llama.json --layer 3
     autoquant show llama.json --linear mlp.down_proj
-    """  # noqa: D301  # click reads the character, not two
+    """
     from autoquant.api.configs import load_config
     from autoquant.cli.output import show, width
     from autoquant.report.tree import linear_lines, tree_lines
