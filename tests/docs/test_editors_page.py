@@ -21,7 +21,7 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("my.json", "new.json"):
         shutil.copy(ROOT / "generated_configs" / "llama.json", name)
     lines = [line for line in PAGE.splitlines() if line.startswith("autoquant ")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         result = CliRunner().invoke(main, shlex.split(line)[1:])
         assert result.exit_code == 0, result.output
