@@ -22,7 +22,7 @@ from autoquant.analyzer.templates import StackMap
 from autoquant.analyzer.variables import Reason
 from autoquant.config.format import Linear, SmoothingKind
 from autoquant.config.layers import LAYER, layer_set, module_of
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import did_you_mean, with_ends
 from autoquant.errors import AutoQuantError
 
 
@@ -95,7 +95,9 @@ def _find(
         for name in names
         for stack in stacks
     ]
-    raise AutoQuantError(f"{path}: no linear of the model{did_you_mean(path, names)}")
+    whole = next((name for name in names if name.endswith(f".{path}")), None)
+    near = f"; did you mean '{whole}'?" if whole else did_you_mean(path, with_ends(names))
+    raise AutoQuantError(f"{path}: no linear of the model{near}")
 
 
 def _first(stacks: Sequence[StackMap]) -> tuple[tuple[str, str], ...]:

@@ -79,6 +79,7 @@ def check(
     if model is None:
         return Checked(loaded, file)
     from autoquant.config.places import json_path
+    from autoquant.config.spelling import counted
     from autoquant.executor.resolve import problems
     from autoquant.models.fit import MAX_EXPLAINED, problems_error
     from autoquant.models.source import build_structure
@@ -91,7 +92,7 @@ def check(
         raise problems_error(Path(config), name, found)
     if found:  # no file, so no lines to point to
         details = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in found[:MAX_EXPLAINED])
-        raise AutoQuantError(f"the config does not fit {name}: {len(found)} problems", details)
+        raise AutoQuantError(f"the config does not fit {name}: {counted(len(found), 'problem')}", details)
     return Checked(loaded, file, name)
 
 

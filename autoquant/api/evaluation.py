@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from autoquant.api.arguments import IMPORTING, analyzed_config, by_line, config_of, proof_of, transforms_of
 from autoquant.api.checkpoints import load
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import did_you_mean_or
 from autoquant.config.strategies import parse_strategies, parse_strategy
 from autoquant.errors import AutoQuantError
 from autoquant.steps import Progress, silent
@@ -119,7 +119,7 @@ def _knob_names(knobs: str | Collection[str]) -> list[str]:
     names = knobs.split(",") if isinstance(knobs, str) else list(knobs)
     for name in names:
         if name not in KNOWN:
-            raise AutoQuantError(f"no knob '{name}'{did_you_mean(name, list(KNOWN))}; there are {', '.join(KNOWN)}")
+            raise AutoQuantError(f"no knob '{name}'{did_you_mean_or(name, list(KNOWN))}")
     return names
 
 

@@ -98,7 +98,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise AutoQuantError(f"{path}: cannot be read: {error.strerror}") from error
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise AutoQuantError(f"{path}: {why}") from error
     except UnicodeDecodeError as error:
         raise AutoQuantError(f"{path}: cannot be read as UTF-8 text: {error}; expected {ACCEPTED}") from error
 
@@ -245,10 +246,8 @@ def _column(records: Iterable[Record], field: str, tokenizer: Any) -> Iterator[s
             text = _conversation(record["messages"], field, where, tokenizer)
         elif field not in record:
             names = ", ".join(f"'{name}'" for name in list(record)[:8])
-            raise AutoQuantError(
-                f"{where}: no text in '{field}'{did_you_mean(field, list(record))}; "
-                f"it has {names or 'no columns'}: name the one to read with --field"
-            )
+            near = did_you_mean(field, list(record)) or f"; it has {names or 'no columns'}"
+            raise AutoQuantError(f"{where}: no text in '{field}'{near}: name the one to read with --field")
         if text is not None and not isinstance(text, str):
             raise AutoQuantError(f"{where}: no text in '{field}', but a {type(text).__name__}")
         if text:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.texts import read_text
+from autoquant.config.spelling import counted
 from autoquant.errors import AutoQuantError
 from autoquant.models.vocabulary import token_embedding
 from autoquant.quantizer.prefix import MODULE as PREFIX
@@ -120,7 +121,7 @@ def calibration_windows(tokenizer: Any, options: CalibrationOptions) -> tuple[Te
     windows = cut_windows(ids, options.length, tokenizer.bos_token_id)
     if len(windows.counts) < options.sequences:
         raise AutoQuantError(
-            f"{options.text}: {len(ids)} tokens, which make {len(windows.counts)} windows of {options.length}; "
+            f"{options.text}: {len(ids)} tokens, {counted(len(windows.counts), 'window')} of {options.length}; "
             f"{options.sequences} were asked for: lower {options.lower}, or give more text"
         )
     return calibration_batches(windows, options.sequences, options.seed)

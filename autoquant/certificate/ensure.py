@@ -7,7 +7,17 @@ from collections.abc import Callable
 from autoquant.analyzer.analyze import Analyzed, analyze
 from autoquant.certificate.by_hand import by_hand
 from autoquant.certificate.certify import certificate_of
-from autoquant.certificate.claims import IN_WORDS, MAX_SHOWN, ProofNote, check_claims, claims, ran, standing, unmarked
+from autoquant.certificate.claims import (
+    IN_WORDS,
+    MAX_SHOWN,
+    ProofNote,
+    check_claims,
+    check_structure,
+    claims,
+    ran,
+    standing,
+    unmarked,
+)
 from autoquant.certificate.prove import dtype_of, fitting, placeable, prove
 from autoquant.certificate.verify import carried_over
 from autoquant.config.format import Certificate, Config, edited
@@ -54,9 +64,14 @@ def ensure_proved(
     progress(f"the config is {state}: proving it")
     try:
         model = source()
-        certificate = _prove(config, analyze(model, progress=progress), model, seed, progress)
+        analyzed = analyze(model, progress=progress)
+        theirs = analyzed.config
+        fits = config.provenance.fingerprint == theirs.provenance.fingerprint
+        certificate = _prove(config, analyzed, model, seed, progress) if fits else None
     except AutoQuantError as error:
         raise AutoQuantError(f"the config is {state}, and {error.message}; {HINT}", error.details) from error
+    if certificate is None:  # what no proof would mend
+        check_structure(config, theirs.provenance.model, theirs.provenance.fingerprint, theirs.model.parameters)
     return ProofNote(True, f"proved now: the config is {state}", certificate)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from autoquant.config.format import Config, StaticClip, Strategy
 from autoquant.config.layers import LAYER, fill, layer_numbers
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import did_you_mean_or
 from autoquant.errors import AutoQuantError
 from autoquant.quantizer.strategies import Granularity, PlannedLinear, plan_linears, scheme_of
 
@@ -64,7 +64,7 @@ def target_named(name: str) -> Target:
     """A target by its name. Raises AutoQuantError with the nearest name where there is none."""
     known = targets()
     if name not in known:
-        raise AutoQuantError(f"no target '{name}'{did_you_mean(name, list(known))}; there are {', '.join(known)}")
+        raise AutoQuantError(f"no target '{name}'{did_you_mean_or(name, list(known))}")
     return known[name]
 
 

@@ -27,7 +27,7 @@ from autoquant.config.format import (
 from autoquant.config.knobs import knob_text, knobs_of, names_of, with_knobs
 from autoquant.config.layers import layer_bits, layer_set, numbers_in
 from autoquant.config.places import JsonPath, json_path
-from autoquant.config.spelling import cut, did_you_mean
+from autoquant.config.spelling import counted, cut, did_you_mean, did_you_mean_or, with_ends
 from autoquant.config.strategies import parse_strategy
 from autoquant.config.text import WORDS
 from autoquant.errors import AutoQuantError
@@ -62,7 +62,7 @@ def assign(config: Config, assignments: Sequence[str]) -> Config:
     wrong = problems(config)
     if wrong:
         lines = tuple(f"{json_path(problem.path)}: {problem.message}" for problem in wrong[:20])
-        raise AutoQuantError(f"the config would not fit together: {len(wrong)} problems", lines)
+        raise AutoQuantError(f"the config would not fit together: {counted(len(wrong), 'problem')}", lines)
     return config
 
 
@@ -200,9 +200,8 @@ def _in_layers(config: Config, layers: str, knob: str, value: Any, text: str) ->
         strategy = None if value is None else parse_strategy(str(value))
         return _strategy_in_layers(config, wanted, strategy, text)
     if knob not in _OF_LAYERS:
-        near = did_you_mean(knob, [*_OF_LAYERS, "strategy"])
-        expected = f"expected {', '.join(_OF_LAYERS)} or strategy"
-        raise AutoQuantError(f"'{text}': layers have no '{cut(knob)}'{near}; {expected}")
+        near = did_you_mean_or(knob, [*_OF_LAYERS, "strategy"], "they have")
+        raise AutoQuantError(f"'{text}': layers have no '{cut(knob)}'{near}")
     groups, changed = [], 0
     for group in config.smoothing.groups:
         both = wanted & layer_bits(group.layers) if group.layers is not None else 0
@@ -219,11 +218,12 @@ def _in_layers(config: Config, layers: str, knob: str, value: Any, text: str) ->
 def _of_group(config: Config, name: str, layers: str, knob: str, value: Any, text: str) -> Config:
     """A knob of one smoothing group in some of its layers."""
     if knob not in _OF_LAYERS:
-        raise AutoQuantError(f"'{text}': layers have no '{cut(knob)}'; expected {', '.join(_OF_LAYERS)} or strategy")
+        near = did_you_mean_or(knob, [*_OF_LAYERS, "strategy"], "they have")
+        raise AutoQuantError(f"'{text}': layers have no '{cut(knob)}'{near}")
     names = [group.name for group in config.smoothing.groups if group.layers is not None]
     found = [one for one in names if one == name] or [one for one in names if one.endswith(name)]
     if len(found) != 1:
-        several = f"; {len(found)} end so: {', '.join(found[:4])}" if found else did_you_mean(name, _with_ends(names))
+        several = f"; {len(found)} end so: {', '.join(found[:4])}" if found else did_you_mean(name, with_ends(names))
         raise AutoQuantError(f"'{text}': no smoothing group '{cut(name)}' in layers{several}")
     wanted, groups = layer_bits(layers), []
     for group in config.smoothing.groups:
@@ -237,17 +237,12 @@ def _of_group(config: Config, name: str, layers: str, knob: str, value: Any, tex
     return edited(config, smoothing=edited(config.smoothing, groups=tuple(groups)))
 
 
-def _with_ends(names: Sequence[str]) -> list[str]:
-    """Names, and their ends behind each dot: by one of them a person may go."""
-    return [*names, *(name.split(".", at)[-1] for name in names for at in range(1, name.count(".") + 1))]
-
-
 def _of_linear(config: Config, name: str, layers: str | None, value: Any, text: str) -> Config:
     """The strategy of one linear, of all its layers or of some: an override, or null for floating point."""
     known = list(dict.fromkeys(linear.path for linear in config.model.linears))
     found = [path for path in known if path == name] or [path for path in known if path.endswith(f".{name}")]
     if len(found) != 1:
-        several = f"; {len(found)} end so: {', '.join(found[:4])}" if found else did_you_mean(name, _with_ends(known))
+        several = f"; {len(found)} end so: {', '.join(found[:4])}" if found else did_you_mean(name, with_ends(known))
         raise AutoQuantError(f"'{text}': no linear '{cut(name)}'{several}")
     wanted = None if layers is None else layer_bits(layers)
     strategy = None if value is None else parse_strategy(str(value))

@@ -185,6 +185,8 @@ def _read(path: Path) -> str:
     except FileNotFoundError as error:
         names = [entry.name for entry in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise AutoQuantError(f"{path}: no such file{did_you_mean(path.name, names)}") from error
+    except IsADirectoryError as error:
+        raise AutoQuantError(f"{path}: is a folder; name a config's file") from error
     except OSError as error:
         raise AutoQuantError(f"{path}: cannot be read: {error.strerror}") from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

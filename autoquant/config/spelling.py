@@ -34,3 +34,18 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     """The end of an error message: '; did you mean 'x'?', or nothing."""
     match = nearest(name, names)
     return f"; did you mean '{match}'?" if match is not None else ""
+
+
+def did_you_mean_or(name: str, names: Sequence[str], listing: str = "there are") -> str:
+    """The nearest name, or all of them where none is near: the end of a message about a name among few."""
+    return did_you_mean(name, names) or f"; {listing} {', '.join(names)}"
+
+
+def counted(number: int, what: str) -> str:
+    """``'1 problem'``, ``'2 problems'``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def with_ends(names: Sequence[str]) -> list[str]:
+    """Names, and their ends behind each dot: by one of them a person may go."""
+    return [*names, *(name.split(".", at)[-1] for name in names for at in range(1, name.count(".") + 1))]

@@ -99,9 +99,8 @@ def compare(
         cells[cell.transforms, cell.strategy] = cell
         _write_cell(folder, cell, digest, task.inputs)
         left = (time.monotonic() - start) / (len(cells) - before) * (len(wanted) - len(cells))
-        perplexity = cell.perplexity
         tell(
-            f"{len(cells)}/{len(wanted)} {cell.name}: {perplexity.mean:.3f} ± {perplexity.standard_error:.3f} "
+            f"{len(cells)}/{len(wanted)} {cell.name}: {cell.perplexity.said(3)} "
             f"({cell.seconds:.0f} s; {_duration(left)} left)"
         )
     return tuple(cells[key] for key in wanted)
@@ -194,8 +193,7 @@ def markdown(task: Task, cells: Sequence[Cell]) -> str:
         f"{inputs['window']}"
         + (", each behind BOS" if task.windows.has_bos else "")
         + f"; calibrated on {inputs['sequences']} windows of `{inputs['calibration']}`. Float "
-        f"{float_cell.mean:.3f} ± {float_cell.standard_error:.3f}, {_megabytes(reference.bytes)}."
-        + _control(task, reference, by_key),
+        f"{float_cell.said(3)}, {_megabytes(reference.bytes)}." + _control(task, reference, by_key),
         "",
         *_table(task, lambda c: _pm(c.perplexity, 3), by_key, size=True),
         "",
@@ -237,11 +235,12 @@ def _table(
 def _pm(estimate: Estimate, digits: int) -> str:
     if not math.isfinite(estimate.mean):
         return "inf"
-    return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+    return estimate.said(digits)
 
 
 def _percent(ratio: Estimate) -> str:
-    return f"{(ratio.mean - 1) * 100:+.2f} ± {ratio.standard_error * 100:.2f} %"
+    error = "" if math.isnan(ratio.standard_error) else f" ± {ratio.standard_error * 100:.2f}"
+    return f"{(ratio.mean - 1) * 100:+.2f}{error} %"
 
 
 def _megabytes(count: int) -> str:

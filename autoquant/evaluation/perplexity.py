@@ -34,6 +34,11 @@ class Estimate:
     mean: float
     standard_error: float
 
+    def said(self, digits: int) -> str:
+        """``'22.341 ± 0.120'``; of a single window, which has no error, the mean alone."""
+        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autoquant.config.format import Config, SmoothingKind
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import did_you_mean_or
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup
@@ -57,8 +57,8 @@ class Transforms:
         for part in parts:
             name, colon, value = part.partition(":")
             if name not in PARTS:
-                near = did_you_mean(name, PARTS)
-                raise AutoQuantError(f"transforms '{text}': no '{name}'{near}; parts: {', '.join(PARTS)}")
+                near = did_you_mean_or(name, PARTS, "the parts are")
+                raise AutoQuantError(f"transforms '{text}': no '{name}'{near}")
             if name == "none":
                 if len(parts) > 1 or colon:
                     raise AutoQuantError(f"transforms '{text}': 'none' stands alone")

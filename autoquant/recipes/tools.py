@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 from autoquant.config.format import Config
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import did_you_mean_or
 from autoquant.errors import AutoQuantError
 from autoquant.recipes.pairs import Refusal
 
@@ -30,5 +30,5 @@ def write_recipe(config: Config, tool: str, algorithm: str | None = None) -> tup
 def tool_named(tool: str) -> ModuleType:
     """The module of a tool. Raises AutoQuantError, with the nearest name."""
     if tool not in TOOLS:
-        raise AutoQuantError(f"no tool '{tool}'{did_you_mean(tool, list(TOOLS))}; known: {', '.join(TOOLS)}")
+        raise AutoQuantError(f"no tool '{tool}'{did_you_mean_or(tool, list(TOOLS))}")
     return importlib.import_module(f"autoquant.recipes.{TOOLS[tool]}")

@@ -249,8 +249,7 @@ def _estimates(result: Evaluation) -> dict[str, Estimate | None]:
 def _cell(key: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
-    digits = 3 if key == "perplexity" else 5
-    return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+    return estimate.said(3 if key == "perplexity" else 5)
 
 
 def _verdict(trial: Trial, failed: bool) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from autoquant.checkpoint.provenance import write_provenance
 from autoquant.checkpoint.targets import DEFAULT_TARGET, reasons_against, target_named
 from autoquant.config.format import Config
-from autoquant.config.spelling import did_you_mean
+from autoquant.config.spelling import did_you_mean_or
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import ResolvedOnline
 from autoquant.io.folders import finished_folder
@@ -137,7 +137,7 @@ def format_named(name: str) -> CheckpointFormat:
     """A format by its name. Raises AutoQuantError with the nearest name where there is none."""
     known = formats()
     if name not in known:
-        raise AutoQuantError(f"no format '{name}'{did_you_mean(name, list(known))}; there are {', '.join(known)}")
+        raise AutoQuantError(f"no format '{name}'{did_you_mean_or(name, list(known))}")
     return known[name]
 
 
