@@ -107,7 +107,7 @@ def mistakes(scratch: Path) -> list[tuple[str, int, list[str]]]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows = []
     for name, make in MISTAKES.items():
-        folder, out = scratch / "wikinano1m", scratch / "int8"
+        folder, out = scratch / "wikinano1m", scratch / "refused"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(ROOT / MODEL, folder)
         model, stderr = make(folder), io.StringIO()
@@ -151,11 +151,14 @@ def main() -> int:
         steps = walked(Path(name), arguments.install, arguments.serve)
         found = mistakes(Path(name))
     failed = [name for name, code, said in found if code != 1 or len(said) != 1]
+    options = " --install" * arguments.install + " --serve PYTHON" * bool(arguments.serve)
+    busy = f"a load of {os.getloadavg()[2]:.0f} in the last quarter of an hour, this run's own included"
     lines = [
         "# The way of a newcomer",
         "",
-        f"`python benchmarks/journey.py{' --install' * arguments.install}`, on {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}. From an installation to a model that is served, the packaged one:",
+        f"`python benchmarks/journey.py{options}`, on {os.cpu_count()} cores ({busy}), Python "
+        f"{platform.python_version()}. From an installation, downloads included, to a model that is served, the "
+        "packaged one; PYTHON is the interpreter of an environment with vLLM, which `serve-check` starts and compares:",
         "",
         "| command | seconds |",
         "|---|---:|",

@@ -121,8 +121,8 @@ def calibration_windows(tokenizer: Any, options: CalibrationOptions) -> tuple[Te
     windows = cut_windows(ids, options.length, tokenizer.bos_token_id)
     if len(windows.counts) < options.sequences:
         raise AutoQuantError(
-            f"{options.text}: {len(ids)} tokens, {counted(len(windows.counts), 'window')} of {options.length}; "
-            f"{options.sequences} were asked for: lower {options.lower}, or give more text"
+            f"{options.text}: {len(ids)} tokens, which make {counted(len(windows.counts), 'window')} of "
+            f"{options.length}; {options.sequences} were asked for: lower {options.lower}, or give more text"
         )
     return calibration_batches(windows, options.sequences, options.seed)
 

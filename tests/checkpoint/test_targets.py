@@ -125,6 +125,6 @@ def test_readers_of_one_tensor() -> None:
 
 def test_names() -> None:
     assert list(targets()) == ["vllm", "sglang", "transformers", "onnxruntime", "any"]
-    with pytest.raises(AutoQuantError, match=r"no target 'vlm'; did you mean 'vllm'\?; there are vllm, sglang, .*"):
+    with pytest.raises(AutoQuantError, match=r"no target 'vlm'; did you mean 'vllm'\?$"):
         target_named("vlm")
     assert target_named("any").activations == {Granularity.TOKEN_DYNAMIC}

@@ -189,7 +189,7 @@ def write(data: bytes) -> Callable[[Path], None]:
             r"c\.json:1:1: is UTF-16, by its byte order mark; expected UTF-8: save it as that",
         ),
         (write("{\n  'ü': ".encode() + b"\xe9}"), r"c\.json:2:8: byte 0xe9 is not UTF-8"),
-        (lambda path: path.mkdir(), r"c\.json: cannot be read: Is a directory"),
+        (lambda path: path.mkdir(), r"c\.json: is a folder; name a config's file"),
         (lambda path: None, r"c\.json: no such file$"),
         (lambda path: path.with_name("cc.json").write_text("{}"), r"c\.json: no such file; did you mean 'cc\.json'\?"),
         (write(b""), r"c\.json:1:1: expected a value, found the end of the file"),

@@ -169,7 +169,7 @@ def test_the_command_prints_json_and_a_table(tmp_path: Path) -> None:
 def test_the_command_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     absent = run(str(PACKAGED), "--data", str(data))
-    assert isinstance(absent.exception, AutoQuantError) and "cannot be read: No such file" in str(absent.exception)
+    assert isinstance(absent.exception, AutoQuantError) and "text.txt: no such file" in str(absent.exception)
     data.write_bytes(b"\xff\xfe\x00")
     assert "cannot be read as UTF-8 text" in str(run(str(PACKAGED), "--data", str(data)).exception)
     data.write_text(TEXT, encoding="utf-8")
