@@ -61,5 +61,5 @@ await diagnostics("a value out of range", '"alpha": 0.5', '"alpha": 1.5', "maxim
 await diagnostics("a strategy that there is not", "per_token_dynamic", "per_tokn_dynamic", "31:");
 await diagnostics("a knob among the claims", '"kind": "norm_linear"', '"alpha": 0.7, "kind": "norm_linear"', "alpha");
 await diagnostics("a key that is missing", '"channels": 4096,', "", "channels");
-row("asks for the schema beside it and nothing else", [...new Set(asked)].join(" "), (text) => /^file:\S+autoquant-config\.v2\.schema\.json$/.test(text));
+row("asks for the schema beside it and nothing else", [...new Set(asked)].join(" ").replaceAll(pathToFileURL(root).href, "file:///…"), (text) => /^file:\S+autoquant-config\.v2\.schema\.json$/.test(text));
 process.exit(failed ? 1 : 0);
