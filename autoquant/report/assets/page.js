@@ -114,7 +114,7 @@
       grid: { left: 0, right: 0, top: 0, bottom: 0 }, xAxis: { show: false, min: 0, max: width }, yAxis: { show: false, min: 0, max: height + 24, inverse: true },
       series: [{ type: "graph", coordinateSystem: "cartesian2d", data: nodes, links: edges, edgeSymbol: ["none", "arrow"], edgeSymbolSize: [0, 8],
         emphasis: { scale: false, lineStyle: { width: 4 } },
-        label: { show: true, color: css("--ink"), fontSize: 12, lineHeight: 15, formatter: ({ data: node }) => {
+        label: { show: true, color: css("--ink"), fontSize: wide < 110 ? 10.5 : 12, lineHeight: 15, formatter: ({ data: node }) => {
           if (!node.box) return "";
           const parts = node.box.name.split("."), last = parts[parts.length - 1], room = Math.floor(wide / 6.6);
           const inside = parts.length > 2 ? parts[parts.length - 2] + " " : "", count = node.box.count > 1 ? ` ×${node.box.count}` : "";
