@@ -101,7 +101,7 @@ def test_what_the_edits_say() -> None:
             "no smoothing group 'up_proj -> down_porj' in layers; did you mean",
         ),
         ("layers 40: mlp.up_proj -> down_proj: alpha=1", "is in none of these layers, but in 0-31"),
-        ("layers 0: mlp.up_proj -> down_proj: alhpa=1", "layers have no 'alhpa'; expected enable, alpha, method"),
+        ("layers 0: mlp.up_proj -> down_proj: alhpa=1", "layers have no 'alhpa'; did you mean 'alpha'?"),
         ("layers 0: mlp.up_proj -> down_proj: alpha=2", "alpha: expected at most 1, not 2"),
         ("smoothing.groups['up_proj'].alpha=1", "no 'up_proj' in smoothing.groups"),
         ("alpha", "no '='; expected 'smoothing.alpha=0.7'"),
