@@ -34,7 +34,7 @@ HEAD = """# Pages of `autoquant report`
 1280 pixels, and at 400. 'opened': until what is in view is drawn, the slowest of the three; 'made': processor seconds
 of the command (wikinano1m with its weights and a text). What was tried: nothing is asked of the network, no message on
 the console, nothing wider than the window, every figure drawn and named, groups chosen by keyboard, tables that open,
-the theme that changes.
+each choice of a list, the theme that changes.
 
 | config | MB | made, s | opened, s | works |
 |---|---:|---:|---:|---|
