@@ -20,6 +20,9 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def copied(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
     """A deep copy with functions that call the copy where those of ``module`` call it. ``memo``: as for deepcopy."""
     memo = {} if memo is None else memo
+    for part in module.modules():
+        # What a module computed from its weights when it was made, as torch's older weight_norm does, has a history.
+        memo |= {id(v): v.detach().clone() for v in vars(part).values() if isinstance(v, Tensor) and not v.is_leaf}
     held = _Held(module)
     fresh = {id(function): _hollow(function, held) for function in held.functions.values()}
     memo |= fresh

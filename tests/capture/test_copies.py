@@ -85,3 +85,25 @@ def test_a_patched_forward_is_proved() -> None:
     names = [name for name, _ in claims(certify(analyze(source), source))]
     assert "up -> down" in names
     assert "norm -> up" in names
+
+
+class Normed(nn.Module):
+    """Holds a weight that was computed from two parameters, as torch's older ``weight_norm`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.direction = nn.Parameter(torch.ones(3)), nn.Parameter(torch.randn(3, 4))
+        self.made = self.gain[:, None] * self.direction
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.made = self.gain[:, None] * self.direction
+        return x @ self.made.T
+
+
+def test_a_tensor_with_a_history_is_copied_without_it() -> None:
+    module = Normed()
+    made = copied(module)
+    assert made.made.is_leaf and not module.made.is_leaf
+    assert torch.equal(made.made, module.made) and made.made is not module.made
+    x = torch.randn(2, 4)
+    assert torch.equal(made(x), module(x))
