@@ -44,9 +44,8 @@ def _known(analysis: Analysis) -> Iterator[str]:
     yield from (linear.weight for linear in findings.linears)
     for group in findings.groups:
         yield from (slot.path for slot in (*group.sources, *group.targets))
-    for space in findings.spaces:
+    for space in findings.spaces:  # what reads and is no linear, such as a convolution, is not smoothed or quantized
         yield from (slot.path for slot in space.writers)
-        yield from (slot.path for read in space.reads for slot in read.readers)
 
 
 def _covered(name: str, paths: set[str]) -> bool:

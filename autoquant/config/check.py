@@ -106,6 +106,8 @@ def _rotation(config: Config, budget: _Budget) -> Iterator[Problem]:
         for name in (linear.weight, linear.bias):  # a gain behind a linear is folded into its bias too
             if name is not None:
                 weights[name] = weights.get(name, 0) | _bits(linear.layers)
+    for path, layers in _not_quantized(config):
+        weights[path] = weights.get(path, 0) | _bits(layers)
     yield from _unique(("rotation", "spaces"), [space.name for space in rotation.spaces])
     for number, space in enumerate(rotation.spaces):
         yield from _space(("rotation", "spaces", number), space, config.model.layers, weights, budget)
@@ -116,6 +118,18 @@ def _rotation(config: Config, budget: _Budget) -> Iterator[Problem]:
         yield from _layers(where, online.layers, [online.path], config.model.layers)
         if online.kind != "R3":
             yield from _known((*where, "path"), online.path, known, linears, "linear in model.linears")
+
+
+def _not_quantized(config: Config) -> Iterator[tuple[str, str | None]]:
+    """Weights that may read a space and are no linear's, such as a convolution's: other claims name them."""
+    for group in config.smoothing.groups:
+        for slot in (*group.sources, *group.targets):
+            yield slot.path, group.layers
+    for space in config.rotation.spaces:
+        for writer in space.writers:
+            yield writer.path, writer.layers or space.layers
+    for entry in config.blocked:
+        yield f"{entry.path}.weight", entry.layers
 
 
 def _space(where: JsonPath, space: Space, total: int, weights: Mapping[str, int], budget: _Budget) -> Iterator[Problem]:
@@ -134,7 +148,13 @@ def _space(where: JsonPath, space: Space, total: int, weights: Mapping[str, int]
         for i, reader in enumerate(read.readers):
             # What all layers read, such as an encoder's output, names each of them.
             if not _written_out(reader.path, weights):
-                yield from _known((*at, "readers", i, "path"), reader.path, weights, listed, "weight in model.linears")
+                yield from _known(
+                    (*at, "readers", i, "path"),
+                    reader.path,
+                    weights,
+                    listed,
+                    "weight in model.linears or in another claim",
+                )
     if space.layers is not None:
         _, mistakes = _numbers(space.layers, (*where, "layers"), total)
         yield from mistakes

@@ -10,6 +10,7 @@ from torch.nn import functional
 from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.unlisted import AS_A_TENSOR, UNUSED
+from autoquant.config.check import problems
 from autoquant.models.source import ModelSource
 
 TOKENS = torch.tensor([[3, 1, 4], [1, 5, 2]])
@@ -54,3 +55,18 @@ def test_a_masked_encoder_is_traced_layer_by_layer() -> None:
     model = Graph(lambda s, t: s.head(s.encoder(s.emb(t), mask)), emb=nn.Embedding(8, 4), head=lin(), encoder=encoder)
     groups = analyze(ModelSource("made", factory=lambda: (model, (TOKENS,)))).config.smoothing.groups
     assert "encoder.layers.0.linear1 -> linear2" in {group.name.replace("{layer}", "0") for group in groups}
+
+
+def test_a_convolution_that_reads_a_space_is_listed_and_the_config_fits_together() -> None:
+    """It is no linear: quantization leaves it, and its path is known to the checker from here."""
+
+    def run(s: Graph, t: torch.Tensor) -> torch.Tensor:
+        mixed = s.cv(functional.rms_norm(s.emb(t), (4,), s.g).mT).mT
+        return s.head(functional.silu(mixed))
+
+    model = Graph(run, emb=nn.Embedding(8, 4), head=lin(), cv=nn.Conv1d(4, 4, 1), g=nn.Parameter(torch.ones(4)))
+    config = analyze(ModelSource("made", factory=lambda: (model, (TOKENS,)))).config
+    (space,) = config.rotation.spaces
+    assert [reader.path for read in space.reads for reader in read.readers] == ["cv.weight"]
+    assert "cv.weight" not in {linear.weight for linear in config.model.linears}
+    assert problems(config) == []

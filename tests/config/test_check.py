@@ -97,8 +97,8 @@ HEAD_LINEAR = {"path": "head", "weight": "head.weight", "in_features": 8, "out_f
         (
             (*SPACE, "reads", 0, "readers", 0, "path"),
             "net.{layer}.qvk.weight",
-            "$.claims.spaces[0].reads[0].readers[0].path: 'net.{layer}.qvk.weight' is no weight in model.linears; "
-            "did you mean 'net.{layer}.qkv.weight'?",
+            "$.claims.spaces[0].reads[0].readers[0].path: 'net.{layer}.qvk.weight' is no weight in model.linears "
+            "or in another claim; did you mean 'net.{layer}.qkv.weight'?",
         ),
         # slots
         ((*NORM, "channels"), 9, "sources[0].size: without index, expected one position for each of the 9"),
