@@ -21,12 +21,17 @@ NORM, QKV = LAYER + "input_layernorm$", [f"{LAYER}self_attn\\.{name}_proj$" for 
 def recipes() -> Any:
     """The script as a module; it has its oracle beside it."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "oracle", _loaded("oracle"))  # tests/analyzer has another of this name
         patch.syspath_prepend(str(BENCHMARKS))
-        spec = importlib.util.spec_from_file_location("benchmark_recipes", BENCHMARKS / "recipes.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["benchmark_recipes"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
+        return _loaded("recipes")
+
+
+def _loaded(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
     return module
 
 
