@@ -376,6 +376,7 @@ def _space(
         [rank_of_block[b] * size + by_block[b][c] for c, b in zip(component.tolist(), block.tolist(), strict=True)]
     )
     writers: list[Writer] = []
+    both: list[tuple[Writer, Reader]] = []
     reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]] = {}
     for index in members:
         family = axes[index]
@@ -395,7 +396,16 @@ def _space(
         if gain is not None and analysis.gain_sizes.get(gain.weight or "", size) not in (size, channels):
             return None  # one gain for some of the blocks, each of which another rotation turns
         key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
-        reads.setdefault(key, (gain, []))[1].append(Reader(**slot.model_dump(), bias=readers[0].bias))
+        reader = Reader(**slot.model_dump(), bias=readers[0].bias)
+        reads.setdefault(key, (gain, []))[1].append(reader)
+        if key is None and _writes_too(analysis, readers[0]):
+            both.append((Writer(**slot.model_dump()), reader))
+    if (
+        not writers and both
+    ):  # a table that is the head too is rotated once: listed as what writes where nothing else is
+        writers, known = [writer for writer, _ in both], [reader for _, reader in both]
+        reads[None] = (None, [reader for reader in reads[None][1] if reader not in known])
+        reads = {key: read for key, read in reads.items() if read[1]}
     if not writers or not reads:
         return None
     kind = "R1" if any(axes[i].role == "table" for i in members) else "R2" if is_value else "other"
