@@ -117,7 +117,7 @@ def proof_of(
     now where they were edited. Raises AutoQuantError where they do not hold, unless ``unproved`` asks for them anyway.
     """
     from autoquant.certificate.ensure import ensure_proved
-    from autoquant.models.settings import settings_digest
+    from autoquant.models.settings import settings_digests
     from autoquant.models.source import named_source, named_type
 
     if isinstance(model, str | Path):
@@ -126,7 +126,7 @@ def proof_of(
     else:
         settings = getattr(model, "config", None)
         found = getattr(settings, "model_type", None)
-    digest = None if found is None else settings_digest(settings)
+    digests = () if found is None else settings_digests(settings)
 
     def source() -> ModelSource:
         if not isinstance(model, str | Path):
@@ -135,7 +135,7 @@ def proof_of(
 
         return of_structure(str(model), config.provenance.fingerprint, trust_remote_code=trust_remote_code)
 
-    return ensure_proved(config, source, found, settings=digest, unproved=unproved, progress=steps_of(progress))
+    return ensure_proved(config, source, found, settings=digests, unproved=unproved, progress=steps_of(progress))
 
 
 def batches_of(

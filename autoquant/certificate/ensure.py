@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from autoquant.analyzer.analyze import Analyzed, analyze
 from autoquant.certificate.by_hand import by_hand
@@ -35,7 +35,7 @@ def ensure_proved(
     source: Callable[[], ModelSource],
     model_type: str | None,
     *,
-    settings: str | None = None,
+    settings: Sequence[str] = (),
     unproved: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] = lambda step: None,
@@ -43,9 +43,10 @@ def ensure_proved(
     """Prove the claims of ``config`` on a small model of ``source``, unless they are the ones of its certificate.
 
     ``source`` is called where a proof is needed: where claims are not the certificate's, or were proved for another
-    type than the source's ``model_type``, which may have the same parameters, or for other ``settings`` of it, by which
-    its forward may do something else with them. ``unproved``: go on without, which the note says. Raises
-    AutoQuantError, before anything is written, where a claim is not one that the analysis makes, or fails.
+    type than the source's ``model_type``, which may have the same parameters, or for other ``settings`` of it
+    (:func:`settings_digests`), by which its forward may do something else with them. ``unproved``: go on without, which
+    the note says. Raises AutoQuantError, before anything is written, where a claim is not one that the analysis makes,
+    or fails.
     """
     found = standing(config)
     state = IN_WORDS[found]
@@ -75,19 +76,20 @@ def ensure_proved(
     return ProofNote(True, f"proved now: the config is {state}", certificate)
 
 
-def _of_settings(config: Config, settings: str | None) -> bool:
+def _of_settings(config: Config, settings: Sequence[str]) -> bool:
     """True if the certificate is for a model of these ``settings``, or nothing is known of the model's.
 
-    Where it records none, it is one of a type's default configuration, or of a model without a configuration.
+    Where it records none, it is one of a type's default configuration, or of a model without a configuration. A digest
+    of an earlier form, which does not have the type, counts where the types were compared by name.
     """
     recorded = None if config.certificate is None else config.certificate.settings
-    if settings is None or settings == recorded:
+    named = config.provenance.model
+    if not settings or recorded == settings[0]:
         return True
     if recorded is not None:
-        return False
-    named = config.provenance.model
+        return recorded in settings and named_type(named) is not None
     if named_type(named) == named:
-        return settings_digest(find_source(named).config) == settings
+        return settings_digest(find_source(named).config) == settings[0]
     return config.provenance.transformers is None
 
 

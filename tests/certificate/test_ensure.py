@@ -13,7 +13,7 @@ from autoquant.config.file import config_text
 from autoquant.config.format import Config, RotationMethod, SmoothingKind, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.repair import find_source
-from autoquant.models.settings import settings_digest
+from autoquant.models.settings import settings_digest, settings_digests
 from autoquant.models.source import ModelSource, build_structure
 from autoquant.models.structure import structure_of
 
@@ -103,12 +103,26 @@ def test_a_model_of_other_settings_is_proved_again() -> None:
     assert structure_of(build_structure(other)).fingerprint == config.provenance.fingerprint
     assert config.certificate is not None
     assert config.certificate.settings == settings_digest(source.config) != settings_digest(other.config)
-    note = ensure_proved(config, lambda: source, "olmo", settings=settings_digest(source.config))
+    note = ensure_proved(config, lambda: source, "olmo", settings=settings_digests(source.config))
     assert (note.how, as_proved(config, note)) == ("by the certificate of the config", config)
-    clamped = settings_digest(other.config)
+    clamped = settings_digests(other.config)
     with pytest.raises(AutoQuantError, match=r"proved for a model of other settings, and .* is no smoothing group of"):
         ensure_proved(config, lambda: other, "olmo", settings=clamped)
     assert ensure_proved(config, lambda: other, "olmo").how == "by the certificate of the config"  # nothing is known
+
+
+def test_an_earlier_form_of_the_settings_counts_where_the_types_were_compared() -> None:
+    """It has no type: a config of a class by its name is proved again, since nothing else tells another type apart."""
+    source, config = proved()
+    digests = settings_digests(source.config)
+    assert config.certificate is not None
+    assert config.certificate.settings == digests[0] != digests[1]
+    earlier = edited(config, certificate=edited(config.certificate, settings=digests[1]))
+    note = ensure_proved(earlier, lambda: source, "llama", settings=digests)
+    assert note.how == "by the certificate of the config"
+    by_class = edited(earlier, provenance=edited(config.provenance, model="LlamaForCausalLM"))
+    again = ensure_proved(by_class, lambda: source, "llama", settings=digests)
+    assert again.how == "proved now: the config is proved for a model of other settings"
 
 
 def test_a_config_without_settings_is_one_of_the_default_ones() -> None:
@@ -117,9 +131,9 @@ def test_a_config_without_settings_is_one_of_the_default_ones() -> None:
     older = edited(config, certificate=edited(config.certificate, settings=None))
     assert '"settings"' not in config_text(older)
     assert '"settings"' in config_text(config)
-    by_default = settings_digest(find_source("llama").config)
+    by_default = settings_digests(find_source("llama").config)
     assert ensure_proved(older, lambda: source, "llama", settings=by_default).how == "by the certificate of the config"
-    note = ensure_proved(older, lambda: source, "llama", settings=settings_digest(source.config))
+    note = ensure_proved(older, lambda: source, "llama", settings=settings_digests(source.config))
     assert note.how == "proved now: the config is proved for a model of other settings"
     assert as_proved(older, note).certificate == config.certificate
 
