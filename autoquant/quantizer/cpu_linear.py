@@ -10,6 +10,7 @@ that were changed are packed again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,12 @@ CACHED = 1 << 17
 HALF_EVEN = 12582912.0
 """1.5 * 2**23. Added to a float32 below 2**22 in magnitude it rounds half to even; the low byte is the integer's."""
 SHIFT = torch.tensor(HALF_EVEN, device="cpu")
+DEEPEST = int8.EXACT_INT32_DEPTH // 2
+"""Channels of one product: unsigned inputs reach 255, so that sums are twice as large."""
+FAR = 4.0
+"""So many times quicker is another kernel; less is what else runs on the machine."""
+SIGNED, UNSIGNED = 0, 128
+"""Zero points of the two forms in which the kernel is given int8 rows: as they are, or 128 higher as uint8."""
 
 
 @dataclass(eq=False, slots=True)
@@ -80,7 +87,7 @@ def takes(x: Tensor, values: Tensor, packed: Packed | None) -> bool:
         and x.dtype in DTYPES
         and x.numel() > 0
         and values.numel() > 0
-        and values.shape[-1] <= int8.EXACT_INT32_DEPTH
+        and values.shape[-1] <= DEEPEST
         and not values.is_inference()  # these have no version
         and packed.shares(values)
         and not (x.requires_grad and torch.is_grad_enabled())
@@ -205,17 +212,45 @@ def product(
     """The int32 sums of int8 rows [M, K] with a packed weight as float32, times a scale, plus a bias, [M, N].
 
     ``scale_O``, float32 [N] or [1], stands for a scale of 1. Few rows are filled up to eight where N is small: oneDNN
-    3.12 takes up to 18 ms for them, and 0.04 ms for eight. Raises RuntimeError, NotImplementedError or AttributeError
-    where the kernel is missing.
+    3.12 takes up to 18 ms for them, and 0.04 ms for eight. The rows go in the form of :func:`zero_point`. Raises
+    RuntimeError, NotImplementedError or AttributeError where the kernel is missing.
     """
     rows = q.shape[0]
     few = rows < LEAST_ROWS and weight.shape[-1] < WIDE
     filled = functional.pad(q, (0, 0, 0, LEAST_ROWS - rows)) if few else q
-    scales = ONE if scale_O is None else scale_O
-    sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-        filled, scale, 0, weight, scales, ZERO, bias_O, 1.0, 0, dtype, "none", [], ""
-    )
+    sums = _product(filled, weight, scale, ONE if scale_O is None else scale_O, bias_O, dtype, zero_point())
     return sums[:rows] if few else sums
+
+
+def _product(
+    q: Tensor, weight: Any, scale: float, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype, zero: int
+) -> Tensor:
+    rows = q if zero == SIGNED else q.bitwise_xor(-128).view(torch.uint8)  # the highest bit: 128 more, as uint8
+    sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+        rows, scale, zero, weight, scale_O, ZERO, bias_O, 1.0, 0, dtype, "none", [], ""
+    )
+    return sums
+
+
+def zero_point() -> int:
+    """Of the form of rows that is quick here. Weights are packed for unsigned rows; signed ones have a kernel of their
+    own where the CPU has AMX, and elsewhere oneDNN's reference, a thousand times as slow. Timed once.
+    """
+    if not QUICK:
+        took = {zero: _seconds(zero) for zero in (SIGNED, UNSIGNED)}
+        QUICK.append(UNSIGNED if FAR * took[UNSIGNED] < took[SIGNED] else SIGNED)
+    return QUICK[0]
+
+
+def _seconds(zero: int) -> float:
+    """The least of three runs of a small product."""
+    q, took = torch.ones(64, 256, dtype=torch.int8), []
+    packed = torch.ops.onednn.qlinear_prepack(q, None)
+    for _ in range(4):  # the first one makes the kernel
+        begun = time.perf_counter()
+        _product(q, packed, 1.0, ONE, None, torch.float32, zero)
+        took.append(time.perf_counter() - begun)
+    return min(took[1:])
 
 
 LEAST_ROWS, WIDE = 8, 1024
@@ -251,4 +286,5 @@ def _remembered_probe() -> bool:
 
 
 PROBED: list[bool] = []
+QUICK: list[int] = []
 is_exact: Callable[[], bool] = torch.compiler.assume_constant_result(_remembered_probe)

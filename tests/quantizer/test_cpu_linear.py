@@ -162,6 +162,44 @@ def test_a_kernel_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch, p
     assert not made.packed.held
 
 
+@exact
+@pytest.mark.parametrize("zero", [cpu_linear.SIGNED, cpu_linear.UNSIGNED])
+def test_both_forms_of_rows_are_exact(monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    """One of them alone is quick on a machine: with AMX the signed one, without it the unsigned one."""
+    monkeypatch.setattr(cpu_linear, "QUICK", [zero])
+    assert cpu_linear.probe_product()
+    q, values = weight(5, 66), weight(40, 66, seed=1)
+    q[0] = -128
+    packed = torch.ops.onednn.qlinear_prepack(values, None)
+    assert torch.equal(cpu_linear.product(q, packed), (q.long() @ values.t().long()).float())
+
+
+@pytest.mark.parametrize(("signed", "unsigned", "wanted"), [(3e-2, 4e-5, 128), (4e-5, 3e-2, 0), (4e-5, 2e-5, 0)])
+def test_the_quick_form_is_taken_and_timed_once(
+    monkeypatch: pytest.MonkeyPatch, signed: float, unsigned: float, wanted: int
+) -> None:
+    """Twice is no other kernel."""
+    monkeypatch.setattr(cpu_linear, "QUICK", [])
+    monkeypatch.setattr(cpu_linear, "_seconds", {0: signed, 128: unsigned}.__getitem__)
+    assert cpu_linear.zero_point() == wanted
+    monkeypatch.setattr(cpu_linear, "_seconds", {}.__getitem__)
+    assert cpu_linear.zero_point() == wanted
+
+
+@exact
+def test_the_form_that_is_taken_here_has_a_kernel_of_its_own() -> None:
+    """Not oneDNN's reference, which takes thirty milliseconds for these two million operations."""
+    assert cpu_linear._seconds(cpu_linear.zero_point()) < 5e-3
+
+
+@exact
+def test_sums_of_unsigned_rows_stay_within_int32() -> None:
+    assert 255 * 128 * cpu_linear.DEEPEST < 2**31 <= 255 * 128 * (cpu_linear.DEEPEST + 300)
+    values = torch.zeros(1, cpu_linear.DEEPEST + 1, dtype=torch.int8)
+    assert cpu_linear.takes(torch.zeros(1, cpu_linear.DEEPEST), values[:, 1:], Packed(values))
+    assert not cpu_linear.takes(torch.zeros(1, cpu_linear.DEEPEST + 1), values, Packed(values))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError])
 def test_where_the_kernel_is_missing_there_is_another(
     monkeypatch: pytest.MonkeyPatch, probes_forgotten: None, error: type[Exception]
