@@ -280,6 +280,7 @@ def compare(
     settings |= {} if proof.proved else {"proof": proof.how}
     inputs = describe_inputs(folder, Path(data), text, **settings)
     task = Task(loaded, wanted, chosen, windows, batches, seed, inputs, batch)
+    progress("cells", 0, 0)
     cells = measure(
         task,
         lambda: load_float32(folder, trust_remote_code=trust_remote_code).to(place),

@@ -43,8 +43,12 @@ def command(model: Path, output: Path, form: str, quiet: bool, **how: Any) -> No
     interruption the same command goes on where it stopped.
     """
     from autoquant import api
+    from autoquant.cli.output import has_width, show_text
     from autoquant.cli.progress import steps
 
     with steps(quiet) as shown:
         found = api.compare(model, output, progress=shown.progress, tell=shown.say, **how)
-    options.print_result(found, form, quiet)
+    if form == "json" or quiet or has_width():
+        options.print_result(found, form, quiet)
+    else:
+        show_text(found.markdown)

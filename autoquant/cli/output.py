@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
 
 import click
 
 from autoquant.errors import AutoQuantError
+from autoquant.io.columns import fitted
 from autoquant.io.inert import inert
 
 PIPE_WIDTH = 140
@@ -18,14 +20,21 @@ PIPE_WIDTH = 140
 
 
 def width() -> int:
-    """Columns of standard output."""
-    stdout = sys.stdout
-    return shutil.get_terminal_size().columns if stdout is not None and stdout.isatty() else PIPE_WIDTH
+    """Columns of standard output: what COLUMNS says, what the terminal has, or PIPE_WIDTH."""
+    return shutil.get_terminal_size().columns if has_width() else PIPE_WIDTH
+
+
+def has_width() -> bool:
+    """True if lines have to fit: on a terminal, or where COLUMNS says how wide. In a pipe they are whole."""
+    return os.environ.get("COLUMNS", "").isdecimal() or _is_terminal(sys.stdout)
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print results on standard output; a line break within a line is part of a name and shown as such."""
-    show_text("".join(f"{inert(line)}\n" for line in lines))
+    """Print results on standard output; a line break within a line is part of a name and shown as such.
+
+    Long lines are broken between words where they have to fit.
+    """
+    show_text("".join(f"{line}\n" for line in _broken(lines, has_width())))
 
 
 def show_json(value: Any) -> None:
@@ -45,5 +54,14 @@ def show_text(text: str) -> None:
 
 def remark(lines: Iterable[str]) -> None:
     """Print what is no result on standard error."""
-    for line in lines:
-        click.echo(inert(line), err=True)
+    for line in _broken(lines, _is_terminal(sys.stderr)):
+        click.echo(line, err=True)
+
+
+def _broken(lines: Iterable[str], fit: bool) -> Iterator[str]:
+    columns = shutil.get_terminal_size().columns if fit else sys.maxsize
+    return (part for line in lines for part in fitted(inert(line), columns))
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()

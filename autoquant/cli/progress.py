@@ -12,6 +12,9 @@ from typing import TextIO
 from autoquant.io.inert import inert
 from autoquant.steps import Progress, silent
 
+NARROW = 70
+"""Columns below which there is no room for a bar beside its step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shown:
@@ -79,13 +82,19 @@ def _bar(file: TextIO) -> Iterator[Shown]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
     from rich.text import Text
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    console = Console(file=file)
+    step = TextColumn("{task.description}", markup=False, table_column=Column())  # broken between words, never cut
+    drawn = (BarColumn(),) if console.width >= NARROW else ()
     bar = Bar(
-        *columns,
+        SpinnerColumn(),
+        step,
+        *drawn,
+        MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(file=file),
+        console=console,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,

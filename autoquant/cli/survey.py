@@ -43,6 +43,7 @@ def command(
     """
     from functools import partial
 
+    from autoquant.cli.output import remark, show
     from autoquant.io.files import write_text
     from autoquant.report.coverage import coverage_text, offers, proved, rows_text, totals
     from autoquant.survey.generate import write_index
@@ -60,7 +61,7 @@ def command(
         nonlocal left
         left -= 1
         verdict = "not captured" if not row["captured"] else "proved" if proved(row) else "not proved"
-        click.echo(f"{name_of(row)}: {verdict} ({row.get('seconds', '?')} s), {left} to go", err=True)
+        remark([f"{name_of(row)}: {verdict} ({row.get('seconds', '?')} s), {left} to go"])
 
     rows = survey(
         chosen, output / "rows", jobs=jobs, timeout=timeout, done=done, make=partial(examine, configs=configs)
@@ -72,4 +73,4 @@ def command(
         write_index(configs)
     write_text(output / "coverage.json", rows_text(rows), force=True)
     write_text(output / "coverage.md", coverage_text(rows, COMMAND, absent), force=True)
-    click.echo(", ".join(f"{number} {what}" for what, number in totals(rows).items()))
+    show([", ".join(f"{number} {what}" for what, number in totals(rows).items())])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from autoquant.io.columns import columns
 from autoquant.io.inert import inert
 
 if TYPE_CHECKING:
@@ -60,10 +62,9 @@ def rows(config: Config) -> list[Row]:
 
 def overview(config: Config) -> str:
     """The text of ``repr``: at most :data:`WIDTH` columns."""
-    lines = [tuple(map(inert, row)) for row in rows(config)]
-    widths = [max(map(len, column)) for column in zip(HEADER, *lines, strict=True)]
-    shown = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (HEADER, *lines)]
-    return "\n".join(_cut(line.rstrip()) for line in (inert(headline(config)), *(shown if lines else ())))
+    found = rows(config)
+    table = columns(HEADER, found, sys.maxsize, "<" * len(HEADER)) if found else []
+    return "\n".join(_cut(line) for line in (inert(headline(config)), *table[:1], *table[2:]))  # without the rule
 
 
 def overview_html(config: Config) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from autoquant.report.columns import columns, wrapped
+from autoquant.io.columns import columns, wrapped
 from autoquant.report.results import WIDTH, shown
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Audited:
         name = f"{self.tool} {self.version}".strip()
         idle = [line for entry in self.entries for line in _idle(entry, width)]
         return [
-            *columns(("entry", "mapping", "", "change of the logits", "why"), rows, width),
+            *columns(("entry", "mapping", "", "change of the logits", "why"), rows, width, "<<<><"),
             *idle,
             f"{name}: {said}",
         ]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoquant.certificate.claims import IN_WORDS, ran, standing
 from autoquant.config.format import Config, Coverage, edited
+from autoquant.io.columns import columns, wrapped
 from autoquant.io.inert import inert
-from autoquant.report.columns import columns, wrapped
 
 if TYPE_CHECKING:
     from autoquant.certificate.prove import Trial
@@ -55,7 +56,7 @@ class Analysis:
 
     def lines(self, width: int = WIDTH, proof: bool = True) -> list[str]:
         """The table of linears, what is blocked and why, totals; ``proof`` False says nothing of the certificate."""
-        from autoquant.report.table import summary_lines  # imports rich
+        from autoquant.report.table import summary_lines  # imports numpy
 
         return summary_lines(
             self.config if proof else edited(self.config, certificate=None), self.unknown_operators, width
@@ -126,7 +127,7 @@ class Verification:
         subject = "its own weights" if self.own_weights else "a small random model of its structure"
         held = len(self.trials) - len(failed)
         return [
-            *columns(("claim", "kind", "change of the logits", ""), rows, width),
+            *columns(("claim", "kind", "change of the logits", ""), rows, width, "<<><"),
             *(line for path, why in self.refused.items() for line in wrapped(f"not tried: {path}: {why}", width)),
             *([] if self.coverage is None else wrapped(f"run: {ran(self.coverage)}", width)),
             f"{held} of {len(self.trials)} hold (at most {self.tolerance:.0e}) on {self.model}: {subject}",
@@ -230,8 +231,9 @@ class Compared:
     report: Mapping[str, Any]
 
     def lines(self, width: int = WIDTH) -> list[str]:
-        """The page."""
-        return self.markdown.splitlines()
+        """The page; a table that is wider than that becomes a paragraph for each row."""
+        parts = groupby(self.markdown.splitlines(), key=lambda line: line.startswith("|"))
+        return [line for is_table, part in parts for line in (_narrowed(list(part), width) if is_table else part)]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -254,6 +256,14 @@ def _cell(key: str, estimate: Estimate | None) -> str:
 
 def _verdict(trial: Trial, failed: bool) -> str:
     return f"FAILED: no run reached {trial.unreached}" if trial.unreached else "FAILED" if failed else "ok"
+
+
+def _narrowed(table: Sequence[str], width: int) -> list[str]:
+    """A table in Markdown as it is where it fits."""
+    if max(map(len, table)) <= width:
+        return list(table)
+    header, _, *rows = ([cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table)
+    return columns(header, rows, width)
 
 
 def _finite(value: float) -> float | None:

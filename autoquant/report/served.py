@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant.evaluation.serving import NEAR, Agreement
-from autoquant.report.columns import columns
+from autoquant.io.columns import columns
 from autoquant.report.results import WIDTH, shown
 
 HEADER = ("folder", "perplexity here", "there", "change", "median difference", "equal tokens", "int8 bits", "")

@@ -1,27 +1,14 @@
-"""The table that ``autoquant analyze`` prints: plain characters, readable at 80 columns and in a pipe."""
+"""What ``autoquant analyze`` prints: a table of linears, what is blocked and why, totals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from io import StringIO
-from textwrap import wrap
-from typing import IO
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text as RichText
 
 from autoquant.certificate.claims import ran
 from autoquant.config.format import Certificate, Config
 from autoquant.config.layers import layer_numbers
-from autoquant.io.inert import inert
-from autoquant.report.summary import Row, Section, Summary, summarise
-
-PIPE_WIDTH = 140
-"""Columns where the output is no terminal."""
-ANY_WIDTH = 1000
-"""Wider than any table."""
+from autoquant.io.columns import columns, wrapped
+from autoquant.report.summary import Section, Summary, summarise
 
 _KEY = (
     ("R1 ", "R1: the residual stream, rotated once and for all in the weights that write and read it"),
@@ -32,57 +19,16 @@ _KEY = (
 )
 
 
-def print_summary(config: Config, unknown_operators: Sequence[str] = (), file: IO[str] | None = None) -> None:
-    """Print what ``config`` says about each linear, with totals in the last line. ``file``: stdout by default."""
-    console = Console(file=file, highlight=False)
-    if console.is_terminal:
-        _print(console, config, summarise(config, unknown_operators))
-        return
-    print("\n".join(summary_lines(config, unknown_operators, PIPE_WIDTH)), file=file)
+def summary_lines(config: Config, unknown_operators: Sequence[str] = (), width: int = 100) -> list[str]:
+    """What ``config`` says about each linear, what is blocked and why, and totals in the last line.
 
-
-def summary_lines(config: Config, unknown_operators: Sequence[str] = (), width: int = PIPE_WIDTH) -> list[str]:
-    """What :func:`print_summary` prints, without colours."""
-    buffer = StringIO()
-    _print(Console(file=buffer, highlight=False, width=width), config, summarise(config, unknown_operators))
-    return [line.rstrip() for line in buffer.getvalue().splitlines()]  # cells are padded to the column's width
-
-
-def _print(console: Console, config: Config, summary: Summary) -> None:
-    console.print(_text(_headline(config)))
-    console.print()
-    table = _table(summary)
-    if console.measure(table, options=console.options.update(width=ANY_WIDTH)).maximum <= console.width:
-        console.print(table)
-    else:
-        _print_lines(console, summary)
-    for title, lines in _lists(config, summary):
-        console.print(_text(title, style="bold"))
-        for line in lines:
-            _print_wrapped(console, line)
-        console.print()
-    console.print(_text(summary.totals), soft_wrap=True)  # one line, for grep and tail -1
-
-
-def _print_lines(console: Console, summary: Summary) -> None:
-    """The table for a terminal that is too narrow for it: two lines a linear, so that no name is broken."""
-    for section in summary.sections:
-        console.print(_text(_section_title(section), style="bold"))
-        for row in section.rows:
-            console.print(_text(f"  {row.name}: {row.shape}"), soft_wrap=True)
-            rotation = ", ".join(row.rotation) or "-"
-            _print_wrapped(console, f"smoothed by: {_smoothing(row)}; rotation: {rotation}", indent=6)
-        console.print()
-
-
-def _print_wrapped(console: Console, line: str, indent: int = 2) -> None:
-    for text in wrap(inert(line), console.width, initial_indent=" " * indent, subsequent_indent="      "):
-        console.print(_text(text))
-
-
-def _text(text: str, style: str = "") -> RichText:
-    """Text that rich takes as it is, names within it inert."""
-    return RichText(inert(text), style)
+    ``unknown_operators`` had no rule. The totals are one line, for grep and tail -1.
+    """
+    summary = summarise(config, unknown_operators)
+    lines = [*wrapped(_headline(config), width), "", *_linears(summary, width), ""]
+    for title, remarks in _lists(config, summary):
+        lines += [*wrapped(title, width), *(line for text in remarks for line in wrapped(text, width, indent=2)), ""]
+    return [*lines, summary.totals]
 
 
 def _headline(config: Config) -> str:
@@ -98,18 +44,15 @@ def _headline(config: Config) -> str:
     return f"{config.provenance.model}: {', '.join(parts)}"
 
 
-def _table(summary: Summary) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    table.add_column("linear", no_wrap=True)
-    table.add_column("in -> out", no_wrap=True)
-    table.add_column("smoothed by", no_wrap=True)
-    table.add_column("rotation", no_wrap=True)
+def _linears(summary: Summary, width: int) -> list[str]:
+    rows: list[tuple[str, ...]] = []
     for section in summary.sections:
-        table.add_row(_text(_section_title(section), style="bold"))
+        rows += [("",) * 4] if rows else []
+        rows.append((_section_title(section), "", "", ""))
         for row in section.rows:
-            table.add_row(_text(f"  {row.name}"), row.shape, _smoothing(row), ", ".join(row.rotation) or "-")
-        table.add_row()
-    return table
+            smoothing, rotation = "; ".join(row.smoothing) or "-", ", ".join(row.rotation) or "-"
+            rows.append((f"  {row.name}", row.shape, smoothing, rotation))
+    return columns(("linear", "in -> out", "smoothed by", "rotation"), rows, width, "<<<<")
 
 
 def _section_title(section: Section) -> str:
@@ -121,10 +64,6 @@ def _section_title(section: Section) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _smoothing(row: Row) -> RichText:
-    return _text("; ".join(row.smoothing) or "-", style="" if row.smoothable else "yellow")
 
 
 def _lists(config: Config, summary: Summary) -> Iterator[tuple[str, list[str]]]:

@@ -9,8 +9,8 @@ from autoquant.config.knobs import changed_knobs, default_knobs, knob_text, valu
 from autoquant.config.layers import LAYER, fill, layer_numbers
 from autoquant.config.spelling import did_you_mean
 from autoquant.errors import AutoQuantError
+from autoquant.io.columns import wrapped
 from autoquant.io.inert import inert
-from autoquant.report.columns import wrapped
 from autoquant.report.diagram import RESIDUAL, Box, LayerKind, layer_kinds, used_group
 from autoquant.report.summary import because
 
@@ -62,7 +62,7 @@ def linear_lines(config: Config, path: str, width: int) -> list[str]:
     for blocked in config.blocked:
         if blocked.path == linear.path and _has(blocked.layers, layer):
             rows.append(f"no {blocked.what}: {because(blocked)}")
-    return [line for number, row in enumerate(rows) for line in wrapped(inert(row), width, 2 * bool(number))]
+    return [line for number, row in enumerate(rows) for line in wrapped(row, width, 2 * bool(number))]
 
 
 def _knob_lines(config: Config, width: int) -> Iterator[str]:
@@ -73,7 +73,7 @@ def _knob_lines(config: Config, width: int) -> Iterator[str]:
     yield f"{len(changed)} {'knob differs' if len(changed) == 1 else 'knobs differ'} from the defaults"
     for path, value in changed.items():
         text = f"{knob_text(path)} = {value_text(value)} (default {value_text(usual[path])})"
-        yield from wrapped(inert(text), width, indent=2)
+        yield from wrapped(text, width, indent=2)
 
 
 def _tree(kind: LayerKind, used: dict[str, str], width: int) -> Iterator[str]:
@@ -95,7 +95,7 @@ def _tree(kind: LayerKind, used: dict[str, str], width: int) -> Iterator[str]:
         inner = lead + rest
         for remark in _remarks(kind, box, used):
             bar = "│ " if below else "  "
-            yield from (f"{inner}{bar}{text}" for text in wrapped(inert(remark), max(width - len(inner) - 2, 20)))
+            yield from (f"{inner}{bar}{text}" for text in wrapped(remark, max(width - len(inner) - 2, 20)))
         for number, one in enumerate(below):
             if one not in shown:
                 yield from branch(one, inner, number == len(below) - 1, False)

@@ -61,3 +61,19 @@ def test_a_bar_on_a_terminal_leaves_the_streams_alone(monkeypatch: pytest.Monkey
     assert r"found\nit" in text
     assert "4/4" in text
     assert sys.stdout is stdout
+
+
+@pytest.mark.parametrize(("columns", "has_bar"), [(40, False), (80, True)])
+def test_a_step_is_not_cut_in_a_narrow_terminal(columns: int, has_bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stderr = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with steps() as shown:
+        for done in range(3):
+            shown.progress("reading off scales and rotations, all of them", done, 12_000)
+            time.sleep(0.15)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stderr.getvalue())
+    assert {"reading", "scales", "rotations,", "them", "2/12000"} <= set(text.split())
+    assert "…" not in text
+    assert ("━━" in text) is has_bar

@@ -36,6 +36,7 @@ def test_a_table_and_going_on_after_an_interruption(tmp_path: Path) -> None:
     first = run(tmp_path)
     assert first.exit_code == 0, first.output
     assert "5/5 fc_fc:0.5+rotation" in first.stderr and "0 s left" in first.stderr
+    assert first.stderr.splitlines()[-1].startswith("cells: ")  # what they took is not said of the imports
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     perplexity = {(cell["transforms"], cell["strategy"]): cell["perplexity"]["mean"] for cell in report["cells"]}
     assert next(iter(perplexity)) == (None, "float") and len(perplexity) == 5

@@ -1,28 +1,23 @@
 from __future__ import annotations
 
-from functools import partial
-from io import StringIO
 from typing import TYPE_CHECKING
 
-import pytest
-from rich.console import Console
-
-from autoquant.report.table import print_summary
+from autoquant.report.table import summary_lines
 
 if TYPE_CHECKING:
     from autoquant.config.format import Config
 
-PIPED = """\
+WIDE = """\
 made-up: 4 layers, hidden size 8, 1,234 parameters, tied table.weight = head.weight
 
-linear                  in -> out   smoothed by          rotation
-──────────────────────────────────────────────────────────────────────────
+linear                 in -> out  smoothed by         rotation
+───────────────────────────────────────────────────────────────────────
 4 layers: 0-3
-  qkv                   8 -> 12     norm norm            R1 in
-  out                   8 -> 8      from 4 rows of qkv   online in, R1 out
+  qkv                  8 -> 12    norm norm           R1 in
+  out                  8 -> 8     from 4 rows of qkv  online in, R1 out
 
 outside of the layers
-  head                  8 -> 32     no                   -
+  head                 8 -> 32    no                  -
 
 Rotations
   R1 residual: 8
@@ -35,33 +30,30 @@ In the table
 """
 
 
-def test_a_pipe_gets_plain_text(example_config: Config) -> None:
-    file = StringIO()
-    print_summary(example_config, file=file)
-    assert file.getvalue() == PIPED
+def test_a_wide_terminal_gets_a_table(example_config: Config) -> None:
+    assert "\n".join(summary_lines(example_config, width=140)) + "\n" == WIDE
 
 
 NARROW = """\
 4 layers: 0-3
-  qkv: 8 -> 12
-      smoothed by: norm norm; rotation: R1
-      in
-  out: 8 -> 8
-      smoothed by: from 4 rows of qkv;
-      rotation: online in, R1 out
+  qkv
+    in -> out: 8 -> 12
+    smoothed by: norm norm
+    rotation: R1 in
+  out
+    in -> out: 8 -> 8
+    smoothed by: from 4 rows of qkv
+    rotation: online in, R1 out
 
 outside of the layers
-  head: 8 -> 32
-      smoothed by: no; rotation: -
+  head
+    in -> out: 8 -> 32
+    smoothed by: no
+    rotation: -
 """
 
 
-def test_a_narrow_terminal_gets_lines_and_no_broken_names(
-    example_config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terminal = partial(Console, width=44, force_terminal=True, color_system=None)
-    monkeypatch.setattr("autoquant.report.table.Console", terminal)
-    file = StringIO()
-    print_summary(example_config, file=file)
-    assert NARROW in file.getvalue()
-    assert file.getvalue().splitlines()[-1].startswith("8 of 9 linears smoothable")
+def test_a_narrow_terminal_gets_paragraphs_and_no_broken_names(example_config: Config) -> None:
+    lines = summary_lines(example_config, width=44)
+    assert NARROW in "\n".join(lines)
+    assert lines[-1].startswith("8 of 9 linears smoothable")

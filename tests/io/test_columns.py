@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoquant.report.columns import columns, wrapped
+from autoquant.io.columns import columns, wrapped
 
 HEADER = ("model", "tokens", "perplexity")
 ROWS = (("out/int8", "12,345", "22.340 ± 0.120"), ("a", "7", "1.000 ± 0.001"))
