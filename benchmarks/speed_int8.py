@@ -40,9 +40,9 @@ of the sum, chunks of rows.
     "cpu": """{where}, one thread. `{command}`
 
 Processor milliseconds, the least of {rounds} rounds in which all take turns. "qlinear" is what torch has: quantized
-by torch's operations (times the reciprocal of a static scale; divided by a token's), `onednn.qlinear_pointwise` with
-the weight's scales and a static one in the product, the token's behind it. "product" is qlinear alone, its input int8
-already. Ours gives the numbers of `int8.linear` bit for bit: a division, and a token's scale before the weight's.
+by torch's operations (times the reciprocal of a static scale; divided by a token's) to uint8 with a zero point of 128,
+`onednn.qlinear_pointwise` with the weight's scales and a static one in the product, the token's behind it. "product" is
+qlinear alone, its input uint8 already. Ours gives the numbers of `int8.linear` bit for bit, which divides.
 """,
 }
 
@@ -180,7 +180,7 @@ def on_cpu(rounds: int) -> list[str]:
         packed = torch.ops.onednn.qlinear_prepack(token.values, None)
         for rows in ROWS["cpu"]:
             x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-            q = int8.quantize(x, torch.tensor(STATIC))
+            q = unsigned(x * (1 / STATIC))
             calls: dict[str, Call] = {
                 "bf16": partial(functional.linear, x, weight),
                 "product": partial(qlinear, q, packed, STATIC, token.scale, torch.bfloat16),
@@ -218,20 +218,23 @@ def taking_turns(calls: Mapping[str, Call], repeats: int, rounds: int) -> dict[s
 def qlinear(q: Tensor, packed: Tensor, scale: float, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     scales, zeros = weight_scale.flatten(), torch.zeros(len(weight_scale), dtype=torch.int32)
     out: Tensor = torch.ops.onednn.qlinear_pointwise(
-        q, scale, 0, packed, scales, zeros, None, 1.0, 0, dtype, "none", [], ""
+        q, scale, 128, packed, scales, zeros, None, 1.0, 0, dtype, "none", [], ""
     )
     return out
 
 
+def unsigned(y: Tensor) -> Tensor:
+    """uint8 with a zero point of 128: int8 rows are multiplied in a loop over elements where there is no AMX."""
+    return y.round_().add_(128).clamp_(0, 255).to(torch.uint8)
+
+
 def qlinear_static(x: Tensor, packed: Tensor, weight_scale: Tensor) -> Tensor:
-    q = (x * (1 / STATIC)).round_().clamp_(-128, 127).to(torch.int8)
-    return qlinear(q, packed, STATIC, weight_scale, x.dtype)
+    return qlinear(unsigned(x * (1 / STATIC)), packed, STATIC, weight_scale, x.dtype)
 
 
 def qlinear_token(x: Tensor, packed: Tensor, weight_scale: Tensor) -> Tensor:
     scale = x.abs().amax(1, keepdim=True).float() / 127
-    q = (x / scale).round_().clamp_(-128, 127).to(torch.int8)
-    return qlinear(q, packed, 1.0, weight_scale, torch.float32).mul_(scale).to(x.dtype)
+    return qlinear(unsigned(x / scale), packed, 1.0, weight_scale, torch.float32).mul_(scale).to(x.dtype)
 
 
 def line(cells: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
 """Int8 linears on a CPU: oneDNN's int8 product with a packed weight, and rows in blocks that stay in the cache.
 
 The numbers are those of :func:`autoquant.quantizer.int8.linear` bit for bit: the kernel gives the float32 of each int32
-sum, or under a static scale the result itself, and proves it on every machine before it is used. Where it does not
-(AVX2 without VNNI adds pairs of products in int16 and saturates), there is :func:`autoquant.quantizer.int8.matmul`.
+sum times the weight's scale, or under a static scale the result itself, and proves it on every machine before it is
+used. Where it does not (AVX2 without VNNI adds pairs of products in int16 and saturates), there is
+:func:`autoquant.quantizer.int8.matmul`.
 
 Packing copies a weight into the order that the kernel reads, once; the copy lives as long as the weight does. Values
 that were changed are packed again.
@@ -29,7 +30,9 @@ CACHED = 1 << 17
 """Elements of one elementwise step: half a MiB in float32, which stays in the cache, and is memory used before."""
 HALF_EVEN = 12582912.0
 """1.5 * 2**23. Added to a float32 below 2**22 in magnitude it rounds half to even; the low byte is the integer's."""
-SHIFT = torch.tensor(HALF_EVEN, device="cpu")
+SHIFT, LARGEST = torch.tensor(HALF_EVEN, device="cpu"), torch.tensor(float(int8.QMAX), device="cpu")
+SIGN = torch.tensor(-128, dtype=torch.int8, device="cpu")
+"""Tensors: a number that an operation has to make a tensor of costs as much as the operation on one row."""
 DEEPEST = int8.EXACT_INT32_DEPTH // 2
 """Channels of one product: unsigned inputs reach 255, so that sums are twice as large."""
 FAR = 4.0
@@ -47,6 +50,7 @@ class Packed:
 
     source: Tensor | None = None
     held: dict[tuple[int, int], Any] = field(default_factory=dict)
+    scales: dict[tuple[int, int], Scales] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> Packed:
         return Packed()
@@ -66,6 +70,33 @@ class Packed:
                 del self.held[old]
             self.held[key] = torch.ops.onednn.qlinear_prepack(values.contiguous(), None)
         return self.held[key]
+
+    def both(self, scale: Tensor, given: Tensor) -> Scales:
+        """A weight's scale [O or 1, 1] and a static one [], multiplied once for all calls while neither changes."""
+        if scale.is_inference() or given.is_inference():  # these have no version
+            return Scales.of(scale, given)
+        key = (scale.data_ptr(), given.data_ptr())
+        made = self.scales.get(key)
+        if made is None or made.versions != (scale._version, given._version):
+            made = self.scales[key] = Scales.of(scale, given)
+        return made
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Scales:
+    """``product`` [O or 1] of two scales, which it holds on to: an address is never another tensor's."""
+
+    made_of: tuple[Tensor, Tensor]
+    versions: tuple[int, int] | None
+    product: Tensor
+    is_tiny: bool
+    """True if one is below the normal numbers."""
+
+    @staticmethod
+    def of(scale: Tensor, given: Tensor) -> Scales:
+        versions = None if scale.is_inference() or given.is_inference() else (scale._version, given._version)
+        both = scale.reshape(-1) * given
+        return Scales((scale, given), versions, both, bool(both.amin() < int8.TINY))
 
 
 def _memory(tensor: Tensor) -> int:
@@ -111,49 +142,43 @@ def linear(
     """
     weight, bias_O = packed.of(values), None if bias is None else bias.float()
     if input_scale is not None and input_scale.dim() == 0:
-        whole = partial(_static, weight=weight, scale_O=scale.reshape(-1), given=input_scale, bias_O=bias_O)
+        whole = partial(_static, weight=weight, both=packed.both(scale, input_scale), given=input_scale, bias_O=bias_O)
         return whole(x_TI) if x_TI.shape[0] <= MOST_ROWS else torch.cat([whole(x) for x in x_TI.split(MOST_ROWS)])
     if input_scale is None and not per_token:
         input_scale = _scales(x_TI).amax()
     if x_TI.shape[0] <= MOST_ROWS:
-        return _linear(x_TI, weight, scale.reshape(1, -1), input_scale, bias_O)
+        return _linear(x_TI, weight, scale.reshape(-1), input_scale, bias_O)
     out_TO = torch.empty(x_TI.shape[0], values.shape[0], dtype=x_TI.dtype)
     for start in range(0, x_TI.shape[0], MOST_ROWS):
         block = slice(start, start + MOST_ROWS)
         given = input_scale if input_scale is None or input_scale.numel() == 1 else input_scale[block]
-        out_TO[block] = _linear(x_TI[block], weight, scale.reshape(1, -1), given, bias_O)
+        out_TO[block] = _linear(x_TI[block], weight, scale.reshape(-1), given, bias_O)
     return out_TO
 
 
-def _static(x_TI: Tensor, weight: Any, scale_O: Tensor, given: Tensor, bias_O: Tensor | None) -> Tensor:
+def _static(x_TI: Tensor, weight: Any, both: Scales, given: Tensor, bias_O: Tensor | None) -> Tensor:
     """One kernel after the rounding. It has both scales as one: given two it multiplies in an order of its choice."""
     q, _ = quantized(x_TI, given)
-    both = scale_O * given
-    if x_TI.dtype == torch.bfloat16 and (bias_O is not None or both.amin() < int8.TINY):
-        return product(q, weight, 1.0, both, bias_O).to(x_TI.dtype)  # it makes zeros of tiny bfloat16
-    return product(q, weight, 1.0, both, bias_O, x_TI.dtype)
+    if x_TI.dtype == torch.bfloat16 and (bias_O is not None or both.is_tiny):
+        return product(q, weight, both.product, bias_O).to(x_TI.dtype)  # it makes zeros of tiny bfloat16
+    return product(q, weight, both.product, bias_O, x_TI.dtype)
 
 
 def _linear(x_TI: Tensor, weight: Any, scale_O: Tensor, given: Tensor | None, bias_O: Tensor | None) -> Tensor:
     q, row_scale = quantized(x_TI, given)
-    if row_scale.numel() == 1:
-        sums, each = product(q, weight, row_scale.item()), None
-    else:
-        sums, each = product(q, weight), row_scale
+    sums = product(q, weight, scale_O)
     if sums.numel() <= CACHED:
-        return _finished(sums, each, scale_O, bias_O).to(x_TI.dtype)
+        return _finished(sums, row_scale, bias_O).to(x_TI.dtype)
     out_TO, step = torch.empty(sums.shape, dtype=x_TI.dtype), max(1, CACHED // sums.shape[1])
     for start in range(0, sums.shape[0], step):
         part = slice(start, start + step)
-        out_TO[part] = _finished(sums[part], None if each is None else each[part], scale_O, bias_O)
+        out_TO[part] = _finished(sums[part], row_scale if row_scale.numel() == 1 else row_scale[part], bias_O)
     return out_TO
 
 
-def _finished(sums: Tensor, each: Tensor | None, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Float32 sums, scaled in place."""
-    if each is not None:
-        sums.mul_(each)
-    sums.mul_(scale_O)
+def _finished(sums: Tensor, row_scale: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Float32 sums under the weight's scale, scaled in place."""
+    sums.mul_(row_scale)
     return sums if bias_O is None else sums.add_(bias_O)
 
 
@@ -165,7 +190,7 @@ def quantized(x_TI: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     if x_TI.numel() <= CACHED:
         y = x_TI.float()
-        scales = y.abs().amax(1, True).div_(int8.QMAX).clamp_min_(int8.TINY) if given is None else given
+        scales = y.abs().amax(1, True).div_(LARGEST).clamp_min_(int8.TINY) if given is None else given
         return _rounded(y, scales, x_TI.dtype, given is not None).to(torch.int8), scales
     scales = _scales(x_TI) if given is None else given
     q, step = torch.empty(x_TI.shape, dtype=torch.int8), max(1, CACHED // x_TI.shape[1])
@@ -183,7 +208,10 @@ def _rounded(y: Tensor, scales: Tensor, dtype: torch.dtype, clamped: bool) -> Te
     A row under its own scale needs no clamp. NaN becomes a NaN whose low byte is zero, but for one that a float32 input
     brings along with bits of its own.
     """
-    shifted = torch.addcdiv(SHIFT, y, scales, out=None if dtype == torch.float32 else y)  # a division, then a sum
+    out = None if dtype == torch.float32 else y
+    # A division, then a sum: in one step for one row, which is element by element where the scales are broadcast.
+    one_row = len(y) == 1
+    shifted = torch.addcdiv(SHIFT, y, scales, out=out) if one_row else torch.div(y, scales, out=out).add_(SHIFT)
     if clamped:  # to bounds that are shifted too
         shifted.clamp_(HALF_EVEN + int8.QMIN, HALF_EVEN + int8.QMAX)
         if dtype == torch.float32:
@@ -198,36 +226,33 @@ def _scales(x_TI: Tensor) -> Tensor:
     else:
         bits = x_TI.contiguous().view(torch.int16).bitwise_and(0x7FFF)
         maximum = bits.amax(1, keepdim=True).view(x_TI.dtype).float()
-    return maximum.div_(int8.QMAX).clamp_min_(int8.TINY)
+    return maximum.div_(LARGEST).clamp_min_(int8.TINY)
 
 
 def product(
     q: Tensor,
     weight: Any,
-    scale: float = 1.0,
     scale_O: Tensor | None = None,
     bias_O: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The int32 sums of int8 rows [M, K] with a packed weight as float32, times a scale, plus a bias, [M, N].
 
-    ``scale_O``, float32 [N] or [1], stands for a scale of 1. Few rows are filled up to eight where N is small: oneDNN
-    3.12 takes up to 18 ms for them, and 0.04 ms for eight. The rows go in the form of :func:`zero_point`. Raises
-    RuntimeError, NotImplementedError or AttributeError where the kernel is missing.
+    ``scale_O`` is float32 [N] or [1]. Few rows are filled up to eight where N is small: oneDNN 3.12 takes up to 18 ms
+    for them, and 0.04 ms for eight. The rows go in the form of :func:`zero_point`. Raises RuntimeError,
+    NotImplementedError or AttributeError where the kernel is missing.
     """
     rows = q.shape[0]
     few = rows < LEAST_ROWS and weight.shape[-1] < WIDE
     filled = functional.pad(q, (0, 0, 0, LEAST_ROWS - rows)) if few else q
-    sums = _product(filled, weight, scale, ONE if scale_O is None else scale_O, bias_O, dtype, zero_point())
+    sums = _product(filled, weight, ONE if scale_O is None else scale_O, bias_O, dtype, zero_point())
     return sums[:rows] if few else sums
 
 
-def _product(
-    q: Tensor, weight: Any, scale: float, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype, zero: int
-) -> Tensor:
-    rows = q if zero == SIGNED else q.bitwise_xor(-128).view(torch.uint8)  # the highest bit: 128 more, as uint8
+def _product(q: Tensor, weight: Any, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype, zero: int) -> Tensor:
+    rows = q if zero == SIGNED else torch.bitwise_xor(q, SIGN).view(torch.uint8)  # the highest bit: 128 more, as uint8
     sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-        rows, scale, zero, weight, scale_O, ZERO, bias_O, 1.0, 0, dtype, "none", [], ""
+        rows, 1.0, zero, weight, scale_O, ZERO, bias_O, 1.0, 0, dtype, "none", [], ""
     )
     return sums
 
@@ -248,7 +273,7 @@ def _seconds(zero: int) -> float:
     packed = torch.ops.onednn.qlinear_prepack(q, None)
     for _ in range(4):  # the first one makes the kernel
         begun = time.perf_counter()
-        _product(q, packed, 1.0, ONE, None, torch.float32, zero)
+        _product(q, packed, ONE, None, torch.float32, zero)
         took.append(time.perf_counter() - begun)
     return min(took[1:])
 
@@ -260,19 +285,19 @@ ONE, ZERO = torch.ones(1, device="cpu"), torch.zeros(1, dtype=torch.int32, devic
 def probe_product() -> bool:
     """True if :func:`product` exists here and gets every probe of :func:`autoquant.quantizer.int8.probes` right."""
     for a, b in int8.probes():
-        exact, outputs = (a.long() @ b.long()).float(), b.shape[1]
+        exact, outputs = (a.double() @ b.double()).float(), b.shape[1]
         scales, bias = torch.linspace(1e-3, 2e-2, outputs), torch.linspace(-1.0, 1.0, outputs)
         try:
             packed = torch.ops.onednn.qlinear_prepack(b.t().contiguous(), None)
-            for scale in (1.0, 0.0371, int8.TINY):
-                scale = torch.tensor(scale).item()  # as a float32 holds it
-                if not torch.equal(product(a, packed, scale), exact * scale):
-                    return False
+            if not torch.equal(product(a, packed), exact):
+                return False
             for each in (scales, scales[:1], scales * int8.TINY):
-                if not torch.equal(product(a, packed, 1.0, each, bias), exact * each + bias):
-                    return False
+                for added in (None, bias):
+                    wanted = exact * each if added is None else exact * each + added
+                    if not torch.equal(product(a, packed, each, added), wanted):
+                        return False
             for dtype in DTYPES:
-                if not torch.equal(product(a, packed, 1.0, scales, None, dtype), (exact * scales).to(dtype)):
+                if not torch.equal(product(a, packed, scales, None, dtype), (exact * scales).to(dtype)):
                     return False
         except (RuntimeError, NotImplementedError, AttributeError):
             return False

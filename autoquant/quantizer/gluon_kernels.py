@@ -111,7 +111,7 @@ def multiply(a_tiles, w_tiles, full, empty, scale, weight_scale, bias, out, buff
         rn = pid_n * BN + gl.arange(0, BN, gl.SliceLayout(0, SUMS))
         s = gl.expand_dims(gl.load(scale + rm, mask=rm < M, other=0.0), 1) if TOKEN else gl.load(scale)
         t = gl.expand_dims(gl.load(weight_scale + rn, mask=rn < N, other=0.0), 0) if CHANNEL else gl.load(weight_scale)
-        y = acc.to(gl.float32) * (s * t) if STATIC else acc.to(gl.float32) * s * t
+        y = acc.to(gl.float32) * (s * t) if STATIC else acc.to(gl.float32) * t * s
         if BIAS:
             y = y + gl.expand_dims(gl.load(bias + rn, mask=rn < N, other=0.0).to(gl.float32), 0)
         stored(y.to(out.dtype), out, buffers.index(PART), row, pid_n * BN, PARTS)

@@ -101,10 +101,11 @@ def linear(x_TI: Tensor, values: Tensor, scale: Tensor, input_scale: Tensor, bia
     """``x @ W.T + b`` in int8, [T, O] in x's dtype: what every faster path must give bit for bit.
 
     ``values`` is int8 [O, I], ``scale`` float32 [O or 1, 1], ``input_scale`` float32 and broadcasts against [T, 1]. A
-    static one, [], is multiplied with the weight's first: one product for each sum, as oneDNN does, and vLLM on a CPU.
+    static one, [], is multiplied with the weight's first, one product for each sum; else a sum is multiplied by the
+    weight's scale, then by the input's: as oneDNN, CUTLASS and vLLM do.
     """
     sums = matmul(quantize_activations(x_TI, input_scale), values.t()).float()
-    out_TO = sums * (input_scale * scale.t()) if input_scale.dim() == 0 else sums * input_scale * scale.t()
+    out_TO = sums * (input_scale * scale.t()) if input_scale.dim() == 0 else sums * scale.t() * input_scale
     return (out_TO if bias is None else out_TO + bias.float()).to(x_TI.dtype)
 
 

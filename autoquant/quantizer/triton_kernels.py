@@ -3,7 +3,7 @@
 """Kernels of int8 linears: rows of an input to int8, and their product with an int8 weight, finished there.
 
 The arithmetic is that of :mod:`autoquant.quantizer.int8`, operation by operation, each rounded to float32 once: true
-division (``div_rn``), rounding half to even, sums in int32, ``(float(sum) * scale) * weight scale + bias``, or
+division (``div_rn``), rounding half to even, sums in int32, ``(float(sum) * weight scale) * scale + bias``, or
 ``float(sum) * (scale * weight scale) + bias`` where the scale is STATIC. The kernels
 must be launched with ``enable_fp_fusion=False``: a fused multiply-add would round the last two steps together.
 
@@ -145,7 +145,7 @@ def finish(
         t = tl.load(weight_scale + expert * N + rn, mask=rn < N, other=0.0)[None, :]
     else:
         t = tl.load(weight_scale + expert)
-    y = acc.to(tl.float32) * (s * t) if STATIC else acc.to(tl.float32) * s * t
+    y = acc.to(tl.float32) * (s * t) if STATIC else acc.to(tl.float32) * t * s
     if BIAS:
         y += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     at = rm.to(tl.int64)[:, None] * N + rn[None, :]
@@ -349,7 +349,7 @@ def row_product(
         acc = dot4(wt, tl.broadcast_to(word[None, :], [BN, BK]), acc, ASM)
     t = tl.load(weight_scale + rn, mask=rn < N, other=0.0) if CHANNEL else tl.load(weight_scale)
     sums = tl.sum(acc, 1).to(tl.float32)
-    y = sums * s * t if TOKEN else sums * (s * t)
+    y = sums * t * s if TOKEN else sums * (s * t)
     if BIAS:
         y += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)
     tl.store(out + rn, y.to(out.dtype.element_ty), mask=rn < N)
