@@ -326,8 +326,8 @@ other models are small and random, so that their perplexities say nothing but wh
   softplus in it. Computed so here, our perplexity is 3570.516 as well; the int8 linears are equal.
 - phimoe (no class of this name in vLLM either) ended in an error before its experts were ignored under the names of
   transformers too, and was not loaded again; lfm2 as transformers writes it lacks fields that vLLM's class reads.
-- bloom is not rotated: R1 folds its norm of the embeddings away, which its class has. Its fused q, k and v, and
-  qwen2_moe's shared_expert_gate, are refused where vLLM does not load them, which this table has shown.
+- bloom is not rotated: R1 folds its norm of the embeddings away, which its class has. Its fused q, k and v are
+  refused where vLLM does not load them, and so was qwen2_moe's shared_expert_gate: floating point by default now.
 - transformers turns int8 into floats on the first forward ("not int8"), and its dynamic scales are max|x| / 127.5.
   Experts that the hub has one by one it draws at random where linears are int8 (with a warning): it is not asked.
 """

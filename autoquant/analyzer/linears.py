@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from autoquant.analyzer.scale_state import Use
 from autoquant.aten import CHOICES, PRODUCTS, operator_name
@@ -26,15 +26,18 @@ def linears(uses: list[Use]) -> tuple[Linear, ...]:
             out_features=same[0].out_features,
             stack=same[0].stack,
             in_dim=same[0].contracted_dim,
-            role=_role(same[0].site.node),
+            role=_role(same[0]),
         )
         for weight, same in by_weight.items()
     )
 
 
-def _role(node: fx.Node) -> Literal["linear", "lm_head", "router"]:
-    """Lm_head: its output alone becomes the model's; router: its output is ranked before any further product."""
-    if _reaches_choice(node):
+def _role(use: Use) -> Literal["linear", "lm_head", "router"]:
+    """Lm_head: its output alone becomes the model's; router: before any further product its output is ranked, or is one
+    number for each token that weights all channels of something else, as the gate of a shared expert is.
+    """
+    node = use.site.node
+    if _reaches_choice(node) or (use.out_features == 1 and _weights_channels(node)):
         return "router"
     return "lm_head" if _is_output(node) else "linear"
 
@@ -51,6 +54,24 @@ def _is_output(node: fx.Node) -> bool:
 
 def _activations(node: fx.Node) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if argument.op == "call_function"]
+
+
+def _weights_channels(node: fx.Node) -> bool:
+    """True if the only channel of ``node``, through operators that keep it the only one, multiplies several."""
+    seen, queue = {node}, [node]
+    while queue:
+        for user in queue.pop(0).users:
+            if user in seen or user.op != "call_function" or operator_name(user) in PRODUCTS:
+                continue
+            seen.add(user)
+            value = user.meta["val"]
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if value.shape[-1] == 1:
+                queue.append(user)
+            elif operator_name(user) == "mul":
+                return True
+    return False
 
 
 def _reaches_choice(node: fx.Node) -> bool:

@@ -345,7 +345,7 @@ class Linear(Strict):
         ge=0, description="Dimension of the weight that is summed over (1 for nn.Linear, 0 for Conv1D)."
     )
     role: Literal["linear", "lm_head", "router"] = Field(
-        "linear", description="lm_head: writes the logits; router: chooses experts."
+        "linear", description="lm_head: writes the logits; router: chooses experts, or weights one for each token."
     )
 
 

@@ -14,7 +14,7 @@ def explanation_text(explanation: Explanation, asked: str) -> str:
     """Lines for a person who knows neither the model's code nor this one. ``asked``: the path as it was given."""
     linear = explanation.linear
     experts = f", for each of {linear.stack} experts" if linear.stack else ""
-    role = {"linear": "", "router": "; it chooses experts", "lm_head": "; it writes the logits"}[linear.role]
+    role = {"linear": "", "router": "; it chooses or weights experts", "lm_head": "; it writes the logits"}[linear.role]
     shown = rename(linear.path, explanation.rename)
     lines = [f"{shown}: a linear from {linear.in_features} to {linear.out_features} channels{experts}{role}"]
     if explanation.layers is not None:
