@@ -11,6 +11,9 @@ from autoquant.quantizer.strategies import PlannedLinear, plan_linears
 from autoquant.searcher.candidates.candidate import Candidate, with_overrides
 from autoquant.searcher.judge import Judged, Searcher
 
+RANKED = 1
+"""So many batches of held-out windows show the order of the linears: eight windows in `autoquant search`."""
+
 
 def in_float(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """The linears whose int8 costs most, left in floating point; what a server makes one module of stays together."""
@@ -33,7 +36,10 @@ def in_float(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 
 @torch.no_grad()
 def _by_cost(searcher: Searcher, best: Judged, planned: Sequence[PlannedLinear]) -> list[list[PlannedLinear]]:
-    """Modules of linears, first the one without whose rounding the quantized model comes closest to float."""
+    """Modules of linears, first the one without whose rounding the quantized model comes closest to float.
+
+    Each is tried on a part of the held-out windows: which are the first is seen there, and all windows judge these.
+    """
     by_weight = {one.weight: one for one in planned}
     modules: dict[tuple[str, ...], list[PlannedLinear]] = {}
     for one in planned:
@@ -50,7 +56,7 @@ def _by_cost(searcher: Searcher, best: Judged, planned: Sequence[PlannedLinear])
         rounded = {one.path: model.get_submodule(one.path) for one in members}
         for path in rounded:
             model.set_submodule(path, plain[path])
-        left[weights] = sum(searcher.compared(model).kl)
+        left[weights] = sum(searcher.compared(model, RANKED).kl)
         for path, module in rounded.items():
             model.set_submodule(path, module)
     return [modules[weights] for weights in sorted(modules, key=left.__getitem__)]

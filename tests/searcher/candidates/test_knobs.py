@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 from quantized import PACKAGED, STATIC, config_of, search_task
+from torch import nn
 
 from autoquant.checkpoint.targets import readers
 from autoquant.config.format import Strategy, edited
 from autoquant.quantizer.strategies import Granularity, plan_linears
 from autoquant.searcher.candidates.knobs import KNOBS
-from autoquant.searcher.judge import Judged, Searcher, Served
+from autoquant.searcher.judge import Distance, Judged, Searcher, Served
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,24 @@ def test_linears_whose_int8_costs_most_stay_in_float() -> None:
     assert DOWN.format(layer=0) not in {entry.path for entry in plan_linears(one.config, STATIC)}
     assert searcher.judge(one.config).divergence < searcher.judge(config).divergence
     assert all(len(candidate.choice.split(", ")) == 2 for candidate in more), "q, k and v are three"
+
+
+def test_a_part_of_the_windows_ranks_and_all_of_them_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = search_task()
+    searcher = Searcher(replace(task, in_float=1, held_out=task.held_out * 3), lambda line: None)
+    seen: list[int] = []
+    compared = Searcher.compared
+
+    def counting(self: Searcher, model: nn.Module, batches: int | None = None) -> Distance:
+        found = compared(self, model, batches)
+        seen.append(len(found.kl))
+        return found
+
+    monkeypatch.setattr(Searcher, "compared", counting)
+    one, *_ = KNOBS["float"](searcher, Judged(config_of(PACKAGED), (), (), ()))
+    assert seen == [3] * 35, "seven linears in each of five layers"
+    searcher.judge(one.config)
+    assert seen[35:] == [9]
 
 
 def test_output_scales_leave_out_linears_that_share_one() -> None:
