@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is ever downloaded by a test.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The workers of pytest-xdist inherit these from readline, which pytest imports: lines would be broken at 80 columns.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture
