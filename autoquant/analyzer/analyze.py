@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -82,7 +82,7 @@ def analyze(
     reason = None
     while True:
         if attempts:
-            traced, maps = represent(module, attempts.pop(0), lambda module: _fake_forward(module, loaded))
+            traced, maps = represent(module, attempts.pop(0), lambda module: run_without_weights(module, loaded))
         else:
             traced, maps = module, whole(stacks, reason)
         captured, analysis = _trace(loaded, traced, how, progress, seconds)
@@ -111,7 +111,7 @@ def _at_two_lengths(loaded: LoadedModel, traced: nn.Module, found: Findings, how
         return found
     for longer in longer_inputs(loaded):
         try:
-            _fake_forward(traced, longer)
+            run_without_weights(traced, longer)
             captured = captured_from(longer, traced, how)
         except Exception:  # the user's code: it takes no inputs of this shape
             continue
@@ -122,23 +122,27 @@ def _at_two_lengths(loaded: LoadedModel, traced: nn.Module, found: Findings, how
     return found
 
 
-def _fake_forward(module: nn.Module, loaded: LoadedModel) -> object:
+def run_without_weights(module: nn.Module, loaded: LoadedModel) -> object:
     """``module`` on the loaded model's inputs, without weights. Raises what the model says where it does not run."""
     if loaded.known:
         with undisturbed(module), short_chunks(module):
             (args, kwargs), mode = fakeify_(module, (loaded.args, loaded.kwargs))
             with mode, known_values():
-                return module(*args, **kwargs)
+                return _run(module, args, kwargs)
     with undisturbed(module), short_chunks(module), marked_as_compiling(), contextlib.suppress(Exception):
         return module(*loaded.args, **loaded.kwargs)  # on the meta device: fast, and not all models run so
     with undisturbed(module), short_chunks(module), FakeTensorMode(allow_non_fake_inputs=True):
-        try:
-            return module(*loaded.args, **loaded.kwargs)
-        except RuntimeError as error:
-            if not NO_SHAPES.search(str(error)):
-                raise
-            with marked_as_compiling():  # by other operators, as the library takes where it is traced
-                return module(*loaded.args, **loaded.kwargs)
+        return _run(module, loaded.args, loaded.kwargs)
+
+
+def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
+    try:
+        return module(*args, **kwargs)
+    except RuntimeError as error:
+        if not NO_SHAPES.search(str(error)):
+            raise
+        with marked_as_compiling():  # by other operators, as the library takes where it is traced
+            return module(*args, **kwargs)
 
 
 def captured_from(loaded: LoadedModel, module: nn.Module, how: How = "auto") -> Captured:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +39,7 @@ from autoquant.capture.executed import Between, Executed, Signature, execute, lo
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")
 # A list of layer numbers: mlp_only_layers, attn_layer_indices, hybrid_layer_ids.
-NUMBERS = re.compile(r"layer|block|indices$|ids$|idxs?$")
+NUMBERS = re.compile(r"layer|block|(indices|indexes|ids|idxs?)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,7 @@ def ends_apart(stacks: Sequence[LayerStack]) -> tuple[LayerStack, ...]:
 
 
 def _ends_apart(kinds: Sequence[int]) -> tuple[int, ...]:
-    first: dict[int, int] = {}
-    marked = [-1, *kinds[1:-1], -2] if len(kinds) > 1 else kinds
-    return tuple(first.setdefault(kind, len(first)) for kind in marked)
+    return _numbered([-1, *kinds[1:-1], -2] if len(kinds) > 1 else kinds)
 
 
 def represent(
@@ -111,7 +110,7 @@ def represent(
     """
     ran = None if forward is None else _ran(module, stacks, forward)
     if isinstance(ran, Executed):
-        stacks = [refined(stack, ran) for stack in stacks]
+        stacks = refined(stacks, ran)
     kept, clash = _settle(module, stacks)
     maps = tuple(_stack_map(stack, kept[stack.path], stack.whole or clash.get(stack.path)) for stack in stacks)
     if all(len(kept[stack.path]) == stack.length for stack in stacks):
@@ -381,11 +380,18 @@ def _ran(
         return error
 
 
-def refined(stack: LayerStack, ran: Executed) -> LayerStack:
-    """``stack`` with finer kinds: layers of one kind execute the same; and why none may stand for others, if so.
+def refined(stacks: Sequence[LayerStack], ran: Executed) -> list[LayerStack]:
+    """``stacks`` with finer kinds: layers of one kind execute the same, and so does what follows them.
 
-    What runs between two layers belongs to the model: it must be the same after all layers of a kind.
+    What runs between two layers, blocks of other stacks included, belongs to the model. A layer that something else
+    follows than most of its kind is of a kind of its own; where these are most of a stack, none may stand for others.
     """
+    finer = [_by_calls(stack, ran) for stack in stacks]
+    kinds = {stack.path: stack.kinds for stack in finer}
+    return [_by_what_follows(stack, kinds, ran.between) for stack in finer]
+
+
+def _by_calls(stack: LayerStack, ran: Executed) -> LayerStack:
     calls = ran.calls[stack.path]
     keys: list[object] = [(kind, call) for kind, call in zip(stack.kinds, calls, strict=True)]
     # The first layer takes from the embeddings what the others take from the layer before.
@@ -393,16 +399,46 @@ def refined(stack: LayerStack, ran: Executed) -> LayerStack:
     alike = (i for i in range(1, stack.length) if stack.kinds[i] == stack.kinds[0])
     twin = next((i for i in alike if tuple(map(loose, calls[i])) == start), 0)
     keys[0] = keys[twin]
-    numbers: dict[object, int] = {}
-    finer = replace(stack, kinds=tuple(numbers.setdefault(key, len(numbers)) for key in keys))
-    seen: dict[object, Signature] = {}
-    for step in ran.between:
-        if step.before[0] == step.after[0] == stack.path:
-            same = _kinds_of(step, {stack.path: finer.kinds})
-            if seen.setdefault(same, loose(step.signature)) != loose(step.signature):
-                reason = f"the model does something of its own after layer {step.before[1]}"
-                return replace(finer, whole=finer.whole or reason)
-    return finer
+    return replace(stack, kinds=_numbered(keys))
+
+
+def _by_what_follows(stack: LayerStack, kinds: Mapping[str, Sequence[int]], steps: Sequence[Between]) -> LayerStack:
+    ways = _ways(stack.path, kinds, steps)
+    usual = {blocks: Counter(ran for other, ran in ways.values() if other == blocks) for blocks, _ in ways.values()}
+    alone = {i for i, (blocks, ran) in ways.items() if ran != usual[blocks].most_common(1)[0][0]}
+    keys: list[object] = []
+    for i, kind in enumerate(stack.kinds):
+        # After the last one no other follows: it is like those of its kind.
+        twin = i if i in ways else next((j for j in ways if stack.kinds[j] == kind and j not in alone), i)
+        keys.append((kind, ways[twin][0] if twin in ways else None, i if i in alone else None))
+    many = len(alone) > stack.length // 2
+    reason = f"the model does something of its own after layer {min(alone)}" if many else None
+    return replace(stack, kinds=_numbered(keys), whole=stack.whole or reason)
+
+
+def _ways(
+    path: str, kinds: Mapping[str, Sequence[int]], steps: Sequence[Between]
+) -> dict[int, tuple[tuple[object, ...], tuple[Signature, ...]]]:
+    """What ran from each layer of a stack to the next one that is called: blocks of other stacks, and operators."""
+    found: dict[int, tuple[tuple[object, ...], tuple[Signature, ...]]] = {}
+    start, blocks, ran = None, [], []
+    for step in steps:
+        if step.before[0] == path:
+            start, blocks, ran = step.before[1], [], []
+        other, number = step.after
+        ran.append(loose(step.signature))
+        if other != path:
+            blocks.append((other, kinds[other][number]))
+        elif start is not None:  # called again, a layer may be followed by something else
+            before = found.get(start, ((), ()))
+            found[start] = (*before[0], *blocks), (*before[1], *ran)
+            start = None
+    return found
+
+
+def _numbered(keys: Sequence[object]) -> tuple[int, ...]:
+    first: dict[object, int] = {}
+    return tuple(first.setdefault(key, len(first)) for key in keys)
 
 
 def _kinds_of(step: Between, kinds: Mapping[str, Sequence[int]]) -> object:
