@@ -57,6 +57,9 @@ torch.linalg.vector_norm({x}, dim=1, keepdim=True) + {y}
 {x}.cumsum(1)
 torch.fft.fft({x}, dim=1).real
 torch.fft.irfft(torch.fft.rfft({x}, dim=1), n={T}, dim=1) + {y}
+torch.fft.ifft({x}, dim=1).imag + {y}
+torch.fft.hfft({x}, n={T}, dim=1)
+torch.fft.ihfft({x}, n=2 * {T} - 2, dim=1).real
 {x} + torch.topk({x}, 1, 1)[0]
 torch.sort({x}, 1)[0]
 torch.maximum({x}, {y})
@@ -319,6 +322,7 @@ torch.where({x} > 0, {x}, {y})
 {x}.cumsum(-1)
 torch.fft.fft({x}, dim=-1).real
 torch.fft.fft({x}, dim=1).abs() - {y}
+torch.fft.ifft({x}, dim=-1).imag
 torch.sort({x}, -1)[0]
 torch.topk({x}, 2, -1)[0]
 torch.ops.aten.index_put({x}, [None, None, torch.tensor([1])], {y}[..., :1])

@@ -25,10 +25,6 @@ from autoquant.errors import AutoQuantError
 TOLERANCE = 1e-6
 
 NOT_COVERED = {
-    "fft_ifft": "the rule of fft_fft and fft_irfft; its own program is in operator_programs.py",
-    "fft_hfft": "the rule of fft_fft and fft_irfft; its own program is in operator_programs.py",
-    "fft_ihfft": "the rule of fft_fft and fft_irfft; its own program is in operator_programs.py",
-    "imag": "the rule of fft_fft and fft_irfft; its own program is in operator_programs.py",
     "flex_attention": "is compiled where it is called; its rules are tried in test_flex_attention.py",
     "_grouped_mm": "has no kernel for float64; its rules are those of transformers::grouped_mm_fallback",
 }
