@@ -421,7 +421,9 @@ def _ways(
 ) -> dict[int, tuple[tuple[object, ...], tuple[Signature, ...]]]:
     """What ran from each layer of a stack to the next one that is called: blocks of other stacks, and operators."""
     found: dict[int, tuple[tuple[object, ...], tuple[Signature, ...]]] = {}
-    start, blocks, ran = None, [], []
+    start: int | None = None
+    blocks: list[object] = []
+    ran: list[Signature] = []
     for step in steps:
         if step.before[0] == path:
             start, blocks, ran = step.before[1], [], []
