@@ -178,7 +178,7 @@ def test_two_attentions_in_a_layer_count_by_two() -> None:
             (
                 "the model does not run with fewer layers",
                 "layer 20 refers to layer 18",
-                "the model does something of its own after layer 11",
+                "the model does something of its own after layer",
             ),
         ),
     ],
