@@ -152,28 +152,10 @@ class Axes:
         ``contracted`` and ``output`` are dimensions of the view. Returns labels with the other one removed, or None
         where the view mixes rows and columns.
         """
-        shape = param.full_shape
-        if len(shape) < 2:
+        found = self._matrix(param, (contracted,), (output,), here)
+        if found is None:
             return None
-        lead = shape[:-2]
-        column: int | None = None
-        row: int | None = None
-        for dim in (len(shape) - 2, len(shape) - 1):
-            probe = torch.arange(shape[dim], dtype=torch.int32)
-            seen = self._spread(param, probe.view(*(1,) * len(lead), -1), dim)
-            if seen is None:
-                return None
-            if _constant_along(seen, output):
-                column = dim
-            if _constant_along(seen, contracted) and (row is None or row == column):
-                row = dim
-        if column is None or row is None or column == row:
-            return None
-        columns = self._seen_axis(param, column, "column", here)
-        rows = self._seen_axis(param, row, "row", here)
-        if columns is None or rows is None:
-            return None
-        return Factors(columns.select(output, 0), rows.select(contracted, 0), column, row)
+        return replace(found, columns=found.columns.select(output, 0), rows=found.rows.select(contracted, 0))
 
     def contraction(
         self, param: Param, contracted: Collection[int], kept: Collection[int], here: Reason
@@ -183,6 +165,13 @@ class Axes:
         Labels have all dimensions of the view, of size 1 where they do not change. None where the view mixes rows and
         columns, or the weight is no matrix in its last two dimensions.
         """
+        found = self._matrix(param, contracted, kept, here)
+        if found is None:
+            return None
+        return replace(found, columns=_narrowed(found.columns), rows=_narrowed(found.rows))
+
+    def _matrix(self, param: Param, contracted: Collection[int], kept: Collection[int], here: Reason) -> Factors | None:
+        """Labels of all dimensions of the view, of the columns that change along ``contracted`` and the rows."""
         if len(param.full_shape) < 2:
             return None
         lead = param.full_shape[:-2]
@@ -202,7 +191,7 @@ class Axes:
         rows = self._seen_axis(param, row, "row", here)
         if columns is None or rows is None:
             return None
-        return Factors(_narrowed(columns), _narrowed(rows), column, row)
+        return Factors(columns, rows, column, row)
 
     def channels(self, param: Param, here: Reason) -> tuple[Tensor, Tensor] | None:
         """Labels ``[channels]`` of dimension 0 of a depthwise convolution's weight, None where a view mixed them up.

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import odd_units
 import torch
+from odd_units import INNER, WIDTH, WORDS
 from torch import Tensor, nn
 
 from autoquant.models.source import LoadedModel
 
-WIDTH, INNER, WORDS = 12, 16, 32
 Act = Callable[["Unit", Tensor], Tensor]
 
 
-class Unit(nn.Module):
-    """Tokens through a norm and two linears with ``act`` in between."""
+class Unit(odd_units.Unit):
+    """One whose ``act`` is given the module too."""
 
     def __init__(self, act: Act) -> None:
-        super().__init__()
-        self.act = act
-        self.table = nn.Embedding(WORDS, WIDTH)
-        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
-        self.up = nn.Linear(WIDTH, INNER)
-        self.down = nn.Linear(INNER, WIDTH)
+        super().__init__(act)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.table(ids)
-        return hidden + self.down(self.act(self, self.up(self.norm(hidden))))  # type: ignore[no-any-return]  # a call's
+    def between(self, x: Tensor) -> Tensor:
+        return self.act(self, x)
 
 
 class Experts(nn.Module):

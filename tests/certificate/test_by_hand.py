@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from odd_units import Unit, clamped, nearly, saturating, signed
+from odd_units import WithHead, clamped, nearly, saturating, signed
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
@@ -38,7 +38,7 @@ def by_hand(module: nn.Module, sources: list[str] = UP, targets: list[str] = DOW
 
 
 def test_a_group_that_the_analysis_misses_and_that_holds() -> None:
-    module = Unit(signed)
+    module = WithHead(signed)
     before = found(module)
     assert NAME not in [group.name for group in before.smoothing.groups]
     assert any(blocked.operator == "aten.copysign" for blocked in before.blocked)
@@ -58,7 +58,7 @@ def test_a_group_that_the_analysis_misses_and_that_holds() -> None:
 def test_a_group_that_does_not_hold_is_refused_with_figures(act: Callable[[Tensor], Tensor], least: float) -> None:
     """The first three hold to 1e-5 and better at the magnitudes that a small model has."""
     with pytest.raises(AutoQuantError, match=rf"'{NAME}' \(linear_linear\) changes the logits by") as error:
-        by_hand(Unit(act))
+        by_hand(WithHead(act))
     figure = error.value.message.partition("logits by ")[2].partition(",")[0]
     assert not float(figure) <= least  # exp overflows
     assert "(1, 3, 12, 64, 160" in error.value.message
@@ -66,17 +66,17 @@ def test_a_group_that_does_not_hold_is_refused_with_figures(act: Callable[[Tenso
 
 def test_half_a_group_is_refused() -> None:
     with pytest.raises(AutoQuantError, match="changes the logits by"):
-        by_hand(Unit(signed), ["up.weight"])  # its bias is scaled too, or nothing is
+        by_hand(WithHead(signed), ["up.weight"])  # its bias is scaled too, or nothing is
 
 
 def test_a_member_that_changes_nothing_shows_nothing() -> None:
     """Without the trial of each member alone the group would hold: nothing reads ``spare``."""
     with pytest.raises(AutoQuantError, match=r"is about 'spare.weight', which no run reached"):
-        by_hand(Unit(signed), ["spare.weight", *UP])
+        by_hand(WithHead(signed), ["spare.weight", *UP])
 
 
 def test_a_group_that_the_analysis_finds_is_none_by_hand() -> None:
-    module = Unit(torch.relu)
+    module = WithHead(torch.relu)
     config = found(module)
     groups = tuple(group for group in config.smoothing.groups if group.name != NAME)
     bare = edited(config, smoothing=edited(config.smoothing, groups=groups))
@@ -88,7 +88,7 @@ def test_a_group_that_the_analysis_finds_is_none_by_hand() -> None:
 
 
 def test_other_commands_take_it_as_proved_and_prove_it_after_an_edit() -> None:
-    module = Unit(signed)
+    module = WithHead(signed)
     config = by_hand(module)
     assert aq.check(config, module, example_inputs=IDS).lines()[0].endswith("; proved")
     assert "2 smoothing groups (1 by hand)" in aq.check(config).lines()[0]
@@ -109,7 +109,7 @@ def with_last(config: Config, **updates: object) -> Config:
 
 
 def test_a_group_told_by_numbers_is_not_carried_to_other_sizes() -> None:
-    config = by_hand(Unit(signed))
+    config = by_hand(WithHead(signed))
     group = config.smoothing.groups[-1]
     assert of_sizes(group, config, config) == group
     shifted = edited(group, sources=(edited(group.sources[0], size=8), *group.sources[1:]))
@@ -118,7 +118,7 @@ def test_a_group_told_by_numbers_is_not_carried_to_other_sizes() -> None:
 
 
 def test_it_is_merged_into_a_newer_config_of_the_same_structure() -> None:
-    module = Unit(signed)
+    module = WithHead(signed)
     new, old = found(module), with_last(by_hand(module), alpha=0.7)
     merged = merge(new, old)
     assert merged.config.smoothing.groups == old.smoothing.groups

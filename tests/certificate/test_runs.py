@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from odd_units import INNER, WORDS
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -18,7 +19,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.models.build import build_meta
 from autoquant.models.repair import find_source
 from autoquant.models.source import LoadedModel, ModelSource
-from tests.certificate.modules import INNER, WORDS, Unit, loaded
+from tests.certificate.modules import Unit, loaded
 
 
 def relu(unit: Unit, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from odd_units import INNER, WIDTH, WORDS
 from torch import Tensor, nn
 
 from autoquant.analyzer.analyze import analyze
@@ -10,7 +11,6 @@ from autoquant.certificate.certify import certify
 from autoquant.certificate.claims import layers_of, refused_claims, standing, with_layers
 from autoquant.config.format import Config
 from autoquant.models.source import ModelSource
-from tests.certificate.modules import INNER, WIDTH, WORDS
 
 FAR = 100
 """Beyond the second reading of the analysis, within the longest run of the proof."""

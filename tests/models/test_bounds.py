@@ -13,6 +13,7 @@ import pytest
 
 from autoquant.config.file import config_text
 from autoquant.config.format import Config
+from tests.config.test_bounds import many_layers
 
 RUN = """
 import sys, time
@@ -38,17 +39,6 @@ spent = time.process_time() - started
 print(spent, (peak() - before) / 1024, len(lines), *lines[:9], sep=chr(10))
 """
 SECONDS, MEBIBYTES = 2.0, 300.0
-
-
-def many_layers(content: dict[str, Any]) -> None:
-    """200 linears over 100,000 layers of a model that has 4."""
-    model = content["model"]
-    model["layers"] = 100_000
-    linear = model["linears"][0]
-    model["linears"] += [
-        {**linear, "path": f"net.{{layer}}.p{i}", "weight": f"net.{{layer}}.p{i}.w", "layers": "0-99999"}
-        for i in range(200)
-    ]
 
 
 def many_linears(content: dict[str, Any]) -> None:
