@@ -15,6 +15,7 @@ from autoquant.analyzer.analysis import Analysis, analyse
 from autoquant.analyzer.findings import Findings
 from autoquant.analyzer.layers import ends_apart, find_stacks, represent, whole
 from autoquant.analyzer.lengths import common, longer_inputs
+from autoquant.analyzer.replaced import without_replaced
 from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
 from autoquant.analyzer.unlisted import unlisted
 from autoquant.analyzer.untraced import untraced
@@ -90,6 +91,7 @@ def analyze(
         reason = disagreement(analysis.findings, maps)
         if reason is None:
             break
+    analysis = replace(analysis, findings=without_replaced(analysis.findings, traced, loaded, run_without_weights))
     blocked = (*analysis.findings.blocked, *untraced(traced, captured, loaded.missing))
     blocked = (*blocked, *unlisted(traced, captured, analysis, blocked))
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)

@@ -28,8 +28,8 @@ OFFSET = 29
 ANOTHER_LENGTH = "it does not hold for inputs of another length"
 
 
-def longer_inputs(loaded: LoadedModel) -> Iterator[LoadedModel]:
-    """The same model with inputs of :data:`LONGER` tokens, in the ways in which they may be longer.
+def longer_inputs(loaded: LoadedModel, length: int = LONGER) -> Iterator[LoadedModel]:
+    """The same model with inputs of ``length`` tokens, in the ways in which they may be longer.
 
     Tokens are counted along the last dimension of integers, else along the one before the last. Every dimension of that
     size grows, but the first one (sequences) where there are several; once the last one of floats too, as that of a
@@ -40,23 +40,23 @@ def longer_inputs(loaded: LoadedModel) -> Iterator[LoadedModel]:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     counted = [t.shape[-1] for t in tensors if not t.is_floating_point()]
     counted += [t.shape[-2] for t in tensors if t.is_floating_point() and t.dim() > 2]
-    if not counted or counted[0] >= LONGER:
+    if not counted or counted[0] >= length:
         return
     moved = [type(leaf)(OFFSET) if type(leaf) in (int, float) and leaf == 0 else leaf for leaf in leaves]
     for others in (moved, leaves) if any(new is not old for new, old in zip(moved, leaves, strict=True)) else (leaves,):
         for last in (False, True):
-            grown = [_grown(leaf, counted[0], last) if isinstance(leaf, Tensor) else leaf for leaf in others]
+            grown = [_grown(leaf, counted[0], length, last) if isinstance(leaf, Tensor) else leaf for leaf in others]
             args, kwargs = pytree.tree_unflatten(grown, tree)
             yield replace(loaded, args=args, kwargs=kwargs)
 
 
-def _grown(tensor: Tensor, length: int, last: bool) -> Tensor:
-    """``tensor`` with its own elements repeated along every dimension of size ``length``."""
+def _grown(tensor: Tensor, short: int, length: int, last: bool) -> Tensor:
+    """``tensor`` with its own elements repeated to ``length`` along every dimension of size ``short``."""
     first = int(tensor.dim() > 1)
     end = tensor.dim() - (tensor.is_floating_point() and not last)
     for dim in range(first, end):
-        if tensor.shape[dim] == length:
-            index = torch.arange(LONGER, device=tensor.device) % length
+        if tensor.shape[dim] == short:
+            index = torch.arange(length, device=tensor.device) % short
             tensor = tensor.index_select(dim, index)
     return tensor
 
