@@ -257,7 +257,9 @@ def _knobs(group: SmoothingGroup, layer: int | None) -> tuple[bool | None, float
 
 
 def _resolve_online(config: Config, at: JsonPath, online: Online, check: Checker) -> Iterator[ResolvedOnline]:
-    linears = {linear.path: linear for linear in config.model.linears}
+    # Layers of one path may have other widths: one linear is listed for each.
+    named = [linear for linear in config.model.linears if linear.path == online.path]
+    widths = [(frozenset(_layers(linear.layers)), linear) for linear in named]
     for layer in _layers(online.layers):
         path = online.path if layer is None else fill(online.path, layer)
         if online.kind == "R3":
@@ -265,9 +267,9 @@ def _resolve_online(config: Config, at: JsonPath, online: Online, check: Checker
                 check.problem((*at, "path"), f"no module '{path}'")
             yield ResolvedOnline(online.kind, path, online.size, None)
             continue
-        linear = linears.get(online.path)
+        linear = next((one for layers, one in widths if layer in layers), named[0] if named else None)
         if linear is None:
-            near = did_you_mean(online.path, list(linears))
+            near = did_you_mean(online.path, [linear.path for linear in config.model.linears])
             check.problem((*at, "path"), f"'{online.path}' is not in model.linears{near}")
             continue
         if linear.stack is not None or linear.weight == linear.path:

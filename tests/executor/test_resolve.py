@@ -13,7 +13,9 @@ from torch import nn
 from autoquant.config.format import (
     Config,
     IndexMap,
+    Linear,
     Norm,
+    Online,
     Read,
     Reader,
     Slot,
@@ -324,3 +326,20 @@ def test_channels_of_a_grouped_query_projection() -> None:
     index = (IndexMap(shape=(2, 2, 3), stride=(6, 3, 1), channel_stride=(3, 0, 1)),)
     found = channels_of(Slot(path="o", dim=1, size=12, index=index))
     assert found.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("sizes", "wrong"), [((4, 6), None), ((6, 6), 0), ((4, 4), 1)])
+def test_an_online_rotation_has_the_size_of_its_own_layers_linear(sizes: tuple[int, int], wrong: int | None) -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(width, 8)}) for width in (4, 6)])
+    path = "layers.{layer}.up"
+    up = Linear(path=path, weight=f"{path}.weight", bias=None, in_features=4, out_features=8, in_dim=1, role="linear")
+    linears = [edited(up, layers="0"), edited(up, layers="1", in_features=6)]
+    online = [Online(kind="input", path=path, layers=str(i), size=size, enable=True) for i, size in enumerate(sizes)]
+    config = make_config(model, online=online, linears=linears)
+    if wrong is None:
+        found = resolve(config, structure_of(model))
+        assert [(one.path, one.size) for one in found.online] == [("layers.0.up", 4), ("layers.1.up", 6)]
+        return
+    said = f"$.rotation.online[{wrong}].size: the linear '{path}' has {(4, 6)[wrong]} columns (in_features)"
+    assert problems(model, config) == (said,)
