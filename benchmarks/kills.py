@@ -4,7 +4,8 @@ Each command writes over the output of an earlier run and gets SIGKILL after a r
 After each kill the output must be the old or the new one, whole, by its bytes; of `compare`, which is filled cell by
 cell, every file must be whole and no finished cell lost. Then a run that nobody kills must leave nothing but the
 output, the same as one that never was killed. At last two runs go into one output at once: the second must be refused,
-the first finish. Exits with 1 where any of that fails.
+the first finish; `export` and `import` hold theirs for one short write, and are not tried so. With ``--llmc PYTHON``,
+an interpreter that has llmcompressor, its own checkpoints are converted too. Exits with 1 where any of that fails.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +31,18 @@ STATIC = "w_int8_per_channel_a_int8_per_tensor_static"
 COMPARE = ["--data", str(TEXT), "--strategies", STATIC, "--transforms", "none,fc_fc,rotation,fc_fc+rotation"]
 
 
-def commands(config: Path) -> dict[str, Callable[[Path, int], list[str]]]:
-    """The command lines for an output and a seed."""
+SHORT = ("export", "import")
+"""Commands that write one small file at their end."""
+
+
+def commands(config: Path, theirs: bool) -> dict[str, Callable[[Path, int], list[str]]]:
+    """The command lines for an output and a seed. ``theirs``: there are folders of LLM Compressor."""
     model, given = str(MODEL), str(config)
+    convert = {
+        "convert, of LLM Compressor": lambda out, seed: [
+            *["convert", str(config.with_name(f"theirs-{seed}")), "-o", str(out), "--force", "--to", "native"],
+        ],
+    }
     return {
         "apply": lambda out, seed: ["apply", model, given, "-o", str(out), "--force", "--seed", str(seed), *SMALL],
         "quantize": lambda out, seed: [
@@ -53,7 +64,37 @@ def commands(config: Path) -> dict[str, Callable[[Path, int], list[str]]]:
         "compare": lambda out, seed: [
             *["compare", model, "--config", given, "-o", str(out), "--tokens", "256", *SMALL, *COMPARE],
         ],
+        "export": lambda out, seed: [
+            *["export", str(config.with_name(f"config-{seed}.json")), "--to", "quark", "-o", str(out), "--force"],
+        ],
+        "import": lambda out, seed: [
+            *["import", str(config.with_name(f"recipe-{seed}.yaml")), model, "--from", "llm-compressor"],
+            *["-o", str(out), "--force"],
+        ],
+        **(convert if theirs else {}),
     }
+
+
+def prepare(config: Path, log: Path, llmc: Path | None) -> None:
+    """What the commands are given, for each seed: a config, a recipe, a native folder, one of LLM Compressor."""
+    # By a child as well: a pool of threads of this process would not live in the others.
+    assert finish(start(["analyze", str(MODEL), "-o", str(config)], log)) == 0, log.read_text()
+    for seed in (0, 1):
+        content = json.loads(config.read_text())
+        content["smoothing"]["alpha"] = 0.5 + 0.1 * seed
+        given, recipe = config.with_name(f"config-{seed}.json"), config.with_name(f"recipe-{seed}.yaml")
+        given.write_text(json.dumps(content))
+        export = ["export", str(given), "--to", "llm-compressor", "-o", str(recipe)]
+        for arguments in (export, commands(config, False)["quantize"](config.with_name(f"native-{seed}"), seed)):
+            assert finish(start(arguments, log)) == 0, log.read_text()
+        if llmc is not None:
+            windows = config.with_name("windows.json")
+            windows.write_text(json.dumps([[*range(1, 65)], [*range(65, 129)]]))
+            folder, kind = config.with_name(f"theirs-{seed}"), ("static", "token")[seed]
+            script = Path(__file__).with_name("smoothquant_llmc.py")
+            subprocess.run([llmc, script, MODEL, windows, folder, "cpu", kind], check=True)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(MODEL / name, folder / name)
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -214,6 +255,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", help="a command")
+    parser.add_argument("--llmc", type=Path, help="interpreter that has llmcompressor")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     import torch
@@ -234,22 +276,17 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory(prefix="autoquant-kills-") as temporary:
         config = Path(temporary, "config.json")
-        log = Path(temporary, "analyze")  # by a child as well: a pool of threads of this process would not live in them
-        assert finish(start(["analyze", str(MODEL), "-o", str(config)], log)) == 0, log.read_text()
-        made = commands(config)
-        for seed in (0, 1):
-            native = made["quantize"](config.with_name(f"native-{seed}"), seed)
-            assert finish(start(native, log)) == 0, log.read_text()
-        for name, command in made.items():
+        prepare(config, Path(temporary, "log"), options.llmc)
+        for name, command in commands(config, options.llmc is not None).items():
             if options.only and name not in options.only:
                 continue
             folder = Path(temporary, name)
             folder.mkdir()
-            out = folder / ("out.json" if name == "search" else "out")
+            out = folder / ("out.json" if name in ("search", *SHORT) else "out")
             try:
                 many = killed_compare if name == "compare" else killed
                 old, new, through, most = many(command, out, options.kills, chance)
-                said = second_refused(command, out)
+                said = "" if name in SHORT else second_refused(command, out)
             except AssertionError as error:
                 failures.append(f"{name}: {error}")
                 print(failures[-1], flush=True)
