@@ -194,7 +194,7 @@ perplexity is above float's, with the standard error of that paired difference o
 W4A16: groups of 128 along the input; FP8: one scale per tensor, of activations too (static). MXFP4 folders are written
 too, but do not load there in float32. "no format" is the control: what is prepared computes what the model computes.
 AWQ searches its scales for a format, so that it has none; its pinning of memory, which ends with an error where there
-is no accelerator (awq/base.py, line 507), is left out. Why scales give FP8 nothing and a rotation costs it something:
+is no accelerator (awq/base.py, line 507), is left out. Why scales give FP8 nothing and a rotation costs it decibels:
 [signal_to_noise.md](signal_to_noise.md).
 """
 

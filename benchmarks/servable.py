@@ -52,10 +52,11 @@ class Row:
     ours: bool = False
 
 
-def rows_of(source: Path, calibration: Path, work: Path, llmc: Path | None) -> Iterator[Row]:
-    """The float model, ours, and LLM Compressor's."""
+def rows_of(source: Path, calibration: Path, work: Path, llmc: Path | None, only: str | None) -> Iterator[Row]:
+    """The float model, ours, and LLM Compressor's; ``only`` of one strategy."""
     yield Row(source.name, None, source, "float")
-    for strategy in LIMITS:
+    chosen = [strategy for name, strategy in RIVALS.items() if only in (None, name)]
+    for strategy in chosen:
         name = f"{source.name}-{short(strategy.value).replace('/', '-').replace(' ', '-')}-vllm"
         config = load_config(FOUND / f"{name}.json")
         how = {"target": "vllm", "calibration": calibration, "sequences": SEQUENCES, "length": 512}
@@ -66,6 +67,8 @@ def rows_of(source: Path, calibration: Path, work: Path, llmc: Path | None) -> I
         said += f", {in_float(config)} of its weights in float" if plain else ""
         yield Row(source.name, strategy, work / name, f"autoquant, searched{said}", ours=True)
     for activations, strategy in RIVALS.items() if llmc is not None else ():
+        if strategy not in chosen:
+            continue
         folder = work / f"{source.name}-llmc-{activations}"
         options = CalibrationOptions(calibration, SEQUENCES, 512, None)
         windows = [ids[0].tolist() for ids in calibration_windows(load_tokenizer(source), options)]
@@ -122,6 +125,7 @@ def in_float(config: Config) -> str:
 @click.option("--python", type=click.Path(path_type=Path), required=True, help="Interpreter that has vllm.")
 @click.option("--llmc", type=click.Path(path_type=Path), help="Interpreter that has llmcompressor: the first model.")
 @click.option("--tokens", type=int, help="Only the first so many tokens of the text.")
+@click.option("--only", type=click.Choice([*RIVALS]), help="This strategy alone, beside float.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder of what was measured before: a run goes on.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=HERE / "servable.md")
 def main(
@@ -131,6 +135,7 @@ def main(
     python: Path,
     llmc: Path | None,
     tokens: int | None,
+    only: str | None,
     keep: Path | None,
     output: Path,
 ) -> None:
@@ -143,7 +148,7 @@ def main(
         windows = cut_windows(tokenize(tokenizer, text), LENGTH, tokenizer.bos_token_id, tokens)
         ids = [row.tolist() for batch in windows.batches for row in batch]
         with tempfile.TemporaryDirectory() as work:
-            rows = list(rows_of(source, calibration, Path(work), llmc if number == 0 else None))
+            rows = list(rows_of(source, calibration, Path(work), llmc if number == 0 else None, only))
             scores, versions = scored(rows, ids, python, keep)
         lines += [f"**{source.name}**, {sum(windows.counts):,} tokens of {data.name}", "", *HEADER]
         reference = [-sum(window) for window in scores[0]]
