@@ -152,7 +152,7 @@ def main() -> int:
         found = mistakes(Path(name))
     failed = [name for name, code, said in found if code != 1 or len(said) != 1]
     options = " --install" * arguments.install + " --serve PYTHON" * bool(arguments.serve)
-    busy = f"a load of {os.getloadavg()[2]:.0f} in the last quarter of an hour, this run's own included"
+    busy = f"a load of {os.getloadavg()[0]:.0f} in the last minute, this run's own included"
     lines = [
         "# The way of a newcomer",
         "",

@@ -9,6 +9,7 @@ not do what it should.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -30,8 +31,8 @@ section:not(#layers, #tokens), #layers h3:nth-of-type(n+2), #layers h3:nth-of-ty
 """What of a page the README shows."""
 HEAD = """# Pages of `autoquant report`
 
-`python benchmarks/pages.py --out out/pages`, headless Chromium {version}: each page in the light and the dark theme at
-1280 pixels, and at 400. 'opened': until what is in view is drawn, the slowest of the three; 'made': processor seconds
+`python benchmarks/pages.py --out out/pages`, headless Chromium {version}, {cores} cores: each page in the light and the
+dark theme at 1280 pixels, and at 400. 'opened': until what is in view is drawn, the slowest of the three; 'made': processor seconds
 of the command (wikinano1m with its weights and a text). What was tried: nothing is asked of the network, no message on
 the console, nothing wider than the window, every figure drawn and named, groups chosen by keyboard, tables that open,
 each choice of a list, the theme that changes.
@@ -169,7 +170,7 @@ def main() -> int:
         version = browser.version
         browser.close()
     if arguments.only == ",".join(SUBJECTS):
-        text = HEAD.format(version=version.split(".")[0]) + "\n".join(rows) + "\n"
+        text = HEAD.format(version=version.split(".")[0], cores=os.cpu_count()) + "\n".join(rows) + "\n"
         (ROOT / "benchmarks" / "pages.md").write_text(text, encoding="utf-8")
     return int(failed)
 
