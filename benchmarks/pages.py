@@ -31,11 +31,11 @@ section:not(#layers, #tokens), #layers h3:nth-of-type(n+2), #layers h3:nth-of-ty
 """What of a page the README shows."""
 HEAD = """# Pages of `autoquant report`
 
-`python benchmarks/pages.py --out out/pages`, headless Chromium {version}, {cores} cores: each page in the light and the
-dark theme at 1280 pixels, and at 400. 'opened': until what is in view is drawn, the slowest of the three; 'made': processor seconds
-of the command (wikinano1m with its weights and a text). What was tried: nothing is asked of the network, no message on
-the console, nothing wider than the window, every figure drawn and named, groups chosen by keyboard, tables that open,
-each choice of a list, the theme that changes.
+`python benchmarks/pages.py --out out/pages`, headless Chromium {version}, {cores} cores: each page in the light and
+the dark theme at 1280 pixels, and at 400. 'opened': until what is in view is drawn, the slowest of the three; 'made':
+processor seconds of the command (wikinano1m with its weights and a text). What was tried: nothing is asked of the
+network, no message on the console, nothing wider than the window, every figure drawn and named, groups chosen by
+keyboard, tables that open, each choice of a list, the theme that changes.
 
 | config | MB | made, s | opened, s | works |
 |---|---:|---:|---:|---|

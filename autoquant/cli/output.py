@@ -25,16 +25,17 @@ def width() -> int:
 
 
 def has_width() -> bool:
-    """True if lines have to fit: on a terminal, or where COLUMNS says how wide. In a pipe they are whole."""
+    """True if tables have to fit: on a terminal, or where COLUMNS says how wide."""
     return os.environ.get("COLUMNS", "").isdecimal() or _is_terminal(sys.stdout)
 
 
 def show(lines: Iterable[str]) -> None:
     """Print results on standard output; a line break within a line is part of a name and shown as such.
 
-    Long lines are broken between words where they have to fit.
+    Long lines are broken between words on a terminal. In a pipe they are whole, for grep and tail, whatever COLUMNS
+    says: a process that Python's readline is in hands it on to all that it starts.
     """
-    show_text("".join(f"{line}\n" for line in _broken(lines, has_width())))
+    show_text("".join(f"{line}\n" for line in _broken(lines, sys.stdout)))
 
 
 def show_json(value: Any) -> None:
@@ -54,12 +55,12 @@ def show_text(text: str) -> None:
 
 def remark(lines: Iterable[str]) -> None:
     """Print what is no result on standard error."""
-    for line in _broken(lines, _is_terminal(sys.stderr)):
+    for line in _broken(lines, sys.stderr):
         click.echo(line, err=True)
 
 
-def _broken(lines: Iterable[str], fit: bool) -> Iterator[str]:
-    columns = shutil.get_terminal_size().columns if fit else sys.maxsize
+def _broken(lines: Iterable[str], stream: TextIO | None) -> Iterator[str]:
+    columns = shutil.get_terminal_size().columns if _is_terminal(stream) else sys.maxsize
     return (part for line in lines for part in fitted(inert(line), columns))
 
 

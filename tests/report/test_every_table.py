@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from autoquant.certificate.prove import Trial
-from autoquant.cli.output import show, width
+from autoquant.cli.output import remark, show, width
 from autoquant.config.assign import assign
 from autoquant.config.compare import differences
 from autoquant.config.file import load_config
@@ -165,6 +166,7 @@ def test_everything_is_readable(
     command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     lines, cells = PRINTED[command]
     show(lines(width()))
     printed = capsys.readouterr().out
@@ -197,8 +199,13 @@ def test_every_table_is_tried() -> None:
     assert makers == mine | {"cli/output.py", "config/overview.py"}  # the overview is a repr, of one width
 
 
-def test_long_lines_are_whole_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    assert width() == 140
+@pytest.mark.parametrize(("columns", "expected"), [(None, 140), ("60", 60), ("wide", 140)])
+def test_in_a_pipe_columns_says_how_wide_tables_are_and_long_lines_are_whole(
+    columns: str | None, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert width() == expected
     show(["a " * 200])
-    assert capsys.readouterr().out == "a " * 200 + "\n"
+    remark(["b " * 200])
+    assert capsys.readouterr() == ("a " * 200 + "\n", "b " * 200 + "\n")
