@@ -222,7 +222,7 @@ def measure(
         return
     try:
         shown = windows if shares_scale(strategy) else rebatched(windows, BATCH)
-        nll = nll_per_window(logits_of(make()), shown)
+        nll = nll_per_window(logits_of(make()), shown).nll
     except Exception as error:  # one cell must not end the others
         click.echo(f"{row} / {strategy}: {type(error).__name__}: {error}", err=True)
         return

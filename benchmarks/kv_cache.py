@@ -57,7 +57,7 @@ def main(model: Path, config: Path, data: Path, calibration: Path, tokens: int) 
     tokenizer, base, loaded = load_tokenizer(model), load_config(config), load_float32(model)
     windows = rebatched(cut_windows(tokenize(tokenizer, read_text(data)), 512, tokenizer.bos_token_id, tokens), BATCH)
     fit = calibration_windows(tokenizer, CalibrationOptions(calibration, 64, 512, 0))
-    reference = {"nll": nll_per_window(logits_of(loaded), windows)}
+    reference = {"nll": nll_per_window(logits_of(loaded), windows).nll}
     same = both()
     r3 = both(without_query_key, online("R3"))
     rows: dict[str, tuple[Change, Strategy, str | None, float]] = {
@@ -82,7 +82,7 @@ def main(model: Path, config: Path, data: Path, calibration: Path, tokens: int) 
             made.get_submodule(kv_cache.MODULE).key.mul_(clip)
         update = partial(rounded, only=only) if only else kv_cache._update
         with mock.patch.object(kv_cache, "_update", update):
-            nll = nll_per_window(logits_of(made), windows)
+            nll = nll_per_window(logits_of(made), windows).nll
         click.echo(f"| {name} | {percent({'nll': nll, 'counts': windows.counts}, reference)} |")
 
 

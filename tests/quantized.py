@@ -74,6 +74,32 @@ def with_a_tower(folder: Path) -> Path:
     return folder
 
 
+def encoder_decoder(folder: Path, model_type: str) -> Path:
+    """A small encoder-decoder with random norms and biases, and the packaged tokenizer; of Whisper's type too."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+
+    sizes = dict(vocab_size=2048, d_model=32, decoder_start_token_id=0)
+    if model_type == "t5":
+        sizes |= dict(d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4)
+    else:
+        sizes |= {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in _HALF.items()}
+    named = dict(pad_token_id=0, bos_token_id=0, eos_token_id=1)
+    if model_type == "whisper":
+        named |= dict(num_mel_bins=16, max_source_positions=50, max_target_positions=64)
+    elif model_type != "t5":
+        named |= dict(max_position_embeddings=64)
+    kind = AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM
+    made: Any = kind.from_config(AutoConfig.for_model(model_type, **sizes, **named))
+    randomise_(made, 0)
+    made.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(PACKAGED / name, folder / name)
+    return folder
+
+
+_HALF = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
 def search_task(*knobs: str, strategy: Strategy = STATIC, per_token: int = 0) -> Task:
     """What a search is about: windows of random tokens through the packaged model."""
     found = windows(6, 40)

@@ -42,6 +42,7 @@ from autoquant.executor.plan import make_plan
 from autoquant.executor.resolved import Resolved, ResolvedRead, ResolvedSpace, RotatedSlot
 from autoquant.executor.rotation import dense_rotation, seed_number
 from autoquant.models.locate import locate, present_name
+from autoquant.models.reading import read
 from autoquant.models.structure import structure_of
 from autoquant.quantizer import int8
 from autoquant.quantizer.strategies import Granularity, PlannedLinear
@@ -211,7 +212,7 @@ class _Loss:
 
     def __call__(self, q: Tensor, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = self.model(ids).logits.float().log_softmax(-1)
+            expected = read(self.model, ids).logits.float().log_softmax(-1)
         turned = {}
         for name, slot in self.members.items():
             parameter = self.parameters[name]
@@ -223,7 +224,8 @@ class _Loss:
             if id(self.model.get_parameter(name)) in self.planned
         }
         with RoundedProducts({**self.planned, **planned}) as rounding:
-            got = functional_call(self.model, turned, (ids,)).logits.float().log_softmax(-1)
+            output = read(self.model, ids, lambda *args, **named: functional_call(self.model, turned, args, named))
+            got = output.logits.float().log_softmax(-1)
         for entry in self.planned.values():
             if entry.weight not in rounding.seen:
                 raise AutoQuantError(

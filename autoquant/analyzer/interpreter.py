@@ -8,7 +8,7 @@ arguments; what it returns becomes the value of the node.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -332,35 +332,38 @@ def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
     A table that is shared with a linear is two parameters as soon as it is untied; each use goes by its own name. In a
     model that cannot be untied, and for linears that share a weight, all go by one name: their scales are the same.
     """
-    return {
-        (group[0], module): users[0][1]
-        for group in captured.aliases
-        for users in _users(captured, group)
-        for module, _ in users
-    }
+    return {(group[0], module): users[0][1] for group, users in _users(captured) for module, _ in users}
 
 
 def shared_names(captured: Captured) -> dict[str, tuple[str, ...]]:
     """A name as the analysis uses it -> all names of the parameter that stay tied: all of them change alike."""
-    found = {}
-    for group in captured.aliases:
-        for users in _users(captured, group):
-            if len(users) > 1:
-                found[users[0][1]] = tuple(name for _, name in users)
-    return found
+    return {users[0][1]: tuple(name for _, name in users) for _, users in _users(captured) if len(users) > 1}
 
 
-def _users(captured: Captured, group: tuple[str, ...]) -> tuple[list[tuple[str, str]], ...]:
-    """(module, name) of each of a parameter's names: those that look it up as a table apart, if they can be."""
-    table_users = set()
-    for subgraph in captured.subgraphs:
+_Users = list[tuple[str, str]]
+"""(module, name) of a parameter: first those of modules that multiply with it, last of one that holds it for others."""
+
+
+def _users(captured: Captured) -> Iterator[tuple[tuple[str, ...], _Users]]:
+    """Every shared parameter by its names, twice where it can be untied: for those that look it up as a table, and for
+    the others.
+    """
+    called, tables = set(), set()
+    for subgraph in captured.subgraphs if captured.aliases else ():
         for node in subgraph.graph.graph.nodes:
-            if node.op == "call_function" and operator_name(node) == "embedding":
-                table_users.add(module_path(node))
-    named = [(name.rpartition(".")[0], name) for name in group]
-    if captured.inseparable:
-        return (named,)
-    return [u for u in named if u[0] in table_users], [u for u in named if u[0] not in table_users]
+            if node.op == "call_function":
+                called.add(module_path(node))
+                if operator_name(node) == "embedding":
+                    tables.add(module_path(node))
+    for group in captured.aliases:
+        named = [(name.rpartition(".")[0], name) for name in group]
+        named.sort(key=lambda user: (user[0] not in called, user[0] in tables))
+        apart = (
+            [named]
+            if captured.inseparable
+            else [[u for u in named if (u[0] in tables) is use] for use in (True, False)]
+        )
+        yield from ((group, users) for users in apart if users)
 
 
 def _named(value: Value, site: Site, names: Mapping[tuple[str, str], str]) -> Value:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, fx
 
 from autoquant.analyzer.scale_state import Use
-from autoquant.aten import CHOICES, PRODUCTS, operator_name
+from autoquant.aten import CASTS, CHOICES, PRODUCTS, operator_name
 from autoquant.config.format import Linear
 from autoquant.config.layers import module_of
 
@@ -53,7 +53,12 @@ def _is_output(node: fx.Node) -> bool:
 
 
 def _activations(node: fx.Node) -> list[fx.Node]:
-    return [argument for argument in node.all_input_nodes if argument.op == "call_function"]
+    """What other operators made of its inputs; a buffer in another dtype or on another device is one still."""
+    return [
+        argument
+        for argument in node.all_input_nodes
+        if argument.op == "call_function" and (operator_name(argument) not in CASTS or _activations(argument))
+    ]
 
 
 def _weights_channels(node: fx.Node) -> bool:

@@ -106,6 +106,7 @@ def apply(
         raise AutoQuantError("a module in memory takes no output, maxima, save_maxima, dtype, device or workers")
     from autoquant.capture.copies import copied
     from autoquant.models.structure import structure_of
+    from autoquant.pipeline.of_text import of_text_said
     from autoquant.pipeline.quantize import select
     from autoquant.pipeline.transform import prepare_
 
@@ -115,6 +116,8 @@ def apply(
         raise AutoQuantError("smoothing needs calibration; the transforms 'rotation' and 'none' go without")
     proof_of(loaded, model, example_inputs, unproved, trust_remote_code, progress)
     changed = model if inplace else copied(model)
+    if batches:
+        loaded = of_text_said(loaded, changed)
     prepare_(changed, loaded, loaded.quantization.strategy, chosen, batches, seed, cache=False, tell=progress)
     return changed
 
@@ -218,14 +221,13 @@ def quantize(
         raise AutoQuantError(f"{model}: a folder needs an output")
     from autoquant.calibration.texts import PACKAGED
     from autoquant.models.device import device_of
-    from autoquant.models.load import check_reads_text
     from autoquant.models.tokenizer import load_tokenizer
 
     place = device_of(device)
     source, folder = _folders(model, Path(output), force, trust_remote_code)
-    check_reads_text(source, trust_remote_code=trust_remote_code)
     loaded = analyzed_config(config, source, trust_remote_code, progress)
-    packaged = calibration is None and _calibrates(source, loaded, used, chosen, trust_remote_code)
+    needed = _calibrates(source, loaded, used, chosen, trust_remote_code)
+    packaged = calibration is None and needed
     if packaged:
         calibration = PACKAGED
     if isinstance(calibration, str | Path):
@@ -272,13 +274,18 @@ def _quantized_module(
 
 
 def _calibrates(source: Path, config: Config, used: Strategy | None, chosen: Transforms, trust: bool) -> bool:
-    """True if this cannot be done without calibration."""
+    """True if this cannot be done without calibration. Raises AutoQuantError if text then cannot be what calibrates."""
     from autoquant.models.load import load_skeleton
+    from autoquant.models.reading import check_reads_text
     from autoquant.models.structure import structure_of
     from autoquant.pipeline.quantize import needs_sweep, select
 
-    structure = structure_of(load_skeleton(source, trust_remote_code=trust))
-    return needs_sweep(config, used or config.quantization.strategy, select(config, structure, chosen, None))
+    skeleton = load_skeleton(source, trust_remote_code=trust)
+    selected = select(config, structure_of(skeleton), chosen, None)
+    needed = needs_sweep(config, used or config.quantization.strategy, selected)
+    if needed:
+        check_reads_text(skeleton)
+    return needed
 
 
 def packaged_text(options: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,7 @@ from autoquant.version import __version__
 if TYPE_CHECKING:
     from torch import nn
 
-    from autoquant.config.format import Config
+    from autoquant.config.format import Config, Strategy
     from autoquant.report.results import Compared, Evaluated, Found
     from autoquant.report.served import ServeCheck
 
@@ -84,6 +84,7 @@ def search(
     served = ANYWHERE
     if target is not None:  # refused before the work
         served = served_by(target, folder, loaded, chosen, trust_remote_code=trust_remote_code)
+    taken, _ = _by_text(folder, loaded, [chosen], trust_remote_code)
     text, place = Path(calibration), device_of(device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     proof_of(loaded, folder, None, unproved, trust_remote_code, lambda step, done, total: tell(step))
@@ -109,7 +110,24 @@ def search(
         knobs=frozenset(names),
         kept=open_kept(kept, (*said, [ids.tolist() for ids in windows])),
     )
-    return Found(find(task, loaded, budget, tell))
+    return Found(find(task, taken, budget, tell))
+
+
+def _by_text(folder: Path, config: Config, strategies: Iterable[Strategy], trust: bool) -> tuple[Config, bool]:
+    """The config for what text goes through, and whether it goes there in halves. Raises AutoQuantError for a model
+    that does not run on text, and where a strategy has a cache that it cannot have.
+    """
+    from autoquant.models.load import load_skeleton
+    from autoquant.models.reading import check_reads_text, reads_in_halves
+    from autoquant.pipeline.of_text import of_text_said
+    from autoquant.quantizer.kv_cache import check_one_stack
+    from autoquant.quantizer.strategies import kv_granularity
+
+    model = load_skeleton(folder, trust_remote_code=trust)
+    check_reads_text(model)
+    if any(kv_granularity(config, strategy) is not None for strategy in strategies):
+        check_one_stack(model)
+    return of_text_said(config, model), reads_in_halves(model)
 
 
 def _knob_names(knobs: str | Collection[str]) -> list[str]:
@@ -140,7 +158,9 @@ def evaluate(
     """Perplexity of models on a text, with standard errors over windows of ``length`` tokens.
 
     ``models``: folders of :func:`quantize` or whatever transformers loads; ``reference``: also compare the logits with
-    this model's; ``tokens``: use the first so many only. Raises AutoQuantError where tokenizers differ.
+    this model's; ``tokens``: use the first so many only. Of an encoder-decoder the second half of each window is
+    predicted, behind the first in its encoder. Raises AutoQuantError where tokenizers differ, and for a model that does
+    not run on text.
     """
     from autoquant.calibration.texts import read_text
 
@@ -149,6 +169,7 @@ def evaluate(
     from autoquant.calibration.windows import cut_windows, tokenize
     from autoquant.evaluation.perplexity import Evaluation, logits_of
     from autoquant.evaluation.perplexity import evaluate as measure
+    from autoquant.models.reading import reads_in_halves
     from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Evaluated
 
@@ -162,14 +183,20 @@ def evaluate(
 
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     wanted = None if reference is None else tokens_of(str(reference))
-    expected = None if reference is None else logits_of(runnable(str(reference)))
+    other = None if reference is None else runnable(str(reference))
+    expected = None if other is None else logits_of(other)
     results: dict[str, Evaluation] = {}
+    in_halves: list[str] = []
     for name in names:
         ids, bos = tokens_of(name)
         if wanted is not None and wanted != (ids, bos):
             raise AutoQuantError(f"{name}: its tokenizer differs from that of {reference}, so their logits do too")
         windows = cut_windows(ids, length, bos, tokens, batch)
-        model, done, total = logits_of(runnable(name)), 0, len(windows.counts)
+        module = runnable(name)
+        in_halves += [name] * reads_in_halves(module)
+        if other is not None and reads_in_halves(module) != reads_in_halves(other):
+            raise AutoQuantError(f"{name}: of it and {reference} one has an encoder: they predict different tokens")
+        model, done, total = logits_of(module), 0, len(windows.counts)
 
         def advance(count: int, name: str = name, total: int = total) -> None:
             nonlocal done
@@ -179,7 +206,8 @@ def evaluate(
         progress(name, 0, total)
         results[name] = measure(model, windows, expected, advance)
     settings = {"data": str(data), "length": length, "tokens": tokens, "batch": batch}
-    return Evaluated(results, {**settings, "reference": None if reference is None else str(reference)})
+    settings["reference"] = None if reference is None else str(reference)
+    return Evaluated(results, settings, tuple(in_halves))
 
 
 def serve_check(
@@ -275,11 +303,12 @@ def compare(
     )
     batches = calibration_windows(tokenizer, CalibrationOptions(text, sequences, length, seed, field))
     loaded = analyzed_config(config, folder, trust_remote_code, progress)
+    taken, in_halves = _by_text(folder, loaded, chosen, trust_remote_code)
     proof = proof_of(loaded, folder, None, unproved, trust_remote_code, progress)
     settings = {"tokens": tokens, "window": length, "sequences": sequences, "seed": seed, "device": str(place)}
     settings |= {} if proof.proved else {"proof": proof.how}
     inputs = describe_inputs(folder, Path(data), text, **settings)
-    task = Task(loaded, wanted, chosen, windows, batches, seed, inputs, batch)
+    task = Task(taken, wanted, chosen, windows, batches, seed, inputs, batch, in_halves)
     progress("cells", 0, 0)
     cells = measure(
         task,

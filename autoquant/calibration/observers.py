@@ -26,7 +26,7 @@ from autoquant.library_patches import TorchDispatchMode
 from autoquant.models.caches import DynamicCache
 from autoquant.models.locate import locate
 from autoquant.quantizer import int8
-from autoquant.quantizer.kv_cache import CacheMaxima, rotated
+from autoquant.quantizer.kv_cache import CacheMaxima, check_one_stack, rotated
 from autoquant.quantizer.linear import Maxima
 
 
@@ -202,8 +202,9 @@ def observe_cache(
     """Collect, while the context is open, the maxima of the keys and values that attention layers store.
 
     Yields ``maxima``: ``key`` and ``value``, each a dictionary layer -> float32 [H, D], empty while nothing was stored.
-    By channel, because the values' channels may be smoothed afterwards.
+    By channel, because the values' channels may be smoothed afterwards. Raises AutoQuantError for an encoder-decoder.
     """
+    check_one_stack(model)
     maxima = {} if maxima is None else maxima
 
     def hook(

@@ -20,6 +20,7 @@ from autoquant.analyzer.layers import find_stacks
 from autoquant.calibration.layer_by_layer import in_step
 from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.windows import check_fit
+from autoquant.models.reading import read
 from autoquant.models.structure import ModelStructure
 from autoquant.models.vocabulary import output_embedding, token_tables
 
@@ -50,8 +51,9 @@ class Observer(Protocol):
 class Runner(Protocol):
     """Runs each of ``batches``, token ids [B, S], through ``model`` once, without gradients.
 
-    Observers and the model's own hooks see every pass. Whatever they or the model raise ends the run and is passed on,
-    with nothing left on the model. Raises AutoQuantError for batches that :func:`check_fit` refuses.
+    An encoder-decoder reads each window in halves (:func:`autoquant.models.reading.read`). Observers and the model's
+    own hooks see every pass. Whatever they or the model raise ends the run and is passed on, with nothing left on the
+    model. Raises AutoQuantError for batches that :func:`check_fit` refuses, and for a model that does not run on text.
     """
 
     def __call__(
@@ -231,7 +233,7 @@ def _pass(model: nn.Module, batch: Tensor, observers: Sequence[Observer]) -> Non
     with suppress(_HeadReached), ExitStack() as stack:
         for observer in observers:
             stack.enter_context(observer.passing())
-        model(batch)
+        read(model, batch)
 
 
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autoquant.calibration.texts import read_text
 from autoquant.config.spelling import counted
 from autoquant.errors import AutoQuantError
+from autoquant.models.reading import longest_read
 from autoquant.models.vocabulary import token_embedding
 from autoquant.quantizer.prefix import MODULE as PREFIX
 
@@ -143,7 +144,8 @@ def check_fit(model: nn.Module, batches: Sequence[Tensor]) -> None:
                 f"token {largest} is beyond the model's table of {rows} tokens: the tokenizer is another model's"
             )
     limit = _positions(model, tokens)
-    longest = max((batch.shape[1] + _hidden_prefix(model, batch) for batch in batches), default=0)
+    taken = (longest_read(model, batch.shape[1]) + _hidden_prefix(model, batch) for batch in batches)
+    longest = max(taken, default=0)
     if limit is not None and longest > limit:
         included = "BOS and prefix included" if hasattr(model, PREFIX) else "BOS included"
         raise AutoQuantError(

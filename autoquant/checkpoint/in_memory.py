@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from autoquant.config.format import Config
 from autoquant.errors import AutoQuantError
 from autoquant.models.device import device_said
 from autoquant.models.structure import structure_of
+from autoquant.pipeline.of_text import of_text_said
 from autoquant.pipeline.quantize import needs_sweep, quantize_model_, select
 from autoquant.pipeline.transform import prepare_
 from autoquant.steps import Progress
@@ -33,6 +35,7 @@ from autoquant.steps import Progress
 
 def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn.Module:
     """Rotate, smooth and quantize a module in memory. Raises AutoQuantError where anything does not fit."""
+    recipe = replace(recipe, config=of_text_said(recipe.config, model))
     config, strategy = recipe.config, recipe.strategy
     first = next(model.parameters())
     computed = Computed(device_said(first.device), str(first.dtype).removeprefix("torch."))

@@ -32,20 +32,21 @@ from autoquant.checkpoint.provenance import make_provenance
 from autoquant.checkpoint.side_files import check_links
 from autoquant.checkpoint.streamed import StoredOtherwise, Weights, looked_through, open_weights
 from autoquant.config.format import Config, Strategy, edited
-from autoquant.config.spelling import listed
 from autoquant.errors import AutoQuantError
 from autoquant.executor.plan import Plan
 from autoquant.io.folders import check_target
 from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.device import device_said
-from autoquant.models.load import check_reads_text, load_causal_lm, load_skeleton, load_with_unplaced
+from autoquant.models.load import load_causal_lm, load_skeleton, load_with_unplaced
+from autoquant.models.reading import check_reads_text
 from autoquant.models.tokenizer import has_tokenizer, load_tokenizer
 from autoquant.pipeline.held import InMemory
-from autoquant.pipeline.of_text import of_text
+from autoquant.pipeline.of_text import of_text_said
 from autoquant.pipeline.quantize import Quantized, Selected, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import Progress, prepare_held_, silent
+from autoquant.quantizer.kv_cache import check_one_stack
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 
 IN_NATIVE = Wish(NATIVE)
@@ -111,15 +112,15 @@ def quantize_checkpoint(
         progress("load", 0, 1)
         shards = open_checkpoint(source)
         check_links(source)
-        check_reads_text(source, trust_remote_code=trust_remote_code)
         skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
-        config, idle = of_text(recipe.config, skeleton)
-        if idle:
-            warnings.warn(f"kept in floating point, since text does not reach it: {listed(idle)}", stacklevel=2)
-            recipe = replace(recipe, config=config)
+        if kv_granularity(recipe.config, recipe.strategy) is not None:
+            check_one_stack(skeleton)
+        recipe = replace(recipe, config=of_text_said(recipe.config, skeleton))
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if has_tokenizer(source) else None
         trust = trust_remote_code
-        opened = _Opened(source, target, recipe, options, shards, tokenizer, device, processes, wish, force, trust)
+        opened = _Opened(
+            source, target, recipe, options, shards, skeleton, tokenizer, device, processes, wish, force, trust
+        )
         weights, selected = _streamable(opened, low_memory)
         if weights is not None and selected is not None:
             return _quantize_streamed(opened, weights, selected, dtype, progress)
@@ -137,6 +138,7 @@ class _Opened:
     recipe: Recipe
     options: dict[str, Any]
     shards: Shards
+    skeleton: nn.Module
     tokenizer: Any
     device: torch.device
     processes: Processes
@@ -175,6 +177,8 @@ def _calibration(opened: _Opened, selected: Selected, unused: UnusedRows | None)
     """The windows, none where nothing has to be calibrated."""
     recipe = opened.recipe
     needed = needs_sweep(recipe.config, recipe.strategy, selected)
+    if needed:
+        check_reads_text(opened.skeleton)
     batches = required_calibration(recipe) if needed else ()
     if unused is not None:
         unused.check(batches)
@@ -184,8 +188,7 @@ def _calibration(opened: _Opened, selected: Selected, unused: UnusedRows | None)
 def _chosen(opened: _Opened, selected: Selected) -> Chosen:
     """The format, as far as it can be told before the work."""
     used, wish = used_config(opened.recipe), opened.wish
-    trust = opened.trust_remote_code
-    structure = None if wish.form == NATIVE else load_skeleton(opened.source, trust_remote_code=trust)
+    structure = None if wish.form == NATIVE else opened.skeleton
     return choose_format(wish, used, foreseen(selected, used), structure)
 
 

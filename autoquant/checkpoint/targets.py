@@ -32,7 +32,8 @@ class Target:
     tensor share a scheme and a static input scale. ``version``: what it was read from. ``head_is_table``: model
     classes whose head is the embedding table even where the folder has another; ``regrouped``: the linear, by model
     class, of which every tensor is regrouped by heads as it is read, so that none may be of one element;
-    ``unquantized``: last names of linears that its classes have in floating point alone.
+    ``unquantized``: last names of linears that its classes have in floating point alone; ``encoder_decoders``: the
+    classes with an encoder and a decoder that it serves, None: all.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     head_is_table: frozenset[str]
     regrouped: Mapping[str, str]
     unquantized: frozenset[str]
+    encoder_decoders: frozenset[str] | None
     notes: tuple[str, ...]
 
 
@@ -69,11 +71,12 @@ def target_named(name: str) -> Target:
 
 
 def reasons_against(
-    name: str, config: Config, model_class: str | None = None, *, untied: bool = False
+    name: str, config: Config, model_class: str | None = None, *, untied: bool = False, in_two: bool = False
 ) -> tuple[str, ...]:
     """Why a target does not take what a config makes, a sentence each with the nearest thing that it takes.
 
-    ``untied``: the model's head is no longer the embedding table. Without ``model_class`` facts of classes are unasked.
+    ``untied``: the model's head is no longer the embedding table; ``in_two``: it has an encoder and a decoder. Without
+    ``model_class`` facts of classes are unasked.
     """
     target, planned = target_named(name), plan_linears(config)
     roles = {linear.weight: linear.role for linear in config.model.linears}
@@ -86,6 +89,11 @@ def reasons_against(
             f"lm_head: {name} ({target.version}) takes the head of {model_class} for the embedding table, and a "
             "rotated residual (R1) makes the two differ; the nearest is --transforms smooth+fc_fc, or that space "
             "disabled"
+        )
+    if in_two and target.encoder_decoders is not None and model_class not in target.encoder_decoders:
+        reasons.append(
+            f"{name} ({target.version}) is not known to serve {model_class}, an encoder and a decoder; the nearest "
+            "is --format native, which runs in autoquant"
         )
     if not target.lm_head:
         reasons += [
@@ -229,11 +237,13 @@ def _target(name: str, row: Mapping[str, object]) -> Target:
         frozenset(listed("head_is_table")),
         {str(one): str(linear) for one, linear in regrouped.items()},
         frozenset(listed("unquantized")),
+        None if row["encoder_decoders"] is None else frozenset(listed("encoder_decoders")),
         tuple(listed("notes")),
     )
 
 
 def _all_of(every: tuple[Target, ...]) -> Target:
+    in_two = [target.encoder_decoders for target in every if target.encoder_decoders is not None]
     return Target(
         ANY,
         ", ".join(target.name for target in every),
@@ -248,5 +258,6 @@ def _all_of(every: tuple[Target, ...]) -> Target:
         frozenset.union(*(target.head_is_table for target in every)),
         {one: linear for target in every for one, linear in target.regrouped.items()},
         frozenset.union(*(target.unquantized for target in every)),
+        frozenset.intersection(*in_two) if in_two else None,
         (),
     )

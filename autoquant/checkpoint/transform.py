@@ -29,7 +29,8 @@ from autoquant.executor.resolved import Resolved
 from autoquant.io.files import check_target as check_file
 from autoquant.io.folders import check_target
 from autoquant.models.device import device_of
-from autoquant.models.load import class_of, listed
+from autoquant.models.load import listed, load_skeleton
+from autoquant.models.reading import check_reads_text
 from autoquant.models.structure import structure_of
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
@@ -127,6 +128,8 @@ def _scales(
     windows = () if found is not None else _windows(stored, options.calibration)
     if found is None and not windows:
         raise AutoQuantError("smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without")
+    if windows:
+        check_reads_text(load_skeleton(stored.source, trust_remote_code=stored.trust_remote_code))
     progress("load", 0, 1)
     with warnings.catch_warnings():  # what is to be said of the stored weights was said
         warnings.simplefilter("ignore")
@@ -160,11 +163,4 @@ def _windows(stored: Stored, calibration: CalibrationOptions | Sequence[Tensor])
 
 def _load(stored: Stored, device: torch.device) -> nn.Module:
     """The model in float32: its activations are those that smoothing will meet."""
-    source, trust = stored.source, stored.trust_remote_code
-    name = class_of(source, trust_remote_code=trust).__name__
-    if name != "AutoModelForCausalLM":
-        raise AutoQuantError(
-            f"{source}: smoothing is calibrated on text, which does not reach all of a model of {name}; "
-            "use --transforms rotation"
-        )
-    return load_float32(source, trust_remote_code=trust).to(device)
+    return load_float32(stored.source, trust_remote_code=stored.trust_remote_code).to(device)

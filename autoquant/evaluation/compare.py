@@ -26,11 +26,12 @@ from autoquant.config.file import config_text
 from autoquant.config.format import Config, Strategy
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, logits_of, nll_per_window, ratio_estimate
 from autoquant.io.files import write_text
+from autoquant.models.reading import IN_HALVES
 from autoquant.pipeline.quantize import quantize_model_
 from autoquant.pipeline.select import Transforms
 from autoquant.pipeline.transform import depends_on_strategy, prepare_
 from autoquant.quantizer.prefix import fix_prefix_
-from autoquant.quantizer.strategies import Granularity, scheme_of
+from autoquant.quantizer.strategies import Granularity, kv_granularity, scheme_of
 from autoquant.version import __version__
 
 FLOAT = "float"
@@ -76,6 +77,8 @@ class Task:
     inputs: Mapping[str, Any]
     batch: int = 1
     """Windows in one forward pass, where no scale spans them."""
+    in_halves: bool = False
+    """The model has an encoder, which reads the first half of each window, and a decoder, which predicts the second."""
 
 
 def compare(
@@ -131,15 +134,16 @@ def _prepare(
 ) -> tuple[nn.Module, Sweep]:
     """The rotated and smoothed model, behind its prefix, with its maxima."""
     model = load()
-    prepared = prepare_(model, task.config, strategy, transforms, task.calibration, task.seed, cache=True)
+    cache = any(kv_granularity(task.config, one) is not None for one in task.strategies)
+    prepared = prepare_(model, task.config, strategy, transforms, task.calibration, task.seed, cache=cache)
     return model, prepared.swept
 
 
 def _measure(task: Task, model: nn.Module, transforms: str, strategy: str) -> Cell:
     start = time.monotonic()
     windows = task.windows if shares_scale(strategy) else rebatched(task.windows, task.batch)
-    nll = nll_per_window(logits_of(model), windows)
-    return Cell(transforms, strategy, nll, task.windows.counts, model_bytes(model), time.monotonic() - start)
+    found = nll_per_window(logits_of(model), windows)
+    return Cell(transforms, strategy, found.nll, found.counts, model_bytes(model), time.monotonic() - start)
 
 
 def shares_scale(strategy: str) -> bool:
@@ -174,7 +178,7 @@ def report(task: Task, cells: Sequence[Cell]) -> dict[str, Any]:
         )
     return {
         "inputs": dict(task.inputs),
-        "tokens": task.windows.predicted,
+        "tokens": sum(reference.counts),
         "windows": len(reference.counts),
         "cells": rows,
     }
@@ -192,6 +196,7 @@ def markdown(task: Task, cells: Sequence[Cell]) -> str:
         f"Perplexity of the first {task.windows.predicted:,} tokens of `{inputs['data']}` in windows of "
         f"{inputs['window']}"
         + (", each behind BOS" if task.windows.has_bos else "")
+        + (f"; {IN_HALVES}" if task.in_halves else "")
         + f"; calibrated on {inputs['sequences']} windows of `{inputs['calibration']}`. Float "
         f"{float_cell.said(3)}, {_megabytes(reference.bytes)}." + _control(task, reference, by_key),
         "",

@@ -7,6 +7,10 @@ predicted exactly once). A model with a fixed prefix sees the same windows: its 
 in front of a window that has none, and is never predicted. The negative log-likelihood is averaged over predicted
 tokens, in nats; perplexity is its exponential.
 
+Of an encoder-decoder the encoder reads the first half of each window, BOS included, and the decoder predicts every
+token of the second behind its start token (teacher forcing): the loss that transformers computes for these labels. It
+is no figure to compare with a causal model's.
+
 Windows go through the model one by one, because per-tensor dynamic scales span whatever shares a forward pass;
 ``batch`` changes that. Standard errors are over windows.
 """
@@ -23,8 +27,10 @@ from torch.nn import functional
 
 from autoquant.calibration.windows import Windows, check_fit
 from autoquant.errors import AutoQuantError
+from autoquant.models.reading import check_reads_text, read
 
 LogitsOf = Callable[[Tensor], Tensor]
+"""From token ids [B, S] to logits [B, P + 1, V]: row i predicts token i - P of a window, the last what follows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,16 @@ class Evaluation:
         return None if self.log_ratio is None else exp_estimate(self.log_ratio)
 
 
+@dataclass(frozen=True, slots=True)
+class Likelihoods:
+    """Of each window: the negative log-likelihood in nats, summed over its predicted tokens in float64, and their
+    number.
+    """
+
+    nll: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
 @torch.no_grad()
 def evaluate(
     model: LogitsOf, windows: Windows, reference: LogitsOf | None = None, progress: Callable[[int], None] | None = None
@@ -71,10 +87,10 @@ def evaluate(
     """Perplexity of ``model`` and, given a ``reference``, KL(reference || model), top-1 agreement and paired
     difference.
 
-    Both are functions from token ids [B, S] to logits [B, S, V], as :func:`logits_of` makes them from modules; both
-    see the same batches. ``progress`` is called with the number of windows of each batch done. Sums are in float64.
+    Both are functions that :func:`logits_of` makes from modules; both see the same batches. ``progress`` is called with
+    the number of windows of each batch done. Sums are in float64.
     """
-    counts: list[float] = []
+    counts: list[int] = []
     sums: dict[str, list[float]] = {"nll": [], "kl": [], "top1": [], "log_ratio": []}
     for ids in windows.batches:
         predicted = _log_softmax(model(ids))
@@ -85,42 +101,47 @@ def evaluate(
             rows["kl"] = _kl(expected, predicted)
             rows["top1"] = (expected.argmax(-1) == predicted.argmax(-1)).double()
             rows["log_ratio"] = nll - _nll(expected, ids)
-        counts += [ids.shape[1] - 1.0] * len(ids)
+        counts += [nll.shape[1]] * len(ids)
         for name, values in rows.items():
             sums[name] += values.sum(-1, dtype=torch.float64).tolist()
         if progress is not None:
             progress(len(ids))
     estimates = {name: ratio_estimate(values, counts) for name, values in sums.items() if values}
-    return Evaluation(windows.predicted, len(counts), **estimates)
+    return Evaluation(sum(counts), len(counts), **estimates)
 
 
 @torch.no_grad()
 def nll_per_window(
     model: LogitsOf, windows: Windows, progress: Callable[[int], None] = lambda windows: None
-) -> tuple[float, ...]:
-    """Negative log-likelihood of each window in nats, summed over its predicted tokens in float64.
+) -> Likelihoods:
+    """What each window's predicted tokens cost.
 
     What is kept of a model so that it can be compared with others later, window by window:
     ``ratio_estimate`` of the differences is the paired difference with its standard error.
     """
     sums: list[float] = []
+    counts: list[int] = []
     for ids in windows.batches:
-        sums += _nll(_log_softmax(model(ids)), ids).sum(-1, dtype=torch.float64).tolist()
+        nll = _nll(_log_softmax(model(ids)), ids)
+        sums += nll.sum(-1, dtype=torch.float64).tolist()
+        counts += [nll.shape[1]] * len(ids)
         progress(len(ids))
-    return tuple(sums)
+    return Likelihoods(tuple(sums), tuple(counts))
 
 
 def logits_of(module: nn.Module) -> LogitsOf:
-    """A causal language model as a function from ids [B, S], on any device, to float32 logits [B, S, V].
+    """A model that goes on with text as a function from ids [B, S], on any device, to float32 logits.
 
-    Raises AutoQuantError where the window is longer than the model's position table.
+    Raises AutoQuantError for a model that does not run on text, and where the window is longer than the model's
+    position table.
     """
+    check_reads_text(module)
     device = next(module.parameters()).device
 
     def forward(ids: Tensor) -> Tensor:
         check_fit(module, [ids])
         try:
-            logits: Tensor = module(ids.to(device)).logits
+            logits: Tensor = read(module, ids.to(device)).logits
         except IndexError as error:
             raise AutoQuantError(
                 f"the model cannot take {ids.shape[1]} tokens at once: use a smaller window"
@@ -136,12 +157,12 @@ def perplexity_of(module: nn.Module, windows: Windows) -> float:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities [B, S - 1, V] of all tokens but the first."""
+    """Log-probabilities [B, P, V] of the predicted tokens."""
     return functional.log_softmax(logits[:, :-1].float(), -1)
 
 
 def _nll(log_probabilities: Tensor, ids: Tensor) -> Tensor:
-    targets = ids[:, 1:, None].to(log_probabilities.device)
+    targets = ids[:, -log_probabilities.shape[1] :, None].to(log_probabilities.device)
     return -log_probabilities.gather(-1, targets).squeeze(-1)
 
 

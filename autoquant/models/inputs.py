@@ -103,7 +103,7 @@ def takes_media(module: nn.Module) -> bool:
 
 def reads_text(module: Any) -> bool:
     """Whether a model can be called with token ids alone."""
-    return module.main_input_name not in (*_IMAGES, *_SOUNDS)
+    return getattr(module, "main_input_name", _TEXTS[0]) not in (*_IMAGES, *_SOUNDS)
 
 
 class _Maker:

@@ -64,7 +64,6 @@ _SMALL = 1_000_000
 """Parameters that are of no matter, whatever a file holds."""
 _NAMED = 5
 """Weights named in a message; of the others the number is said."""
-_OF_TEXT = ("causal-lm", "image-text-to-text")
 OLD_BUFFER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Names of what classes kept in checkpoints once and now compute."""
 _LEFT_OUT = (ADAPTER, ".metadata", "*.distcp")
@@ -79,7 +78,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     quantized: bool = False,
 ) -> Any:
-    """A folder's or hub id's model that goes on with text, in evaluation mode; ``dtype`` None: as its config says.
+    """A folder's or hub id's model, by its own auto class, in evaluation mode; ``dtype`` None: as its config says.
 
     ``quantized``: take also what is quantized already and transformers can load. Warns of tensors that the class has no
     place for, of a wrapper's prefix, and of embeddings that are tied by the config and not in the file.
@@ -87,7 +86,7 @@ def load_causal_lm(
     Raises AutoQuantError where it cannot be loaded, and where a weight is missing or has another shape.
     """
     folder = checkpoint_folder(source, trust_remote_code=trust_remote_code)
-    return _load(folder, dtype, device, trust_remote_code, quantized, of_text=True).model
+    return _load(folder, dtype, device, trust_remote_code, quantized).model
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
@@ -97,7 +96,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | None = None, *, trust_rem
 
 def load_with_unplaced(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Loaded:
     """The model of a folder, and which of its tensors the class has no place for."""
-    return _load(folder, dtype, None, trust_remote_code, quantized=False, of_text=False)
+    return _load(folder, dtype, None, trust_remote_code, quantized=False)
 
 
 def load_weights(
@@ -220,24 +219,6 @@ def _check_size(folder: Path, config: Any, shards: Shards, trust_remote_code: bo
         )
 
 
-def check_reads_text(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise AutoQuantError for a checkpoint that text alone does not go through, before anything is done with it."""
-    config = load_settings(folder, trust_remote_code=trust_remote_code)
-    tasks = kinds_of(config)
-    if not tasks or tasks[0] in _OF_TEXT or ("causal-lm" in tasks and not config.is_encoder_decoder):
-        return
-    raise AutoQuantError(
-        f"{folder}: {config.model_type!r} is an encoder and a decoder ({tasks[0]}), and text alone calibrates and "
-        "scores models that go on with it; `autoquant apply --transforms rotation` changes this one"
-    )
-
-
-def class_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The auto class that builds a checkpoint."""
-    config = load_settings(Path(folder), trust_remote_code=trust_remote_code)
-    return auto_class((kinds_of(config) or ("causal-lm",))[0])
-
-
 def build_empty(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The folder's model without weights, by its own auto class, in evaluation mode: parameters on the meta device,
     buffers with their values, generation settings as the folder has them. Raises AutoQuantError.
@@ -298,15 +279,12 @@ def _load(
     device: torch.device | str | None,
     trust_remote_code: bool,
     quantized: bool,
-    of_text: bool,
 ) -> Loaded:
     shards = open_checkpoint(folder, quantized=quantized)
     config = load_settings(folder, trust_remote_code=trust_remote_code)
     check_depth(folder, config, shards)
     _check_size(folder, config, shards, trust_remote_code, most=16 if quantized else 4)
     tasks = kinds_of(config)
-    if of_text:
-        check_reads_text(folder, trust_remote_code=trust_remote_code)
     hide_progress()
     prefix = {f"^{re.escape(shards.prefix)}": ""} if shards.prefix else None
     try:

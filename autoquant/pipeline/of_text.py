@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -12,8 +13,10 @@ from torch import nn
 
 from autoquant.config.format import Config, Linear, SmoothingGroup, edited
 from autoquant.config.layers import fill, layer_numbers, module_of
+from autoquant.config.spelling import listed
 from autoquant.library_patches import marked_as_compiling
 from autoquant.models.inputs import takes_media
+from autoquant.models.reading import read
 
 _TOKENS = 8
 
@@ -22,8 +25,8 @@ def of_text(config: Config, model: nn.Module) -> tuple[Config, tuple[str, ...]]:
     """``config`` without the linears and groups that no token reaches, and the paths of those linears.
 
     What only images or sound go through cannot be calibrated by text: its linears are excluded, its groups are off, by
-    the knobs that a person would set. ``model`` is on the meta device. A model of text alone, and one whose code does
-    not run without values, is taken as it is.
+    the knobs that a person would set. ``model`` may be on the meta device. A model of text alone, and one whose code
+    does not run without values, is taken as it is.
     """
     called = _called(model) if takes_media(model) else None
     if called is None:
@@ -42,9 +45,19 @@ def of_text(config: Config, model: nn.Module) -> tuple[Config, tuple[str, ...]]:
     return changed, tuple(sorted(idle))
 
 
+def of_text_said(config: Config, model: nn.Module, stacklevel: int = 2) -> Config:
+    """What :func:`of_text` makes of a config, with a warning that names what is left as it is."""
+    changed, idle = of_text(config, model)
+    if idle:
+        said = f"neither smoothed nor quantized, since text does not reach it: {listed(idle)}"
+        warnings.warn(said, stacklevel=stacklevel + 1)
+    return changed
+
+
 def _called(model: nn.Module) -> set[str] | None:
     """The paths of the modules that a pass over token ids calls; None where it cannot be followed without values."""
     called: set[str] = set()
+    device = next(model.parameters()).device
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         called.add(path)
@@ -53,7 +66,7 @@ def _called(model: nn.Module) -> set[str] | None:
         for path, module in model.named_modules():
             hooks.callback(module.register_forward_pre_hook(partial(note, path)).remove)
         try:
-            model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta"))
+            read(model, torch.zeros(1, _TOKENS, dtype=torch.int64, device=device))
         except Exception:  # it runs the model's own code, which may ask for values that there are not: nothing is known
             return None
     return called

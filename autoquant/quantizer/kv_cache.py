@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from autoquant.errors import AutoQuantError
 from autoquant.executor.online import key_rotations
 from autoquant.models.caches import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from autoquant.models.reading import reads_in_halves
 from autoquant.quantizer import int8
 from autoquant.quantizer.prefix_cache import PatientLayer, PrefixedCache
 from autoquant.quantizer.strategies import Granularity
@@ -208,6 +209,15 @@ def quantize_cache_(model: nn.Module, granularity: Granularity, maxima: CacheMax
     install_(model, kv_scales(model, granularity, maxima))
 
 
+def check_one_stack(model: nn.Module) -> None:
+    """Raise AutoQuantError for an encoder-decoder: its cache holds what the encoder made, beside the decoder's own."""
+    if reads_in_halves(model):
+        raise AutoQuantError(
+            "the keys and values of an encoder-decoder are neither observed nor cached in int8: choose a strategy "
+            "without kv_cache, and disable query_key groups"
+        )
+
+
 def kv_scales(model: nn.Module, granularity: Granularity, maxima: CacheMaxima | None = None) -> KVScales:
     """The scales that :func:`quantize_cache_` installs; one for each layer of the model's cache."""
     key = value = None
@@ -242,6 +252,7 @@ def install_(model: nn.Module, scales: KVScales) -> None:
     """Register the scales with the model (hence in its checkpoint) and the hook that hands out the cache."""
     if hasattr(model, MODULE):
         raise AutoQuantError("the model already has an int8 cache")
+    check_one_stack(model)
     cache = new_cache(model, scales)  # a layer that cannot be quantized shows now
     if not any(isinstance(layer, Int8Layer | Int8SlidingLayer) for layer in cache.layers):
         raise AutoQuantError("the model has no attention layers with a cache: choose a strategy without kv_cache")

@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autoquant.errors import AutoQuantError
 from autoquant.models.caches import DynamicCache, DynamicLayer
+from autoquant.models.reading import reads_in_halves
 from autoquant.quantizer.kv_cache import MODULE as INT8_CACHE
 from autoquant.quantizer.kv_cache import new_cache, replace_fields, wants_cache
 from autoquant.quantizer.prefix_cache import Call, PrefixedCache, PrefixLayer
@@ -169,6 +170,8 @@ def _install(model: nn.Module, prefix: Prefix) -> tuple[RemovableHandle, ...]:
 
 def _check_cache(model: nn.Module) -> None:
     """Raise AutoQuantError for layers of which a prefix's keys and values would not be the whole state."""
+    if reads_in_halves(model):
+        raise AutoQuantError("no prefix for this model: it has an encoder and a decoder; set quantization.prefix to []")
     layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]  # a PreTrainedConfig
     for number, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:

@@ -21,6 +21,7 @@ from autoquant.calibration.windows import Windows
 from autoquant.config.format import Config, Strategy
 from autoquant.config.layers import LAYER, fill, layer_numbers
 from autoquant.evaluation.perplexity import logits_of, nll_per_window
+from autoquant.models.reading import read
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.int8 import absmax_scale, dequantize, fake_quantize, quantize, scale_of
@@ -186,7 +187,7 @@ def _observe(model: nn.Module, seen: Sequence[Seen], batches: Sequence[Tensor], 
     for pass_, told in ((look, batches), (disturb, batches[:NOISE_WINDOWS])):
         with _hooked(model, seen, pass_):
             for number, batch in enumerate(told):
-                model(batch.to(next(model.parameters()).device))
+                read(model, batch.to(next(model.parameters()).device))
                 progress(number + 1, len(told))
     return found
 
@@ -245,13 +246,14 @@ def _costs(
     linear_strategy = next(one for one in LINEAR_STRATEGIES if strategy.value.startswith(one.value))
     there = [one for one in seen if one.path in found and linear_strategy in found[one.path].noise]
     worst = sorted(there, key=lambda one: found[one.path].decibels(linear_strategy))[:COSTLY]
-    reference = sum(nll_per_window(logits_of(model), held_out))
+    floating = nll_per_window(logits_of(model), held_out)
+    reference, predicted = sum(floating.nll), sum(floating.counts)
     rows = []
     for number, one in enumerate(worst):
         progress("quantize one at a time", number, len(worst))
         with _int8_alone(_owner(model, one.path), linear_strategy, found[one.path].channels.max()):
-            nll = sum(nll_per_window(logits_of(model), held_out))
-        percent = 100 * float(torch.expm1(torch.tensor((nll - reference) / held_out.predicted, dtype=torch.float64)))
+            nll = sum(nll_per_window(logits_of(model), held_out).nll)
+        percent = 100 * float(torch.expm1(torch.tensor((nll - reference) / predicted, dtype=torch.float64)))
         rows.append(
             {
                 "path": one.path,

@@ -198,6 +198,8 @@ class Evaluated:
 
     results: Mapping[str, Evaluation]
     settings: Mapping[str, Any]
+    in_halves: tuple[str, ...] = ()
+    """Models that have an encoder and a decoder, each of which reads one half of a window."""
 
     def lines(self, width: int = WIDTH) -> list[str]:
         """A row for each model; columns that have no value are left out."""
@@ -206,7 +208,11 @@ class Evaluated:
             (name, f"{r.tokens:,}", str(r.windows), *(_cell(key, _estimates(r)[key]) for key in shown))
             for name, r in self.results.items()
         ]
-        return columns(("model", "tokens", "windows", *(key.replace("_", " ") for key in shown)), rows, width)
+        from autoquant.models.reading import IN_HALVES
+
+        table = columns(("model", "tokens", "windows", *(key.replace("_", " ") for key in shown)), rows, width)
+        said = [f"{name}: {IN_HALVES}" for name in self.in_halves]
+        return [*table, *(line for one in said for line in wrapped(one, width))]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -219,7 +225,7 @@ class Evaluated:
             }
             for name, result in self.results.items()
         ]
-        return {"settings": dict(self.settings), "results": rows}
+        return {"settings": dict(self.settings), "results": rows, "in_halves": list(self.in_halves)}
 
 
 @shown

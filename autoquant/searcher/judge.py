@@ -14,6 +14,7 @@ from torch.nn import functional
 from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, Strategy
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
+from autoquant.models.reading import read
 from autoquant.pipeline.quantize import Quantized, quantize_model_
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
@@ -160,13 +161,13 @@ class Searcher:
         for ids, expected in list(zip(self.task.held_out, self.reference, strict=True))[:batches]:
             got = _log_probabilities(model, ids)
             kl += (expected.exp() * (expected - got)).sum((-1, -2), dtype=torch.float64).tolist()
-            targets = ids[:, 1:, None].to(got.device)
+            targets = ids[:, -got.shape[1] :, None].to(got.device)
             excess += (expected - got).gather(-1, targets).sum((-1, -2), dtype=torch.float64).tolist()
-            counts += [ids.shape[1] - 1] * len(ids)
+            counts += [got.shape[1]] * len(ids)
         return Distance(tuple(kl), tuple(excess), tuple(counts))
 
 
 @torch.no_grad()
 def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids.to(next(model.parameters()).device)).logits
+    logits: Tensor = read(model, ids.to(next(model.parameters()).device)).logits
     return functional.log_softmax(logits[:, :-1].float(), -1)

@@ -123,6 +123,14 @@ def test_one_table_for_encoder_and_decoder_is_one_space() -> None:
     assert {writer.path for writer in space.writers if "embed" in writer.path} <= set(tied)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart", "whisper"])
+def test_a_head_goes_by_the_module_that_multiplies(name: str) -> None:
+    """Of BART and T5 another module holds its table; BART adds a buffer, in the logits' dtype, to what it makes."""
+    (head,) = [linear for linear in found(name).config.model.linears if linear.layers is None]
+    assert (head.path, head.role) == ("proj_out" if name == "whisper" else "lm_head", "lm_head")
+    assert found(name).config.quantization.exclude == (head.path,)
+
+
 def test_what_untying_would_change_stays_tied() -> None:
     """One that rescales its last hidden state only where its configuration says that the table is tied."""
     if "is_causal" not in inspect.getsource(UMT5LayerSelfAttention):
@@ -136,7 +144,7 @@ def test_what_untying_would_change_stays_tied() -> None:
     proved = certify(analyzed, source)
     assert proved.rotation.spaces and not any(space.kind == "R1" for space in proved.rotation.spaces)
     assert not any("shared" in slot.path for group in proved.smoothing.groups for slot in group.sources + group.targets)
-    reason = "decoder.final_layer_norm.weight cannot be folded into shared.weight, used elsewhere too"
+    reason = "decoder.final_layer_norm.weight cannot be folded into lm_head.weight, used elsewhere too"
     assert [b.what for b in proved.blocked if b.reason == reason] == ["rotation"]
 
 

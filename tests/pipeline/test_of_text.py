@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from quantized import PACKAGED, STATIC, TINY, config_of, windows, with_a_tower
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from quantized import PACKAGED, STATIC, TINY, config_of, with_a_tower
+from transformers import AutoConfig, AutoModelForImageTextToText
 
+import autoquant
 from autoquant.checkpoint.load import load
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 from autoquant.config.format import Strategy
 from autoquant.config.layers import module_of
-from autoquant.errors import AutoQuantError
 from autoquant.models.load import load_causal_lm, load_skeleton
 from autoquant.pipeline.of_text import of_text
 from autoquant.pipeline.select import Transforms
@@ -53,7 +54,7 @@ def test_a_model_that_takes_images_is_quantized_by_text(strategy: Strategy, tmp_
     source = with_a_tower(tmp_path / "in")
     ids = torch.randint(0, 60, (2, 24), generator=torch.Generator().manual_seed(0))
     recipe = Recipe(config_of(source), strategy, Transforms.parse("smooth+rotation"), tuple(ids[:, None]))
-    with pytest.warns(UserWarning, match="kept in floating point, since text does not reach it: .*vision_tower"):
+    with pytest.warns(UserWarning, match=r"neither smoothed .*, since text does not reach it: .*vision_tower"):
         quantize_checkpoint(source, tmp_path / "out", recipe, {})
     made, model = load(tmp_path / "out"), load_causal_lm(source)
     quantized = {name for name, part in made.named_modules() if isinstance(part, Int8Linear)}
@@ -63,16 +64,23 @@ def test_a_model_that_takes_images_is_quantized_by_text(strategy: Strategy, tmp_
     assert 0 < (after - before).norm() < 0.1 * before.norm()
 
 
-def test_an_encoder_and_a_decoder_are_refused_before_anything_is_done(tmp_path: Path) -> None:
-    sizes = dict(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_decoder_layers=1, num_heads=2)
-    AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes)).save_pretrained(tmp_path / "t5")
-    line = "'t5' is an encoder and a decoder .seq2seq-lm., .* `autoquant apply --transforms rotation` changes this one"
-    recipe = Recipe(config_of(tmp_path / "t5"), STATIC, Transforms.parse("rotation"), windows())
-    with pytest.raises(AutoQuantError, match=line):
-        quantize_checkpoint(tmp_path / "t5", tmp_path / "out", recipe, {})
-    with pytest.raises(AutoQuantError, match=line):
-        load_causal_lm(tmp_path / "t5")
-    assert not (tmp_path / "out").exists()
+@torch.no_grad()
+def test_modules_in_memory_and_comparisons_leave_towers_too(tmp_path: Path) -> None:
+    """All ways of calibrating by text; 'multiplied nothing in the calibration sweep' is for what text should reach."""
+    source = with_a_tower(tmp_path / "in")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(PACKAGED / name, source / name)
+    ids = torch.randint(0, 60, (4, 24), generator=torch.Generator().manual_seed(0))
+    config, batches = config_of(source), tuple(ids[:, None])
+    for change in (
+        lambda model: autoquant.quantize(model, config, strategy=STATIC.value, calibration=batches),
+        lambda model: autoquant.apply(model, config, calibration=batches),
+    ):
+        with pytest.warns(UserWarning, match=r"text does not reach it: .*vision_tower"):
+            made = change(load_causal_lm(source, dtype=torch.float32))
+        before, after = (model(input_ids=ids).logits for model in (load_causal_lm(source), made))
+        assert (after - before).norm() < 0.1 * before.norm()
+        assert not [n for n, part in made.named_modules() if isinstance(part, Int8Linear) and "vision" in n]
 
 
 def test_a_class_for_images_alone_goes_on_with_text(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from autoquant.executor.resolved import ResolvedOnline
 from autoquant.io.folders import finished_folder
 from autoquant.io.safetensors_writer import Described
 from autoquant.models.own_code import copy_code
+from autoquant.models.reading import reads_in_halves
 
 NATIVE = "native"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -185,7 +186,8 @@ def choose_format(wish: Wish, config: Config, changes: Changes, model: Any = Non
 def refusals(target: str, config: Config, changes: Changes, model: Any = None) -> tuple[str, ...]:
     """Why a target, or the format that it loads, does not take such a model, a sentence each; none where it does."""
     kind = None if model is None else type(model).__name__
-    served = reasons_against(target, config, kind, untied=_untied(changes, model))
+    in_two = model is not None and reads_in_halves(model)
+    served = reasons_against(target, config, kind, untied=_untied(changes, model), in_two=in_two)
     held = format_named(target_named(target).form).reasons_against(config, changes, model)
     return tuple(dict.fromkeys((*served, *held)))
 

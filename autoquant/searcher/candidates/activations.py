@@ -9,6 +9,7 @@ from torch import Tensor
 
 from autoquant.algorithms.prefix_search import token_maxima
 from autoquant.config.format import ActivationQuantization, StaticClip, Strategy, edited
+from autoquant.models.reading import read
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.strategies import PlannedLinear, plan_linears, scheme_of
@@ -65,7 +66,7 @@ def _by_spikes(searcher: Searcher, best: Judged) -> dict[str, PlannedLinear]:
     prepare_(model, best.config, task.strategy, EVERYTHING, task.fit, cache=False)
     with token_maxima(model, planned, seen):
         for ids in task.fit:
-            model(ids.to(next(model.parameters()).device))
+            read(model, ids.to(next(model.parameters()).device))
 
     def spike(linear: PlannedLinear) -> float:
         maxima = torch.cat([maximum.flatten() for maximum in seen[linear.path]])
