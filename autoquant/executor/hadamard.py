@@ -73,12 +73,19 @@ def multiply_kronecker(x: Tensor, factors: list[Tensor], dim: int = -1, transpos
 
 
 @lru_cache(maxsize=64)
-def factor_matrices(n: int, most_bits: int = RADIX_BITS) -> tuple[NDArray[np.int8], ...]:
-    """The +-1 factors of the construction, int8, outermost first; Sylvester's have up to ``2 ** most_bits`` rows."""
+def factor_matrices(n: int, most_bits: int = RADIX_BITS, innermost: int = 0) -> tuple[NDArray[np.int8], ...]:
+    """The +-1 factors of the construction, int8, outermost first; Sylvester's have up to ``2 ** most_bits`` rows.
+
+    ``innermost``: the bits of the last one instead, where there are no others than Sylvester's; with one more it is
+    the only one.
+    """
     construction = find_construction(n)
     bits = construction.sylvester.bit_length() - 1
-    passes = math.ceil(bits / most_bits)
-    factors = [_sylvester(1 << (bits + i) // passes) for i in reversed(range(passes))]  # of sizes as equal as can be
+    last = 0 if construction.paley else bits if bits <= innermost + 1 else innermost
+    rest = bits - last
+    passes = math.ceil(rest / most_bits)
+    factors = [_sylvester(1 << (rest + i) // passes) for i in reversed(range(passes))]  # of sizes as equal as can be
+    factors += [_sylvester(1 << last)] if last else []
     factors += [_paley_one(f.q) if f.kind == 1 else _paley_two(f.q) for f in construction.paley]
     return tuple(factors) or (np.ones((1, 1), dtype=np.int8),)
 

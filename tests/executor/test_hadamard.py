@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import pytest
 import torch
@@ -154,6 +155,17 @@ def test_the_kronecker_order_is_sylvester_first() -> None:
 @pytest.mark.parametrize(("n", "orders"), [(64, [64]), (128, [16, 8]), (5632, [16, 8, 44]), (8192, [32, 16, 16])])
 def test_a_power_of_two_is_cut_evenly(n: int, orders: list[int]) -> None:
     assert [len(factor) for factor in factor_matrices(n)] == orders
+
+
+@pytest.mark.parametrize(
+    ("n", "orders"),
+    [(2048, [8, 8, 32]), (4096, [16, 8, 32]), (128, [4, 32]), (64, [64]), (5632, [16, 8, 44]), (2, [2])],
+)
+def test_the_innermost_factor_may_be_larger(n: int, orders: list[int]) -> None:
+    factors = factor_matrices(n, most_bits=4, innermost=5)
+    assert [len(factor) for factor in factors] == orders
+    product = reduce(torch.kron, (torch.from_numpy(factor).double() for factor in factors))
+    assert torch.allclose(product / math.sqrt(n), hadamard_matrix(n), atol=1e-14)
 
 
 def test_a_size_below_one_is_refused() -> None:
