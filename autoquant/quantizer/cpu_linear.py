@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autoquant.library_patches import constant_in_traces
 from autoquant.quantizer import int8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -312,4 +313,4 @@ def _remembered_probe() -> bool:
 
 PROBED: list[bool] = []
 QUICK: list[int] = []
-is_exact: Callable[[], bool] = torch.compiler.assume_constant_result(_remembered_probe)
+is_exact: Callable[[], bool] = constant_in_traces(_remembered_probe)

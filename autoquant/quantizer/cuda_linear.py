@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from autoquant.library_patches import constant_in_traces
 from autoquant.quantizer import int8
 from autoquant.quantizer.tilings import Tiling, power_of_two, tilings
 
@@ -32,6 +31,8 @@ DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 ALIGNED = 16
 """O and I must be multiples: bytes of a vector load, and of a row that a tensor descriptor takes."""
 MOST_EXPERTS = 1024
+HAS_TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
+"""A number, since Dynamo traces through functions that remember (``lru_cache``), and warns of them."""
 
 
 def takes(x: Tensor, values: Tensor) -> bool:
@@ -47,16 +48,8 @@ def takes(x: Tensor, values: Tensor) -> bool:
         and inputs <= int8.EXACT_INT32_DEPTH
         and values.is_contiguous()
         and not (x.requires_grad and torch.is_grad_enabled())
-        and has_triton()
+        and HAS_TRITON
     )
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
-
-
-has_triton: Callable[[], bool] = constant_in_traces(_has_triton)
 
 
 def linear(
