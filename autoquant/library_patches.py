@@ -117,7 +117,8 @@ def questions_of_sizes(
 ) -> list[Callable[[int, int], bool]]:
     """What ``call(args, kwargs)`` asks of two numbers, each question as a function of them that is true as it is.
 
-    ``named``: which of the two each size of an input is, 0 or 1, None where it is another one. Nothing is computed.
+    It is true too where it makes no sense, divided by a size that would be 0: code does not come there. ``named``:
+    which of the two each size of an input is, 0 or 1, None where it is another one. Nothing is computed.
     """
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -140,7 +141,13 @@ def questions_of_sizes(
     found = {guard.expr for guard in sizes.guards}
 
     def asked(expression: Any) -> Callable[[int, int], bool]:
-        return lambda *numbers: bool(expression.xreplace({symbol: numbers[k] for symbol, k in number_of.items()}))
+        def answer(*numbers: int) -> bool:
+            try:
+                return bool(expression.xreplace({symbol: numbers[k] for symbol, k in number_of.items()}))
+            except ZeroDivisionError:
+                return True
+
+        return answer
 
     return [asked(expression) for expression in sorted(found, key=str) if expression.free_symbols <= number_of.keys()]
 

@@ -43,6 +43,11 @@ def behind_another(unit: Unit, hidden: Tensor) -> Tensor:
     return hidden.tanh() if hidden.shape[1] == 333 else 2 * hidden.relu()
 
 
+def a_remainder_by_a_size(unit: Unit, hidden: Tensor) -> Tensor:
+    """Of which there is none for one sequence."""
+    return hidden.tanh() if hidden.shape[1] % (hidden.shape[0] - 1) else hidden.relu()
+
+
 def sizes(act: Callable[[Unit, Tensor], Tensor]) -> list[tuple[int, int]]:
     ids = lambda count, tokens: ((torch.zeros(count, tokens, dtype=torch.long),), {})  # noqa: E731
     return list(sizes_that_matter(Unit(act), ids, (2, 5)))
@@ -57,6 +62,7 @@ def sizes(act: Callable[[Unit, Tensor], Tensor]) -> list[tuple[int, int]]:
         (four_sequences, (14, 5)),
         (counted, (4, 5)),
         (behind_another, (2, 333)),
+        (a_remainder_by_a_size, (3, 5)),
     ],
 )
 def test_the_smallest_size_that_goes_another_way_is_run(
