@@ -61,7 +61,7 @@ def _analyse(captured: Captured, extent: int) -> Analysis:
     rotations = analyse_rotations(captured, extent)
     shared = shared_names(captured)
     found = linears(scales.analysis.uses)
-    online, nowhere = _online(scales, rotations, found)
+    online, nowhere = _online(scales, rotations, found, shared)
     findings = Findings(
         linears=found,
         groups=tuple(_with_ties(group, shared) for group in scales.groups),
@@ -211,7 +211,7 @@ def _blocked(path: str, what: str, reason: Reason) -> Blocked:
 
 
 def _online(
-    scales: Scales, rotations: Rotations, found: tuple[Linear, ...]
+    scales: Scales, rotations: Rotations, found: tuple[Linear, ...], shared: Mapping[str, tuple[str, ...]]
 ) -> tuple[tuple[Online, ...], tuple[Blocked, ...]]:
     """R3 wherever queries meet keys; a rotation before every linear that no offline one reaches.
 
@@ -223,19 +223,23 @@ def _online(
         if scores.head_size > 1 and scores.site.at:  # a module to put it in
             online[Online(kind="R3", path=scores.site.at, size=scores.head_size)] = None
     reached = {reader.path for space in rotations.spaces for read in space.reads for reader in read.readers}
-    products = {use.weight: use for use in reversed(scales.analysis.uses)}
+    uses: dict[str, dict[str, Use]] = {}
+    for use in scales.analysis.uses:
+        uses.setdefault(use.weight, {}).setdefault(use.site.at, use)
     mixed = _busy_modules(scales)
-    # What a module's own input rotation undoes in a weight must not be read by any other code.
-    elsewhere = {use.weight for use in scales.analysis.uses if use.site.at != products[use.weight].site.at}
-    elsewhere |= scales.analysis.axes.contested().keys()  # as a tensor: summed, rounded, measured
+    contested = scales.analysis.axes.contested().keys()  # as a tensor: summed, rounded, measured
     for linear in found:
         if linear.role != "linear" or linear.weight in reached or linear.in_features == 1:
             continue
-        site = products[linear.weight].site
-        if linear.stack is None and site.at == linear.path not in mixed and linear.weight not in elsewhere:
-            kind: Literal["R4", "input"] = "R4" if _follows_product(products[linear.weight]) else "input"
-            online[Online(kind=kind, path=linear.path, size=linear.in_features)] = None
+        # What a module's own input rotation undoes in a weight must not be read by any other code. A tied weight may be
+        # that of several modules, before each of which there is one.
+        own = {module_of(name) for name in shared.get(linear.weight, (linear.weight,))} - mixed
+        if linear.stack is None and uses[linear.weight].keys() <= own and linear.weight not in contested:
+            for path, use in uses[linear.weight].items():
+                kind: Literal["R4", "input"] = "R4" if _follows_product(use) else "input"
+                online[Online(kind=kind, path=path, size=linear.in_features)] = None
         else:
+            site = next(iter(uses[linear.weight].values())).site
             nowhere[_blocked(linear.path, "rotation", site.because(NO_MODULE))] = None
     return tuple(online), tuple(nowhere)
 

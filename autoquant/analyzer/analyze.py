@@ -24,6 +24,7 @@ from autoquant.capture.routes import Captured, capture
 from autoquant.config.format import (
     FORMAT_VERSION,
     SCHEMA_NAME,
+    Blocked,
     Config,
     ModelFacts,
     Provenance,
@@ -95,6 +96,7 @@ def analyze(
     blocked = (*analysis.findings.blocked, *untraced(traced, captured, loaded.missing))
     blocked = (*blocked, *unlisted(traced, captured, analysis, blocked))
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)
+    findings = _under_listed_paths(findings)
     config = build_config(source, loaded.module, findings, analysis, captured, stacks_length(maps))
     if loaded.short is not None:
         problems = structure_problems(config, structure_of(loaded.module))
@@ -102,6 +104,19 @@ def analyze(
             where = f"{json_path(problems[0].path)}: {problems[0].message}"
             raise AutoQuantError(f"{source.name}: what was read off a shorter version of it does not fit it: {where}")
     return Analyzed(config, findings, analysis, captured, tuple(maps), seconds)
+
+
+def _under_listed_paths(found: Findings) -> Findings:
+    """``found`` without online rotations before modules whose tied weight is listed as that of another path."""
+    listed = {linear.path for linear in found.linears}
+    kept = tuple(online for online in found.online if online.kind == "R3" or online.path in listed)
+    reason = "its weight is that of another module, under whose path alone it is listed"
+    blocked = tuple(
+        Blocked(path=o.path, layers=o.layers, what="rotation", reason=reason, operator=o.kind, at=o.path)
+        for o in found.online
+        if o not in kept
+    )
+    return replace(found, online=kept, blocked=(*found.blocked, *blocked))
 
 
 def _at_two_lengths(loaded: LoadedModel, traced: nn.Module, found: Findings, how: How) -> Findings:

@@ -11,8 +11,9 @@ from oracle import analysed, outcomes, randomised
 from readable import text
 from torch import Tensor, nn
 
-from autoquant.analyzer.analysis import qualified
+from autoquant.analyzer.analysis import NO_MODULE, qualified
 from autoquant.analyzer.analyze import analyze
+from autoquant.certificate.certify import certify
 from autoquant.errors import AutoQuantError
 from autoquant.models.build import build_meta, changed
 from autoquant.models.repair import find_source
@@ -120,3 +121,60 @@ def test_what_is_read_off_a_shorter_version_has_to_fit_the_model(monkeypatch: py
     monkeypatch.setattr("autoquant.analyzer.analyze.build_meta", shorter)
     with pytest.raises(AutoQuantError, match="llama: what was read off a shorter version of it does not fit it: "):
         analyze(source)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8, bias=False), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid() + self.down(self.up(x.tanh()).sigmoid())
+
+
+class Tied(nn.Module):
+    """Two blocks with one weight between them, in modules of their own; ``again`` reads it by other code too."""
+
+    def __init__(self, again: bool = False, listed: bool = True) -> None:
+        super().__init__()
+        self.again = again
+        self.embed, self.head = nn.Embedding(16, 6), nn.Linear(6, 16)
+        one, other = Block(), Block()
+        other.up.weight = one.up.weight
+        if listed:
+            self.blocks = nn.ModuleList([one, other])
+        else:
+            self.one, self.other = one, other
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        blocks = [part for part in self.modules() if isinstance(part, Block)]
+        for block in blocks:
+            x = block(x)
+        more = nn.functional.linear(x.tanh(), blocks[0].up.weight).sum(-1, keepdim=True) if self.again else 0
+        logits: Tensor = self.head((x + more).tanh())
+        return logits
+
+
+UP, DOWN = "blocks.{layer}.up", "blocks.{layer}.down"
+UNLISTED = "its weight is that of another module, under whose path alone it is listed"
+
+
+@pytest.mark.parametrize(
+    ("again", "listed", "online", "refused"),
+    [
+        (False, True, [(DOWN, "0-1"), (UP, "0-1")], {}),
+        (True, True, [(DOWN, "0-1")], {UP: NO_MODULE}),
+        (False, False, [("one.down", None), ("one.up", None), ("other.down", None)], {"other.up": UNLISTED}),
+    ],
+)
+def test_a_tied_weight_is_rotated_before_each_module_that_holds_it(
+    again: bool, listed: bool, online: list[tuple[str, str | None]], refused: dict[str, str]
+) -> None:
+    source = ModelSource("tied", factory=lambda: (Tied(again, listed), (torch.tensor([[3, 1, 4, 1]]),)))
+    config = certify(analyze(source), source)
+    assert sorted((one.path, one.layers) for one in config.rotation.online) == online
+    found = {blocked.path: blocked.reason for blocked in config.blocked if blocked.what == "rotation"}
+    assert {path: reason for path, reason in found.items() if path != "embed"} == refused
+    assert config.certificate is not None
+    assert config.certificate.proved
