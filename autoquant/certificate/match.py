@@ -59,11 +59,20 @@ def match(
     chosen += [(online.path, online.kind) for online in reduced.rotation.online if online.path in wanted]
     missing = wanted - {online.path for online in reduced.rotation.online}
     for online in large.rotation.online:
-        if online.path in missing:
+        if online.path in missing and not _is_further(online, reduced, held):
             reason = f"'{online.path}' is found in the full-size model but not in the small one: it cannot be proved"
             refused[online.path, online.kind] = reason
     mapped = keep(reduced, chosen)
     return Match(_with_layers_of(large, mapped, held) if aligned and held else mapped, refused)
+
+
+def _is_further(online: Online, reduced: Config, held: Collection[str]) -> bool:
+    """True if the small model has no such module, in whatever layer, and says the same of one with another number."""
+    pattern = re.compile(re.escape(online.path).replace(re.escape(LAYER), r"\d+") + r"\.")
+    if not held or any(pattern.match(name) for name in held):
+        return False
+    same = (_without_numbers(online.path), online.kind)
+    return any((_without_numbers(other.path), other.kind) == same for other in reduced.rotation.online)
 
 
 def _shows(large: Config, claim: Claim, held: Collection[str]) -> bool:
@@ -109,11 +118,15 @@ def _name(name: str, members: Sequence[Shape]) -> str:
     that share what another made); what is said of several layers is told apart from what is said of one.
     """
     sources, arrow, targets = name.partition(" -> ")
-    without = [re.sub(r"(?<![\w-])\d+(?!\w)", LAYER, part) for part in (*sources.split(", "), *targets.split(", "))]
+    without = [_without_numbers(part) for part in (*sources.split(", "), *targets.split(", "))]
     count = len(sources.split(", "))
     short = ", ".join(dict.fromkeys(without[:count])) + arrow + ", ".join(dict.fromkeys(without[count:]))
     several = LAYER in short and len(_any_layer(members)) < len(set(members))
     return f"{short} (across layers)" if several and short != name else short
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"(?<![\w-])\d+(?!\w)", LAYER, text)
 
 
 def _any_layer(slots: Iterable[Shape]) -> tuple[Shape, ...]:

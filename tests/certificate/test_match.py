@@ -54,6 +54,24 @@ def test_online_rotations_of_one_module_keep_their_own_layers() -> None:
     assert found.refused == {}
 
 
+def test_an_online_rotation_of_a_further_adapter_is_that_of_one_the_small_model_has() -> None:
+    _, config = proved("llama")
+    first = next(online for online in config.rotation.online if online.kind != "R3")
+
+    def at(*paths: str) -> Config:
+        online = tuple(edited(first, path=f"model.layers.{{layer}}.{path}") for path in paths)
+        return edited(keep(config, []), rotation=edited(config.rotation, spaces=(), online=online))
+
+    held = ["model.layers.0.adapters.0.weight", "model.layers.1.adapters.1.weight", "model.layers.1.up.weight"]
+    small = at("adapters.0")
+    assert match(at("adapters.0", "adapters.2"), small, held).refused == {}
+    shown = match(at("adapters.0", "adapters.1"), small, held).refused  # it has this one, and says nothing of it
+    other = match(at("adapters.0", "mixers.2"), small, held).refused
+    assert [name for name, _ in shown] == ["model.layers.{layer}.adapters.1"]
+    assert [name for name, _ in other] == ["model.layers.{layer}.mixers.2"]
+    assert len(match(at("adapters.0", "adapters.2"), small).refused) == 1  # nothing is known of what it has
+
+
 def test_claims_that_do_not_fit_beside_each_other_are_left_out() -> None:
     """Each fits alone; the first of them is kept and the rest is not lost with the other."""
     loaded, config = proved("llama")
