@@ -195,6 +195,7 @@ def test_grouped_linears_on_a_gpu_are_those_of_the_cpu(activation: Granularity) 
 
 
 @with_cuda
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own, of torch 2.11
 def test_torch_compile_keeps_the_operator_whole() -> None:
     made = weight((144, 528), Granularity.TOKEN_DYNAMIC, None).cuda()
     x = torch.randn(5, 528, device="cuda", dtype=torch.bfloat16)
