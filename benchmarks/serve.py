@@ -308,8 +308,9 @@ other models are small and random, so that their perplexities say nothing but wh
   the sums go there in the order of vLLM's CPU kernels (oneDNN): values are round(x * (1 / scale)); a static scale gives
   sum * (input scale * weight scale) + bias, a token's (sum * weight scale) * token scale + bias, the last two in one
   rounding. Ours are round(x / scale), which is another integer once in a million values (qwen3 t/t static: in one row
-  of 4,872), and (sum * input scale) * weight scale + bias, which is another float in a third of the outputs, by a unit
-  in the last place.
+  of 4,872), and the same order of scales since 93d9ced (before, a token's scale came first: another float in a third of
+  the outputs, by a unit in the last place). On an EPYC with VNNI and no AMX oneDNN takes another order for static
+  scales: 65 % of the outputs of wikinano1m's linears are equal there (c/t static), all of them per token.
 - median: of the absolute difference of log-probabilities over the whole model. It is no 0 even where all int8 linears
   are equal, since all else is floating point, summed in another order in the two programs: the scales as above, norms,
   attention (vLLM's softmax runs over blocks), SiLU, the head. 1e-6 and less is that. equal: the share of tokens that
