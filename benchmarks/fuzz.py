@@ -198,6 +198,7 @@ def program_lines(counted: Counted) -> list[str]:
         ("spaces claimed", total["spaces"]),
         ("trials: each group and each space alone, all groups, everything", total["carried out"]),
         (f"trials that change an output by more than {TOLERANCE:g}", total["wrong"]),
+        ("trials not judged, since rounding alone changes what the program computes", total["not judged"]),
         ("largest change of an output", f"{counted.worst:.1e}"),
         ("groups and spaces planted", total["planted"]),
         ("of them found", total["found"]),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzer import NOT_COVERED, TOLERANCE, alone, check, minimal, operators_in, report, run, table
+from fuzzer import NOT_COVERED, TOLERANCE, alone, check, jumps, minimal, operators_in, report, run, table
 from program_blocks import BLOCKS, CATALOGUE, PLANTS, WEIGHTS
 from program_expressions import FAMILIES
 from programs import Built, InvalidError, Program, Step, build, draw
@@ -54,6 +54,16 @@ def test_every_claim_holds(first: int) -> None:
     if total["programs"] == CHUNK:  # a seed that is run again may be poor
         assert total["groups"] + total["spaces"] > 2 * total["programs"]  # the programs are worth analysing
         assert total["uncaptured"] <= total["programs"] / 20
+
+
+def test_a_program_that_rounding_alone_changes_is_not_judged() -> None:
+    """It takes ``ceil`` of a cumulative sum of shares, whose last one is 1 up to rounding."""
+    jumping = draw(CATALOGUE, WEIGHTS, 4860)
+    assert jumps(jumping)
+    checked = check(jumping)
+    assert checked.failure is None and checked.worst < TOLERANCE
+    assert checked.counts["not judged"] > 0 == checked.counts["wrong"]
+    assert not any(jumps(draw(CATALOGUE, WEIGHTS, seed)) for seed in range(20))
 
 
 def test_every_operator_of_the_table_is_in_some_program() -> None:
