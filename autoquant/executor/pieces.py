@@ -323,7 +323,7 @@ def factors_on(size: int, device: str, neighbours: bool) -> tuple[tuple[Tensor, 
     on_cpu = torch.device(device).type == "cpu"
     bits, innermost = (FOLD_BITS, INNERMOST_BITS if neighbours else 0) if on_cpu else (GPU_FOLD_BITS, 0)
     matrices = [torch.from_numpy(f).to(device, torch.float64) for f in factor_matrices(size, bits, innermost)]
-    return tuple((matrix.mT.contiguous().mT, matrix.mT.contiguous()) for matrix in reversed(matrices))
+    return tuple((left.mT, left) for left in (matrix.mT.contiguous() for matrix in reversed(matrices)))
 
 
 def _on_device(step: Step, device: torch.device) -> Step:

@@ -209,7 +209,7 @@ def refusal(source: ModelSource, config: Any) -> Exception | None:
             inputs = make_inputs(module, torch.device("cpu"), (1, 3), torch.float32, media=False)
             with quiet(), torch.random.fork_rng(devices=()), torch.no_grad():
                 module(**inputs.kwargs)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         return error if _SPLIT.search(str(error)) or any(_even(config, error)) else None
     except DataDependentOutputException:
         return None
