@@ -270,7 +270,7 @@ def refusal(one: Subject, text: str, command: str, out: Path) -> str:
 def kept() -> Iterator[None]:
     """Analyses of one source, and proofs of one config, are made once."""
     analyses: dict[str, Any] = {}
-    proofs: dict[tuple[str, str], AutoQuantError | None] = {}
+    proofs: dict[tuple[str, str], Any] = {}
     analyze, prove = analyzing.analyze, ensure._prove
 
     def once(source: Any, progress: Any) -> Any:
@@ -278,16 +278,16 @@ def kept() -> Iterator[None]:
             analyses[source.name] = analyze(source, progress=progress)
         return analyses[source.name]
 
-    def proved(config: Any, source: Any, *rest: Any) -> None:
+    def proved(config: Any, analyzed: Any, source: Any, *rest: Any) -> Any:
         key = (source.name, config.model_dump_json())
         if key not in proofs:
             try:
-                prove(config, source, *rest)
-                proofs[key] = None
+                proofs[key] = prove(config, analyzed, source, *rest)
             except AutoQuantError as error:
                 proofs[key] = error
-        if (error := proofs[key]) is not None:
-            raise AutoQuantError(error.message, error.details)
+        if isinstance(found := proofs[key], AutoQuantError):
+            raise AutoQuantError(found.message, found.details)
+        return found
 
     with patch.object(ensure, "analyze", once), patch.object(ensure, "_prove", proved):
         yield
