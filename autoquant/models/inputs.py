@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from autoquant.capture.fake_tensors import fakeify_, known_values, undisturbed
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import marked_as_compiling, pytree
+from autoquant.models.images import IMAGES, image_layouts
+from autoquant.models.layouts import Layout, Values, Wanted, first, part
+from autoquant.models.sounds import SOUNDS, sound_layouts
 from autoquant.models.source import PLACEHOLDER
 
-_IMAGES = ("pixel_values", "flattened_patches")
-_SOUNDS = ("input_features", "input_values")
 _TEXTS = ("input_ids", "decoder_input_ids")
 NO_SHAPES = re.compile(r"Expected inputs of BF16 type")
 """What an operator says that runs in float32, and whose stand-in without memory does not."""
-
-Values = dict[str, Tensor]
-Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +96,12 @@ def masks_beside(module: nn.Module, kwargs: Mapping[str, Tensor]) -> Values:
 
 def takes_media(module: nn.Module) -> bool:
     """Whether a forward has an input for images or sound."""
-    return any(name in inspect.signature(module.forward).parameters for name in (*_IMAGES, *_SOUNDS))
+    return any(name in inspect.signature(module.forward).parameters for name in (*IMAGES, *SOUNDS))
 
 
 def reads_text(module: Any) -> bool:
     """Whether a model can be called with token ids alone."""
-    return getattr(module, "main_input_name", _TEXTS[0]) not in (*_IMAGES, *_SOUNDS)
+    return getattr(module, "main_input_name", _TEXTS[0]) not in (*IMAGES, *SOUNDS)
 
 
 class _Maker:
@@ -143,7 +141,7 @@ class _Maker:
         name = next(reversed([key for key in text if key.endswith("input_ids")]))
         books, channels = self.fields.get("num_codebooks"), None
         if name == "decoder_input_ids":
-            channels = _part(self.fields, "decoder").get("num_channels")
+            channels = part(self.fields, "decoder").get("num_channels")
         counts = ([books + 1, books] if type(books) is int else []) + ([channels] if type(channels) is int else [])
         sequences, tokens = text[name].shape
         tried = text
@@ -159,7 +157,7 @@ class _Maker:
         found = inspect.signature(self.module.forward).parameters.items()
         names = [name for name, parameter in found if parameter.default is parameter.empty and name not in _TEXTS]
         return {
-            name: self._tokens(1, 3, _part(self.fields, name.removesuffix("_input_ids")).get("vocab_size"))
+            name: self._tokens(1, 3, part(self.fields, name.removesuffix("_input_ids")).get("vocab_size"))
             for name in names
             if name.endswith("_input_ids")
         }
@@ -173,91 +171,15 @@ class _Maker:
 
     # Images and sound
 
-    def media(self) -> list[tuple[str, list[Callable[[], Values]]]]:
+    def media(self) -> list[tuple[str, list[Layout]]]:
         """Inputs that are no text, each with its layouts."""
+        wanted = Wanted(self.module, self.names, self.fields, self._floats)
         found = []
         for name in self.names:
-            if name == "flattened_patches":
-                found.append((name, list(self._patches(_part(self.fields, "vision|image")))))
-            elif name in _IMAGES:
-                found.append((name, list(self._images(_part(self.fields, "vision|image|visual|vit|encoder")))))
-            elif name in _SOUNDS:
-                found.append((name, list(self._sounds(name, _part(self.fields, "audio|speech|encoder")))))
+            if name in IMAGES or name in SOUNDS:
+                layouts = image_layouts if name in IMAGES else sound_layouts
+                found.append((name, list(layouts(wanted, name))))
         return found
-
-    def _images(self, vision: Fields) -> Iterator[Callable[[], Values]]:
-        patch = _edge(_first(vision, "patch_size", "spatial_patch_size"))
-        channels = _first(vision, "num_channels", "in_channels", "in_chans", "channels") or 3
-        merge = _first(vision, "spatial_merge_size", "merge_size") or 2
-        frames = _first(vision, "temporal_patch_size") or 1
-        size = _edge(_first(vision, "image_size", "input_size", "img_size")) or (patch and 4 * patch)
-        if "image_grid_thw" in self.names and patch:
-            high = 2 * merge
-            grid = {"image_grid_thw": torch.tensor([[1, high, high]])}
-            yield lambda: {"pixel_values": self._floats(high * high, channels * frames * patch * patch), **grid}
-            yield lambda: {"pixel_values": self._floats(high * high, channels * patch * patch), **grid}
-            yield lambda: {"pixel_values": self._floats(high * high, channels, patch, patch), **grid}
-        if "spatial_shapes" in self.names and patch:
-            yield lambda: {
-                "pixel_values": self._floats(1, 16, channels * patch * patch),
-                "spatial_shapes": torch.tensor([[4, 4]]),
-                "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
-            }
-        if not size:
-            return
-        sizes = {"image_sizes": torch.tensor([[size, size]])} if "image_sizes" in self.names else {}
-        for more in ((), (1,), (1, 1)):
-            for extra in (sizes, {}) if sizes else ({},):
-                yield lambda more=more, extra=extra: {  # type: ignore[misc]
-                    "pixel_values": self._floats(1, *more, channels, size, size),
-                    **extra,
-                }
-        if "image_sizes" in self.names:  # the whole image and one crop
-            yield lambda: {"pixel_values": self._floats(1, 2, channels, size, size), **sizes}
-        if "aspect_ratio_ids" in self.names:
-            tiles = _first(vision, "max_num_tiles") or 1
-            yield lambda: {
-                "pixel_values": self._floats(1, 1, tiles, channels, size, size),
-                "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-                "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
-            }
-
-    def _patches(self, vision: Fields) -> Iterator[Callable[[], Values]]:
-        """Patches in one row each, their row and column in the image before their values."""
-        width = _first(vision, "patch_embed_hidden_size")
-        if not width:
-            return
-
-        def patches() -> Values:
-            made = self._floats(1, 16, 2 + width)
-            made[..., :2] = 0
-            return {"flattened_patches": made}
-
-        yield patches
-
-    def _sounds(self, name: str, audio: Fields) -> Iterator[Callable[[], Values]]:
-        if name == "input_values":
-            yield lambda: {name: self._floats(1, 4000)}
-            return
-        bins = _first(
-            audio,
-            "num_mel_bins",
-            "n_mels",
-            "input_feat_per_channel",
-            "feature_size",
-            "input_dim",
-            "mel_bins",
-            "feature_projection_input_dim",
-        )
-        if not bins:
-            return
-        longest = _first(audio, "max_source_positions", "max_position_embeddings")
-        lengths = sorted({length for length in (longest and 2 * longest, 64) if length and length <= 6000})
-        mask = next((other for other in self.names if other in ("input_features_mask", "feature_attention_mask")), None)
-        for length in lengths:
-            for extra in ({mask: torch.ones(1, length, dtype=torch.long)}, {}) if mask else ({},):
-                for shape in ((1, bins, length), (1, length, bins)):
-                    yield lambda shape=shape, extra=extra: {name: self._floats(*shape), **extra}  # type: ignore[misc]
 
     def _floats(self, *shape: int) -> Tensor:
         if self.device.type == "meta":
@@ -310,7 +232,7 @@ class _Maker:
 
     def _queries(self) -> int:
         """How many vectors the configuration says that an image becomes, 0 where it does not say."""
-        return _first(self.fields, "latent_query_num", "num_query_tokens", "image_seq_length") or 0
+        return first(self.fields, "latent_query_num", "num_query_tokens", "image_seq_length") or 0
 
     def _features(self, what: str, media: Values) -> int:
         """How many vectors the model's own method makes of an image or a sound, 0 where it has none."""
@@ -345,28 +267,3 @@ class _Maker:
 
 def _values(ids: Tensor, vocabulary: int) -> Tensor:
     return torch.arange(1, ids.shape[1] + 1)[None] if ids.is_meta else ids
-
-
-def _part(fields: Fields, pattern: str) -> Fields:
-    """The fields of the configuration that a name such as ``vision_config`` leads to, else the fields themselves."""
-    for name, value in fields.items():
-        if re.search(pattern, name) and callable(getattr(value, "to_dict", None)):
-            inner = vars(value)
-            return {
-                **inner,
-                **_part({k: v for k, v in inner.items() if callable(getattr(v, "to_dict", None))}, pattern),
-            }
-    return fields
-
-
-def _first(fields: Fields, *names: str) -> Any:
-    return next((fields[name] for name in names if fields.get(name) is not None), None)
-
-
-def _edge(size: Any) -> int:
-    """One edge of an image or a patch, of a number, a pair or a mapping; 0 where there is none."""
-    if isinstance(size, Mapping):
-        size = next(iter(size.values()), 0)
-    if isinstance(size, Sequence):
-        size = size[0] if size else 0
-    return size if isinstance(size, int) else 0
