@@ -13,28 +13,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from autoquant.executor.hadamard import factor_matrices, find_construction
 from autoquant.executor.operations import Add, Axis, Centre, Fill, Normalise, Operation, Rotate, Scale, run, run_all
 
-PIECE = 1 << 16
-"""Elements of a float64 piece on the CPU: two buffers of 512 KiB stay in the cache of a core."""
+PIECE = 1 << 18
+"""Elements of a float64 piece on the CPU: two buffers of 2 MiB. A writer's pieces are columns, which are dear to gather
+where few lie side by side; what does not stay in the cache of a core comes from the next one."""
 PIECE_OF_MANY = 1 << 20
 """The same where many threads fold: with small pieces they would wait for the interpreter, and not for the memory."""
 GPU_PIECE = 1 << 24
 """The same on a GPU, whose memory the buffers only have to fit."""
 FOLD_BITS = 4
 """Sylvester factors of a fold have up to 2**4 rows: a third of the additions of 2**6, and still few passes."""
-INNERMOST_BITS = 5
-"""Those of the factor that mixes neighbours in memory: rows of 32 numbers are a third dearer than of 8, and the other
-factors then have 32 neighbours to move together, where few cost twice as much."""
+SMALL = 32
+"""Factors of up to so many rows are numpy's to multiply by on the CPU, whose BLAS takes half the time of torch's ..."""
+FEW = 128
+"""... where no more than so many columns lie beside each other."""
+_ALONE = 1 << 18
+"""Multiplications of one call that OpenBLAS, which is numpy's, does not share with other threads yet: the workers are
+threads or processes, one for each core."""
 GPU_FOLD_BITS = 6
 """The same on a GPU, to which passes are dearer than additions."""
 NARROWEST = 32
 """Elements next to each other in memory that a piece takes at least; fewer are slow to gather."""
-_WIDE = 16
+_WIDE = 4
 """Pieces of so many times the size are still better than a copy of the whole parameter in float64."""
 
 
@@ -303,25 +309,44 @@ def _mix(step: Mix, piece: Tensor, free: list[Tensor]) -> Tensor:
         rows = len(right)
         into = free.pop()[: piece.numel()]
         if inner == 1:
-            torch.mm(piece.reshape(-1, rows), right, out=into.view(-1, rows))
-        else:  # bmm: matmul would transpose to make one product of it
-            given = piece.reshape(-1, rows, inner)
-            torch.bmm(left.expand(len(given), rows, rows), given, out=into.view(-1, rows, inner))
+            _times_right(piece.reshape(-1, rows), right, into.view(-1, rows))
+        else:
+            _times_left(left, piece.reshape(-1, rows, inner), into.view(-1, rows, inner))
         free.append(piece.view(-1))
         piece = into
         inner *= rows
     return piece.view(shape)
 
 
+def _times_right(given: Tensor, factor: Tensor, into: Tensor) -> None:
+    """``[n, rows]`` times ``[rows, rows]``."""
+    if given.device.type != "cpu" or len(factor) > SMALL:
+        torch.mm(given, factor, out=into)
+        return
+    step = _ALONE // len(factor) ** 2
+    source, matrix, target = given.numpy(), factor.numpy(), into.numpy()
+    for start in range(0, len(source), step):
+        np.matmul(source[start : start + step], matrix, out=target[start : start + step])
+
+
+def _times_left(factor: Tensor, given: Tensor, into: Tensor) -> None:
+    """``[rows, rows]`` times each of ``[n, rows, inner]``."""
+    if given.device.type == "cpu" and len(factor) <= SMALL and given.shape[2] <= FEW:
+        np.matmul(factor.numpy(), given.numpy(), out=into.numpy())
+    else:  # bmm: matmul would transpose to make one product of it
+        torch.bmm(factor.expand(len(given), *factor.shape), given, out=into)
+
+
 @lru_cache(maxsize=64)
 def factors_on(size: int, device: str, neighbours: bool) -> tuple[tuple[Tensor, Tensor], ...]:
     """The factors of the Hadamard matrix as they multiply from the right and from the left, innermost first.
 
-    ``neighbours``: the innermost mixes what lies side by side in memory. The right ones are views of transposed
-    matrices, which is how BLAS is a quarter quicker with so small ones.
+    ``neighbours``: the innermost mixes what lies side by side in memory; on the CPU it is the largest then, and the
+    others have as many neighbours to move together, where few cost twice as much. The right ones are views of
+    transposed matrices, which is how torch's BLAS is a quarter quicker.
     """
     on_cpu = torch.device(device).type == "cpu"
-    bits, innermost = (FOLD_BITS, INNERMOST_BITS if neighbours else 0) if on_cpu else (GPU_FOLD_BITS, 0)
+    bits, innermost = (FOLD_BITS, FOLD_BITS if neighbours else 0) if on_cpu else (GPU_FOLD_BITS, 0)
     matrices = [torch.from_numpy(f).to(device, torch.float64) for f in factor_matrices(size, bits, innermost)]
     return tuple((left.mT, left) for left in (matrix.mT.contiguous() for matrix in reversed(matrices)))
 
