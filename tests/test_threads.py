@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import signal
+import sys
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
 
 from autoquant.errors import AutoQuantError
-from autoquant.threads import in_parallel, in_processes, one_thread
+from autoquant.threads import give_back_memory, in_parallel, in_processes, one_arena_, one_thread
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -52,6 +55,33 @@ def test_one_thread_and_back() -> None:
     with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_memory_between_blocks_that_live_on_is_given_back() -> None:
+    """In a process of its own, whose memory nothing else touches."""
+    given, kept = (next(in_processes(_resident, [trim], 1)) for trim in (True, False))
+    assert kept > 200 and given < kept - 180, (given, kept)
+
+
+def _resident(trim: bool) -> float:
+    """MB more than before when 200 blocks of 1 MB were freed between small ones that are still there."""
+    one_arena_()
+    torch.ones(4_000_000)  # a block that large, freed: from then on smaller ones are kept
+    before = _resident_bytes()
+    small, large = [], []
+    for _ in range(200):
+        large.append(torch.ones(250_000))
+        small.append(torch.ones(1_000))
+    large.clear()
+    if trim:
+        give_back_memory()
+    assert len(small) == 200
+    return (_resident_bytes() - before) / 1e6
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_processes_do_every_item_once_and_keep_what_they_change() -> None:

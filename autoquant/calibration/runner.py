@@ -23,6 +23,7 @@ from autoquant.calibration.windows import check_fit
 from autoquant.models.reading import read
 from autoquant.models.structure import ModelStructure
 from autoquant.models.vocabulary import output_embedding, token_tables
+from autoquant.threads import give_back_memory
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and of how much."""
@@ -179,6 +180,8 @@ class LayerByLayer:
                     observer.merge(self.processes, f"{path}.")
                 yield path
                 there.drop(names)
+                if self.device.type == "cpu":
+                    give_back_memory()
                 done += 1
                 progress(done, len(layers))
             for observer in observers:
