@@ -35,11 +35,16 @@ def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float, p
 
 
 def group_scales(
-    resolved: Resolved, maxima: GroupMaxima, read: Callable[[str], Tensor], alpha: float | None = None
+    resolved: Resolved,
+    maxima: GroupMaxima,
+    read: Callable[[str], Tensor],
+    alpha: float | None = None,
+    known: dict[tuple[str, int | None], Tensor] | None = None,
 ) -> dict[tuple[str, int | None], Tensor]:
     """Scales of every selected group. ``read(name)`` gives the parameter as it is before smoothing.
 
-    ``alpha`` replaces the config's. Warns with the number of channels that keep scale 1 because they are dead or not
+    ``alpha`` replaces the config's; ``known``: the groups' :func:`weight_maxima` as far as they are, which takes those
+    that were not. Warns with the number of channels that keep scale 1 because they are dead or not
     finite. Raises AutoQuantError for a group without maxima and for query-key groups, whose scales no activation
     maximum tells.
     """
@@ -53,7 +58,7 @@ def group_scales(
         if (group.name, group.layer) not in maxima:
             raise AutoQuantError(f"{where}: the calibration has no activation maxima for it")
         power = group.targets[0].power
-        weight_max = weight_maxima(group, read)
+        weight_max = weight_maxima_once(group, read, known if known is not None else {})
         chosen = group.alpha if alpha is None else alpha
         s, skipped = smoothing_scales(maxima[group.name, group.layer], weight_max, chosen, power)
         scales[group.name, group.layer] = s
@@ -61,6 +66,16 @@ def group_scales(
     if left:
         warnings.warn(f"{left} of {total} channels are dead or not finite and keep scale 1", stacklevel=2)
     return scales
+
+
+def weight_maxima_once(
+    group: ResolvedGroup, read: Callable[[str], Tensor], known: dict[tuple[str, int | None], Tensor]
+) -> Tensor:
+    """What ``known`` has of a group, or else :func:`weight_maxima`, which it takes."""
+    key = (group.name, group.layer)
+    if key not in known:
+        known[key] = weight_maxima(group, read)
+    return known[key]
 
 
 def weight_maxima(group: ResolvedGroup, read: Callable[[str], Tensor]) -> Tensor:

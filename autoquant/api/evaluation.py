@@ -54,6 +54,7 @@ def search(
     trust_remote_code: bool = False,
     kept: str | Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
 ) -> Found:
     """Set a config's knobs for one strategy by what they do on held-out calibration text.
 
@@ -61,14 +62,16 @@ def search(
     are fitted on, ``held_out`` further ones judge; ``budget``: minutes. ``target``: what is to serve the result, as for
     :func:`quantize`: only what it takes is tried. ``per_token``: how many linears of a static strategy may get
     per-token scales, None: with a target 4, else none; ``in_float``: how many linears may stay in floating point, the
-    knob 'float'. ``tell`` is told of each candidate; ``kept``: a file that takes what was judged, with which the same
-    search goes on after an interruption. Claims that were edited since they were proved are proved again;
-    ``unproved`` goes on without. Raises AutoQuantError.
+    knob 'float'. ``tell`` is told of each candidate, ``progress`` of what is done for it; ``kept``: a file that takes
+    what was judged, with which the same search goes on after an interruption. Claims that were edited since they were
+    proved are proved again; ``unproved`` goes on without. Raises AutoQuantError.
     """
     loaded = config_of(config)
     chosen = loaded.quantization.strategy if strategy is None else parse_strategy(strategy)
+    progress(IMPORTING, 0, 0)
     from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, rebatched
     from autoquant.checkpoint.quantize import load_float32
+    from autoquant.checkpoint.trial import open_trials
     from autoquant.evaluation.compare import shares_scale
     from autoquant.models.checkpoint_source import checkpoint_folder, open_checkpoint
     from autoquant.models.device import device_of
@@ -87,7 +90,7 @@ def search(
     taken, _ = _by_text(folder, loaded, [chosen], trust_remote_code)
     text, place = Path(calibration), device_of(device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    proof_of(loaded, folder, None, unproved, trust_remote_code, lambda step, done, total: tell(step))
+    proof_of(loaded, folder, None, unproved, trust_remote_code, progress)
     lower = "--sequences, --held-out or --length"
     options = CalibrationOptions(text, sequences + held_out, length, seed, field, lower)
     windows = calibration_windows(tokenizer, options)
@@ -109,8 +112,9 @@ def search(
         served=served,
         knobs=frozenset(names),
         kept=open_kept(kept, (*said, [ids.tolist() for ids in windows])),
+        trials=open_trials(folder, chosen, windows[:sequences], place, trust_remote_code=trust_remote_code),
     )
-    return Found(find(task, taken, budget, tell))
+    return Found(find(task, taken, budget, tell, progress))
 
 
 def _by_text(folder: Path, config: Config, strategies: Iterable[Strategy], trust: bool) -> tuple[Config, bool]:

@@ -33,6 +33,10 @@ def silent(done: int, total: int) -> None:
     """Tell nobody."""
 
 
+def unused(batch: int, output: Any) -> None:
+    """Nothing is made of what a pass gives."""
+
+
 class Observer(Protocol):
     """Collects what it sees of forward passes."""
 
@@ -125,15 +129,17 @@ class _HeadReached(BaseException):
 class LayerByLayer:
     """All batches side by side through one decoder layer after the other, whose parameters are read when it is entered.
 
-    The model is on the meta device, its buffers on ``device``; ``inventory`` names its parameters and ``read`` makes
-    them there; ``processes`` run a share of the batches each. Of the parameters outside of the layers the token tables
-    are there while they are used, the others stay. ``progress`` is told of layers.
+    The model is on the meta device, its buffers on ``device``; ``inventory`` names its parameters, and buffers that are
+    on the meta device too, and ``read`` makes them there; ``processes`` run a share of the batches each. Of the
+    parameters outside of the layers the token tables are there while they are used, the others stay. ``progress`` is
+    told of layers, ``outputs`` of what the model returns for a batch, by the batch's number, while its head is there.
     """
 
     inventory: ModelStructure
     read: Callable[[str], Tensor]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     processes: Processes = ALONE
+    outputs: Callable[[int, Any], None] = unused
 
     def __call__(
         self,
@@ -168,7 +174,10 @@ class LayerByLayer:
                 stack.callback(handle.remove)
             there.put([name for name in outside if name not in tables])
             own = self.processes.share(batches)
-            works = [partial(_pass, model, batch.to(self.device), observers) for batch in own]
+            works = [
+                partial(_pass, model, batch.to(self.device), observers, partial(self.outputs, number))
+                for number, batch in enumerate(own)
+            ]
             done = 0
             for path, passed in in_step(works, layers):
                 names = [name for name in self.inventory.shapes if name.startswith(f"{path}.")]
@@ -199,7 +208,9 @@ def layer_paths(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(slots=True, eq=False)
 class _Parameters:
-    """Which parameters of a model are in memory; tied ones are one. Mutable, and gone after the run."""
+    """Which parameters, and buffers by name, of a model are in memory; tied ones are one. Mutable, and gone after the
+    run.
+    """
 
     runner: LayerByLayer
     model: nn.Module
@@ -218,7 +229,7 @@ class _Parameters:
     def drop(self, names: Iterable[str]) -> None:
         """Tied names of other layers keep the tensor until they are dropped themselves."""
         for name in names:
-            shape, dtype = self.runner.inventory.shapes[name], self.model.get_parameter(name).dtype
+            shape, dtype = self.runner.inventory.shapes[name], _get(self.model, name).dtype
             empty = torch.empty(shape, dtype=dtype, device="meta")
             _set(self.model, name, nn.Parameter(empty, requires_grad=False))
             self.held.pop(self.runner.inventory.canonical[name], None)
@@ -227,18 +238,31 @@ class _Parameters:
 
     def bring(self, names: Sequence[str], module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module's hook: its parameters are wanted now."""
-        if any(self.model.get_parameter(name).is_meta for name in names):
+        if any(_get(self.model, name).is_meta for name in names):
             self.put(names)
 
 
 @torch.no_grad()  # here as well: a thread of its own begins with gradients
-def _pass(model: nn.Module, batch: Tensor, observers: Sequence[Observer]) -> None:
+def _pass(
+    model: nn.Module, batch: Tensor, observers: Sequence[Observer], given: Callable[[Any], None] = lambda output: None
+) -> None:
     with suppress(_HeadReached), ExitStack() as stack:
         for observer in observers:
             stack.enter_context(observer.passing())
-        read(model, batch)
+        given(read(model, batch))
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    buffer = module._buffers.get(last)
+    return module.get_parameter(last) if buffer is None else buffer
 
 
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, last = name.rpartition(".")
-    model.get_submodule(owner).register_parameter(last, parameter)
+    module = model.get_submodule(owner)
+    if last in module._buffers:
+        module._buffers[last] = parameter.data
+    else:
+        module.register_parameter(last, parameter)

@@ -170,5 +170,6 @@ def _positions(model: Any, tokens: nn.Module) -> int | None:
     if not isinstance(limit, int):
         return None
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    tables += [buffer for buffer in model.buffers() if buffer.dim() == 2]
+    buffers = [buffer for buffer in model.buffers() if buffer.dim() == 2 and buffer.is_floating_point()]
+    tables += [buffer for buffer in buffers if buffer.shape[1] > 1]  # neither int8 weights nor their scales
     return limit if any(limit <= len(table) < limit + 8 for table in tables) else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -146,7 +147,7 @@ def quantize_layer_by_layer(job: Job, progress: Progress) -> Made:
     rotated = job.weights.planned(plan)
     ones = {(group.name, group.layer): torch.ones(group.channels) for group in job.selected.resolved.groups}
     final = rotated.planned(smoothing_plan(job.selected, rotated.inventory, rotated.read, ones))
-    model = _built(job, final, torch.float32)
+    model = _built(job.source, final, torch.float32)
     granularity = kv_granularity(job.config, job.strategy)
     replace_with_empty_(model, job.planned)
     assert set(int8_weights(model)) == {linear.weight for linear in job.planned}
@@ -166,15 +167,14 @@ def quantize_layer_by_layer(job: Job, progress: Progress) -> Made:
             wanted = job.dtypes.of(name) if is_parameter and tensor.is_floating_point() else tensor.dtype
             described[name] = (wanted, tuple(tensor.shape))
     made = Made(Ready(model, described, shared, ()), plan)
-    layers = list(layer_paths(model))
-    run = _Run(job, rotated, final, described, layers)
+    run = Stream(job, rotated, final, described, list(layer_paths(model)))
     made.ready = dataclasses.replace(made.ready, tensors=to_host(run.tensors(made, state, progress)))
     return made
 
 
-def _built(job: Job, weights: Weights, dtype: torch.dtype) -> Any:
+def _built(source: Path, weights: Weights, dtype: torch.dtype) -> Any:
     """The checkpoint's model with its parameters on the meta device and its buffers real, its structure as planned."""
-    model = build_empty(job.source, dtype, trust_remote_code=weights.trust_remote_code)
+    model = build_empty(source, dtype, trust_remote_code=weights.trust_remote_code)
     for name, buffer in model.named_buffers():
         if name in weights.shards.entries:
             buffer.copy_(weights.shards.read(name))
@@ -191,17 +191,42 @@ def _built(job: Job, weights: Weights, dtype: torch.dtype) -> Any:
     return model
 
 
+def runnable(
+    source: Path, weights: Weights, device: torch.device, dtype: torch.dtype = torch.float32, cache: bool = False
+) -> Any:
+    """A model for :class:`LayerByLayer`: its parameters on the meta device, its buffers on ``device``; ``cache``: what
+    it stores of keys and values is looked at.
+    """
+    model = _built(source, weights, dtype)
+    if not (cache or layers_share_cache(model.config)):  # it would grow with every layer
+        model.config.use_cache = False
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return model
+
+
+@contextmanager
+def read_ahead(weights: Weights, names: Iterable[str], device: torch.device) -> Iterator[Weights]:
+    """The same parameters on ``device``, those of ``names`` read before they are asked for, in this order."""
+    parts = [part.name for name in names for part in weights.stored.get(name, ())]
+    entries = {part: weights.shards.entries[part] for part in parts}
+    sizes = {name: math.prod(entry.shape) * entry.dtype.itemsize for name, entry in entries.items()}
+    with reading_ahead(weights.fetch or weights.shards.read, sizes, device) as fetch:
+        yield dataclasses.replace(weights, fetch=fetch, device=device)
+
+
 def _local(groups: Iterable[ResolvedGroup], layers: Sequence[str]) -> dict[str, tuple[ResolvedGroup, ...]]:
     """The groups by the layer that all of their members are in; those of no or several layers are left out."""
     found: dict[str, list[ResolvedGroup]] = {}
     for group in groups:
-        homes = {_home(slot.name, layers) for slot in (*group.sources, *group.targets)}
+        homes = {home_of(slot.name, layers) for slot in (*group.sources, *group.targets)}
         if len(homes) == 1 and (home := homes.pop()) is not None:
             found.setdefault(home, []).append(group)
     return {path: tuple(local) for path, local in found.items()}
 
 
-def _home(name: str, layers: Sequence[str]) -> str | None:
+def home_of(name: str, layers: Iterable[str]) -> str | None:
     """The layer that a parameter is in."""
     return next((path for path in layers if name.startswith(f"{path}.")), None)
 
@@ -210,12 +235,20 @@ def _only(selected: Selected, groups: Sequence[ResolvedGroup]) -> Selected:
     return dataclasses.replace(selected, resolved=Resolved((), tuple(groups), ()))
 
 
+class Seen:
+    """The observers of a sweep; what they saw fills ``swept``."""
+
+    def __init__(self, weights: Iterable[str]) -> None:
+        self.inputs, self.stored = LinearInputs(weights), CachedStates()
+        self.swept = Sweep(self.inputs.maxima, self.stored.maxima)
+
+
 @dataclass(slots=True, eq=False)
-class _Run:
-    """One pass. ``rotated``: the parameters as the sweep sees them; ``final``: their names as they are written;
-    ``local``: groups by the layer that holds all of their members; ``late``: the parameters that no layer decides
-    alone; ``held``: those of the present layer, in float32; ``decided``: linears that are not written yet. Mutable, and
-    gone with its tensors.
+class Stream:
+    """A checkpoint on its way through memory. ``rotated``: the parameters as the sweep sees them; ``final``: their
+    names as they are written; ``local``: groups by the layer that holds all of their members; ``late``: the parameters
+    that no layer decides alone; ``held``: those of the present layer, in float32; ``decided``: linears that are not
+    written yet. Mutable, and gone with its tensors.
     """
 
     job: Job
@@ -240,7 +273,7 @@ class _Run:
         finished = {id(group) for local in self.local.values() for group in local}
         late = {slot.name for group in groups if id(group) not in finished for slot in (*group.sources, *group.targets)}
         for tied in self.final.inventory.ties:
-            if len({_home(name, self.layers) for name in tied}) > 1:
+            if len({home_of(name, self.layers) for name in tied}) > 1:
                 late |= set(tied)
         self.late = frozenset(late)
 
@@ -248,31 +281,21 @@ class _Run:
         """Every described tensor once."""
         job, weights = self.job, self.rotated
         inside = [n for path in self.layers for n in weights.inventory.shapes if n.startswith(f"{path}.")]
-        names = dict.fromkeys((*inside, *weights.inventory.shapes))
-        parts = [part.name for name in names for part in weights.stored.get(name, ())]
-        entries = {part: weights.shards.entries[part] for part in parts}
-        sizes = {name: math.prod(entry.shape) * entry.dtype.itemsize for name, entry in entries.items()}
-        with reading_ahead(weights.fetch or weights.shards.read, sizes, job.place.device) as fetch:
-            self.rotated = dataclasses.replace(weights, fetch=fetch, device=job.place.device)
+        with read_ahead(weights, dict.fromkeys((*inside, *weights.inventory.shapes)), job.place.device) as self.rotated:
             swept = Sweep()
             if job.batches:
-                inputs, stored_states = LinearInputs(swept_weights(job.config, job.selected)), CachedStates()
-                swept = Sweep(inputs.maxima, stored_states.maxima)
-                observers = (inputs, stored_states) if self._sees_cache else (inputs,)
-                model = self._model()
-                runner = LayerByLayer(weights.inventory, self._for_sweep(model), job.place.device, job.place.processes)
+                seen = Seen(swept_weights(job.config, job.selected))
+                swept = seen.swept
                 at_once = job.place.processes.is_first and not job.together and not job.in_sequence
-                with headless(model, inputs.names):
-                    for path in self._each_once(runner.steps(model, job.batches, observers, progress)):
-                        if at_once:
-                            yield from self._layer(path, swept)
-                        self.held.clear()
+                for path in self._each_once(self.sweep(seen, progress)):
+                    if at_once:
+                        yield from self._layer(path, swept)
             if not job.place.processes.is_first:
                 return
-            weights, swept = self._smoothed(swept)
+            weights, swept = self.smoothed(swept)
             made.quantized = Quantized()
             if job.in_sequence:
-                made.quantized = yield from self._in_sequence(weights, swept, progress)
+                made.quantized = yield from self.in_sequence(weights, swept, progress)
             yield from self._rest(weights, swept)
         made.quantized = dataclasses.replace(made.quantized, idle=idle_experts(job.planned, swept.inputs))
         granularity = kv_granularity(job.config, job.strategy)
@@ -284,8 +307,19 @@ class _Run:
             if name not in self.final.inventory.shapes and not state[name].is_meta and not name.startswith(MODULE):
                 yield name, state[name]
 
+    def sweep(self, seen: Seen, progress: Progress) -> Iterator[str]:
+        """A pass of all windows; yields the layers behind them, one after the other, each held for :meth:`read`."""
+        place, model = self.job.place, self._model()
+        runner = LayerByLayer(self.rotated.inventory, self._for_sweep(model), place.device, place.processes)
+        observers = (seen.inputs, seen.stored) if self.sees_cache else (seen.inputs,)
+        with headless(model, seen.inputs.names):
+            for path in runner.steps(model, self.job.batches, observers, progress):
+                yield path
+                self.held.clear()
+
     @property
-    def _sees_cache(self) -> bool:
+    def sees_cache(self) -> bool:
+        """True if a sweep observes keys and values."""
         return self.job.cache or bool(query_key_groups(self.job.selected))
 
     def _each_once(self, paths: Iterable[str]) -> Iterator[str]:
@@ -299,30 +333,22 @@ class _Run:
 
     def _model(self) -> Any:
         """The model that the text goes through."""
-        return self._runnable(self.rotated, self.job.place.dtype, self._sees_cache)
-
-    def _runnable(self, weights: Weights, dtype: torch.dtype, cache: bool) -> Any:
-        model = _built(self.job, weights, dtype)
-        if not (cache or layers_share_cache(model.config)):  # it would grow with every layer
-            model.config.use_cache = False
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self.job.place.device)
-        return model
+        return runnable(self.job.source, self.rotated, self.job.place.device, self.job.place.dtype, self.sees_cache)
 
     def _for_sweep(self, model: Any) -> Callable[[str], Tensor]:
         """A function that gives a parameter as the sweep wants it and keeps it as it is."""
 
         def read(name: str) -> Tensor:
             dtype = computing_dtype(model, name, self.job.place.dtype)
-            if _home(name, self.layers) is None:
+            if home_of(name, self.layers) is None:
                 return self.rotated.rounded(name, dtype)
             tensor = self.held[self.rotated.inventory.canonical[name]] = self.rotated.read(name)
             return tensor.to(dtype)
 
         return read
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """A parameter as it is rotated, float32."""
         held = self.held.get(self.rotated.inventory.canonical[name])
         return self.rotated.read(name) if held is None else held
 
@@ -330,41 +356,43 @@ class _Run:
         """What of a layer is final now."""
         names = [name for name in self.final.inventory.shapes if name.startswith(f"{path}.")]
         here = _only(self.job.selected, self.local.get(path, ()))
-        scales = smoothing_scales(here, swept, self._read)
-        plan = smoothing_plan(here, self.rotated.inventory, self._read, scales)
+        scales = smoothing_scales(here, swept, self.read)
+        plan = smoothing_plan(here, self.rotated.inventory, self.read, scales)
         after = smoothed(here, swept, scales)
         self.scales |= scales
         for name in names:
             if name in self.late or self.final.inventory.canonical[name] != name:
                 continue
-            tensor = self._read(name)
+            tensor = self.read(name)
             if operations := plan.operations.get(name, ()):
                 tensor = execute(operations, tensor)
                 check_finite(name, tensor, "overflows float32 when transformed")
-            yield from self._finished(name, tensor, after)
+            yield from self.finished(name, tensor, after)
 
-    def _smoothed(self, swept: Sweep) -> tuple[Weights, Sweep]:
-        """The parameters behind all smoothing, and the maxima of the smoothed model."""
+    def smoothed(self, swept: Sweep, known: dict[Any, Tensor] | None = None) -> tuple[Weights, Sweep]:
+        """The parameters behind all smoothing, and the maxima of the smoothed model; ``known`` as of
+        :func:`smoothing_scales`.
+        """
         selected, weights = self.job.selected, self.rotated
         left = [g for g in selected.resolved.groups if (g.name, g.layer) not in self.scales]
-        scales: Scales = self.scales | smoothing_scales(_only(selected, left), swept, weights.read)
+        scales: Scales = self.scales | smoothing_scales(_only(selected, left), swept, weights.read, known)
         if selected.resolved.groups:
             weights = weights.planned(smoothing_plan(selected, weights.inventory, weights.read, scales))
             swept = smoothed(selected, swept, scales)
         return weights, swept
 
-    def _in_sequence(
+    def in_sequence(
         self, weights: Weights, swept: Sweep, progress: Progress
     ) -> Generator[tuple[str, Tensor], None, Quantized]:
         """A pass in which linears are decided in the order in which they are called; what of each layer is final."""
         job, errors = self.job, dict[str, float]()
         runs: dict[str, Run] = {}
         twice = windows_twice(job.batches)
-        model = self._runnable(weights, torch.float32, cache=False)
+        model = runnable(job.source, weights, job.place.device)
 
         def read(name: str) -> Tensor:
             tensor = weights.read(name)
-            if _home(name, self.layers) is not None:
+            if home_of(name, self.layers) is not None:
                 self.held[weights.inventory.canonical[name]] = tensor
             return tensor
 
@@ -383,7 +411,7 @@ class _Run:
                     names = [name for name in self.final.inventory.shapes if name.startswith(f"{path}.")]
                     for name in names:
                         if self.final.inventory.canonical[name] == name and not self._is_tied_beyond(name):
-                            yield from self._finished(name, self.held[name], swept)
+                            yield from self.finished(name, self.held[name], swept)
                     for name in set(names) & self.written:
                         self.decided.pop(name, None)
                         runs.pop(name, None)
@@ -392,7 +420,7 @@ class _Run:
 
     def _is_tied_beyond(self, name: str) -> bool:
         """True if a parameter is one with another of another layer."""
-        homes = {_home(one, self.layers) for tied in self.final.inventory.ties if name in tied for one in tied}
+        homes = {home_of(one, self.layers) for tied in self.final.inventory.ties if name in tied for one in tied}
         return len(homes) > 1
 
     def _rest(self, weights: Weights, swept: Sweep) -> Iterator[tuple[str, Tensor]]:
@@ -401,9 +429,9 @@ class _Run:
             if name not in self.written and weights.inventory.canonical[name] == name:
                 linear = name in self.planned
                 tensor = weights.read(name) if linear else weights.rounded(name, self.described[name][0])
-                yield from self._finished(name, tensor, swept)
+                yield from self.finished(name, tensor, swept)
 
-    def _finished(self, name: str, tensor: Tensor, swept: Sweep) -> Iterator[tuple[str, Tensor]]:
+    def finished(self, name: str, tensor: Tensor, swept: Sweep) -> Iterator[tuple[str, Tensor]]:
         """A parameter as it is written."""
         self.written.add(name)
         linear = self.planned.get(name)

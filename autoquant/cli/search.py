@@ -68,7 +68,7 @@ def command(model: Path, config: Path, output: Path, force: bool, form: str, qui
     check_target(output, force=force)
     kept = output.with_name(f".{output.name}.judged")
     with steps(quiet) as shown:
-        found = api.search(model, config, tell=shown.say, kept=kept, **how)
+        found = api.search(model, config, tell=shown.say, progress=shown.progress, kept=kept, **how)
     api.save_config(found.config, output, force=force)
     kept.unlink(missing_ok=True)
     options.print_result(found, form, quiet)

@@ -105,8 +105,11 @@ def swept_weights(config: Config, selected: Selected) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def smoothing_scales(selected: Selected, swept: Sweep, read: Callable[[str], Tensor]) -> dict[Any, Tensor]:
-    """Scales of every selected group; ``read`` gives the rotated model's parameters.
+def smoothing_scales(
+    selected: Selected, swept: Sweep, read: Callable[[str], Tensor], known: dict[Any, Tensor] | None = None
+) -> dict[Any, Tensor]:
+    """Scales of every selected group; ``read`` gives the rotated model's parameters, ``known`` what of their maxima
+    was found before, as of :func:`autoquant.algorithms.smoothquant.group_scales`.
 
     Those of query-key groups come from the cached keys. Raises AutoQuantError where these were not observed, or are
     rotated online.
@@ -114,7 +117,7 @@ def smoothing_scales(selected: Selected, swept: Sweep, read: Callable[[str], Ten
     resolved = linear_groups(selected)
     with warnings.catch_warnings():  # dead channels keep scale 1: nothing that a caller could act on
         warnings.simplefilter("ignore", UserWarning)
-        scales = group_scales(resolved, group_maxima(resolved, swept.inputs), read)
+        scales = group_scales(resolved, group_maxima(resolved, swept.inputs), read, known=known)
     for group in query_key_groups(selected):
         where = f"{group.name} (layer {group.layer})"
         if any(online.kind == "R3" for online in selected.resolved.online):

@@ -184,6 +184,10 @@ class Int8Weight(nn.Module):
             packed=packed,
         )
 
+    def forget(self) -> None:
+        """Let go of what was made of the values: they are moved, or go."""
+        self.seen, self.packed = None, Packed()
+
     def __getitem__(self, index: Any) -> WeightView:
         return self.view()[index]
 
@@ -209,7 +213,7 @@ class Int8Weight(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        self.seen = None  # it holds what is moved
+        self.forget()  # it holds what is moved
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
 

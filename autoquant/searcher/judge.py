@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from autoquant.calibration.observers import Sweep
+from autoquant.checkpoint.trial import Outputs, Trials, WholeModel
 from autoquant.config.format import Config, Strategy
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
 from autoquant.models.reading import read
@@ -20,6 +22,8 @@ from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.strategies import scheme_of
 from autoquant.searcher.kept import Kept
+from autoquant.searcher.reference import Distance, Reference, joined
+from autoquant.steps import Progress, silent
 
 Load = Callable[[], nn.Module]
 Refused = Callable[[Config], Sequence[str]]
@@ -45,7 +49,8 @@ ANYWHERE = Served(lambda config: ())
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is searched: ``load`` makes the float model anew; ``fit`` are token ids [1, S] each, ``held_out`` [B, S].
+    """What is searched: ``load`` makes the float model anew, ``trials`` tries configs of it layer by layer, None: all
+    have it in memory; ``fit`` are token ids [1, S] each, ``held_out`` [B, S].
 
     ``per_token``: how many linears may get per-token scales, ``in_float``: how many may stay in floating point;
     ``bos``: the token that each window starts with; ``offline``: nothing is rotated at inference; ``served``: what is
@@ -67,6 +72,7 @@ class Task:
     """Names of the knobs to try."""
     kept: Kept = field(default_factory=Kept)
     """What was judged before, and is from now on."""
+    trials: Trials | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +103,6 @@ class Judged:
         return gain.mean > (0.0 if math.isnan(gain.standard_error) else gain.standard_error)
 
 
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """What :class:`Judged` has of a model, sums per window in nats."""
-
-    kl: tuple[float, ...]
-    excess: tuple[float, ...]
-    counts: tuple[int, ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
     """A quantized model, and what quantization did."""
@@ -115,35 +112,71 @@ class Made:
 
 
 class Searcher:
-    """Judges configs on one task. Holds the float model's held-out predictions, so that each is computed once, and what
-    the fitted windows showed of each rotated model, which configs share that smooth and quantize it otherwise.
+    """Judges configs on one task. Holds what the float model predicts of the held-out windows, so that it is computed
+    once, and what the fitted windows showed of each rotated model, which configs share that smooth and quantize it
+    otherwise.
     """
 
-    def __init__(self, task: Task, tell: Callable[[str], None]) -> None:
-        self.task, self.tell = task, tell
+    @torch.no_grad()
+    def __init__(self, task: Task, tell: Callable[[str], None], progress: Progress = silent) -> None:
+        self.task, self.tell, self.progress = task, tell, progress
         self.sweeps: dict[tuple[object, ...], Sweep] = {}
-        model = task.load()
-        self.reference = [_log_probabilities(model, ids) for ids in task.held_out]
+        self.reference = Reference()
+        said = "float"
+        if task.trials is not None:
+            task.trials.run_float(task.held_out, self.reference.taking, progress, said)
+            return
+        model = self.load(said)
+        with self.reference.taking(model) as take:
+            for number, ids in enumerate(task.held_out):
+                progress(f"{said}: judge", number, len(task.held_out))
+                take(number, _output(model, ids))
 
-    def judge(self, config: Config) -> Judged:
-        """Quantize by ``config`` and compare with float on the held-out windows."""
+    def load(self, said: str) -> nn.Module:
+        """The float model, in memory; ``said``: for what."""
+        self.progress(f"{said}: load", 0, 0)
+        return self.task.load()
+
+    def judge(self, config: Config, said: str = "as it is") -> Judged:
+        """Quantize by ``config`` and compare with float on the held-out windows; ``said``: what is told of it."""
         if (known := self.task.kept.get(config)) is not None:
             kl, excess, counts, errors = known
             return Judged(config, tuple(kl), tuple(excess), tuple(counts), dict(errors))
-        made = self.quantized(config)
-        found = self.compared(made.model)
-        errors = dict(made.quantized.errors)
+        found, errors = self._tried(config, said)
         self.task.kept.put(config, (found.kl, found.excess, found.counts, errors))
         return Judged(config, found.kl, found.excess, found.counts, errors)
 
-    def quantized(self, config: Config, before_: Callable[[nn.Module], None] = lambda model: None) -> Made:
+    def _tried(self, config: Config, said: str) -> tuple[Distance, dict[str, float]]:
+        """Layer by layer where that is possible, else in memory."""
+        parts: dict[int, Distance] = {}
+
+        @contextmanager
+        def around(model: nn.Module) -> Iterator[Outputs]:
+            yield lambda number, output: parts.update({number: self._distance(number, output)})
+
+        if self.task.trials is not None:
+            with suppress(WholeModel):
+                quantized = self.task.trials.run(config, self.task.held_out, around, self.progress, said)
+                return joined([parts[number] for number in sorted(parts)]), dict(quantized.errors)
+        made = self.quantized(config, said=said)
+        self.progress(f"{said}: judge", 0, 0)
+        return self.compared(made.model), dict(made.quantized.errors)
+
+    def quantized(
+        self, config: Config, before_: Callable[[nn.Module], None] = lambda model: None, said: str = "quantized"
+    ) -> Made:
         """The model by ``config``; ``before_`` is given it in floating point, transformed."""
         task = self.task
-        model = task.load()
+        model = self.load(said)
         cache = scheme_of(task.strategy).kv_cache is not None
         swept = partial(self._swept, config)
-        prepared = prepare_(model, config, task.strategy, EVERYTHING, task.fit, cache=cache, sweeping=swept)
+
+        def tell(step: str, done: int, total: int) -> None:
+            self.progress(f"{said}: {step}", done, total)
+
+        prepared = prepare_(model, config, task.strategy, EVERYTHING, task.fit, cache=cache, tell=tell, sweeping=swept)
         before_(model)
+        tell("quantize", 0, 0)
         return Made(model, quantize_model_(model, config, task.strategy, prepared.swept, task.fit))
 
     def _swept(self, config: Config, weights: Sequence[str], cache: bool, sweep: Callable[[], Sweep]) -> Sweep:
@@ -153,21 +186,16 @@ class Searcher:
             self.sweeps[key] = sweep()
         return self.sweeps[key]
 
+    @torch.no_grad()
     def compared(self, model: nn.Module, batches: int | None = None) -> Distance:
         """How far ``model`` is from float on the held-out windows, or on the first ``batches`` of them."""
-        kl: list[float] = []
-        excess: list[float] = []
-        counts: list[int] = []
-        for ids, expected in list(zip(self.task.held_out, self.reference, strict=True))[:batches]:
-            got = _log_probabilities(model, ids)
-            kl += (expected.exp() * (expected - got)).sum((-1, -2), dtype=torch.float64).tolist()
-            targets = ids[:, -got.shape[1] :, None].to(got.device)
-            excess += (expected - got).gather(-1, targets).sum((-1, -2), dtype=torch.float64).tolist()
-            counts += [got.shape[1]] * len(ids)
-        return Distance(tuple(kl), tuple(excess), tuple(counts))
+        held_out = self.task.held_out[:batches]
+        return joined([self._distance(number, _output(model, ids)) for number, ids in enumerate(held_out)])
+
+    def _distance(self, number: int, output: Any) -> Distance:
+        return self.reference.distance(number, self.task.held_out[number], output.logits)
 
 
 @torch.no_grad()
-def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = read(model, ids.to(next(model.parameters()).device)).logits
-    return functional.log_softmax(logits[:, :-1].float(), -1)
+def _output(model: nn.Module, ids: Tensor) -> Any:
+    return read(model, ids.to(next(model.parameters()).device))

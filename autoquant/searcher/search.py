@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from autoquant.config.format import Config, Decision, Search, edited
@@ -22,22 +23,31 @@ from autoquant.errors import AutoQuantError
 from autoquant.searcher.candidates.candidate import Candidate
 from autoquant.searcher.candidates.knobs import KNOBS
 from autoquant.searcher.judge import Judged, Searcher, Task
+from autoquant.steps import Progress, silent
 
+SHOWN = 70
+"""Characters of a candidate that a step is called by."""
+TOO_LARGE = "needs the whole model in float32, which the device does not hold: left out"
 UNIT = "KL divergence from float on held-out windows, nats per token"
 
 
 def search(
-    task: Task, config: Config, budget: float = math.inf, tell: Callable[[str], None] = lambda line: None
+    task: Task,
+    config: Config,
+    budget: float = math.inf,
+    tell: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
 ) -> Config:
     """The config with every knob that helps turned, and the evidence. ``budget``: minutes, after which nothing new is
-    begun; as long as it is not reached the result depends on ``task`` and ``config`` alone.
+    begun; as long as it is not reached the result depends on ``task`` and ``config`` alone. ``tell`` is told of each
+    candidate that was judged, ``progress`` of what is done for the present one.
 
     Raises AutoQuantError, before the work, where ``task.served`` does not take the config as it is.
     """
     end = time.monotonic() + budget * 60
     if reasons := task.served.refused(config):
         raise AutoQuantError("what is searched for cannot be served", tuple(reasons)[:20])
-    searcher = Searcher(task, tell)
+    searcher = Searcher(task, tell, progress)
     start = best = searcher.judge(config)
     tell(f"as it is: {_shown(start)}")
     digest = _digest((*task.fit, *task.held_out))
@@ -45,25 +55,29 @@ def search(
     decisions = [] if earlier is None else list(earlier.decisions)
     if decisions:
         tell(f"goes on from {len(decisions)} decisions of an earlier search with the same windows")
-    for name, knob in KNOBS.items():
+    for name in KNOBS:
         if name not in task.knobs:
             continue
         tried: list[tuple[Judged, Candidate]] = []
-        for candidate in knob(searcher, best):
+        for candidate in _offered(name, searcher, best):
             if task.offline and candidate.online:
                 continue
+            said = f"{candidate.where} = {candidate.choice}"
             if refused := task.served.refused(candidate.config):
-                tell(f"{candidate.where} = {candidate.choice}: not served: {refused[0]}")
+                tell(f"{said}: not served: {refused[0]}")
                 continue
             if time.monotonic() > end:
                 tell("the budget is used up")
                 break
             try:
-                judged = searcher.judge(candidate.config)
+                judged = searcher.judge(candidate.config, said if len(said) <= SHOWN else f"{said[: SHOWN - 1]}…")
             except AutoQuantError as error:  # a knob that this model cannot have
-                tell(f"{candidate.where} = {candidate.choice}: {error.message}")
+                tell(f"{said}: {error.message}")
                 continue
-            tell(f"{candidate.where} = {candidate.choice}: {_shown(judged)}")
+            except torch.OutOfMemoryError:
+                tell(f"{said}: {TOO_LARGE}")
+                continue
+            tell(f"{said}: {_shown(judged)}")
             tried.append((judged, candidate))
         if not tried:
             continue
@@ -86,6 +100,14 @@ def search(
     )
     section = edited(best.config.quantization, strategy=task.strategy)
     return edited(best.config, search=record, quantization=section)
+
+
+def _offered(name: str, searcher: Searcher, best: Judged) -> Iterator[Candidate]:
+    """The settings of a knob, as far as the device holds what it takes to think of them."""
+    try:
+        yield from KNOBS[name](searcher, best)
+    except torch.OutOfMemoryError:
+        searcher.tell(f"{name}: {TOO_LARGE}")
 
 
 def _gone_on_from(earlier: Search | None, task: Task, digest: str) -> Search | None:

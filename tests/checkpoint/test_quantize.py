@@ -130,8 +130,8 @@ def test_low_memory_holds_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     from autoquant.checkpoint import layerwise
 
-    build, model = layerwise._Run._model, []
-    monkeypatch.setattr(layerwise._Run, "_model", lambda run: model.append(build(run)) or model[-1])
+    build, model = layerwise.Stream._model, []
+    monkeypatch.setattr(layerwise.Stream, "_model", lambda run: model.append(build(run)) or model[-1])
     monkeypatch.setattr(nn.Linear, "forward", spy)
     quantize_checkpoint(PACKAGED, tmp_path / "out", made, {}, low_memory=True)
     assert set(held) == {9}, "the parameters of one layer"

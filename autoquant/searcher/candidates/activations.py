@@ -62,7 +62,8 @@ def _by_spikes(searcher: Searcher, best: Judged) -> dict[str, PlannedLinear]:
     task = searcher.task
     seen: dict[str, list[Tensor]] = {}
     planned = [one for one in plan_linears(best.config, task.strategy) if one.scheme.is_static and one.stack is None]
-    model = task.load()
+    model = searcher.load("spikes")
+    searcher.progress("spikes: calibrate", 0, 0)
     prepare_(model, best.config, task.strategy, EVERYTHING, task.fit, cache=False)
     with token_maxima(model, planned, seen):
         for ids in task.fit:

@@ -50,7 +50,7 @@ def _by_cost(searcher: Searcher, best: Judged, planned: Sequence[PlannedLinear])
     def before_(model: nn.Module) -> None:
         plain.update({one.path: model.get_submodule(one.path) for one in planned})
 
-    model = searcher.quantized(best.config, before_).model
+    model = searcher.quantized(best.config, before_, "float").model
     left = {}
     for weights, members in modules.items():
         rounded = {one.path: model.get_submodule(one.path) for one in members}

@@ -15,7 +15,7 @@ def prefix(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """Sinks: a prefix in floating point takes their spikes out of every later token (PrefixQuant, CushionCache)."""
     task = searcher.task
     try:
-        prefix = find_prefix(task.load(), plan_linears(best.config, task.strategy), task.bos, task.fit)
+        prefix = find_prefix(searcher.load("prefix"), plan_linears(best.config, task.strategy), task.bos, task.fit)
     except AutoQuantError as error:  # a model that can have none
         searcher.tell(f"prefix: {error.message}")
         return

@@ -14,7 +14,7 @@ from autoquant.pipeline.select import EVERYTHING
 from autoquant.quantizer.prefix import prefixed
 from autoquant.quantizer.strategies import plan_linears
 from autoquant.searcher.candidates.candidate import Candidate
-from autoquant.searcher.judge import Judged, Searcher, Task
+from autoquant.searcher.judge import Judged, Searcher
 
 
 def alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
@@ -26,7 +26,7 @@ def alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
         if alpha != smoothing.alpha:
             changed = edited(smoothing, alpha=alpha)
             yield Candidate("smoothing.alpha", str(alpha), edited(best.config, smoothing=changed))
-    found = _alphas(searcher.task, best.config)
+    found = _alphas(searcher, best.config)
     if found:
         groups = tuple(_with_alphas(group, found) for group in smoothing.groups)
         changed = edited(smoothing, groups=groups)
@@ -39,13 +39,19 @@ def alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 
 
 @torch.no_grad()
-def _alphas(task: Task, config: Config) -> dict[tuple[str, int | None], float]:
+def _alphas(searcher: Searcher, config: Config) -> dict[tuple[str, int | None], float]:
     """Alpha by (group, layer) on the rotated model, with upstream noise."""
-    model = task.load()
+    task, model = searcher.task, searcher.load("alphas by group and layer")
     selected = select(config, structure_of(model), EVERYTHING)
     rotate_(model, selected)
     with prefixed(model, config.quantization.prefix):
-        chosen = choose_alphas(model, linear_groups(selected).groups, plan_linears(config, task.strategy), task.fit)
+        chosen = choose_alphas(
+            model,
+            linear_groups(selected).groups,
+            plan_linears(config, task.strategy),
+            task.fit,
+            lambda *at: searcher.progress("alphas by group and layer: choose", *at),
+        )
     return {key: one.alpha for key, one in chosen.items() if one.alpha is not None}
 
 

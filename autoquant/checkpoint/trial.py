@@ -1,0 +1,275 @@
+"""A checkpoint quantized by one config after the other, layer by layer, to see what windows of text become in it.
+
+Nothing is written, and no more than a layer is in memory, on the CPU or on a GPU: a layer's tensors are read, rotated,
+smoothed and quantized, all windows pass through the int8 layer side by side, and it goes. What depends on the rotation
+alone is found once for all configs that rotate alike: the maxima of the calibration sweep, and those of the weights
+that smoothing divides by. The int8 layers are those that a model in memory gets, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoquant.algorithms.gptq_qronos import needs_values
+from autoquant.algorithms.smoothquant import weight_maxima_once
+from autoquant.calibration.observers import Sweep
+from autoquant.calibration.runner import LayerByLayer, layer_paths
+from autoquant.checkpoint.dtypes import Dtypes
+from autoquant.checkpoint.layerwise import (
+    Job,
+    LayerCalledAgain,
+    Place,
+    Seen,
+    Stream,
+    check_streamable,
+    home_of,
+    read_ahead,
+    runnable,
+)
+from autoquant.checkpoint.streamed import StoredOtherwise, Weights, looked_through, open_weights
+from autoquant.config.format import Config, SmoothingKind, Strategy
+from autoquant.errors import AutoQuantError
+from autoquant.models.load import load_skeleton
+from autoquant.models.structure import ModelStructure
+from autoquant.pipeline.quantize import Quantized, needs_sweep, rotation_plan, select, swept_weights
+from autoquant.pipeline.select import EVERYTHING
+from autoquant.quantizer.kv_cache import install_, kv_scales
+from autoquant.quantizer.linear import int8_weights, replace_with_empty_
+from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
+from autoquant.steps import Progress
+
+Outputs = Callable[[int, Any], None]
+"""Told what the model returns for a batch, by the batch's number, while the model's head is there."""
+Around = Callable[[Any], AbstractContextManager[Outputs]]
+"""Given the model that windows are about to go through, makes a context around their passes."""
+
+
+class WholeModel(Exception):
+    """A config for which the whole model has to be in memory."""
+
+
+@dataclass(slots=True, eq=False)
+class Rotated:
+    """A rotation carried out: the parameters, what sweeps showed of them, by the weights that they watched and whether
+    they saw the cache, and the largest weights by smoothing group. Mutable: what is not known is found when needed.
+    """
+
+    weights: Weights
+    sweeps: dict[tuple[frozenset[str], bool], Sweep] = field(default_factory=dict)
+    largest: dict[Any, Tensor] = field(default_factory=dict)
+
+    def known(self, watched: Iterable[str], cache: bool) -> Sweep | None:
+        """A sweep that watched all of these."""
+        wanted = set(watched)
+        for (names, with_cache), swept in self.sweeps.items():
+            if wanted <= names and with_cache >= cache:
+                return swept
+        return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trials:
+    """The checkpoint. ``layers``: paths; ``fit``: token ids [1, S] each, that calibrate; ``rotated``: what was found,
+    by the rotation.
+    """
+
+    source: Path
+    weights: Weights
+    layers: tuple[str, ...]
+    strategy: Strategy
+    fit: tuple[Tensor, ...]
+    device: torch.device
+    rotated: dict[str, Rotated] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def run_float(self, batches: Sequence[Tensor], around: Around, progress: Progress, said: str) -> None:
+        """Batches [B, S] through the float model. ``progress`` is told of its layers as the step ``said``."""
+        with read_ahead(self.weights, self.weights.inventory.shapes, self.device) as weights:
+            model = runnable(self.source, weights, self.device)
+            with around(model) as outputs:
+                runner = LayerByLayer(weights.inventory, weights.read, self.device, outputs=outputs)
+                runner(model, batches, progress=lambda *at: progress(said, *at))
+
+    @torch.no_grad()
+    def run(
+        self, config: Config, batches: Sequence[Tensor], around: Around, progress: Progress, said: str
+    ) -> Quantized:
+        """Batches [B, S] through the model that is quantized by ``config``; returns what quantization did.
+
+        ``progress`` is told of layers as steps that begin with ``said``. Raises WholeModel where the model has to be in
+        memory, and AutoQuantError where the config does not fit it.
+        """
+        job = self._job(config)
+        rotated = self._rotated(job)
+        swept = self._swept(job, rotated, lambda *at: progress(f"{said}: calibrate", *at))
+        try:
+            return self._run(job, rotated, swept, batches, around, lambda *at: progress(f"{said}: judge", *at))
+        except LayerCalledAgain as error:
+            raise WholeModel from error
+
+    def _job(self, config: Config) -> Job:
+        inventory, planned = self.weights.inventory, plan_linears(config, self.strategy)
+        selected = select(config, inventory, EVERYTHING)
+        try:
+            check_streamable(config, self.strategy, selected)
+        except AutoQuantError as error:
+            raise WholeModel from error
+        tied = {name for names in inventory.ties for name in names}
+        if any(linear.weight in tied for linear in planned):  # one weight is several modules
+            raise WholeModel
+        if needs_values(planned) and any(home_of(linear.weight, self.layers) is None for linear in planned):
+            raise WholeModel  # it is decided on the way to a layer, and wanted before
+        batches = self.fit if needs_sweep(config, self.strategy, selected) else ()
+        cache = kv_granularity(config, self.strategy) is not None
+        dtypes, place = Dtypes(torch.float32, {}), Place(self.device)
+        return Job(self.source, self.weights, config, self.strategy, selected, batches, cache, dtypes, place)
+
+    def _rotated(self, job: Job) -> Rotated:
+        key = job.config.rotation.model_dump_json()
+        if key not in self.rotated:
+            plan = rotation_plan(job.selected, self.weights.inventory, self.weights.read)
+            self.rotated[key] = Rotated(self.weights.planned(plan))
+        return self.rotated[key]
+
+    def _swept(self, job: Job, rotated: Rotated, progress: Callable[[int, int], None]) -> Sweep:
+        """What the windows that calibrate show of the rotated model."""
+        if not job.batches:
+            return Sweep()
+        seen = Seen(swept_weights(job.config, job.selected))
+        stream = self._stream(job, rotated.weights)
+        if (known := rotated.known(seen.inputs.names, stream.sees_cache)) is not None:
+            return known
+        inside = [name for name in rotated.weights.inventory.shapes if home_of(name, stream.layers) is not None]
+        with read_ahead(rotated.weights, inside, self.device) as stream.rotated:
+            for path in stream.sweep(seen, progress):
+                for group in stream.local.get(path, ()):
+                    if group.kind is not SmoothingKind.QUERY_KEY:
+                        weight_maxima_once(group, stream.read, rotated.largest)
+        rotated.sweeps[frozenset(seen.inputs.names), stream.sees_cache] = seen.swept
+        return seen.swept
+
+    def _stream(self, job: Job, weights: Weights) -> Stream:
+        described = {name: (torch.float32, shape) for name, shape in weights.inventory.shapes.items()}
+        return Stream(job, weights, weights, described, self.layers)
+
+    def _run(
+        self,
+        job: Job,
+        rotated: Rotated,
+        swept: Sweep,
+        batches: Sequence[Tensor],
+        around: Around,
+        progress: Callable[[int, int], None],
+    ) -> Quantized:
+        stream = self._stream(job, rotated.weights)
+        with read_ahead(rotated.weights, rotated.weights.inventory.shapes, self.device) as stream.rotated:
+            weights, swept = stream.smoothed(swept, rotated.largest)
+            stream.final, stream.rotated = weights, dataclasses.replace(stream.rotated, unused=None)
+            stream.described = {name: (torch.float32, shape) for name, shape in weights.inventory.shapes.items()}
+            model = runnable(self.source, weights, self.device)
+            replace_with_empty_(model, job.planned)
+            granularity = kv_granularity(job.config, job.strategy)
+            if granularity is not None:
+                install_(model, kv_scales(model, granularity, swept.cache))
+            inventory, parameters = _int8_inventory(weights.inventory, job.planned)
+            made = _Made(stream, weights, swept, parameters)
+            with around(model) as outputs:
+                runner = LayerByLayer(inventory, made.read, self.device, outputs=outputs)
+                for path in runner.steps(model, batches, progress=progress):
+                    for weight in int8_weights(model.get_submodule(path)).values():
+                        weight.forget()
+            return made.ended()
+
+
+def open_trials(
+    source: Path, strategy: Strategy, fit: Sequence[Tensor], device: torch.device, *, trust_remote_code: bool = False
+) -> Trials | None:
+    """What tries configs of the checkpoint; None where it has to be loaded whole to be understood.
+
+    Warns and raises AutoQuantError as of :func:`looked_through`, of the token tables.
+    """
+    try:
+        opened = open_weights(source, trust_remote_code=trust_remote_code)
+    except StoredOtherwise:
+        return None
+    layers = layer_paths(load_skeleton(source, trust_remote_code=trust_remote_code))
+    return Trials(source, looked_through(opened, all_now=False), tuple(layers), strategy, tuple(fit), device)
+
+
+@dataclass(slots=True, eq=False)
+class _Made:
+    """The tensors of the int8 model, made when they are asked for; ``parameters``: what each is made of, by name.
+
+    Linears that are decided in sequence come in the order of that pass, a layer at a time. Mutable.
+    """
+
+    stream: Stream
+    weights: Weights
+    swept: Sweep
+    parameters: Mapping[str, str]
+    ready: dict[str, Tensor] = field(default_factory=dict)
+    sequence: Iterator[tuple[str, Tensor]] | None = None
+    quantized: Quantized = field(default_factory=Quantized)
+
+    def __post_init__(self) -> None:
+        if self.stream.job.in_sequence:
+            self.sequence = self._in_sequence()
+
+    def _in_sequence(self) -> Generator[tuple[str, Tensor], None, None]:
+        self.quantized = yield from self.stream.in_sequence(self.weights, self.swept, lambda *at: None)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter, or values or scales of an int8 weight. Raises LayerCalledAgain for one that was decided before
+        and given away.
+        """
+        parameter = self.parameters[name]
+        wanted = name if parameter in self.stream.planned else parameter
+        if self.sequence is None or home_of(parameter, self.stream.layers) is None:
+            if wanted not in self.ready:
+                self.ready.update(self.stream.finished(parameter, self.weights.read(parameter), self.swept))
+            return self.ready.pop(wanted)
+        while wanted not in self.ready:
+            found = next(self.sequence, None)
+            if found is None:
+                raise LayerCalledAgain(name)
+            self.ready[found[0]] = found[1]
+        return self.ready.pop(wanted)
+
+    def ended(self) -> Quantized:
+        """What was done, when all windows have passed."""
+        for _ in self.sequence or ():
+            pass
+        return self.quantized
+
+
+def _int8_inventory(
+    inventory: ModelStructure, planned: Sequence[PlannedLinear]
+) -> tuple[ModelStructure, dict[str, str]]:
+    """What LayerByLayer has to know of the int8 model, and by the name of each tensor the parameter it is made of."""
+    linears = {linear.weight: linear for linear in planned}
+    shapes: dict[str, tuple[int, ...]] = {}
+    canonical: dict[str, str] = {}
+    parameters: dict[str, str] = {}
+    for name, shape in inventory.shapes.items():
+        first = inventory.canonical[name]
+        if name not in linears:
+            shapes[name], canonical[name], parameters[name] = shape, first, first
+            continue
+        linear = linears[name]
+        stack = () if linear.stack is None else (linear.stack,)
+        rows = linear.out_features if linear.scheme.weight_per_channel else 1
+        made = {"values": (*stack, linear.out_features, linear.in_features), "scale": (*stack, rows, 1)}
+        if linear.scheme.is_static:
+            made["input_scale"] = stack
+        for last, size in made.items():
+            full = f"{name}.{last}"
+            shapes[full], canonical[full], parameters[full] = size, full, name
+    return dataclasses.replace(inventory, shapes=shapes, canonical=canonical), parameters
