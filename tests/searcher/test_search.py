@@ -6,16 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from quantized import DATA, PACKAGED, STATIC, config_of, search_task
+from torch import nn
 
+from autoquant.checkpoint.trial import open_trials
 from autoquant.cli.main import main
 from autoquant.config.file import load_config, save_config
 from autoquant.config.format import Config, Strategy, edited
 from autoquant.pipeline.held import InMemory
 from autoquant.searcher.judge import Judged, Searcher
-from autoquant.searcher.kept import open_kept
-from autoquant.searcher.search import search
+from autoquant.searcher.kept import Kept, open_kept
+from autoquant.searcher.search import TOO_LARGE, search
 
 
 def test_a_choice_is_taken_if_it_is_better_by_more_than_chance() -> None:
@@ -124,12 +127,48 @@ def test_an_interrupted_search_goes_on_and_sweeps_are_shared(tmp_path: Path, mon
     assert len(judged) == len(kept.known) - 2
 
 
+@pytest.mark.parametrize("knobs", [("clip", "alpha"), ("weights", "bias")])
+def test_layer_by_layer_the_same_is_decided(knobs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer where that can be; biases that are lacking need the whole model."""
+    config, task, lines = config_of(PACKAGED), search_task(*knobs), ([], [])
+    wanted = search(task, config, tell=lines[0].append)
+    trials = open_trials(PACKAGED, STATIC, task.fit, torch.device("cpu"))
+    in_memory, told = [], []
+    quantized = Searcher.quantized
+    monkeypatch.setattr(Searcher, "quantized", lambda *at, **named: in_memory.append(1) or quantized(*at, **named))
+    layered = replace(task, kept=Kept(), trials=trials)
+    assert search(layered, config, tell=lines[1].append, progress=lambda *at: told.append(at)) == wanted
+    assert lines[0] == lines[1]
+    assert len(in_memory) == int("bias" in knobs)
+    assert ("float", 5, 5) in told and ("as it is: judge", 5, 5) in told
+    candidate = "quantization.weights = rounding gptq, clip absmax" if in_memory else "smoothing.alpha = 0.3"
+    assert (f"{candidate}: judge", 1, 5) in told
+
+
+def test_what_the_device_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that needs the whole model, and a knob that needs it to think of candidates."""
+    config, lines, task = config_of(PACKAGED), [], search_task("prefix", "online", "bias")
+
+    def full() -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trials = open_trials(PACKAGED, STATIC, task.fit, torch.device("cpu"))
+    found = search(replace(task, load=full, trials=trials), config, tell=lines.append)
+    assert found.search is not None and found.search.decisions == ()
+    assert [line.partition(": ")[::2] for line in lines[1:]] == [
+        ("prefix", TOO_LARGE),
+        ("rotation.online[R4].enable = true", TOO_LARGE),
+        ("quantization.weights.bias_correction = true", TOO_LARGE),
+    ]
+
+
 def test_the_command_writes_a_config_that_says_why(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 0, result.output
     found: Config = load_config(tmp_path / "found.json")
     assert found.search is not None and found.search.calibration == "sample.calibration.txt"
     assert "quantization.prefix = [0] (" in result.stdout
+    assert re.search(r"^as it is: judge \(5\): \d+\.\d s$", result.stderr, re.MULTILINE), "what it is at"
     assert "held-out perplexity " in result.stdout
     assert result.stderr.endswith("found.json\n")
     again = run(tmp_path)
