@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autoquant.calibration.runner import Runner, whole
 from autoquant.errors import AutoQuantError
-from autoquant.quantizer.prefix import prefixed
+from autoquant.quantizer.prefix import Through, at_once, prefixed
 from autoquant.quantizer.strategies import PlannedLinear
 
 MULTIPLE = 20.0
@@ -33,6 +33,7 @@ def find_prefix(
     bos: int | None,
     batches: Sequence[Tensor],
     runner: Runner = whole,
+    through: Through = at_once,
 ) -> tuple[int, ...]:
     """Token ids for ``quantization.prefix``, at most ``LONGEST``; () where no token stands out.
 
@@ -45,7 +46,7 @@ def find_prefix(
     prefix: tuple[int, ...] = ()
     if bos is not None and 2 * starts > rows:
         prefix = (bos,)
-        with prefixed(model, prefix):
+        with prefixed(model, prefix, through):
             _, tokens = _outliers(model, linears, batches, runner)
     return prefix + most_frequent(tokens, rows, LONGEST - len(prefix))
 

@@ -55,13 +55,18 @@ from autoquant.pipeline.quantize import (
 )
 from autoquant.quantizer.kv_cache import MODULE, empty_kv_scales, install_, kv_scales
 from autoquant.quantizer.linear import Rounded, int8_weights, quantize_weight, replace_with_empty_, static_scale
+from autoquant.quantizer.prefix import Prefix, install_prefix_
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 from autoquant.threads import one_arena_
 
 
-def check_streamable(config: Config, strategy: Strategy, selected: Selected) -> None:
-    """Raise AutoQuantError for what cannot be done with one layer in memory, each with its reason."""
-    if config.quantization.prefix:  # its keys and values are those of the smoothed model, after the only sweep
+def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, prefix: bool = False) -> None:
+    """Raise AutoQuantError for what cannot be done with one layer in memory, each with its reason; ``prefix``: there
+    are passes for one.
+    """
+    if (
+        config.quantization.prefix and not prefix
+    ):  # its keys and values are those of the smoothed model, after the only sweep
         raise AutoQuantError(
             "quantization.prefix: --low-memory cannot compute a prefix, which takes a pass through the smoothed model; "
             "set it to [] or go without --low-memory"
@@ -192,10 +197,15 @@ def _built(source: Path, weights: Weights, dtype: torch.dtype) -> Any:
 
 
 def runnable(
-    source: Path, weights: Weights, device: torch.device, dtype: torch.dtype = torch.float32, cache: bool = False
+    source: Path,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    cache: bool = False,
+    prefix: Prefix | None = None,
 ) -> Any:
     """A model for :class:`LayerByLayer`: its parameters on the meta device, its buffers on ``device``; ``cache``: what
-    it stores of keys and values is looked at.
+    it stores of keys and values is looked at; ``prefix``: what it begins with.
     """
     model = _built(source, weights, dtype)
     if not (cache or layers_share_cache(model.config)):  # it would grow with every layer
@@ -203,6 +213,8 @@ def runnable(
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+    if prefix is not None:
+        install_prefix_(model, prefix)
     return model
 
 
@@ -248,7 +260,7 @@ class Stream:
     """A checkpoint on its way through memory. ``rotated``: the parameters as the sweep sees them; ``final``: their
     names as they are written; ``local``: groups by the layer that holds all of their members; ``late``: the parameters
     that no layer decides alone; ``held``: those of the present layer, in float32; ``decided``: linears that are not
-    written yet. Mutable, and gone with its tensors.
+    written yet; ``prefix``: what passes begin with. Mutable, and gone with its tensors.
     """
 
     job: Job
@@ -264,6 +276,7 @@ class Stream:
     scales: dict[Any, Tensor] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
     decided: dict[str, Rounded] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         groups = self.job.selected.resolved.groups
@@ -333,7 +346,8 @@ class Stream:
 
     def _model(self) -> Any:
         """The model that the text goes through."""
-        return runnable(self.job.source, self.rotated, self.job.place.device, self.job.place.dtype, self.sees_cache)
+        place, cache = self.job.place, self.sees_cache
+        return runnable(self.job.source, self.rotated, place.device, place.dtype, cache, self.prefix)
 
     def _for_sweep(self, model: Any) -> Callable[[str], Tensor]:
         """A function that gives a parameter as the sweep wants it and keeps it as it is."""
@@ -388,7 +402,7 @@ class Stream:
         job, errors = self.job, dict[str, float]()
         runs: dict[str, Run] = {}
         twice = windows_twice(job.batches)
-        model = runnable(job.source, weights, job.place.device)
+        model = runnable(job.source, weights, job.place.device, prefix=self.prefix)
 
         def read(name: str) -> Tensor:
             tensor = weights.read(name)

@@ -3,25 +3,28 @@
 Nothing is written, and no more than a layer is in memory, on the CPU or on a GPU: a layer's tensors are read, rotated,
 smoothed and quantized, all windows pass through the int8 layer side by side, and it goes. What depends on the rotation
 alone is found once for all configs that rotate alike: the maxima of the calibration sweep, and those of the weights
-that smoothing divides by. The int8 layers are those that a model in memory gets, bit for bit.
+that smoothing divides by. A prefix takes a pass of its own through the rotated and through the smoothed model. The int8
+layers are those that a model in memory gets, bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoquant.algorithms.gptq_qronos import needs_values
 from autoquant.algorithms.smoothquant import weight_maxima_once
 from autoquant.calibration.observers import Sweep
-from autoquant.calibration.runner import LayerByLayer, layer_paths
+from autoquant.calibration.runner import LayerByLayer, Runner, layer_paths
+from autoquant.calibration.windows import together
 from autoquant.checkpoint.dtypes import Dtypes
 from autoquant.checkpoint.layerwise import (
     Job,
@@ -34,15 +37,19 @@ from autoquant.checkpoint.layerwise import (
     read_ahead,
     runnable,
 )
+from autoquant.checkpoint.quantize import windows_on_gpu
 from autoquant.checkpoint.streamed import StoredOtherwise, Weights, looked_through, open_weights
 from autoquant.config.format import Config, SmoothingKind, Strategy
 from autoquant.errors import AutoQuantError
+from autoquant.executor.resolved import Resolved
+from autoquant.models.caches import Cache
 from autoquant.models.load import load_skeleton
 from autoquant.models.structure import ModelStructure
-from autoquant.pipeline.quantize import Quantized, needs_sweep, rotation_plan, select, swept_weights
+from autoquant.pipeline.quantize import Quantized, Selected, needs_sweep, rotation_plan, select, swept_weights
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.quantizer.kv_cache import install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, replace_with_empty_
+from autoquant.quantizer.prefix import Prefix, Through, compute_prefix
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 from autoquant.steps import Progress
 
@@ -58,13 +65,15 @@ class WholeModel(Exception):
 
 @dataclass(slots=True, eq=False)
 class Rotated:
-    """A rotation carried out: the parameters, what sweeps showed of them, by the weights that they watched and whether
-    they saw the cache, and the largest weights by smoothing group. Mutable: what is not known is found when needed.
+    """A rotation carried out, with a prefix or without: the parameters, what sweeps showed of them, by the weights that
+    they watched and whether they saw the cache, the largest weights by smoothing group, and the prefix of the rotated
+    model. Mutable: what is not known is found when needed.
     """
 
     weights: Weights
     sweeps: dict[tuple[frozenset[str], bool], Sweep] = field(default_factory=dict)
     largest: dict[Any, Tensor] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def known(self, watched: Iterable[str], cache: bool) -> Sweep | None:
         """A sweep that watched all of these."""
@@ -75,10 +84,20 @@ class Rotated:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Layered:
+    """A model, and how text goes through it: windows, and the tokens of a prefix; ``selected``: what a config does."""
+
+    model: Any
+    runner: Runner
+    through: Through
+    selected: Selected = field(default_factory=lambda: Selected(Resolved((), (), ())))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trials:
     """The checkpoint. ``layers``: paths; ``fit``: token ids [1, S] each, that calibrate; ``rotated``: what was found,
-    by the rotation.
+    by the rotation and the prefix.
     """
 
     source: Path
@@ -87,7 +106,7 @@ class Trials:
     strategy: Strategy
     fit: tuple[Tensor, ...]
     device: torch.device
-    rotated: dict[str, Rotated] = field(default_factory=dict)
+    rotated: dict[tuple[str, tuple[int, ...]], Rotated] = field(default_factory=dict)
 
     @torch.no_grad()
     def run_float(self, batches: Sequence[Tensor], around: Around, progress: Progress, said: str) -> None:
@@ -107,19 +126,62 @@ class Trials:
         ``progress`` is told of layers as steps that begin with ``said``. Raises WholeModel where the model has to be in
         memory, and AutoQuantError where the config does not fit it.
         """
+        stream, rotated, swept = self._prepared(config, progress, said)
+        weights, swept = self._smoothed(stream, rotated, swept)
+        with self._reading(weights) as weights:
+            stream.final, stream.rotated = weights, dataclasses.replace(weights, unused=None)
+            stream.described = {name: (torch.float32, shape) for name, shape in weights.inventory.shapes.items()}
+            planned, granularity = stream.job.planned, kv_granularity(config, self.strategy)
+            model = runnable(self.source, weights, self.device, prefix=stream.prefix)
+            replace_with_empty_(model, planned)
+            if granularity is not None:
+                install_(model, kv_scales(model, granularity, swept.cache))
+            inventory, parameters = _int8_inventory(weights.inventory, planned)
+            made = _Made(stream, weights, swept, parameters)
+            try:
+                with around(model) as outputs:
+                    runner = LayerByLayer(inventory, made.read, self.device, outputs=outputs)
+                    for path in runner.steps(model, batches, progress=lambda *at: progress(f"{said}: judge", *at)):
+                        for weight in int8_weights(model.get_submodule(path)).values():
+                            weight.forget()
+                return made.ended()
+            except LayerCalledAgain as error:
+                raise WholeModel from error
+
+    @contextmanager
+    def float_model(self) -> Iterator[Layered]:
+        """The float model as it is."""
+        with self._reading(self.weights) as weights:
+            yield self._layered(weights, None)
+
+    @contextmanager
+    def rotated_model(self, config: Config) -> Iterator[Layered]:
+        """The model that is rotated by ``config``, behind its prefix. Raises WholeModel as :meth:`run` does, and where
+        a smoothing group has members in several layers.
+        """
         job = self._job(config)
         rotated = self._rotated(job)
-        swept = self._swept(job, rotated, lambda *at: progress(f"{said}: calibrate", *at))
-        try:
-            return self._run(job, rotated, swept, batches, around, lambda *at: progress(f"{said}: judge", *at))
-        except LayerCalledAgain as error:
-            raise WholeModel from error
+        stream = self._stream(job, rotated.weights)
+        if sum(map(len, stream.local.values())) < len(job.selected.resolved.groups):
+            raise WholeModel
+        with self._reading(rotated.weights) as weights:
+            yield dataclasses.replace(self._layered(weights, rotated.prefix), selected=job.selected)
+
+    @contextmanager
+    def smoothed_model(self, config: Config, progress: Progress, said: str) -> Iterator[Layered]:
+        """The model that is rotated and smoothed by ``config``, behind its prefix. Raises WholeModel as :meth:`run`
+        does.
+        """
+        stream, rotated, swept = self._prepared(config, progress, said)
+        weights, _ = self._smoothed(stream, rotated, swept)
+        with self._reading(weights) as weights:
+            yield self._layered(weights, stream.prefix)
 
     def _job(self, config: Config) -> Job:
         inventory, planned = self.weights.inventory, plan_linears(config, self.strategy)
         selected = select(config, inventory, EVERYTHING)
         try:
-            check_streamable(config, self.strategy, selected)
+            check_streamable(config, self.strategy, selected, prefix=True)
         except AutoQuantError as error:
             raise WholeModel from error
         tied = {name for names in inventory.ties for name in names}
@@ -128,23 +190,36 @@ class Trials:
         if needs_values(planned) and any(home_of(linear.weight, self.layers) is None for linear in planned):
             raise WholeModel  # it is decided on the way to a layer, and wanted before
         batches = self.fit if needs_sweep(config, self.strategy, selected) else ()
+        if self.device.type != "cpu":
+            batches = together(batches, windows_on_gpu(batches))
         cache = kv_granularity(config, self.strategy) is not None
         dtypes, place = Dtypes(torch.float32, {}), Place(self.device)
         return Job(self.source, self.weights, config, self.strategy, selected, batches, cache, dtypes, place)
 
+    def _stream(self, job: Job, weights: Weights) -> Stream:
+        return Stream(job, weights, weights, {}, self.layers)
+
+    def _prepared(self, config: Config, progress: Progress, said: str) -> tuple[Stream, Rotated, Sweep]:
+        """What is done by a config, the rotation, and what the windows that calibrate show of the rotated model."""
+        job = self._job(config)
+        rotated = self._rotated(job)
+        swept = self._swept(job, rotated, lambda *at: progress(f"{said}: calibrate", *at))
+        return self._stream(job, rotated.weights), rotated, swept
+
     def _rotated(self, job: Job) -> Rotated:
-        key = job.config.rotation.model_dump_json()
+        prefix = job.config.quantization.prefix
+        key = job.config.rotation.model_dump_json(), prefix
         if key not in self.rotated:
-            plan = rotation_plan(job.selected, self.weights.inventory, self.weights.read)
-            self.rotated[key] = Rotated(self.weights.planned(plan))
+            weights = self.weights.planned(rotation_plan(job.selected, self.weights.inventory, self.weights.read))
+            self.rotated[key] = Rotated(weights, prefix=self._prefix(weights, prefix))
         return self.rotated[key]
 
     def _swept(self, job: Job, rotated: Rotated, progress: Callable[[int, int], None]) -> Sweep:
-        """What the windows that calibrate show of the rotated model."""
         if not job.batches:
             return Sweep()
         seen = Seen(swept_weights(job.config, job.selected))
         stream = self._stream(job, rotated.weights)
+        stream.prefix = rotated.prefix
         if (known := rotated.known(seen.inputs.names, stream.sees_cache)) is not None:
             return known
         inside = [name for name in rotated.weights.inventory.shapes if home_of(name, stream.layers) is not None]
@@ -156,37 +231,47 @@ class Trials:
         rotated.sweeps[frozenset(seen.inputs.names), stream.sees_cache] = seen.swept
         return seen.swept
 
-    def _stream(self, job: Job, weights: Weights) -> Stream:
-        described = {name: (torch.float32, shape) for name, shape in weights.inventory.shapes.items()}
-        return Stream(job, weights, weights, described, self.layers)
-
-    def _run(
-        self,
-        job: Job,
-        rotated: Rotated,
-        swept: Sweep,
-        batches: Sequence[Tensor],
-        around: Around,
-        progress: Callable[[int, int], None],
-    ) -> Quantized:
-        stream = self._stream(job, rotated.weights)
-        with read_ahead(rotated.weights, rotated.weights.inventory.shapes, self.device) as stream.rotated:
+    def _smoothed(self, stream: Stream, rotated: Rotated, swept: Sweep) -> tuple[Weights, Sweep]:
+        """The parameters behind all smoothing, and the maxima of the smoothed model, whose prefix the stream gets."""
+        with read_ahead(rotated.weights, (), self.device) as stream.rotated:
             weights, swept = stream.smoothed(swept, rotated.largest)
-            stream.final, stream.rotated = weights, dataclasses.replace(stream.rotated, unused=None)
-            stream.described = {name: (torch.float32, shape) for name, shape in weights.inventory.shapes.items()}
-            model = runnable(self.source, weights, self.device)
-            replace_with_empty_(model, job.planned)
-            granularity = kv_granularity(job.config, job.strategy)
-            if granularity is not None:
-                install_(model, kv_scales(model, granularity, swept.cache))
-            inventory, parameters = _int8_inventory(weights.inventory, job.planned)
-            made = _Made(stream, weights, swept, parameters)
-            with around(model) as outputs:
-                runner = LayerByLayer(inventory, made.read, self.device, outputs=outputs)
-                for path in runner.steps(model, batches, progress=progress):
-                    for weight in int8_weights(model.get_submodule(path)).values():
-                        weight.forget()
-            return made.ended()
+        weights = dataclasses.replace(weights, fetch=rotated.weights.fetch)
+        stream.prefix = rotated.prefix
+        if stream.job.selected.resolved.groups:
+            stream.prefix = self._prefix(weights, stream.job.config.quantization.prefix)
+        return weights, swept
+
+    def _prefix(self, weights: Weights, tokens: tuple[int, ...]) -> Prefix | None:
+        """The prefix of the model with these parameters; None without tokens."""
+        if not tokens:
+            return None
+        with self._reading(weights) as there:
+            layered = self._layered(there, None)
+            return compute_prefix(layered.model, tokens, layered.through)
+
+    def _reading(self, weights: Weights) -> AbstractContextManager[Weights]:
+        return read_ahead(weights, weights.inventory.shapes, self.device)
+
+    def _layered(self, weights: Weights, prefix: Prefix | None) -> Layered:
+        runner = LayerByLayer(weights.inventory, weights.read, self.device)
+        model = runnable(self.source, weights, self.device, prefix=prefix)
+        return Layered(model, runner, partial(_through, runner))
+
+
+@torch.no_grad()
+def _through(runner: LayerByLayer, model: nn.Module, ids: Tensor, cache: Cache) -> Tensor:
+    """The logits of token ids [1, P], whose keys and values are stored in ``cache``."""
+    found: list[Tensor] = []
+
+    def storing(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+
+    handle = model.register_forward_pre_hook(storing, with_kwargs=True)
+    try:
+        dataclasses.replace(runner, outputs=lambda _, output: found.append(output.logits))(model, [ids])
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def open_trials(

@@ -21,7 +21,7 @@ Shapes: B sequences, H key/value heads, S tokens, P prefix tokens, D channels of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autoquant.errors import AutoQuantError
-from autoquant.models.caches import DynamicCache, DynamicLayer
+from autoquant.models.caches import Cache, DynamicCache, DynamicLayer
 from autoquant.models.reading import reads_in_halves
 from autoquant.quantizer.kv_cache import MODULE as INT8_CACHE
 from autoquant.quantizer.kv_cache import new_cache, replace_fields, wants_cache
@@ -40,6 +40,8 @@ from autoquant.quantizer.prefix_cache import Call, PrefixedCache, PrefixLayer
 MODULE = "fixed_prefix"
 PER_TOKEN = ("position_ids", "cache_position", "token_type_ids")
 """Arguments of transformers' models with one entry per input token on the last axis."""
+Through = Callable[[nn.Module, Tensor, Cache], Tensor]
+"""Runs token ids [1, P] through a model, which fills the cache; returns the logits [1, P, V]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,14 @@ class FixedPrefix(nn.Module):
         return f"tokens={self.tokens}"
 
 
+def at_once(model: nn.Module, ids: Tensor, cache: Cache) -> Tensor:
+    """Through a model that is in memory, on its device."""
+    logits: Tensor = model(ids.to(next(model.parameters()).device), past_key_values=cache, use_cache=True).logits
+    return logits
+
+
 @torch.no_grad()
-def compute_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
+def compute_prefix(model: nn.Module, tokens: Sequence[int], through: Through = at_once) -> Prefix:
     """Keys, values and logits of ``tokens`` from the model as it is, in its own dtype.
 
     To be called when the model is rotated and smoothed and not yet quantized. Raises AutoQuantError for tokens outside
@@ -90,8 +98,7 @@ def compute_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
     if not tokens or not all(0 <= token < vocabulary for token in tokens):
         raise AutoQuantError(f"quantization.prefix: {list(tokens)}: expected token ids from 0 to {vocabulary - 1}")
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]  # a PreTrainedConfig
-    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True).logits[0]
+    logits = through(model, torch.tensor([list(tokens)]), cache)[0]
     states = []
     for number, layer in enumerate(cache.layers):
         assert isinstance(layer, DynamicLayer)  # checked above
@@ -121,7 +128,7 @@ def fix_prefix_(model: nn.Module, tokens: Sequence[int]) -> None:
 
 
 @contextmanager
-def prefixed(model: nn.Module, tokens: Sequence[int]) -> Iterator[None]:
+def prefixed(model: nn.Module, tokens: Sequence[int], through: Through = at_once) -> Iterator[None]:
     """While the context is open the model begins every sequence with ``tokens``, computed from it now.
 
     Observers inside see the tokens behind the prefix only. Does nothing without tokens.
@@ -129,7 +136,7 @@ def prefixed(model: nn.Module, tokens: Sequence[int]) -> Iterator[None]:
     if not tokens:
         yield
         return
-    handles = _install(model, compute_prefix(model, tokens))
+    handles = _install(model, compute_prefix(model, tokens, through))
     try:
         yield
     finally:

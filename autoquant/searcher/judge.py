@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.calibration.observers import Sweep
-from autoquant.checkpoint.trial import Outputs, Trials, WholeModel
+from autoquant.calibration.runner import whole
+from autoquant.checkpoint.trial import Layered, Outputs, Trials, WholeModel
 from autoquant.config.format import Config, Strategy
 from autoquant.evaluation.perplexity import Estimate, exp_estimate, ratio_estimate
 from autoquant.models.reading import read
-from autoquant.pipeline.quantize import Quantized, quantize_model_
+from autoquant.models.structure import structure_of
+from autoquant.pipeline.quantize import Quantized, quantize_model_, rotate_, select
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.pipeline.transform import prepare_
+from autoquant.quantizer.prefix import at_once, prefixed
 from autoquant.quantizer.strategies import scheme_of
 from autoquant.searcher.kept import Kept
 from autoquant.searcher.reference import Distance, Reference, joined
@@ -136,6 +139,45 @@ class Searcher:
         """The float model, in memory; ``said``: for what."""
         self.progress(f"{said}: load", 0, 0)
         return self.task.load()
+
+    @contextmanager
+    def float_model(self, said: str) -> Iterator[Layered]:
+        """The float model, of which no more than a layer is in memory where that is possible; ``said``: for what."""
+        if self.task.trials is None:
+            yield Layered(self.load(said), whole, at_once)
+            return
+        with self.task.trials.float_model() as model:
+            yield model
+
+    @contextmanager
+    def rotated_model(self, config: Config, said: str) -> Iterator[Layered]:
+        """The same, rotated by ``config`` and behind its prefix."""
+        with ExitStack() as stack:
+            found: Layered | None = None
+            if self.task.trials is not None:
+                with suppress(WholeModel):
+                    found = stack.enter_context(self.task.trials.rotated_model(config))
+            if found is None:
+                model = self.load(said)
+                selected = select(config, structure_of(model), EVERYTHING)
+                rotate_(model, selected)
+                stack.enter_context(prefixed(model, config.quantization.prefix))
+                found = Layered(model, whole, at_once, selected)
+            yield found
+
+    @contextmanager
+    def smoothed_model(self, config: Config, said: str) -> Iterator[Layered]:
+        """The same, smoothed too."""
+        with ExitStack() as stack:
+            found: Layered | None = None
+            if self.task.trials is not None:
+                with suppress(WholeModel):
+                    found = stack.enter_context(self.task.trials.smoothed_model(config, self.progress, said))
+            if found is None:
+                model = self.load(said)
+                prepare_(model, config, self.task.strategy, EVERYTHING, self.task.fit, cache=False)
+                found = Layered(model, whole, at_once)
+            yield found
 
     def judge(self, config: Config, said: str = "as it is") -> Judged:
         """Quantize by ``config`` and compare with float on the held-out windows; ``said``: what is told of it."""

@@ -61,6 +61,10 @@ def with_weights(config: Config, **update: Any) -> Config:
     return edited(config, quantization=edited(section, weights=edited(section.weights, **update)))
 
 
+def prefixed(config: Config) -> Config:
+    return edited(config, quantization=edited(config.quantization, prefix=(0, 5)))
+
+
 def unrotated(config: Config) -> Config:
     return edited(config, rotation=edited(config.rotation, enable=False))
 
@@ -70,6 +74,8 @@ def unrotated(config: Config) -> Config:
     [
         ("packaged", STATIC, lambda config: config),
         ("packaged", STATIC_KV, unrotated),
+        ("packaged", STATIC_KV, lambda config: with_weights(prefixed(config), rounding=Rounding.QRONOS)),
+        ("gpt2", STATIC, lambda config: prefixed(unrotated(config))),
         ("packaged", Strategy.PER_CHANNEL_PER_TOKEN, lambda config: with_weights(config, rounding=Rounding.QRONOS)),
         ("gpt2", STATIC_KV, lambda config: with_weights(unrotated(config), bias_correction=True)),
         ("gpt2", Strategy.PER_TENSOR_STATIC, lambda config: config),
@@ -171,7 +177,6 @@ def test_what_needs_the_whole_model_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     config, trials = config_of(PACKAGED), opened(PACKAGED)
     online = tuple(edited(one, enable=True) for one in config.rotation.online)
     for changed in (
-        edited(config, quantization=edited(config.quantization, prefix=(0,))),
         edited(config, smoothing=edited(config.smoothing, method=SmoothingMethod.DESCENT)),
         edited(config, rotation=edited(config.rotation, online=online)),
         with_weights(config, bias_correction=True),

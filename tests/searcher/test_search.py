@@ -147,7 +147,7 @@ def test_layer_by_layer_the_same_is_decided(knobs: tuple[str, ...], monkeypatch:
 
 def test_what_the_device_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate that needs the whole model, and a knob that needs it to think of candidates."""
-    config, lines, task = config_of(PACKAGED), [], search_task("prefix", "online", "bias")
+    config, lines, task = config_of(PACKAGED), [], replace(search_task("online", "bias", "float"), in_float=1)
 
     def full() -> nn.Module:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -156,9 +156,9 @@ def test_what_the_device_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPat
     found = search(replace(task, load=full, trials=trials), config, tell=lines.append)
     assert found.search is not None and found.search.decisions == ()
     assert [line.partition(": ")[::2] for line in lines[1:]] == [
-        ("prefix", TOO_LARGE),
         ("rotation.online[R4].enable = true", TOO_LARGE),
         ("quantization.weights.bias_correction = true", TOO_LARGE),
+        ("float", TOO_LARGE),
     ]
 
 

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from autoquant.algorithms.prefix_search import token_maxima
 from autoquant.config.format import ActivationQuantization, StaticClip, Strategy, edited
-from autoquant.models.reading import read
-from autoquant.pipeline.select import EVERYTHING
-from autoquant.pipeline.transform import prepare_
 from autoquant.quantizer.strategies import PlannedLinear, plan_linears, scheme_of
 from autoquant.searcher.candidates.candidate import Candidate, with_overrides, with_quantization
 from autoquant.searcher.judge import Judged, Searcher
@@ -62,16 +59,13 @@ def _by_spikes(searcher: Searcher, best: Judged) -> dict[str, PlannedLinear]:
     task = searcher.task
     seen: dict[str, list[Tensor]] = {}
     planned = [one for one in plan_linears(best.config, task.strategy) if one.scheme.is_static and one.stack is None]
-    model = searcher.load("spikes")
-    searcher.progress("spikes: calibrate", 0, 0)
-    prepare_(model, best.config, task.strategy, EVERYTHING, task.fit, cache=False)
-    with token_maxima(model, planned, seen):
-        for ids in task.fit:
-            read(model, ids.to(next(model.parameters()).device))
+    with searcher.smoothed_model(best.config, "spikes") as found, token_maxima(found.model, planned, seen):
+        searcher.progress("spikes: find", 0, 0)
+        found.runner(found.model, task.fit)
 
     def spike(linear: PlannedLinear) -> float:
         maxima = torch.cat([maximum.flatten() for maximum in seen[linear.path]])
         return float(maxima.max() / maxima.median().clamp_min(1e-30))
 
-    found = sorted((one for one in planned if one.path in seen), key=spike, reverse=True)
-    return {one.weight: one for one in found}
+    ranked = sorted((one for one in planned if one.path in seen), key=spike, reverse=True)
+    return {one.weight: one for one in ranked}

@@ -15,7 +15,10 @@ def prefix(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
     """Sinks: a prefix in floating point takes their spikes out of every later token (PrefixQuant, CushionCache)."""
     task = searcher.task
     try:
-        prefix = find_prefix(searcher.load("prefix"), plan_linears(best.config, task.strategy), task.bos, task.fit)
+        with searcher.float_model("prefix") as found:
+            searcher.progress("prefix: find", 0, 0)
+            planned = plan_linears(best.config, task.strategy)
+            prefix = find_prefix(found.model, planned, task.bos, task.fit, found.runner, found.through)
     except AutoQuantError as error:  # a model that can have none
         searcher.tell(f"prefix: {error.message}")
         return

@@ -8,10 +8,7 @@ import torch
 
 from autoquant.algorithms.scale_search import choose_alphas
 from autoquant.config.format import Config, SmoothingGroup, SmoothingMethod, SmoothingOverride, edited
-from autoquant.models.structure import structure_of
-from autoquant.pipeline.quantize import linear_groups, rotate_, select
-from autoquant.pipeline.select import EVERYTHING
-from autoquant.quantizer.prefix import prefixed
+from autoquant.pipeline.quantize import linear_groups
 from autoquant.quantizer.strategies import plan_linears
 from autoquant.searcher.candidates.candidate import Candidate
 from autoquant.searcher.judge import Judged, Searcher
@@ -41,16 +38,15 @@ def alpha(searcher: Searcher, best: Judged) -> Iterator[Candidate]:
 @torch.no_grad()
 def _alphas(searcher: Searcher, config: Config) -> dict[tuple[str, int | None], float]:
     """Alpha by (group, layer) on the rotated model, with upstream noise."""
-    task, model = searcher.task, searcher.load("alphas by group and layer")
-    selected = select(config, structure_of(model), EVERYTHING)
-    rotate_(model, selected)
-    with prefixed(model, config.quantization.prefix):
+    task, said = searcher.task, "alphas by group and layer"
+    with searcher.rotated_model(config, said) as found:
         chosen = choose_alphas(
-            model,
-            linear_groups(selected).groups,
+            found.model,
+            linear_groups(found.selected).groups,
             plan_linears(config, task.strategy),
             task.fit,
-            lambda *at: searcher.progress("alphas by group and layer: choose", *at),
+            lambda *at: searcher.progress(f"{said}: choose", *at),
+            found.runner,
         )
     return {key: one.alpha for key, one in chosen.items() if one.alpha is not None}
 

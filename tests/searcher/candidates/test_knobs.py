@@ -3,10 +3,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from quantized import PACKAGED, STATIC, config_of, search_task
 from torch import nn
 
 from autoquant.checkpoint.targets import readers
+from autoquant.checkpoint.trial import open_trials
 from autoquant.config.format import Strategy, edited
 from autoquant.quantizer.strategies import Granularity, plan_linears
 from autoquant.searcher.candidates.knobs import KNOBS
@@ -53,6 +55,20 @@ def test_spikes_go_to_the_linears_whose_largest_token_stands_out_most() -> None:
         assert override.strategy is Strategy.PER_CHANNEL_PER_TOKEN
     assert two.choice == f"{DOWN.format(layer=0)}, {DOWN.format(layer=4)}"
     assert "2 linears" in two.cost
+
+
+def test_a_layer_at_a_time_the_same_settings_are_thought_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix, spikes and alphas, of a model without and behind a prefix."""
+    config, task = config_of(PACKAGED), replace(search_task(per_token=2), held_out=())
+    behind = edited(config, quantization=edited(config.quantization, prefix=(0,)))
+    trials = open_trials(PACKAGED, STATIC, task.fit, torch.device("cpu"))
+    whole, layered = (Searcher(one, lambda line: None) for one in (task, replace(task, trials=trials)))
+    monkeypatch.setattr(layered, "task", replace(layered.task, load=lambda: pytest.fail("the model is loaded")))
+    for best in (Judged(config, (), (), ()), Judged(behind, (), (), ())):
+        for name in ("prefix", "spikes", "alpha"):
+            found = list(KNOBS[name](whole, best))
+            assert list(KNOBS[name](layered, best)) == found
+            assert found or (name, best.config) == ("prefix", behind)
 
 
 def test_spikes_take_whole_modules_of_the_server_or_none() -> None:
