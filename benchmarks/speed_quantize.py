@@ -154,9 +154,9 @@ def table(title: str, rows: list[Measured], notes: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put(page: Path, title: str, text: str) -> None:
-    """Write a section into the page, in place of the one of its title."""
-    old = page.read_text(encoding="utf-8") if page.is_file() else "# autoquant quantize, measured\n"
+def put(page: Path, title: str, text: str, head: str = "# autoquant quantize, measured\n") -> None:
+    """Write a section into the page, in place of the one of its title; ``head``: of a page that is new."""
+    old = page.read_text(encoding="utf-8") if page.is_file() else head
     head, *sections = re.split(r"^(?=## )", old, flags=re.M)
     kept = [section.rstrip() + "\n\n" for section in sections if section.splitlines()[0] != f"## {title}"]
     page.write_text("".join([head.rstrip() + "\n\n", *kept, text]), encoding="utf-8")

@@ -27,6 +27,7 @@ SAMPLE = Path(__file__).parents[1] / "data" / "sample.evaluation.txt"
 KNOBS = "prefix,spikes,clip,rotation,online,alpha,descent,cache,weights,bias,float"
 PER_TOKEN = 4
 """Linears that may get per-token scales where a server takes both."""
+LOWER = "--sequences, --held-out or --length"
 JUDGED_TOGETHER = 8
 """Held-out windows in one forward pass, where no scale spans them."""
 
@@ -69,7 +70,7 @@ def search(
     loaded = config_of(config)
     chosen = loaded.quantization.strategy if strategy is None else parse_strategy(strategy)
     progress(IMPORTING, 0, 0)
-    from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, rebatched
+    from autoquant.calibration.windows import CalibrationOptions, calibration_windows, together
     from autoquant.checkpoint.quantize import load_float32
     from autoquant.checkpoint.trial import open_trials
     from autoquant.evaluation.compare import shares_scale
@@ -84,28 +85,24 @@ def search(
 
     names = _knob_names(knobs)
     folder = checkpoint_folder(model, trust_remote_code=trust_remote_code)
-    served = ANYWHERE
+    trust, served = trust_remote_code, ANYWHERE
     if target is not None:  # refused before the work
-        served = served_by(target, folder, loaded, chosen, trust_remote_code=trust_remote_code)
-    taken, _ = _by_text(folder, loaded, [chosen], trust_remote_code)
-    text, place = Path(calibration), device_of(device)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    proof_of(loaded, folder, None, unproved, trust_remote_code, progress)
-    lower = "--sequences, --held-out or --length"
-    options = CalibrationOptions(text, sequences + held_out, length, seed, field, lower)
+        served = served_by(target, folder, loaded, chosen, trust_remote_code=trust)
+    text, place, (taken, _) = Path(calibration), device_of(device), _by_text(folder, loaded, [chosen], trust)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    proof_of(loaded, folder, None, unproved, trust, progress)
+    options = CalibrationOptions(text, sequences + held_out, length, seed, field, LOWER)
     windows = calibration_windows(tokenizer, options)
-    judging = Windows(windows[sequences:], tokenizer.bos_token_id is not None)
-    if not shares_scale(chosen):
-        judging = rebatched(judging, JUDGED_TOGETHER)
+    judging = windows[sequences:] if shares_scale(chosen) else together(windows[sequences:], JUDGED_TOGETHER)
     said = (__version__, str(folder.resolve()), open_checkpoint(folder).stamps(), chosen, sequences, place.type)
     task = Task(
         load=lambda: load_float32(folder, trust_remote_code=trust_remote_code).to(place),
         strategy=chosen,
         fit=windows[:sequences],
-        held_out=judging.batches,
+        held_out=judging,
         calibration=text.name,
         seed=seed,
-        per_token=per_token if per_token is not None else 0 if target is None else PER_TOKEN,
+        per_token=per_token if per_token is not None else PER_TOKEN * (target is not None),
         in_float=in_float,
         bos=tokenizer.bos_token_id,
         offline=offline,
