@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -139,12 +139,12 @@ class Trials:
             inventory, parameters = _int8_inventory(weights.inventory, planned)
             made = _Made(stream, weights, swept, parameters)
             try:
-                with around(model) as outputs:
+                with closing(made), around(model) as outputs:
                     runner = LayerByLayer(inventory, made.read, self.device, outputs=outputs)
                     for path in runner.steps(model, batches, progress=lambda *at: progress(f"{said}: judge", *at)):
                         for weight in int8_weights(model.get_submodule(path)).values():
                             weight.forget()
-                return made.ended()
+                    return made.ended()
             except LayerCalledAgain as error:
                 raise WholeModel from error
 
@@ -301,7 +301,7 @@ class _Made:
     swept: Sweep
     parameters: Mapping[str, str]
     ready: dict[str, Tensor] = field(default_factory=dict)
-    sequence: Iterator[tuple[str, Tensor]] | None = None
+    sequence: Generator[tuple[str, Tensor], None, None] | None = None
     quantized: Quantized = field(default_factory=Quantized)
 
     def __post_init__(self) -> None:
@@ -327,6 +327,11 @@ class _Made:
                 raise LayerCalledAgain(name)
             self.ready[found[0]] = found[1]
         return self.ready.pop(wanted)
+
+    def close(self) -> None:
+        """End the pass in which linears are decided, wherever it is."""
+        if self.sequence is not None:
+            self.sequence.close()
 
     def ended(self) -> Quantized:
         """What was done, when all windows have passed."""

@@ -103,9 +103,11 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _is_all(head: nn.Module, given: Tensor | None, logits: Tensor) -> bool:
-    """True if logits are what the head makes of what it was given, and nothing follows."""
-    plain = given is not None and given.shape[:-1] == logits.shape[:-1] and not any(head.children())
-    return plain and torch.equal(head.forward(given), logits)
+    """True if logits are what the head makes of what it was given, within rounding: nothing follows."""
+    if given is None or given.shape[:-1] != logits.shape[:-1] or any(head.children()):
+        return False
+    made: Tensor = head.forward(given)
+    return made.shape == logits.shape and bool((made - logits).abs().max() <= 1e-5 * logits.abs().max())
 
 
 def _alone(head: nn.Module) -> nn.Module:
