@@ -34,8 +34,12 @@ def search(model: Path, config: Path, way: str, found: Path, **options: Any) -> 
     from autoquant.checkpoint import trial
     from autoquant.searcher.judge import Searcher
 
-    if way == "memory":
-        trial.open_trials = lambda *_, **__: None
+    opened = trial.open_trials
+
+    def as_asked(*arguments: Any, **named: Any) -> Any:
+        return opened(*arguments, **{**named, "small_too": True}) if way == "layers" else None
+
+    trial.open_trials = as_asked
     candidates: list[dict[str, Any]] = []
     whole: list[str] = []
     start, tried, load, begin = time.monotonic(), Searcher._tried, Searcher.load, Searcher.__init__

@@ -109,7 +109,7 @@ def search(
         served=served,
         knobs=frozenset(names),
         kept=open_kept(kept, (*said, [ids.tolist() for ids in windows])),
-        trials=open_trials(folder, chosen, windows[:sequences], place, trust_remote_code=trust_remote_code),
+        trials=open_trials(folder, chosen, windows[:sequences], place, small_too=False, trust_remote_code=trust),
     )
     return Found(find(task, taken, budget, tell, progress))
 

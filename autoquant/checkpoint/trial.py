@@ -10,6 +10,7 @@ layers are those that a model in memory gets, bit for bit on a CPU.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
@@ -52,7 +53,10 @@ from autoquant.quantizer.linear import int8_weights, replace_with_empty_
 from autoquant.quantizer.prefix import Prefix, Through, compute_prefix
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 from autoquant.steps import Progress
+from autoquant.threads import one_arena_
 
+EASE = 16
+"""Bytes of memory for each parameter, four times what it takes in float32: as many a model in memory takes at ease."""
 Outputs = Callable[[int, Any], None]
 """Told what the model returns for a batch, by the batch's number, while the model's head is there."""
 Around = Callable[[Any], AbstractContextManager[Outputs]]
@@ -275,18 +279,37 @@ def _through(runner: LayerByLayer, model: nn.Module, ids: Tensor, cache: Cache) 
 
 
 def open_trials(
-    source: Path, strategy: Strategy, fit: Sequence[Tensor], device: torch.device, *, trust_remote_code: bool = False
+    source: Path,
+    strategy: Strategy,
+    fit: Sequence[Tensor],
+    device: torch.device,
+    *,
+    small_too: bool = True,
+    trust_remote_code: bool = False,
 ) -> Trials | None:
-    """What tries configs of the checkpoint; None where it has to be loaded whole to be understood.
+    """What tries configs of the checkpoint; None where it has to be loaded whole to be understood and, unless
+    ``small_too``, where a machine without a GPU holds it with ease, which is quicker: a layer's tensors are made one
+    after the other, a model's on all cores.
 
     Warns and raises AutoQuantError as of :func:`looked_through`, of the token tables.
     """
+    one_arena_()
     try:
         opened = open_weights(source, trust_remote_code=trust_remote_code)
     except StoredOtherwise:
         return None
+    if not small_too and device.type == "cpu" and EASE * opened.inventory.parameters <= _memory():
+        return None
     layers = layer_paths(load_skeleton(source, trust_remote_code=trust_remote_code))
     return Trials(source, looked_through(opened, all_now=False), tuple(layers), strategy, tuple(fit), device)
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 @dataclass(slots=True, eq=False)

@@ -192,6 +192,14 @@ def test_what_needs_the_whole_model_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         outputs_of(trials, config, windows())
 
 
+def test_a_model_that_a_cpu_holds_with_ease_is_left_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times its size in float32; all results are the same either way."""
+    size = opened(PACKAGED).weights.inventory.parameters
+    for memory, layered in ((16 * size, False), (16 * size - 1, True)):
+        monkeypatch.setattr(trial, "_memory", lambda memory=memory: memory)
+        assert (open_trials(PACKAGED, STATIC, windows(), CPU, small_too=False) is not None) == layered
+
+
 def test_a_token_that_the_model_has_not_is_refused() -> None:
     unknown = tuple(torch.zeros_like(one) + 5000 for one in windows())
     with pytest.raises(AutoQuantError, match="token 5000 is beyond the model's table"):
