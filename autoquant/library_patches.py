@@ -36,6 +36,7 @@ __all__ = [
     "device_constructors",
     "gradients_throughout",
     "int_mm",
+    "lists_of_traced",
     "marked_as_compiling",
     "nonzero_takes_all",
     "plain_calls",
@@ -110,6 +111,23 @@ def some_rows() -> Iterator[None]:
         yield
     finally:
         kind.evaluate_expr = evaluate
+
+
+@contextlib.contextmanager
+def lists_of_traced(made: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Let ``tolist`` of a traced tensor be what ``made`` says, where it does not say None."""
+    kind: Any = FakeTensor
+    tolist = kind.tolist
+
+    def answered(self: Any) -> Any:
+        answer = made(self)
+        return tolist(self) if answer is None else answer
+
+    kind.tolist = answered
+    try:
+        yield
+    finally:
+        kind.tolist = tolist
 
 
 def questions_of_sizes(

@@ -29,7 +29,7 @@ LIMIT = 900
 """Seconds for one model."""
 PACKAGES = (
     "einops omegaconf antlr4-python3-runtime==4.9.3 simple_parsing docstring_parser einx frozendict loguru tiktoken "
-    "torch-einops-utils"
+    "torch-einops-utils importlib_resources"
 )
 
 
@@ -74,7 +74,7 @@ MODELS = (
     Model(
         "deepseek_v3",
         "deepseek-ai/DeepSeek-V3",
-        "9b4e979",
+        "9b4e978",
         "MIT",
         12,
         5,

@@ -106,7 +106,7 @@ def known_values() -> Iterator[None]:
 
     What is made of a fill (zeros, ones) in floating point is left to the trace, which knows its scale.
     """
-    with without_vmap(_is_known), _KnownValues():
+    with without_vmap(is_known), _KnownValues():
         yield
 
 
@@ -121,46 +121,23 @@ class DataAsDetached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class CountsOfEach(TorchFunctionMode):
-    """Where code asks how often each number occurs (tokens of each expert), each does.
-
-    Loops over experts skip those of no tokens, and with none they would compute the same. What such counts are used
-    for otherwise cannot be read off, and raises RuntimeError.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[torch.Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.bincount, torch.Tensor.bincount) and "minlength" in kwargs and not _is_known(args[0]):
-            with without_modes():
-                self.made.append(torch.ones(int(kwargs["minlength"]), dtype=torch.int64))
-            return self.made[-1]
-        result = func(*args, **kwargs)
-        leaves = pytree.tree_leaves((args, kwargs)) if self.made and isinstance(result, torch.Tensor) else []
-        if any(leaf is counts for leaf in leaves for counts in self.made):
-            raise RuntimeError("what is counted of the data is used for more than to skip what has none")
-        return result
-
-
 class _KnownValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if all(map(_is_known, tensors)) if tensors else _makes_known(func, kwargs):
+        if all(map(is_known, tensors)) if tensors else _makes_known(func, kwargs):
             with without_modes():
                 return func(*args, **kwargs)
-        if func is torch.Tensor.expand_as and _is_known(args[0]):  # of the other tensor, its shape alone is used
+        if func is torch.Tensor.expand_as and is_known(args[0]):  # of the other tensor, its shape alone is used
             with without_modes():
                 return args[0].expand(args[1].shape)
-        if func is torch.Tensor.__getitem__ and not _is_known(args[0]):
+        if func is torch.Tensor.__getitem__ and not is_known(args[0]):
             return func(args[0], _without_masks(args[1]))
         return func(*args, **kwargs)
 
 
-def _is_known(tensor: torch.Tensor) -> bool:
+def is_known(tensor: torch.Tensor) -> bool:
+    """True if it is a plain tensor with values."""
     return type(tensor) is torch.Tensor and not tensor.is_meta
 
 
@@ -177,7 +154,7 @@ def _without_masks(index: Any) -> Any:
     entries = index if isinstance(index, tuple) else (index,)
     made: list[Any] = []
     for entry in entries:
-        if isinstance(entry, torch.Tensor) and entry.dtype is torch.bool and _is_known(entry):
+        if isinstance(entry, torch.Tensor) and entry.dtype is torch.bool and is_known(entry):
             with without_modes():
                 made.extend(entry.nonzero(as_tuple=True))
         else:

@@ -22,7 +22,6 @@ from torch.jit import ScriptModule
 
 from autoquant.capture.attributes import attributes_as_buffers
 from autoquant.capture.fake_tensors import (
-    CountsOfEach,
     DataAsDetached,
     fakeify_,
     known_values,
@@ -42,6 +41,7 @@ from autoquant.capture.graph import (
     names_of,
     shape,
 )
+from autoquant.capture.occurring import EachOccurs
 from autoquant.capture.subgraphs import Traced, capture_subgraphs, compiled
 from autoquant.capture.untraceable import UntraceableCall, culprit, untraceable_
 from autoquant.errors import AutoQuantError
@@ -202,7 +202,7 @@ def _non_strict(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
 ) -> tuple[Subgraph, ...]:
     if not known:
-        with some_rows(), CountsOfEach(), DataAsDetached():
+        with some_rows(), EachOccurs(), DataAsDetached():
             program = torch.export.export(module, args, kwargs, strict=False)
         return (lower(program, names),)
     constants = {name: kwargs[name] for name in known}
@@ -217,7 +217,7 @@ def _by_position(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names
 ) -> tuple[Subgraph, ...]:
     """Where code decides by the largest position: the positions that it counts itself have values."""
-    with known_values(), some_rows(), CountsOfEach():
+    with known_values(), some_rows(), EachOccurs():
         program = torch.export.export(module, args, kwargs, strict=False)
     return (lower(program, names),)
 

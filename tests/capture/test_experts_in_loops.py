@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autoquant.capture.routes import capture, check_against_eager
 
@@ -49,7 +50,67 @@ class Asked(Experts):
         return out
 
 
-@pytest.mark.parametrize("kind", [Counted, Asked])
+class Occurring(Experts):
+    """Raschka's: over the experts that ``unique`` names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).topk(2, dim=-1).indices.reshape(-1, 2)
+        out = torch.zeros_like(x)
+        for named in torch.unique(chosen):
+            mask = chosen == int(named.item())
+            if not mask.any():
+                continue
+            rows = mask.any(dim=-1).nonzero().squeeze(-1)
+            out.index_add_(0, rows, self.experts[int(named)](x.index_select(0, rows)))
+        return out
+
+
+class Hit(Experts):
+    """Qwen's in transformers 4: over the experts that have a token in their mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = torch.topk(self.router(x), 2, dim=-1)
+        mask = functional.one_hot(chosen, num_classes=3).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            slots, rows = torch.where(mask[hit].squeeze(0))
+            out.index_add_(0, rows, self.experts[hit](x[None, rows].reshape(-1, 4)) * weights[rows, slots, None])
+        return out
+
+
+class Listed(Experts):
+    """Jamba's first: rows as lists."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = torch.topk(self.router(x), 2, dim=-1)
+        mask = functional.one_hot(chosen, num_classes=3).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            slots, rows = torch.where(mask[number])
+            if rows.shape[0] == 0:
+                continue
+            listed = rows.tolist()
+            self.takes(listed)
+            made = expert(x[None, listed].reshape(-1, 4)) * weights[listed, slots.tolist(), None]
+            out.index_add_(0, rows, made)
+        return out
+
+
+class Summed(Experts):
+    """A mask that is added up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = chosen == number
+            if mask.sum() == 0:
+                continue
+            out[mask] = expert(x[mask])
+        return out
+
+
+@pytest.mark.parametrize("kind", [Counted, Asked, Occurring, Hit, Listed, Summed])
 def test_every_expert_is_in_the_graph(kind: type[Experts]) -> None:
     module, x = kind(lambda counts: None), torch.randn(5, 4)
     captured = capture(module, (x,), {})
@@ -64,3 +125,26 @@ def test_counts_that_are_data_are_not_known() -> None:
     module = Counted(lambda counts: counts.float().mean().mul(2))
     with pytest.raises(Exception, match="cannot capture"):
         capture(module, (torch.randn(5, 4),), {}, "export")
+
+
+def test_a_list_of_the_data_is_an_index_alone() -> None:
+    module = Listed(lambda rows: torch.tensor(rows))
+    with pytest.raises(Exception, match="a list made of the data is used for more than an index"):
+        capture(module, (torch.randn(5, 4),), {}, "export")
+
+
+def test_numbers_of_unknown_many_are_those_of_the_data() -> None:
+    """Token ids are chosen from nowhere: which of them occur decides, and nothing stands for it."""
+
+    class Ids(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            for number in torch.unique(ids):
+                x = x + self.lin(x) * number
+            return x
+
+    with pytest.raises(Exception, match="cannot capture"):
+        capture(Ids(), (torch.randn(5, 4), torch.tensor([1, 2])), {}, "export")
