@@ -244,6 +244,11 @@ def _used_without_gain(analysis: RotationAnalysis) -> list[tuple[list[Axis], Rea
     return found
 
 
+def _takes(read: Read, labels: Ints) -> bool:
+    """True if it reads any of some channels of its weight: other rows of the same matrix may write."""
+    return read.columns is None or bool(np.isin(labels, read.columns.numpy()).any())
+
+
 def _reads(analysis: RotationAnalysis, family: Axis) -> list[Read]:
     return [read for read in analysis.reads if (read.weight, read.dim) == (family.param, family.dim)]
 
@@ -385,7 +390,7 @@ def _space(
         if slot is None:
             return None
         slot = _for_all(slot, family.full_shape)
-        readers = _reads(analysis, family)
+        readers = [read for read in _reads(analysis, family) if _takes(read, ids[here])]
         if not readers:
             writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))
             continue

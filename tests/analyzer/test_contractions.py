@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracle import proved
+from readable import space_lines
 from small_graphs import Graph, lin, par, rms
 from torch import Tensor, nn
 from torch.nn import functional
@@ -250,3 +251,21 @@ def test_experts_that_the_tokens_choose_multiply_from_the_left(same: bool) -> No
     findings = proved(model, TOKENS)
     assert groups(findings) == ["g -> w", "w -> v"]
     assert spaces(findings) == ["R1"]
+
+
+def test_rows_of_one_weight_read_and_others_of_it_write() -> None:
+    """DeepSeek's absorbed attention: the rows of a weight that meet queries, and below them those that write values."""
+
+    def function(s: Graph, x: Tensor) -> Tensor:
+        return s.down(functional.relu(s.up(x) @ s.w[:4]) @ s.w[4:].mT)
+
+    found = proved(Graph(function, up=lin(), w=par(8, 6), down=lin()), X)
+    assert [line for space in found.spaces for line in space_lines(space)] == [
+        "other 1 x 4",
+        "    up.weight.0",
+        "    up.bias.0",
+        " -> w.0[0..3]",
+        "other 1 x 4",
+        "    w.0[4..7]",
+        " -> down.weight.1 +bias",
+    ]
