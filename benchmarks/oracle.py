@@ -226,6 +226,8 @@ def read_(cells: Cells, read: Json, layer: int | None, space: Json) -> None:
         if gain is not None:
             factor = torch.where(channel >= 0, (gain.data + offset)[channel.clamp(min=0) % len(gain)], 1.0)
             view *= factor.view(view.shape[0], view.shape[1], *[1] * (view.dim() - 2))
+        if norm["kind"] == "rms" and space.get("centre"):  # a LayerScale: its linear writes what is centred
+            view.copy_(view - view.mean((0, 1), keepdim=True))
     if gain is not None:
         gain.data.fill_(1 - offset)
     if shift is not None:

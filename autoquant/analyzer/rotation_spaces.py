@@ -92,10 +92,9 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
     found, ended = False, set[int]()
     for read, labels, components in reads:
         text = None
-        if (read.gain is None or read.gain.kind != "layer") and np.isin(components, means).any():
+        layer = read.behind or (read.gain is not None and read.gain.kind == "layer")  # a LayerScale goes before
+        if not layer and np.isin(components, means).any():
             text = "its mean is subtracted for some of its readers only"
-            if read.behind and read.gain is not None:
-                text = f"{read.gain.weight} is applied to what is written, and the mean of that is subtracted"
         if text is None and np.isin(components, means).any() and _writes_too(analysis, read):
             text = f"{read.weight} is written too, and could not be centred for that without being read otherwise"
         for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():

@@ -113,6 +113,8 @@ def _fold_norms(space: ResolvedSpace, draft: _Draft) -> None:
             gain = draft.gain(norm, channels)
             for reader in read.readers:
                 draft.add(reader.name, Scale(f"fold gain {norm.weight}", reader.axis, reader.axis.gather(gain, 1.0)))
+                if space.centre and norm.kind == "rms":  # a LayerScale's linear: what it writes is centred, too
+                    draft.add(reader.name, Centre(f"centre {space.name} {space.layer}", reader.axis, reader.blocks))
             draft.add(norm.weight, Fill(f"gain {1 - norm.offset}", 1.0 - norm.offset))
 
 

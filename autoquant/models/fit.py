@@ -156,7 +156,7 @@ def _read(model: ModelStructure, at: JsonPath, space: Space, read: Read, channel
     layers = read.layers or space.layers
     if read.norm is not None:
         yield from _norm(model, (*at, "norm"), read.norm, layers, (channels, space.size))
-    if space.centre and (read.norm is None or read.norm.kind != "layer"):
+    if space.centre and (read.norm is None or (read.norm.kind != "layer" and read.norm.weight is None)):
         yield Problem(at, "reads a centred space without a LayerNorm, and centring would change it (centre)")
     for j, reader in enumerate(read.readers):
         where = (*at, "readers", j)

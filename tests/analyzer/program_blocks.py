@@ -364,7 +364,7 @@ def _planted_stream(s: Scope) -> list[str]:
         lines.append(f"{u} = {_applied(up, f'{norm}({h})', convolved)}")
         form = s.draw.choice([t for f in ("homogeneous", "nonlinear", "movement", "arithmetic") for t in FAMILIES[f]])
         lines.append(f"{u} = {expression(s, form, (u,), 6)}")
-        factor = s.draw.choice(("", "0.5 * ", "{} * ", "(1 + {}) * ") if kind.startswith("nn.RMS") else ("", "0.5 * "))
+        factor = s.draw.choice(("", "0.5 * ", "{} * ", "(1 + {}) * "))
         factor = factor.format(s.parameter(width)) if "{}" in factor else factor  # a LayerScale
         lines.append(f"{h} = {h} + {factor}{_applied(down, u, convolved)}")
         writers.append(f"{down}.weight")

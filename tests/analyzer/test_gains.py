@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +14,12 @@ from torch.nn import functional
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.findings import Findings
+from autoquant.certificate.certify import certify
 from autoquant.config.check import problems
+from autoquant.executor.apply import apply_
+from autoquant.models.fit import structure_problems
 from autoquant.models.source import ModelSource
+from autoquant.models.structure import structure_of
 
 TOKENS = torch.tensor([[3, 1, 4], [1, 5, 2]])
 
@@ -89,9 +94,26 @@ def test_a_gain_that_something_else_depends_on_ends_the_stream(branch: Callable[
     assert residual(proved(stream(branch), TOKENS)) == []
 
 
-def test_what_is_centred_later_takes_no_gain() -> None:
-    model = stream(lambda s, x: s.g * unit(s, x), lambda x: functional.layer_norm(x, (4,)))
-    assert residual(proved(model, TOKENS)) == []
+def centred(x: Tensor) -> Tensor:
+    return functional.layer_norm(x, (4,))
+
+
+def test_what_is_centred_later_takes_the_gain_before() -> None:
+    """The rows of the linear are multiplied by the gain, and what they write then is centred."""
+    found = proved(stream(lambda s, x: s.g * unit(s, x), centred), TOKENS)
+    assert sorted(residual(found), key=str) == sorted(FOLDED, key=str)
+    assert [space.centre for space in found.spaces if space.kind == "R1"] == [True]
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda s, x: s.g * unit(s, x) + s.a(functional.linear(x, s.b.weight)),  # the linear is used without it too
+        lambda s, x: (lambda h: h + s.a(functional.rms_norm(h, (4,))))(s.emb(TOKENS) + s.g * unit(s, x)),  # not centred
+    ],
+)
+def test_what_is_centred_for_some_ends_with_its_gain(branch: Callable[[Graph, Tensor], Tensor]) -> None:
+    assert residual(proved(stream(branch, centred), TOKENS)) == []
 
 
 def heads(gain: Callable[[Graph, Tensor], Tensor]) -> Graph:
@@ -139,3 +161,16 @@ def test_the_config_of_a_folded_gain_fits_together() -> None:
     (read,) = (read for space in config.rotation.spaces for read in space.reads if read.norm is not None)
     assert [(reader.path, reader.dim) for reader in read.readers] == [("b.weight", 0), ("b.bias", 0)]
     assert problems(config) == []
+
+
+def test_what_a_linear_writes_is_centred_behind_the_gain_that_it_takes() -> None:
+    model = stream(lambda s, x: s.g * unit(s, x), centred).double()
+    source = ModelSource("gain", factory=lambda: (copy.deepcopy(model), (TOKENS,)))
+    config = certify(analyze(source), source)
+    before = model(TOKENS)
+    assert problems(config) == [] == structure_problems(config, structure_of(model))
+    applied = apply_(model, config, smooth="none")
+    assert applied.spaces == ("residual",)
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-12, atol=1e-12)
+    for written in (model.b.weight, model.b.bias, model.emb.weight.mT):
+        torch.testing.assert_close(written.mean(0), torch.zeros_like(written[0]), rtol=0, atol=1e-12)
