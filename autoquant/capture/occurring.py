@@ -23,6 +23,10 @@ _MOVES = {
     *(_T.reshape, _T.view, _T.flatten, _T.squeeze, _T.unsqueeze, _T.clone, _T.contiguous, _T.detach, _T.long, _T.to),
     *(_T.int, torch.flatten, torch.squeeze, torch.unsqueeze, torch.reshape),
 }
+_SAME_SHAPE = {
+    *(_T.clone, _T.contiguous, _T.detach, _T.to, _T.long, _T.int, _T.float, _T.bool, torch.mul, _T.mul, _T.__mul__),
+    *(_T.__and__, torch.logical_and),
+}
 _EQUAL = {torch.eq, _T.eq, _T.__eq__}
 _POSITIVE = {torch.gt, _T.gt, _T.__gt__, torch.greater, _T.greater, torch.ne, _T.ne, _T.__ne__}
 _ANY = {torch.any, _T.any}
@@ -58,9 +62,13 @@ class _ForOne:
 
 @dataclass(frozen=True, slots=True)
 class _ForEach:
-    """Where each number was chosen, or how often: ``dim`` goes through the numbers."""
+    """Where each number was chosen, or how often: ``dim`` goes through the numbers, of which the first ``count`` occur.
+
+    A last class stands for no expert, where code has one more than could be chosen.
+    """
 
     dim: int
+    count: int
 
 
 class EachOccurs(TorchFunctionMode):
@@ -134,7 +142,7 @@ class EachOccurs(TorchFunctionMode):
         if func in (torch.unique, _T.unique) and isinstance(of, _Chosen) and not _asks_for_more(args, kwargs):
             return self._every(of.count)
         if func in (torch.nonzero, _T.nonzero, torch.where) and isinstance(of, _ForEach) and given.dim() == 1:
-            every = self._every(given.shape[0])
+            every = self._every(of.count)
             in_tuple = func is torch.where or kwargs.get("as_tuple")
             return (every,) if in_tuple else self._noted(_T.unsqueeze, (every, 1), {})
         if isinstance(of, _ForOne) and given.dim() == 0:
@@ -153,13 +161,15 @@ class EachOccurs(TorchFunctionMode):
             dim = kwargs.get("dim", _axis(func, args))
             found = _Chosen(args[0].shape[dim]) if isinstance(dim, int) else None
         elif func is torch.nn.functional.one_hot:
-            found = _ForEach(result.dim() - 1)
+            classes = result.shape[-1]
+            found = _ForEach(result.dim() - 1, min(of.count, classes) if isinstance(of, _Chosen) else classes)
         elif isinstance(of, _Chosen):
             found = of if func in _MOVES else _ForOne() if func in _EQUAL else None
         elif isinstance(of, _ForOne):
             found = of if func in _SUMS and result.dim() == 0 else None
         elif isinstance(of, _ForEach):
-            found = of if func in _POSITIVE and args[1] == 0 else None
+            same = func in _SAME_SHAPE and result.shape == args[0].shape  # fewer tokens, of which each still has some
+            found = of if same or (func in _POSITIVE and args[1] == 0) else None
             if func in _PERMUTES or func in _SUMS:
                 found = _moved(func, args, kwargs, of)
         if found is not None:
@@ -185,4 +195,4 @@ def _moved(func: Any, args: Any, kwargs: Any, of: _ForEach) -> _ForEach | None:
     with without_modes():
         probe = torch.empty(tuple(range(2, 2 + args[0].dim())), device="meta")
         sizes = func(probe, *args[1:], **kwargs).shape
-    return _ForEach(sizes.index(2 + of.dim)) if 2 + of.dim in sizes else None
+    return _ForEach(sizes.index(2 + of.dim), of.count) if 2 + of.dim in sizes else None

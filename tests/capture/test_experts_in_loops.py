@@ -70,9 +70,11 @@ class Hit(Experts):
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = torch.topk(self.router(x), 2, dim=-1)
-        mask = functional.one_hot(chosen, num_classes=3).permute(2, 1, 0)
+        mask = functional.one_hot(chosen, num_classes=4).permute(2, 1, 0) * 1  # and one that stands for none
         out = torch.zeros_like(x)
         for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            if hit[0] == 3:
+                continue
             slots, rows = torch.where(mask[hit].squeeze(0))
             out.index_add_(0, rows, self.experts[hit](x[None, rows].reshape(-1, 4)) * weights[rows, slots, None])
         return out
