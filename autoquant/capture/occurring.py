@@ -90,11 +90,11 @@ class EachOccurs(TorchFunctionMode):
 
     def __enter__(self) -> EachOccurs:
         self.lists.enter_context(lists_of_traced(_as_list))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's own
         self.lists.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

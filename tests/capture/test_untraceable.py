@@ -29,7 +29,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
         result = torch.zeros_like(x)
-        for expert in sorted(set(chosen.tolist())):
+        for expert in range(4):
+            if (chosen == expert).double().mean() == 0:
+                continue
             tokens = torch.where(chosen == expert)[0]
             result.index_add_(0, tokens, torch.relu(x[tokens] @ self.up[expert].T) @ self.down[expert].T)
         return result
