@@ -145,8 +145,9 @@ def _makes_known(func: Any, kwargs: Any) -> bool:
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "meta":
         return False
-    dtype = kwargs.get("dtype")
-    return func in _FROM_VALUES or (func in _FILLS and dtype is not None and not dtype.is_floating_point)
+    dtype = kwargs.get("dtype")  # of torch, or one of Python's types
+    floating = dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype is float
+    return func in _FROM_VALUES or (func in _FILLS and dtype is not None and not floating)
 
 
 def _without_masks(index: Any) -> Any:

@@ -60,6 +60,18 @@ def auto_class(kind: Kind) -> Any:
     return getattr(transformers, _CLASSES[kind][0])
 
 
+def class_by_name(kind: Kind, config: Any) -> Any:
+    """The class registered for a configuration's type where the auto class does not find it, else None.
+
+    It looks types up by the class of their configuration, and one class may stand for two types.
+    """
+    import transformers
+
+    named = getattr(transformers, _names(kind).get(config.model_type, ""), None)
+    lost = type(config) not in auto_class(kind)._model_mapping
+    return named if lost and getattr(named, "config_class", None) is type(config) else None
+
+
 def part_taken(kind: Kind, config: Any) -> Any:
     """The one part of a configuration that the class registered for its type is made from; None where that is no part.
 

@@ -26,6 +26,7 @@ from autoquant.models.sounds import SOUNDS, sound_layouts
 from autoquant.models.source import PLACEHOLDER
 
 _TEXTS = ("input_ids", "decoder_input_ids")
+_COUNT = re.compile(r"(\w+) features and \w+ tokens do not match, tokens: \d+, features: (\d+)")
 NO_SHAPES = re.compile(r"Expected inputs of BF16 type")
 """What an operator says that runs in float32, and whose stand-in without memory does not."""
 
@@ -117,6 +118,8 @@ class _Maker:
         if type(words) is not int:
             raise AutoQuantError(f"{type(module).__name__} takes no tokens: its configuration has no vocab_size")
         self.vocabulary = words
+        self.counts: dict[str, int] = {}
+        """How many placeholders of images and sounds the model has asked for."""
 
     # Text
 
@@ -190,15 +193,26 @@ class _Maker:
 
     def fitting(self, text: Values, media: Values) -> Values:
         """``text``, as long as it takes to run with ``media``. Raises what the model says where it does not run."""
+        before = dict(self.counts)
         try:
             self.run(self.with_placeholders(text, media))
-        except Exception:  # the model's own code
-            # Where features are added to the tokens one by one, there is a token for each.
-            count = 0 if self.module.config.is_encoder_decoder else self._features("audio", media)
-            if "input_ids" not in text or not count:
-                raise
-            text = {**text, "input_ids": self._tokens(1, count)}
-            self.run(self.with_placeholders(text, media))
+        except Exception as error:  # the model's own code
+            said = _COUNT.search(str(error))
+            if said and before.get(what := said[1].lower()) != int(said[2]):
+                self.counts[what] = int(said[2])
+            elif "audio" not in before and not self._methods("audio"):
+                self.counts["audio"] = 2  # a row of them, however many: how many there should be is said then
+            else:
+                # Where features are added to the tokens one by one, there is a token for each.
+                count = 0 if self.module.config.is_encoder_decoder else self._features("audio", media)
+                if "input_ids" not in text or not count or count == text["input_ids"].shape[1]:
+                    raise
+                text = {**text, "input_ids": self._tokens(1, count)}
+            try:
+                return self.fitting(text, media)
+            except Exception:
+                self.counts = before
+                raise error from None
         return text
 
     def with_placeholders(self, text: Values, media: Values) -> Values:
@@ -209,8 +223,7 @@ class _Maker:
         types = torch.zeros_like(ids)
         masks = [name for name in self.names if name.endswith("_position_mask")]
         for number, what in ((1, "image"), (2, "audio"), (2, "video")):
-            named = ((PLACEHOLDER.search(name), value) for name, value in self.fields.items() if type(value) is int)
-            token = next((value for match, value in named if match and match[what]), None)
+            token = self._placeholder(what)
             if token is None and what == "image" and masks:  # any: the mask alone says where the image goes
                 token = 1
             if token is None or (what == "video" and (types == 1).any()):  # it is taken for an image
@@ -230,19 +243,35 @@ class _Maker:
             extra["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
         return {**text, **media, "input_ids": ids, **extra}
 
+    def _placeholder(self, what: str) -> int | None:
+        """The token in whose place the features of an image, a sound or a film go; not what it begins or ends with."""
+        named = ((PLACEHOLDER.search(name), value) for name, value in self.fields.items() if type(value) is int)
+        tokens = {match[0]: value for match, value in named if match and match[what]}
+        return next(
+            (tokens[name] for name in sorted(tokens, key=lambda name: "_bos_" in name or "_eos_" in name)), None
+        )
+
     def _queries(self) -> int:
         """How many vectors the configuration says that an image becomes, 0 where it does not say."""
         return first(self.fields, "latent_query_num", "num_query_tokens", "image_seq_length") or 0
 
+    def _methods(self, what: str) -> list[Callable[..., Any]]:
+        """The model's own methods that make vectors of an image or a sound."""
+        owners = (self.module, getattr(self.module, "model", None))
+        return [method for owner in owners if (method := getattr(owner, f"get_{what}_features", None)) is not None]
+
     def _features(self, what: str, media: Values) -> int:
-        """How many vectors the model's own method makes of an image or a sound, 0 where it has none."""
-        for owner in (self.module, getattr(self.module, "model", None)):  # the outer one may not say what it takes
-            method = getattr(owner, f"get_{what}_features", None)
-            taken = inspect.signature(method).parameters if method is not None else {}
+        """How many vectors the model makes of an image or a sound: it said so, or its own method does; 0 without."""
+        if what in self.counts:
+            return self.counts[what]
+        most: tuple[Values, Any] = {}, None
+        for method in self._methods(what):  # the outer one may not say what it takes
+            taken = inspect.signature(method).parameters
             given = {key: value for key, value in media.items() if key in taken}
-            if any(value.is_floating_point() for value in given.values()):
-                break
-        else:
+            if any(value.is_floating_point() for value in given.values()) and len(given) > len(most[0]):
+                most = given, method
+        given, method = most
+        if not given:
             return 0
         output = self.run(given, lambda: method)
         found = getattr(output, "pooler_output", None)

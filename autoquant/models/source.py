@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from torch import nn
 
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
-from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, part_taken
+from autoquant.models.auto_classes import auto_class, class_by_name, kind_of, kinds_of, part_taken
 from autoquant.models.checkpoint_source import ADAPTER, adapter_alone, read_settings_file
 from autoquant.models.hub_errors import why_not
 from autoquant.models.tasks import Kind
@@ -320,10 +321,10 @@ def build_module(source: ModelSource, config: Any, device: torch.device, dtype: 
 
 
 def _from_config(kind: Kind, config: Any, attention: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    part = part_taken(kind, config)
-    if part is not None:
-        architecture = auto_class(kind)._model_mapping[type(config)]
-        return architecture._from_config(part, attn_implementation=attention, dtype=dtype)
+    part, named = part_taken(kind, config), class_by_name(kind, config)
+    if part is not None or named is not None:
+        architecture = named or auto_class(kind)._model_mapping[type(config)]
+        return architecture._from_config(config if part is None else part, attn_implementation=attention, dtype=dtype)
     return auto_class(kind).from_config(
         config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
     )
@@ -448,6 +449,8 @@ def what_failed(error: Exception, config: Any) -> str:
     """
     if isinstance(error, ImportError) and (wanted := dict.fromkeys(_WANTED.findall(str(error)))):
         return f"it needs {' and '.join(wanted)}: pip install 'autoquant[multimodal]', or these packages"
+    if (unset := _unset(error, config)) is not None:
+        return f"{unset} is not set, and has no default: give a config.json that sets it"
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         for path, part in sub_configs(config).items():
             for name, value in vars(part).items():
@@ -457,6 +460,17 @@ def what_failed(error: Exception, config: Any) -> str:
                         where = ".".join(filter(None, (path, name if held is not value else f"{name}.{field_}")))
                         return f"{where}: {one!r} is none that transformers knows"
     return one_line(error)
+
+
+def _unset(error: Exception, config: Any) -> str | None:
+    """The field that a line of the model's own code looks into and that is None, if that is what failed."""
+    line = (traceback.extract_tb(error.__traceback__) or [None])[-1]
+    named = re.search(r"\bconfig\.([\w.]+)\[", line.line or "") if line is not None else None
+    if named is None or not isinstance(error, TypeError):
+        return None
+    *path, name = named[1].split(".")
+    part = sub_configs(config).get(".".join(path))
+    return named[1] if part is not None and getattr(part, name, 0) is None else None
 
 
 def one_line(error: BaseException | None) -> str:

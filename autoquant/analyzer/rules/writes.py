@@ -248,7 +248,8 @@ def rotate_masked_scatter(a: RotationAnalysis, site: Site, x: Value, mask: Value
         or source.gain is not None
         or source.coordinates.shape[-1] != x.coordinates.shape[-1]
     ):
-        return a.end(site, [x, mask, source], "it is masked")
+        gained = any(isinstance(part, Vector) and part.gain is not None for part in (x, source))
+        return a.end(site, [x, mask, source], "a norm's gains are on what it writes" if gained else "it is masked")
     a.arrange(site, x.coordinates, source.coordinates)
     row = a.variables.merge_along(source.coordinates, range(source.coordinates.ndim - 1), site.order)
     labels = a.variables.merge(x.coordinates, row, site.order)
