@@ -441,7 +441,7 @@ torch.einsum('bts,bsc->btc', torch.softmax(torch.einsum('btc,bsc->bts', {x}, {x}
 torch.bmm({x}, {y}.transpose(1, 2))
 torch.bmm(torch.softmax(torch.bmm({x}, {y}.transpose(1, 2)), -1), {y})
 torch.baddbmm(torch.ops.aten.zeros([{B}, {T}, {T}], dtype=torch.float64), {x}, {y}.transpose(1, 2), beta=0, alpha=0.5)
-torch.softmax(torch.baddbmm(torch.ops.aten.zeros([{B}, {T}, {T}], dtype=torch.float64), {x}, {y}.mT), -1) @ {y}
+torch.softmax(torch.baddbmm({y} @ {y}.mT, {x}, {y}.mT), -1) @ {y}
 {x} @ ({y}.transpose(1, 2) @ {y})
 F.scaled_dot_product_attention({x}[:, None], {y}[:, None], {y}[:, None])[:, 0]
 F.scaled_dot_product_attention({x}[:, None], {x}[:, None], {y}[:, None], is_causal=True).squeeze(1)

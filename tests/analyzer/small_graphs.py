@@ -288,6 +288,15 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         X,
     ),
+    "baddbmm": lambda: (  # a bias of each pair of tokens is added to products of a and b
+        Graph(
+            lambda s, x: torch.softmax(torch.baddbmm(s.p(x), s.a(x), s.b(x).mT, alpha=0.5), -1),
+            p=lin(4, 3),
+            a=lin(),
+            b=lin(),
+        ),
+        X,
+    ),
     "einsum_mixes_tokens": lambda: (
         Graph(
             lambda s, x: s.o(

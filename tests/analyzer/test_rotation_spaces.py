@@ -70,6 +70,7 @@ EXPECTED: dict[str, list[str]] = {
     "W.T": ["other 1 x 4 a.weight.0 a.bias.0 -> w.1"],
     "W": ["other 1 x 6 u.1 -> w.0"],
     "addmm": ["other 1 x 6 u.1 b.0 -> w.0 +bias"],
+    "baddbmm": [],
     "einsum_mixes_tokens": ["R2 1 x 4 v.weight.0 v.bias.0 -> o.weight.1 +bias"],
     "einsum": ["other 1 x 4 a.weight.0 a.bias.0 -> w.0", "other 1 x 4 w.1 -> b.weight.1 +bias"],
     "unknown_op": [],

@@ -91,6 +91,7 @@ EXPECTED: dict[str, list[str]] = {
     "W.T": ["linear_linear 4 a.weight.0 a.bias.0 -> w.1"],
     "W": ["linear_linear 6 u.1 -> w.0"],
     "addmm": ["linear_linear 6 u.1 b.0 -> w.0"],
+    "baddbmm": ["query_key 4 a.weight.0 a.bias.0 -> b.weight.0 b.bias.0"],
     "einsum_mixes_tokens": ["linear_linear 4 v.weight.0 v.bias.0 -> o.weight.1"],
     "einsum": ["linear_linear 4 a.weight.0 a.bias.0 -> w.0", "linear_linear 4 w.1 -> b.weight.1"],
     "unknown_op": [],

@@ -122,9 +122,7 @@ def rotate_addmm(a: RotationAnalysis, site: Site, bias: Value, x: Value, w: Valu
 
 @scale_rule("baddbmm", says=product_with_weight, without="dtype")
 def scale_baddbmm(a: ScaleAnalysis, site: Site, bias: Value, x: Value, y: Value, **kwargs: Value) -> Value:
-    """``beta * bias + alpha * x @ y``: numbers change no scale."""
-    if isinstance(bias, (Tensor, Param)):
-        return a.block(site, [bias, x, y], "a product is blended with an activation")
+    """``beta * bias + alpha * x @ y``: numbers change no scale, and both terms have the same."""
     return a.variables.merge(scale_matmul(a, site, x, y), a.labels(site, bias), site.order)
 
 
