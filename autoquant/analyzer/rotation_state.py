@@ -268,21 +268,39 @@ class RotationAnalysis:
     ) -> Value:
         parts = [self._as_vector(site, p) for p in args[0] if 0 not in shape_of(p)]
         rest = [_plain(arg) for arg in args[1:]]
-        if not all(isinstance(p, Vector) and p.gain is None for p in parts):
+        vectors = [p for p in parts if isinstance(p, Vector)]
+        if len(vectors) + sum(map(is_nothing, parts)) < len(parts) or not vectors:
             return self.end(site, parts, "it is joined with something else")
+        gain = vectors[0].gain
+        if any(part.gain != gain for part in vectors):
+            return self.end(site, parts, "it is joined with what another gain is applied to")
+        if gain is not None and gain.bias is not None and len(vectors) < len(parts):
+            return self.end(site, parts, f"it is joined with 0, to which {gain.bias} was not added")
         offset = 0
-        instances = []
+        coordinates, instances, indices, factors = [], [], [], []
+        origins = {part.origin for part in vectors}
         for part in parts:  # instances of different parts are different, unless the parts come from one vector
+            none = torch.zeros(shape_of(part), dtype=torch.int64)
+            if not isinstance(part, Vector):
+                part = Vector(none, none)
+            coordinates.append(part.coordinates)
             instances.append(part.instances if site.operator == "cat" else part.instances + offset)
+            indices.append(none if part.gain_index is None else part.gain_index)
+            seen = none if part.factors is None else part.factors
+            # of two tensors neither is whole: what each channel is of counts
+            factors.append(mixed(seen, torch.tensor(part.origin)) if len(origins) > 1 else seen)
             offset += int(part.instances.max()) + 1
-        factors = [torch.zeros_like(p.coordinates) if p.factors is None else p.factors for p in parts]
-        if len({part.origin for part in parts}) > 1:  # of two tensors neither is whole: what each channel is of counts
-            factors = [mixed(f, torch.tensor(part.origin)) for f, part in zip(factors, parts, strict=True)]
-        return Vector(
-            function([p.coordinates for p in parts], *rest, **kwargs),
+        joined = Vector(
+            function(coordinates, *rest, **kwargs),
             function(instances, *rest, **kwargs),
+            gain,
+            None if gain is None else function(indices, *rest, **kwargs),
+            centred=all(part.centred for part in vectors),
             factors=function(factors, *rest, **kwargs),
         )
+        if len(vectors) < len(parts):
+            self.split(joined, torch.zeros_like(joined.instances), site.because("some of its channels become 0"))
+        return joined
 
     def written_by(self, site: Site, param: Param) -> Tensor | None:
         """Labels of a parameter that is a vector, or several, in the shape it is seen in; None if it is too large.
@@ -295,10 +313,10 @@ class RotationAnalysis:
         return labels.expand(param.shape)
 
     def _as_vector(self, site: Site, part: Value) -> Value:
-        """A parameter of one dimension, such as a class token, is a vector that it writes itself."""
-        if not isinstance(part, Param) or len([size for size in part.full_shape if size > 1]) != 1:
+        """A parameter that is one vector or several, such as class tokens and registers, is written by itself."""
+        if not isinstance(part, Param) or not part.shape:
             return part
-        labels = self.axes.leaf(part, 0, site.because("it is a parameter"))
+        labels = self.written_by(site, part)
         return part if labels is None else Vector(labels, fresh_instances(labels))
 
     def _gather(self, site: Site, vector: Vector, dim: int) -> Value:
@@ -447,6 +465,11 @@ def shape_of(value: Value) -> tuple[int, ...]:
     if isinstance(value, (Vector, Square, Mean)):
         return tuple(coordinates_of(value).shape)
     return tuple(value.value.shape) if isinstance(value, Constant) else tuple(getattr(value, "shape", ()))
+
+
+def is_nothing(value: Value) -> bool:
+    """True of zeros, which are the same rotated."""
+    return isinstance(value, Constant) and value.settled and not bool(value.value.any())
 
 
 def picks_rows(site: Site, args: Sequence[Value]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
+from autoquant.analyzer.interpreter import Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     Gain,
     Mean,
@@ -20,6 +20,7 @@ from autoquant.analyzer.rotation_state import (
     anew,
     broadcast,
     coordinates_of,
+    is_nothing,
     mixed,
     varies,
 )
@@ -32,12 +33,13 @@ from autoquant.analyzer.rules.sentences import (
     params_text,
 )
 from autoquant.analyzer.scale_state import ScaleAnalysis, scalar
+from autoquant.analyzer.variables import ZERO
 from autoquant.aten import (
     NO_ROTATION,
     base_name,
     operator_name,
 )
-from autoquant.config.format import edited
+from autoquant.config.format import Norm, edited
 
 
 def sum_sentence(node: fx.Node, carriers: Collection[fx.Node], params: Collection[Param]) -> str:
@@ -98,8 +100,11 @@ def rotate_add(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value
         return a.end(site, [x, y], "it is added with a factor")
     for one, other in ((x, y), (y, x)):
         number = scalar(other)
-        nothing = number == 0.0 or (isinstance(other, Constant) and other.settled and not bool(other.value.any()))
-        if nothing and isinstance(one, (Vector, Square)) and site.shape == tuple(coordinates_of(one).shape):
+        if (
+            (number == 0.0 or is_nothing(other))
+            and isinstance(one, (Vector, Square))
+            and site.shape == tuple(coordinates_of(one).shape)
+        ):
             return one
         if number == 1.0 and isinstance(one, Param) and site.operator == "add":
             return Gain(one, 1)
@@ -110,9 +115,10 @@ def rotate_add(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value
         return rotate_added_parameter(a, site, vector, param)
     if not isinstance(x, Vector) or not isinstance(y, Vector):
         return a.end(site, [x, y], "a tensor that is not rotated is added")
-    if x.gain is not None or y.gain is not None:
-        gain = x.gain or y.gain
-        name = gain.weight if gain else None
+    waiting = _gain_of_both(x, y)
+    if waiting is None:
+        first = x.gain or y.gain
+        name = first.weight if first else None
         return a.end(site, [x, y], f"{name} is applied to it before it is added: it cannot be folded into a linear")
     coordinates = a.variables.merge(x.coordinates, y.coordinates, site.order)
     a.arrange(site, x.coordinates.expand(site.shape), y.coordinates.expand(site.shape))
@@ -120,10 +126,31 @@ def rotate_add(a: RotationAnalysis, site: Site, x: Value, y: Value, *args: Value
     pairs = (one * (int(other.max()) + 1) + other).reshape(-1)  # whatever tokens meet, meet in one instance
     instances = torch.unique(pairs, return_inverse=True)[1].view(site.shape)
     if x.factors is None and y.factors is None:
-        return Vector(coordinates, instances)
+        return Vector(coordinates, instances, *waiting)
     none = torch.zeros(1, dtype=torch.int64)
     factors = mixed(*(none if side.factors is None else side.factors for side in (x, y)))
-    return Vector(coordinates, instances, factors=factors.expand(site.shape))
+    return Vector(coordinates, instances, *waiting, factors=factors.expand(site.shape))
+
+
+def _gain_of_both(x: Vector, y: Vector) -> tuple[Norm | None, Tensor | None] | None:
+    """The gain that waits behind both, channel by channel, which multiplies their sum as well, and the places of its
+    channels; without a gain none. None where each has one of its own.
+    """
+    if x.gain is None and y.gain is None:
+        return None, None
+    if x.gain is None or x.gain != y.gain or x.gain.bias is not None or x.gain_index is None or y.gain_index is None:
+        return None
+    index = torch.where(x.coordinates == ZERO, y.gain_index, x.gain_index)
+    same = (index == y.gain_index) | (y.coordinates == ZERO)
+    return (x.gain, index) if bool(same.all()) else None
+
+
+@rotation_rule("lerp", says="blends two tensors: both are rotated alike")
+def rotate_lerp(a: RotationAnalysis, site: Site, x: Value, y: Value, weight: Value) -> Value:
+    """``x + weight * (y - x)``, with one weight for all channels."""
+    if not isinstance(x, Vector) or not isinstance(y, Vector) or isinstance(weight, (Vector, Square, Mean, Param)):
+        return a.end(site, [x, y, weight], "a tensor that is not rotated is blended in")
+    return rotate_add(a, site, *(rotate_scaled(a, site, one, weight) for one in (x, y)))
 
 
 def rotate_added_parameter(a: RotationAnalysis, site: Site, vector: Value, param: Param) -> Value:

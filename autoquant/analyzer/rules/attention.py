@@ -20,6 +20,7 @@ from autoquant.analyzer.rotation_state import (
     varies,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
+from autoquant.analyzer.rules.gains import behind_gain
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.scale_state import ScaleAnalysis, Scores, shape_of
 from autoquant.aten import (
@@ -104,16 +105,20 @@ def scale_cancel(a: ScaleAnalysis, site: Site, queries: Tensor, keys: Tensor) ->
 def rotate_summed_over_tokens(a: RotationAnalysis, site: Site, values: Vector) -> Value:
     """Sums of vectors with coefficients per position of the result: every axis but the last has its own."""
     dim = values.coordinates.ndim - 2
-    if values.gain is not None or varies(values.coordinates, dim):
+    if varies(values.coordinates, dim):
         return a.end(site, [values], "its channels are summed")
-    labels = a.variables.merge_along(values.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
-    # The heads of a token are read together, also where they all look at the same values.
-    instances = fresh_instances(labels.narrow(-3, 0, 1) if labels.ndim > 3 else labels).expand(labels.shape)
-    out = Vector(labels, instances, factors=seen_along(values, [dim], True, tuple(site.shape)))
-    keys = torch.arange(int(np.prod(site.shape[:-1]))).view(*site.shape[:-1], 1).expand(site.shape)
-    a.split(out, keys, site.because("heads have attention weights of their own"))
-    a.values.append((site, labels))
-    return replace(out, factors=out.times(keys + (site.order << 32)))
+
+    def added(values: Vector) -> Vector:
+        labels = a.variables.merge_along(values.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
+        # The heads of a token are read together, also where they all look at the same values.
+        instances = fresh_instances(labels.narrow(-3, 0, 1) if labels.ndim > 3 else labels).expand(labels.shape)
+        out = Vector(labels, instances, factors=seen_along(values, [dim], True, tuple(site.shape)))
+        keys = torch.arange(int(np.prod(site.shape[:-1]))).view(*site.shape[:-1], 1).expand(site.shape)
+        a.split(out, keys, site.because("heads have attention weights of their own"))
+        a.values.append((site, labels))
+        return replace(out, factors=out.times(keys + (site.order << 32)))
+
+    return behind_gain(a, site, values, [dim], added, lambda index: index.expand(site.shape))
 
 
 def _is_attention(node: torch.fx.Node) -> bool:

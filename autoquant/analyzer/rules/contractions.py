@@ -22,6 +22,7 @@ from autoquant.analyzer.rotation_state import (
     varies,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
+from autoquant.analyzer.rules.gains import behind_gain
 from autoquant.analyzer.scale_state import ScaleAnalysis, Use
 from autoquant.analyzer.variables import ZERO, Ints, Reason
 from autoquant.aten import NO_ROTATION
@@ -33,29 +34,35 @@ def rotate_weighted(
 ) -> Value:
     """A sum of vectors with coefficients."""
     summed = [d for d, c in enumerate(term) if c not in result]
-    if values.gain is not None:
-        return a.end(site, [values], "its channels are summed")
-    if any(varies(values.coordinates, d) for d in summed):
-        if term[-1] not in result:
-            return a.end(site, [values], "its channels are summed")
-        seen = [c in coefficients for c in term]
-        keys = torch.arange(values.coordinates.numel()).view(values.coordinates.shape)
-        for d, named in enumerate(seen):
-            keys = keys if named else keys.narrow(d, 0, 1)
-        keys = keys.expand(values.coordinates.shape)
-        a.split(values, keys, site.because("its channels are multiplied by different factors"))
-        values = a.added_along(site, replace(values, factors=values.times(keys)), summed)
     kept = "".join(c for c in term if c in result)
-    labels = spread(a.variables.merge_along(values.coordinates, summed, site.order), kept, result).expand(site.shape)
-    factors = values.factors
-    if factors is not None:
-        factors = spread(factors.sum(summed) if summed else factors, kept, result).expand(site.shape)
-    out = Vector(labels, fresh_instances(labels), factors=factors)
-    sizes = [size if c in coefficients else 1 for c, size in zip(result, site.shape, strict=True)]
-    keys = torch.arange(int(np.prod(sizes))).view(sizes).expand(site.shape)
-    a.split(out, keys, site.because("heads have attention weights of their own"))
-    a.values.append((site, labels))
-    return replace(out, factors=out.times(keys + (site.order << 32)))
+    apart = any(varies(values.coordinates, d) for d in summed)
+    if apart and (term[-1] not in result or values.gain is not None):
+        return a.end(site, [values], "its channels are summed")
+
+    def added(values: Vector) -> Vector:
+        if apart:
+            keys = torch.arange(values.coordinates.numel()).view(values.coordinates.shape)
+            for d, c in enumerate(term):
+                keys = keys if c in coefficients else keys.narrow(d, 0, 1)
+            keys = keys.expand(values.coordinates.shape)
+            a.split(values, keys, site.because("its channels are multiplied by different factors"))
+            values = a.added_along(site, replace(values, factors=values.times(keys)), summed)
+        merged = a.variables.merge_along(values.coordinates, summed, site.order)
+        labels = spread(merged, kept, result).expand(site.shape)
+        factors = values.factors
+        if factors is not None:
+            factors = spread(factors.sum(summed) if summed else factors, kept, result).expand(site.shape)
+        out = Vector(labels, fresh_instances(labels), factors=factors)
+        sizes = [size if c in coefficients else 1 for c, size in zip(result, site.shape, strict=True)]
+        keys = torch.arange(int(np.prod(sizes))).view(sizes).expand(site.shape)
+        a.split(out, keys, site.because("heads have attention weights of their own"))
+        a.values.append((site, labels))
+        return replace(out, factors=out.times(keys + (site.order << 32)))
+
+    def placed(index: Tensor) -> Tensor:
+        return spread(index.squeeze(summed), kept, result).expand(site.shape)
+
+    return behind_gain(a, site, values, summed, added, placed)
 
 
 def scale_contraction(a: ScaleAnalysis, site: Site, x: Value, w: Param, x_term: str, w_term: str, result: str) -> Value:
@@ -75,7 +82,7 @@ def scale_contraction(a: ScaleAnalysis, site: Site, x: Value, w: Param, x_term: 
         return a.block(site, [x, w], "it is a product with a weight that is no matrix")
     found = a.axes.contraction(w, letters.dims(w_term, letters.summed), letters.dims(w_term, letters.rows), here(site))
     if found is None:
-        return a.block(site, [x, w], "rows and columns of the weight are mixed by a reshape")
+        return a.block(site, [x, w], _elsewhere(w))
     merged = a.variables.merge_along(labels, [d for d, c in enumerate(x_term) if c not in w_term], site.order)
     seen = spread(merged, "".join(c for c in x_term if c in w_term), w_term)
     a.variables.equal(found.columns, seen, site.order, ratio=-1.0)
@@ -97,9 +104,11 @@ def rotate_contraction(
         a.axes.other_use(w, site.because("it is a number"), "a number")
         return rotate_weighted(a, site, x, x_term, w_term, result)
     contracted, kept = letters.dims(w_term, letters.summed), letters.dims(w_term, letters.rows)
-    found = None if letters.lost or not letters.summed else a.axes.contraction(w, contracted, kept, here(site))
-    if found is None:
+    if letters.lost or not letters.summed:
         return a.end(site, [x, w], "it is a product with a weight that is no matrix")
+    found = a.axes.contraction(w, contracted, kept, here(site))
+    if found is None:
+        return a.end(site, [x, w], _elsewhere(w))
     outer = [d for d in range(len(w_term)) if d not in contracted]
     sizes = [w.shape[d] if c in x_term else found.columns.shape[d] for d, c in enumerate(w_term)]
     columns = found.columns.expand(sizes).permute(*outer, *contracted).flatten(len(outer))
@@ -157,6 +166,13 @@ def combined(
         term = union
     rest = [n for n in range(len(operands)) if n not in (*vectors, *factors)]
     return [vector, *(operands[n] for n in rest)], [term, *(terms[n] for n in rest)]
+
+
+def _elsewhere(w: Param) -> str:
+    """Why a weight's columns and rows are not its last two dimensions."""
+    if len(w.full_shape) == 2:
+        return "rows and columns of the weight are mixed by a reshape"
+    return f"what is read and what is written of the weight {list(w.full_shape)} are not its last two dimensions"
 
 
 def here(site: Site) -> Reason:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from autoquant.analyzer.interpreter import Site, Value
-from autoquant.analyzer.rotation_state import Gain, Product, Read, RotationAnalysis, Vector
+from autoquant.analyzer.rotation_state import Gain, Product, Read, RotationAnalysis, Vector, varies
 from autoquant.aten import LINEAR, operator_name
 from autoquant.config.format import Norm
 
@@ -43,6 +44,32 @@ def rotate_gained(a: RotationAnalysis, site: Site, vector: Vector, gain: Gain) -
     )
     a.gain_sizes[gain.param.name] = size
     return replace(vector, gain=norm, gain_index=index.expand(wide), table=None)
+
+
+def behind_gain(
+    a: RotationAnalysis,
+    site: Site,
+    vector: Vector,
+    dims: Sequence[int],
+    added: Callable[[Vector], Value],
+    placed: Callable[[Tensor], Tensor],
+) -> Value:
+    """What ``added`` makes of a vector where whole vectors are added along ``dims``: a gain waits behind their sum too.
+
+    ``placed`` brings the places of its channels, of size 1 along ``dims``, to the shape of the sum. A norm's bias does
+    not wait: it would be added as often as there are vectors.
+    """
+    gain, index = vector.gain, vector.gain_index
+    if gain is None or index is None:
+        return added(vector)
+    if gain.bias is not None:
+        return a.end(site, [vector], f"vectors are added, to each of which {gain.bias} was added")
+    if any(varies(index, dim) for dim in dims):
+        return a.end(site, [vector], "its channels are summed")
+    for dim in dims:
+        index = index.narrow(dim, 0, 1)
+    out = added(replace(vector, gain=None, gain_index=None))
+    return replace(out, gain=gain, gain_index=placed(index)) if isinstance(out, Vector) else out
 
 
 def folded_before(a: RotationAnalysis, site: Site, node: object, value: Value) -> Value:

@@ -23,6 +23,7 @@ from autoquant.analyzer.rotation_state import (
 )
 from autoquant.analyzer.rules.arithmetic import rotate_squared
 from autoquant.analyzer.rules.choices import scale_larger
+from autoquant.analyzer.rules.gains import behind_gain
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     ADDS,
@@ -54,16 +55,22 @@ def rotate_reduce(
     a: RotationAnalysis, site: Site, x: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value
 ) -> Value:
     vector = x.of if isinstance(x, Square) else x
-    if not isinstance(vector, Vector) or vector.gain is not None:
+    if not isinstance(vector, Vector):
         return a.end(site, [x], "it is summed")
     ndim = vector.coordinates.ndim
     dims = [d % ndim for d in ([dim] if isinstance(dim, int) and not isinstance(dim, bool) else dim or range(ndim))]
     if isinstance(x, Square):
         return rotate_measured(a, site, vector, dims, "its length is taken over part of its channels")
     if not any(varies(vector.coordinates, d) for d in dims):
-        coordinates = a.variables.merge_along(vector.coordinates, dims, site.order, bool(keepdim))
-        factors = seen_along(vector, dims, bool(keepdim), tuple(coordinates.shape))
-        return Vector(coordinates, fresh_instances(coordinates), factors=factors)
+
+        def added(vector: Vector) -> Vector:
+            coordinates = a.variables.merge_along(vector.coordinates, dims, site.order, bool(keepdim))
+            factors = seen_along(vector, dims, bool(keepdim), tuple(coordinates.shape))
+            return Vector(coordinates, fresh_instances(coordinates), factors=factors)
+
+        return behind_gain(a, site, vector, dims, added, lambda index: index if keepdim else index.squeeze(dims))
+    if vector.gain is not None:
+        return a.end(site, [x], "it is summed")
     if site.operator == "mean" and keepdim and dims == [ndim - 1]:
         rotate_centred(a, site, vector, dims)
         return Mean(vector)
@@ -197,11 +204,15 @@ def rotate_running(a: RotationAnalysis, site: Site, x: Value, dim: int, **kwargs
 
 def rotate_summed_along(a: RotationAnalysis, site: Site, x: Value, dim: int) -> Value:
     """Each token of the result is a sum of whole vectors, whatever their factors are."""
-    if not isinstance(x, Vector) or x.gain is not None or varies(x.coordinates, dim % x.coordinates.ndim):
+    if not isinstance(x, Vector) or varies(x.coordinates, dim % x.coordinates.ndim):
         return a.end(site, [x], "its channels are summed")
     along = [dim % x.coordinates.ndim]
-    labels = a.variables.merge_along(x.coordinates, along, site.order, keepdim=True).expand(site.shape)
-    return Vector(labels, fresh_instances(labels), factors=seen_along(x, along, True, site.shape))
+
+    def added(x: Vector) -> Vector:
+        labels = a.variables.merge_along(x.coordinates, along, site.order, keepdim=True).expand(site.shape)
+        return Vector(labels, fresh_instances(labels), factors=seen_along(x, along, True, site.shape))
+
+    return behind_gain(a, site, x, along, added, lambda index: index.expand(site.shape))
 
 
 _SPECTRA = "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"
