@@ -78,10 +78,16 @@ def main(layers: int, rounds: int, output: Path) -> None:
         ratio = best["bf16"] / best["int8"]
         lines.append(line((str(tokens), f"{best['bf16']:.3f}", f"{best['int8']:.3f}", f"**{ratio:.2f}x**")))
         click.echo(lines[-1])
+    head = bf16.lm_head.weight.numel() / 1e9
+    body = sum(one.weight.numel() for one in bf16.modules() if isinstance(one, nn.Linear)) / 1e9 - head
     text = f"""# A 1.1 B model on a CPU, int8 against bf16
 
 {where("cpu")}, one thread, {layers} layers: processor seconds of a forward pass, the least of several rounds in which
 both take turns; logits of the last token. `python benchmarks/speed_int8_model.py`
+
+For one token each weight is read once from memory: {2 * body:.2f} GB in bf16 or {body:.2f} GB in int8, and
+{2 * head:.2f} GB of the head, which is bf16 in both: {(body + head) / (body / 2 + head):.2f} times fewer bytes, and
+twice as few were it int8 too.
 
 """
     output.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
