@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from autoquant.capture.state import kept_state
 from autoquant.library_patches import (
@@ -35,6 +36,13 @@ from autoquant.library_patches import (
 
 _FROM_VALUES = (torch.arange, torch.tensor, torch.as_tensor, torch.asarray, torch.linspace)
 _FILLS = (torch.zeros, torch.ones, torch.full, torch.empty)
+
+_EQUAL = (torch.eq, torch.Tensor.eq, torch.Tensor.__eq__)
+_MOVES = (torch.Tensor.to, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten, torch.Tensor.contiguous)
+_SIZED = (
+    *(torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand, torch.Tensor.repeat, torch.Tensor.unflatten),
+    *(torch.split, torch.Tensor.split, torch.reshape, torch.nn.functional.interpolate),
+)
 
 _CHUNK = "chunk_size"
 _SHORT_CHUNK = 2
@@ -104,7 +112,8 @@ def fakeify_(module: nn.Module, inputs: Any) -> tuple[Any, FakeTensorMode]:
 def known_values() -> Iterator[None]:
     """Compute for real what depends on plain tensors with values alone, whatever mode traces or fakes the rest.
 
-    What is made of a fill (zeros, ones) in floating point is left to the trace, which knows its scale.
+    What is made of a fill (zeros, ones) in floating point is left to the trace, which knows its scale. What a model is
+    given in floating point, pixels, is equal to no number: no image is empty, as one that pads a batch is.
     """
     with without_vmap(is_known), _KnownValues():
         yield
@@ -122,6 +131,14 @@ class DataAsDetached(TorchFunctionMode):
 
 
 class _KnownValues(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = WeakIdKeyDictionary()
+
+    def _is_given(self, tensor: Any) -> bool:
+        """Whether a floating-point tensor was computed from nothing: an input, or a view of one."""
+        return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor not in self.computed
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -131,9 +148,18 @@ class _KnownValues(TorchFunctionMode):
         if func is torch.Tensor.expand_as and is_known(args[0]):  # of the other tensor, its shape alone is used
             with without_modes():
                 return args[0].expand(args[1].shape)
+        if func in _EQUAL and len(args) == 2 and self._is_given(args[0]) and isinstance(args[1], int | float):
+            with without_modes():
+                return torch.zeros(args[0].shape, dtype=torch.bool)
         if func is torch.Tensor.__getitem__ and not is_known(args[0]):
-            return func(args[0], _without_masks(args[1]))
-        return func(*args, **kwargs)
+            result = func(args[0], _without_masks(args[1]))
+        elif func in _SIZED and args:  # by sizes, which a known tensor may hold
+            result = func(args[0], *pytree.tree_map(_number, args[1:]), **pytree.tree_map(_number, kwargs))
+        else:
+            result = func(*args, **kwargs)
+        if func not in _MOVES or not self._is_given(args[0]):
+            self.computed.update((leaf, True) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
 
 
 def is_known(tensor: torch.Tensor) -> bool:
@@ -151,16 +177,28 @@ def _makes_known(func: Any, kwargs: Any) -> bool:
 
 
 def _without_masks(index: Any) -> Any:
-    """Masks of known values as the positions that they hold: the shape of the result is then known too."""
+    """Masks of known values as the positions that they hold, and ends of slices as numbers: the shape of the result is
+    then known too.
+    """
     entries = index if isinstance(index, tuple) else (index,)
     made: list[Any] = []
     for entry in entries:
         if isinstance(entry, torch.Tensor) and entry.dtype is torch.bool and is_known(entry):
             with without_modes():
                 made.extend(entry.nonzero(as_tuple=True))
+        elif isinstance(entry, slice):
+            made.append(slice(*map(_number, (entry.start, entry.stop, entry.step))))
         else:
             made.append(entry)
     return tuple(made) if len(made) != 1 or isinstance(index, tuple) else made[0]
+
+
+def _number(held: Any) -> Any:
+    """What a known tensor of one element holds; anything else as it is."""
+    if not (isinstance(held, torch.Tensor) and is_known(held) and held.numel() == 1):
+        return held
+    with without_modes():
+        return held.item()
 
 
 @contextlib.contextmanager

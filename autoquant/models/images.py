@@ -1,12 +1,20 @@
-"""Layouts of images: how a model's pixels are cut, stacked and described beside the text."""
+"""Layouts of images: how a model's pixels are cut, stacked and described beside the text.
+
+A few layouts are usual, and are made from what the forward and the configuration name. Where the model runs on none of
+them, the library's own image processor for its configuration lays out a small image: see ``processors.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
+from autoquant.errors import AutoQuantError
 from autoquant.models.layouts import Fields, Layout, Values, Wanted, edge, first, part
+from autoquant.models.processors import processed_image
 
 IMAGES = ("pixel_values", "flattened_patches")
 """Inputs of a forward that hold an image."""
@@ -17,14 +25,20 @@ def image_layouts(wanted: Wanted, name: str) -> Iterator[Layout]:
     if name == "flattened_patches":
         yield from _patches(wanted, part(wanted.fields, "vision|image"))
     else:
-        yield from _pixels(wanted, part(wanted.fields, "vision|image|visual|vit|encoder"))
+        vision = part(wanted.fields, "vision|image|visual|vit|encoder")
+        yield from _pixels(wanted, vision)
+        yield from _patch_rows(wanted, vision)
+        yield partial(_tokens if becomes_tokens(wanted.module) else processed_image, wanted, name)
+
+
+def becomes_tokens(module: Any) -> bool:
+    """Whether a model makes token ids of an image: of all values that it computes of it, none reaches the logits."""
+    return any(hasattr(owner, "get_image_tokens") for owner in (module, getattr(module, "model", None)))
 
 
 def _pixels(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
-    patch = edge(first(vision, "patch_size", "spatial_patch_size"))
-    channels = first(vision, "num_channels", "in_channels", "in_chans", "channels") or 3
+    patch, channels, frames = _patch(vision)
     merge = first(vision, "spatial_merge_size", "merge_size") or 2
-    frames = first(vision, "temporal_patch_size") or 1
     size = edge(first(vision, "image_size", "input_size", "img_size")) or (patch and 4 * patch)
     if "image_grid_thw" in wanted.names and patch:
         high = 2 * merge
@@ -32,6 +46,11 @@ def _pixels(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
         yield lambda: {"pixel_values": wanted.floats(high * high, channels * frames * patch * patch), **grid}
         yield lambda: {"pixel_values": wanted.floats(high * high, channels * patch * patch), **grid}
         yield lambda: {"pixel_values": wanted.floats(high * high, channels, patch, patch), **grid}
+        token = merge * patch  # patches of one token as one, the channels last
+        yield lambda: {
+            "pixel_values": wanted.floats(4, token, token, channels),
+            "image_grid_thw": torch.tensor([[1, 2, 2]]),
+        }
     if "spatial_shapes" in wanted.names and patch:
         yield lambda: {
             "pixel_values": wanted.floats(1, 16, channels * patch * patch),
@@ -56,6 +75,41 @@ def _pixels(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
             "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
             "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
         }
+
+
+def _patch(vision: Fields) -> tuple[int, int, int]:
+    """Edge, channels and frames of a patch; an edge of 0 where the configuration names none."""
+    channels = first(vision, "num_channels", "in_channels", "in_chans", "channels") or 3
+    frames = first(vision, "temporal_patch_size", "patch_temporal") or 1
+    return edge(first(vision, "patch_size", "spatial_patch_size")), channels, frames
+
+
+def _patch_rows(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
+    """Four by four patches in a row, with what else the forward names to say how they lie in the image."""
+    patch, channels, frames = _patch(vision)
+    if not patch:
+        return
+    row, grid = channels * patch * patch, torch.tensor([[4, 4]])
+    if "target_sizes" in wanted.names:
+        yield lambda: {"pixel_values": wanted.floats(1, channels, patch, 16 * patch), "target_sizes": grid}
+    if "image_grid_hw" in wanted.names:
+        yield lambda: {"pixel_values": wanted.floats(16, row), "image_grid_hw": grid}
+    if "image_token_pooling" in wanted.names:  # the patches of each token, two by two
+        corners = torch.tensor([[0], [2], [8], [10]])
+        yield lambda: {
+            "pixel_values": wanted.floats(1, 16, row),
+            "image_token_pooling": corners + torch.tensor([[0, 1, 4, 5]]),
+            "image_grids": torch.tensor([[2, 2, 0, 0]]),
+            "image_num_crops": torch.tensor([1]),
+        }
+    if frames > 1 and "image_grid_thw" not in wanted.names:  # each patch for itself, the channels last
+        yield lambda: {"pixel_values": wanted.floats(4, frames, patch, patch, channels)}
+    if wanted.module.main_input_name == "input_ids":
+        yield lambda: {"pixel_values": wanted.floats(1, 16, row)}
+
+
+def _tokens(wanted: Wanted, name: str) -> Values:
+    raise AutoQuantError("an image becomes token ids, and nothing else of what its tower computes reaches the logits")
 
 
 def _patches(wanted: Wanted, vision: Fields) -> Iterator[Layout]:

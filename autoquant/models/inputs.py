@@ -1,8 +1,8 @@
 """Inputs to call a model by, made from its forward's signature and its configuration's fields.
 
-Text is a few tokens. For images and sound there are a few usual layouts; the first one that the model runs on is
-taken, with as many placeholder tokens in the text as the model's own tower makes features. Where none runs, the model
-is called with text alone, and the reason is kept.
+Text is a few tokens. For images and sound there are a few layouts (``images.py``, ``sounds.py``); the first one that
+the model runs on is taken, with as many placeholder tokens in the text as the model's own tower makes features. Where
+none runs, the model is called with text alone, and what it said of the last one is kept.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from autoquant.models.source import PLACEHOLDER
 
 _TEXTS = ("input_ids", "decoder_input_ids")
 _COUNT = re.compile(r"(\w+) features and \w+ tokens do not match, tokens: \d+, features: (\d+)")
+_BOUNDS = re.compile(r"_(start|end|bos|eos)_")
 NO_SHAPES = re.compile(r"Expected inputs of BF16 type")
 """What an operator says that runs in float32, and whose stand-in without memory does not."""
 
@@ -72,7 +73,8 @@ def make_inputs(
                 tried = {**made, **layout(), **maker.beside()}
                 text = maker.fitting(text, tried)
             except Exception as error:  # the model's own code: this layout is not one of its
-                failure = failure or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                named = "" if isinstance(error, AutoQuantError) else f"{type(error).__name__}: "
+                failure = f"{named}{' '.join(str(error).split())[:200]}"
                 continue
             made = tried
             break
@@ -247,9 +249,11 @@ class _Maker:
         """The token in whose place the features of an image, a sound or a film go; not what it begins or ends with."""
         named = ((PLACEHOLDER.search(name), value) for name, value in self.fields.items() if type(value) is int)
         tokens = {match[0]: value for match, value in named if match and match[what]}
-        return next(
-            (tokens[name] for name in sorted(tokens, key=lambda name: "_bos_" in name or "_eos_" in name)), None
-        )
+        names = sorted(tokens, key=lambda name: _BOUNDS.search(name) is not None)
+        own = getattr(self.module.config, f"{what}_token_id", None)
+        if names and _BOUNDS.search(names[0]) and type(own) is int:  # a field of another name
+            return own
+        return tokens[names[0]] if names else None
 
     def _queries(self) -> int:
         """How many vectors the configuration says that an image becomes, 0 where it does not say."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,12 +48,15 @@ def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, Any]:
     parts = {path: _part(part, keep_heads) for path, part in sub_configs(config).items()}
     wide = own.get(type(text).attribute_map.get("hidden_size", "hidden_size"))
     changes: dict[str, Any] = {}
+    fewer: dict[str, dict[str, Any]] = {}
+    for name, value in fewer_positions(config).items():
+        fewer.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = value
     for path, part in sub_configs(config).items():
         if part is text:
-            smaller = own | _fewer_positions(part)
+            smaller = own | fewer.get(path, {})
             changes |= {_join(path, name): value for name, value in smaller.items()}
             continue
-        smaller = parts[path] | _shallower(part) | _fewer_positions(part) | _read(config, path, parts)
+        smaller = parts[path] | _shallower(part) | fewer.get(path, {}) | _read(config, path, parts)
         if hidden is not None and wide is not None:
             smaller |= {name: wide for name in _widths_of(part, hidden)}
         changes |= {_join(path, name): value for name, value in smaller.items()}
@@ -75,13 +80,28 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def fewer_positions(config: Any) -> dict[str, int]:
-    """Images of four patches by four, and a short sound: no channel depends on it."""
-    return {
-        _join(path, name): value
-        for path, part in sub_configs(config).items()
-        for name, value in _fewer_positions(part).items()
-    }
+def fewer_positions(config: Any) -> dict[str, Any]:
+    """Images of four patches by four, or of one window of the projector, and a short sound: no channel depends on it.
+
+    What the configuration says of images of the old size goes with them: the grids that large ones are cut by, and how
+    many vectors the patches of one become.
+    """
+    parts = sub_configs(config)
+    fields = [(name, value) for part in parts.values() for name, value in vars(part).items()]
+    sides = [int(value.partition("/")[2]) for name, value in fields if name == "downsample_rate" and value]
+    side = max([4, *sides])
+    changes = {_join(path, name): new for path in parts for name, new in _fewer_positions(parts[path], side).items()}
+    for path, part in parts.items():
+        edge, patch = changes.get(_join(path, "image_size")), getattr(part, "patch_size", None)
+        if type(edge) is not int or type(patch) is not int:
+            continue
+        for other, around in parts.items():
+            for name, value in vars(around).items():
+                if name.endswith("pinpoints") and value:
+                    changes[_join(other, name)] = [[size // part.image_size * edge for size in pair] for pair in value]
+                if isinstance(value, Mapping) and (part.image_size // patch) ** 2 in value:
+                    changes[_join(other, name)] = {(edge // patch) ** 2: 4}
+    return changes
 
 
 def shorter_windows(config: Any) -> dict[str, Any]:
@@ -101,13 +121,21 @@ def shorter_windows(config: Any) -> dict[str, Any]:
     return found
 
 
-def _fewer_positions(part: Any) -> dict[str, int]:
+def _fewer_positions(part: Any, side: int) -> dict[str, Any]:
     fields = vars(part)
-    limits = {"max_source_positions": 16, "mm_tokens_per_image": 4}
+    limits = {"max_source_positions": 16, "mm_tokens_per_image": 4, "latent_query_num": 64}
     size, patch = fields.get("image_size"), fields.get("patch_size")
     if type(size) is int and type(patch) is int:
-        limits["image_size"] = 4 * patch
-    return {name: limit for name, limit in limits.items() if type(fields.get(name)) is int and fields[name] > limit}
+        limits["image_size"] = side * patch
+    fewer: dict[str, Any] = {
+        name: limit for name, limit in limits.items() if type(fields.get(name)) is int and fields[name] > limit
+    }
+    if isinstance(size, list | tuple) and patch:
+        patches = [patch] * len(size) if isinstance(patch, int) else patch
+        fewer["image_size"] = [side * edge for edge in patches]
+        if fields.get("num_position_embeddings") == math.prod(map(operator.floordiv, size, patches)):
+            fewer["num_position_embeddings"] = side ** len(size)
+    return fewer
 
 
 def _shallower(part: Any) -> dict[str, int]:

@@ -194,10 +194,19 @@ def _fit_(config: Any) -> dict[str, int]:
         tower = re.search(r"vision|visual|audio", path) is not None
         own = tower and type(vars(part).get("embed_dim")) is int
         names = ["out_hidden_size", "output_hidden_size", *["output_dim"] * tower, *["hidden_size"] * own]
+        names += ["hidden_size"] * (path == "" and part is not text_config(config))
         for name in names:
             if text is not None and type(vars(part).get(name)) is int and vars(part)[name] != text:
                 setattr(part, name, text)
                 changed[f"{path}.{name}".lstrip(".")] = text
+        ratio, handed = vars(part).get("pixel_shuffle_ratio"), vars(part).get("projector_output_dim")
+        shuffled = (
+            {"intermediate_size": round(part.hidden_size / ratio**2), "vision_output_dim": handed} if ratio else {}
+        )
+        for name, value in shuffled.items():
+            if handed and vars(part).get(name) not in (None, value):
+                setattr(part, name, value)
+                changed[f"{path}.{name}"] = value
     return changed
 
 

@@ -173,3 +173,25 @@ def test_known_values_that_are_mapped_over_are_no_part_of_the_trace() -> None:
         assert torch.vmap(lambda q: q + 1)(torch.arange(3)).tolist() == [1, 2, 3]
         assert torch.vmap(lambda q: q + 1)(torch.zeros(3, device="meta")).is_meta  # not known: as torch does it
     assert vmap._add_batch_dim is before
+
+
+def test_sizes_that_known_tensors_hold_are_numbers() -> None:
+    sizes = torch.tensor([[2, 3]])
+    (images,), mode = fakeify_(nn.Module(), (torch.zeros(1, 4, 6, 5, device="meta"),))
+    with mode, known_values():
+        height, width = sizes[0]
+        cut = images[..., :height, : width - 1]
+        parts = images.flatten(1).split([height * 10, width * 20 + 40], dim=1)
+        grid = images.view(height * 2, width * 2, 5)
+    assert (cut.shape, grid.shape) == ((1, 4, 2, 2), (4, 6, 5))
+    assert [part.shape[1] for part in parts] == [20, 100]
+
+
+def test_pixels_are_equal_to_no_number_and_what_is_computed_may_be() -> None:
+    (pixels,), mode = fakeify_(nn.Module(), (torch.zeros(3, 4, device="meta"),))
+    with mode, known_values():
+        empty = (pixels.view(3, 2, 2) == 0.0).sum(dim=(1, 2)) == 4
+        kept = pixels[~empty]
+        computed = torch.relu(pixels) == 0.0
+    assert (empty.tolist(), kept.shape) == ([False] * 3, (3, 4))
+    assert type(computed) is not torch.Tensor, "a number may be what relu makes"
