@@ -33,7 +33,7 @@ def _wanted(model_type: str, *names: str) -> Wanted:
         ("llava_next", {"pixel_values": (1, 3, 3, 56, 56)}, {"image_sizes": [[56, 56]]}),
         ("mistral3", {"pixel_values": (1, 3, 56, 56)}, {"image_sizes": [[56, 56]]}),
         ("minicpmv4_6", {"pixel_values": (1, 3, 16, 256)}, {"target_sizes": [[4, 4]]}),
-        ("video_llama_3", {"pixel_values": (16, 768)}, {"image_grid_thw": [[1, 4, 4]], "image_merge_sizes": [1]}),
+        ("video_llama_3", {"pixel_values": (16, 768)}, {"image_grid_thw": [[1, 4, 4]], "image_merge_sizes": [2]}),
         ("deepseek_vl_hybrid", {"pixel_values": (1, 3, 64, 64), "high_res_pixel_values": (1, 3, 64, 64)}, {}),
     ],
 )
