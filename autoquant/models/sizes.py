@@ -99,7 +99,7 @@ def fewer_positions(config: Any) -> dict[str, Any]:
             for name, value in vars(around).items():
                 if name.endswith("pinpoints") and value:
                     changes[_join(other, name)] = [[size // part.image_size * edge for size in pair] for pair in value]
-                if isinstance(value, Mapping) and (part.image_size // patch) ** 2 in value:
+                if name.endswith("patch_to_query_dict") and value:  # vectors for each number of patches
                     changes[_join(other, name)] = {(edge // patch) ** 2: 4}
     return changes
 

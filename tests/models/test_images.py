@@ -82,8 +82,9 @@ def test_what_hangs_on_the_size_of_an_image_goes_with_it() -> None:
     assert small["image_grid_pinpoints"] == [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
     assert fewer_positions(CONFIG_MAPPING["aria"]())["projector_patch_to_query_dict"] == {16: 4}
     assert fewer_positions(CONFIG_MAPPING["molmo2"]())["vision_config.num_position_embeddings"] == 16
-    windows = fewer_positions(CONFIG_MAPPING["granite4_vision"](downsample_rate="4/8"))
-    assert windows["vision_config.image_size"] == 8 * CONFIG_MAPPING["granite4_vision"]().vision_config.patch_size
+    tower = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 16}
+    windows = fewer_positions(CONFIG_MAPPING["granite4_vision"](downsample_rate="4/8", vision_config=tower))
+    assert windows["vision_config.image_size"] == 8 * 16, "a window of eight patches by eight"
 
 
 def test_a_tower_is_made_to_fit_its_projector() -> None:
