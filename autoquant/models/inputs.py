@@ -268,15 +268,17 @@ class _Maker:
         """How many vectors the model makes of an image or a sound: it said so, or its own method does; 0 without."""
         if what in self.counts:
             return self.counts[what]
-        most: tuple[Values, Any] = {}, None
+        found: tuple[Values, Any] = {}, None
         for method in self._methods(what):  # the outer one may not say what it takes
             taken = inspect.signature(method).parameters
             given = {key: value for key, value in media.items() if key in taken}
-            if any(value.is_floating_point() for value in given.values()) and len(given) > len(most[0]):
-                most = given, method
-        given, method = most
+            if any(value.is_floating_point() for value in given.values()) and len(given) > len(found[0]):
+                found = given, method
+        given, method = found
         if not given:
             return 0
+        if "input_ids" in inspect.signature(method).parameters and (token := self._placeholder(what)) is not None:
+            given["input_ids"] = torch.tensor([[1, token, 1]])  # one too few: how many there should be is said then
         output = self.run(given, lambda: method)
         found = getattr(output, "pooler_output", None)
         found = output if found is None else found

@@ -8,7 +8,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from autoquant.models.source import HEADS, depths, numbers_layers, standard_field, sub_configs, text_config
+from autoquant.models.source import (
+    HEADS,
+    LONGEST_SCAN,
+    depths,
+    numbers_layers,
+    standard_field,
+    sub_configs,
+    text_config,
+)
 
 _VOCABULARY = 128
 
@@ -67,9 +75,11 @@ def _read(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) -> d
     """New values for fields of a part that hold the width of another one, whose vectors it reads."""
     parts = sub_configs(config)
     mine = _own_width(parts[path])
+    headless = not any(HEADS.search(name) for name in vars(parts[path]))  # then a size of heads is that of another part
     found: dict[str, int] = {}
     for name, value in vars(parts[path]).items():
-        for other, part in parts.items() if _INWARD.search(name) and type(value) is int and value != mine else ():
+        reads = _INWARD.search(name) or (headless and _HEAD_SIZE.search(name))
+        for other, part in parts.items() if reads and type(value) is int and value != mine else ():
             wide = smaller[other].get(_width_field(part) or "")
             if part is not parts[path] and wide is not None and _own_width(part) == value:
                 found.setdefault(name, wide)
@@ -177,6 +187,8 @@ def _part(config: Any, keep_heads: bool) -> dict[str, int]:
     changes: dict[str, int] = {}
     for name, value in sizes.items():
         limit = next((limit for pattern, limit in _LIMITS if pattern.search(name)), None)
+        if name.endswith("chunk_size") and value > LONGEST_SCAN:
+            continue
         if limit is not None and not re.search(r"size$|dim$", name.replace("vocab_size", "").replace("state_size", "")):
             changes[name] = min(value, limit)
     rest = {name: value for name, value in sizes.items() if name not in changes and not _KEEP.search(name)}

@@ -299,6 +299,8 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
 
 
 _CHUNK = 16
+LONGEST_SCAN = 65_536
+"""Tokens that one chunk of a scan may have; longer ones are of the samples of a sound."""
 """Tokens that a scan over the sequence takes at once, at most. It shapes no parameter and changes no result."""
 
 
@@ -315,8 +317,8 @@ def build_module(source: ModelSource, config: Any, device: torch.device, dtype: 
         if vars(part).get("num_key_value_heads", 0) is None:  # documented as "as many as num_attention_heads"
             part.num_key_value_heads = part.num_attention_heads
         for name, value in list(vars(part).items()):
-            if name.endswith("chunk_size") and type(value) is int:  # scans pad a few tokens to whole chunks
-                setattr(part, name, min(value, _CHUNK))
+            if name.endswith("chunk_size") and type(value) is int and value <= LONGEST_SCAN:
+                setattr(part, name, min(value, _CHUNK))  # scans pad a few tokens to whole chunks
     for attention in ("sdpa", "eager"):
         try:
             with quiet(), torch.random.fork_rng(devices=()), device:

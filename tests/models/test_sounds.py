@@ -13,6 +13,7 @@ from autoquant.library_patches import FakeTensorMode
 from autoquant.models.build import build_meta
 from autoquant.models.layouts import Values, Wanted
 from autoquant.models.repair import find_source
+from autoquant.models.sizes import reductions
 from autoquant.models.sounds import sound_layouts
 
 
@@ -25,26 +26,58 @@ def layouts(model_type: str, name: str, *names: str) -> list[Values]:
 @pytest.mark.parametrize(
     ("model_type", "shape"),
     [
+        ("qwen3_asr", (1, 128, 100)),  # a multiple of two windows
         ("nemo_speechlm", (1, 64, 128)),  # as its speech recognizer takes, inside the part for sounds
         ("granite_speech", (1, 64, 160)),
+        ("fun_asr_nano", (1, 64, 560)),  # frames of 80 bins, seven stacked
+        ("gemma3n", (1, 64, 128)),
     ],
 )
 def test_spectra_are_as_wide_and_as_long_as_the_configuration_says(model_type: str, shape: tuple[int, ...]) -> None:
     assert shape in [tuple(made["input_features"].shape) for made in layouts(model_type, "input_features")]
 
 
-def test_masks_are_as_long_as_the_sound() -> None:
-    made = layouts("moss_transcribe_diarize", "input_features", "input_features_mask", "padding_mask")[0]
-    length = made["input_features"].shape[-1]
-    assert {name: value.shape for name, value in made.items() if name.endswith("mask")} == {
-        "input_features_mask": (1, length), "padding_mask": (1, length),
-    }  # fmt: skip
+@pytest.mark.parametrize(("model_type", "shape"), [("muse_spark", (1, 3840)), ("vibevoice_asr", (1, 1, 6400))])
+def test_samples_fill_whole_tokens(model_type: str, shape: tuple[int, ...]) -> None:
+    assert shape in [tuple(made["input_values"].shape) for made in layouts(model_type, "input_values")]
 
 
-def test_a_model_that_counts_its_placeholders_is_given_as_many() -> None:
-    model = build_meta(find_source("qwen2_audio", layers=1))
+def test_masks_are_as_long_as_the_sound_and_nothing_is_drawn() -> None:
+    first = layouts("vibevoice", "input_values", "padding_mask", "sample")[0]
+    assert first["padding_mask"].shape == (1, first["input_values"].shape[-1]) and bool(
+        (first["padding_mask"] == 1).all()
+    )
+    assert not first["sample"]
+    kinds = {
+        made["padding_mask"].dtype for made in layouts("vibevoice", "input_values", "padding_mask") if len(made) > 1
+    }
+    assert kinds == {torch.int64, torch.bool}
+
+
+def test_chunks_are_counted_in_samples() -> None:
+    made = layouts("dots3_note", "input_features", "chunk_sample_lengths")[0]
+    hop = CONFIG_MAPPING["dots3_note"]().audio_config.hop_length
+    assert made["chunk_sample_lengths"].tolist() == [made["input_features"].shape[-1] * hop]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_audio", "musicflamingo"])
+def test_a_model_that_counts_its_placeholders_is_given_as_many(model_type: str) -> None:
+    """One has no method of its own for sounds, the other's takes the text with the placeholders."""
+    model = build_meta(find_source(model_type, layers=1))
     assert int((model.kwargs["input_ids"] == model.config.audio_token_id).sum()) == 8
     assert dict(model.missing) == {}
+
+
+def test_a_size_of_heads_without_heads_is_that_of_a_tower() -> None:
+    config = CONFIG_MAPPING["musicflamingo"]()
+    assert config.head_dim == config.audio_config.hidden_size
+    changes = reductions(config)
+    assert changes["head_dim"] == changes["audio_config.hidden_size"] < 160
+
+
+def test_a_chunk_of_samples_stays_as_long() -> None:
+    config = CONFIG_MAPPING["vibevoice_asr"]()
+    assert "acoustic_tokenizer_chunk_size" not in reductions(config)
 
 
 def test_fills_of_pythons_own_types_are_known_but_for_floats() -> None:
