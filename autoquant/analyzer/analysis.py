@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 import numpy as np
+from torch import fx
 
 from autoquant.analyzer.extents import EXTENTS, data_sized
 from autoquant.analyzer.findings import Findings
@@ -15,6 +16,7 @@ from autoquant.analyzer.interpreter import shared_names
 from autoquant.analyzer.lengths import common
 from autoquant.analyzer.linears import linears
 from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations
+from autoquant.analyzer.rotation_state import Vector
 from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.scale_state import Use
 from autoquant.analyzer.smoothing_groups import Scales, analyse_scales
@@ -190,7 +192,22 @@ def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
             reason = _rotation_reason(rotations, ids)
             if reason is not None:
                 blocked[_blocked(site.at, "rotation", reason)] = None
+    for site in analysis.lost:
+        ids = _last_vector(rotations, site.node.args[2])
+        reason = None if ids is None else _rotation_reason(rotations, ids)
+        if reason is not None:
+            blocked[_blocked(site.at, "rotation", reason)] = None
     return list(blocked)
+
+
+def _last_vector(rotations: Rotations, node: object) -> Ints | None:
+    """The coordinates of the vector that ``node`` was made of, before an operator that no rotation passes."""
+    while isinstance(node, fx.Node):
+        value = rotations.interpreter.values.get(node)
+        if isinstance(value, Vector):
+            return np.unique(value.coordinates.numpy())
+        node = next(iter(node.all_input_nodes), None)
+    return None
 
 
 def _rotation_reason(rotations: Rotations, ids: Ints) -> Reason | None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_graphs import cat_heads, heads, projections, rotary_complex
 from oracle import analysed, outcomes, randomised
 from readable import text
+from small_graphs import Graph, X
 from torch import Tensor, nn
 
 from autoquant.analyzer.analysis import NO_MODULE, qualified
@@ -178,3 +180,17 @@ def test_a_tied_weight_is_rotated_before_each_module_that_holds_it(
     assert {path: reason for path, reason in found.items() if path != "embed"} == refused
     assert config.certificate is not None
     assert config.certificate.proved
+
+
+def test_values_that_are_no_vectors_any_more_say_what_ended_them() -> None:
+    """Turned pair by pair as complex numbers before attention adds them up: no rotation of a head, and why."""
+
+    def function(s: Graph, x: Tensor) -> Tensor:
+        q, k, v = (heads(f(x), 2) for f in (s.q, s.k, s.v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, rotary_complex(v))
+        return s.o(cat_heads(out))
+
+    found = analysed(Graph(function, **projections(8, 8, 8, 8)), X)
+    assert [space.kind for space in found.spaces if space.kind == "R2"] == []
+    (said,) = (blocked for blocked in found.blocked if blocked.what == "rotation")
+    assert (said.reason, said.operator) == ("pairs of its channels become complex numbers", "aten.view_as_complex")

@@ -63,6 +63,7 @@ def rotate_attention(
 ) -> Value:
     a.end(site, [q, k, mask], "it enters attention scores")
     if not isinstance(value, Vector):
+        a.lost.append(site)
         return a.end(site, [value], NO_ROTATION)
     if kwargs.get("enable_gqa", len(args) > 3 and args[3]):
         repeats = site.shape[-3] // value.coordinates.shape[-3]
