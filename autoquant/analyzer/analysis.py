@@ -193,8 +193,8 @@ def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
             if reason is not None:
                 blocked[_blocked(site.at, "rotation", reason)] = None
     for site in analysis.lost:
-        ids = _last_vector(rotations, site.node.args[2])
-        reason = None if ids is None else _rotation_reason(rotations, ids)
+        last = _last_vector(rotations, site.node.args[2])
+        reason = None if last is None else _rotation_reason(rotations, last)
         if reason is not None:
             blocked[_blocked(site.at, "rotation", reason)] = None
     return list(blocked)

@@ -275,7 +275,7 @@ class RotationAnalysis:
             return self.end(site, parts, "it is joined with something else")
         gain = vectors[0].gain
         if any(part.gain != gain for part in vectors):
-            return self.end(site, parts, "it is joined with what another gain is applied to")
+            return self.end(site, parts, "its parts are behind different gains")
         if gain is not None and gain.bias is not None and len(vectors) < len(parts):
             return self.end(site, parts, f"it is joined with 0, to which {gain.bias} was not added")
         offset = 0
@@ -283,8 +283,7 @@ class RotationAnalysis:
         origins = {part.origin for part in vectors}
         for part in parts:  # instances of different parts are different, unless the parts come from one vector
             none = torch.zeros(shape_of(part), dtype=torch.int64)
-            if not isinstance(part, Vector):
-                part = Vector(none, none)
+            part = part if isinstance(part, Vector) else Vector(none, none)
             coordinates.append(part.coordinates)
             instances.append(part.instances if site.operator == "cat" else part.instances + offset)
             indices.append(none if part.gain_index is None else part.gain_index)

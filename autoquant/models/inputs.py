@@ -280,9 +280,9 @@ class _Maker:
         if "input_ids" in inspect.signature(method).parameters and (token := self._placeholder(what)) is not None:
             given["input_ids"] = torch.tensor([[1, token, 1]])  # one too few: how many there should be is said then
         output = self.run(given, lambda: method)
-        found = getattr(output, "pooler_output", None)
-        found = output if found is None else found
-        tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        pooled = getattr(output, "pooler_output", None)
+        made = output if pooled is None else pooled
+        tensors = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         return sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
 
     def run(self, kwargs: Values, function: Callable[[], Any] | None = None) -> Any:

@@ -255,7 +255,7 @@ WHY: dict[str, str] = {
     "weight_is_bias": "e: the parameter is used in different ways: as a gain and as the bias of p (aten.layer_norm)",
     "bias_of_two_norms": "e: the parameter is used in different ways: as the bias of n and as the bias of n2 (aten.layer_norm)",
     "bias_of_two_spaces": "e: n is applied to other vectors too (aten.linear)",
-    "half_norm": "e: it is joined with something else (aten.cat)",
+    "half_norm": "e: its parts are behind different gains (aten.cat)",
 }
 """What is said about the embedding, or about attention, that cannot be rotated."""
 

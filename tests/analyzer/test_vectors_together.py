@@ -76,7 +76,7 @@ REFUSED = {
     ),
     "two gains": (
         lambda s, x: x + s.c(torch.cat([rms(x[:, :1], s.g), rms(x[:, 1:], s.g2)], 1)),
-        "it is joined with what another gain is applied to",
+        "its parts are behind different gains",
     ),
     "a sum of two gains": (
         lambda s, x: x + s.c(rms(x, s.g) + rms(x, s.g2)),
