@@ -48,6 +48,10 @@ def _as_list(tensor: Tensor) -> DataList | None:
     return DataList(tensor) if whole else None
 
 
+MOST = 64
+"""Experts that a loop is unrolled over: of several hundred, tracing took longer than all else by far."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Chosen:
     """Numbers of which ``count`` there are: 0, 1, ..."""
@@ -124,6 +128,8 @@ class EachOccurs(TorchFunctionMode):
         return result
 
     def _every(self, count: int) -> Any:
+        if count > MOST:
+            raise RuntimeError(f"a loop goes through {count} experts, one by one, and {MOST} at most are traced so")
         return self._noted(torch.arange, (count,), {})
 
     def _of(self, value: object) -> object:

@@ -98,7 +98,8 @@ def fewer_positions(config: Any) -> dict[str, Any]:
     """
     parts = sub_configs(config)
     fields = [(name, value) for part in parts.values() for name, value in vars(part).items()]
-    sides = [int(value.partition("/")[2]) for name, value in fields if name == "downsample_rate" and value]
+    rates = [value for name, value in fields if name == "downsample_rate" and isinstance(value, str)]  # "4/8"
+    sides = [int(rate.partition("/")[2]) for rate in rates]
     side = max([4, *sides])
     changes = {_join(path, name): new for path in parts for name, new in _fewer_positions(parts[path], side).items()}
     for path, part in parts.items():
@@ -109,7 +110,9 @@ def fewer_positions(config: Any) -> dict[str, Any]:
             for name, value in vars(around).items():
                 if name.endswith("pinpoints") and value:
                     changes[_join(other, name)] = [[size // part.image_size * edge for size in pair] for pair in value]
-                if name.endswith("patch_to_query_dict") and value:  # vectors for each number of patches
+                if name.endswith("patch_to_query_dict") and isinstance(
+                    value, Mapping
+                ):  # vectors for each number of patches
                     changes[_join(other, name)] = {(edge // patch) ** 2: 4}
     return changes
 

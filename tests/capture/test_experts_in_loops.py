@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoquant.capture import occurring
 from autoquant.capture.routes import capture, check_against_eager
 
 
@@ -133,6 +134,15 @@ def test_a_list_of_the_data_is_an_index_alone() -> None:
     module = Listed(lambda rows: torch.tensor(rows))
     with pytest.raises(Exception, match="a list made of the data is used for more than an index"):
         capture(module, (torch.randn(5, 4),), {}, "export")
+
+
+@pytest.mark.parametrize("kind", [Occurring, Hit])
+def test_a_loop_over_hundreds_of_experts_is_left_to_itself(
+    kind: type[Experts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(occurring, "MOST", 2)
+    with pytest.raises(Exception, match="a loop goes through 3 experts, one by one, and 2 at most are traced so"):
+        capture(kind(lambda counts: None), (torch.randn(5, 4),), {}, "export")
 
 
 def test_numbers_of_unknown_many_are_those_of_the_data() -> None:
