@@ -110,9 +110,8 @@ def fewer_positions(config: Any) -> dict[str, Any]:
             for name, value in vars(around).items():
                 if name.endswith("pinpoints") and value:
                     changes[_join(other, name)] = [[size // part.image_size * edge for size in pair] for pair in value]
-                if name.endswith("patch_to_query_dict") and isinstance(
-                    value, Mapping
-                ):  # vectors for each number of patches
+                # Vectors for each number of patches.
+                if name.endswith("patch_to_query_dict") and isinstance(value, Mapping):
                     changes[_join(other, name)] = {(edge // patch) ** 2: 4}
     return changes
 

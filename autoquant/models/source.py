@@ -200,11 +200,11 @@ def _fit_(config: Any) -> dict[str, int]:
                 setattr(part, name, text)
                 changed[f"{path}.{name}".lstrip(".")] = text
         ratio, handed = vars(part).get("pixel_shuffle_ratio"), vars(part).get("projector_output_dim")
-        shuffled = (
-            {"intermediate_size": round(part.hidden_size / ratio**2), "vision_output_dim": handed} if ratio else {}
-        )
+        shuffled = {}
+        if ratio and handed:
+            shuffled = {"intermediate_size": round(part.hidden_size / ratio**2), "vision_output_dim": handed}
         for name, value in shuffled.items():
-            if handed and vars(part).get(name) not in (None, value):
+            if vars(part).get(name) not in (None, value):
                 setattr(part, name, value)
                 changed[f"{path}.{name}"] = value
     return changed
@@ -299,9 +299,9 @@ def call_factory(source: ModelSource, device: torch.device) -> LoadedModel:
 
 
 _CHUNK = 16
+"""Tokens that a scan over the sequence takes at once, at most. It shapes no parameter and changes no result."""
 LONGEST_SCAN = 65_536
 """Tokens that one chunk of a scan may have; longer ones are of the samples of a sound."""
-"""Tokens that a scan over the sequence takes at once, at most. It shapes no parameter and changes no result."""
 
 
 def build_module(source: ModelSource, config: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -140,44 +140,43 @@ class Searcher:
         self.progress(f"{said}: load", 0, 0)
         return self.task.load()
 
-    @contextmanager
-    def float_model(self, said: str) -> Iterator[Layered]:
+    def float_model(self, said: str) -> AbstractContextManager[Layered]:
         """The float model, of which no more than a layer is in memory where that is possible; ``said``: for what."""
-        if self.task.trials is None:
-            yield Layered(self.load(said), whole, at_once)
-            return
-        with self.task.trials.float_model() as model:
-            yield model
+        return self._layered(Trials.float_model, lambda stack: Layered(self.load(said), whole, at_once))
 
-    @contextmanager
-    def rotated_model(self, config: Config, said: str) -> Iterator[Layered]:
+    def rotated_model(self, config: Config, said: str) -> AbstractContextManager[Layered]:
         """The same, rotated by ``config`` and behind its prefix."""
-        with ExitStack() as stack:
-            found: Layered | None = None
-            if self.task.trials is not None:
-                with suppress(WholeModel):
-                    found = stack.enter_context(self.task.trials.rotated_model(config))
-            if found is None:
-                model = self.load(said)
-                selected = select(config, structure_of(model), EVERYTHING)
-                rotate_(model, selected)
-                stack.enter_context(prefixed(model, config.quantization.prefix))
-                found = Layered(model, whole, at_once, selected)
-            yield found
+
+        def held(stack: ExitStack) -> Layered:
+            model = self.load(said)
+            selected = select(config, structure_of(model), EVERYTHING)
+            rotate_(model, selected)
+            stack.enter_context(prefixed(model, config.quantization.prefix))
+            return Layered(model, whole, at_once, selected)
+
+        return self._layered(lambda trials: trials.rotated_model(config), held)
+
+    def smoothed_model(self, config: Config, said: str) -> AbstractContextManager[Layered]:
+        """The same, smoothed too."""
+
+        def held(stack: ExitStack) -> Layered:
+            model = self.load(said)
+            prepare_(model, config, self.task.strategy, EVERYTHING, self.task.fit, cache=False)
+            return Layered(model, whole, at_once)
+
+        return self._layered(lambda trials: trials.smoothed_model(config, self.progress, said), held)
 
     @contextmanager
-    def smoothed_model(self, config: Config, said: str) -> Iterator[Layered]:
-        """The same, smoothed too."""
+    def _layered(
+        self, streamed: Callable[[Trials], AbstractContextManager[Layered]], held: Callable[[ExitStack], Layered]
+    ) -> Iterator[Layered]:
+        """A model layer by layer, or in memory where it has to be there as a whole."""
         with ExitStack() as stack:
             found: Layered | None = None
             if self.task.trials is not None:
                 with suppress(WholeModel):
-                    found = stack.enter_context(self.task.trials.smoothed_model(config, self.progress, said))
-            if found is None:
-                model = self.load(said)
-                prepare_(model, config, self.task.strategy, EVERYTHING, self.task.fit, cache=False)
-                found = Layered(model, whole, at_once)
-            yield found
+                    found = stack.enter_context(streamed(self.task.trials))
+            yield held(stack) if found is None else found
 
     def judge(self, config: Config, said: str = "as it is") -> Judged:
         """Quantize by ``config`` and compare with float on the held-out windows; ``said``: what is told of it."""
