@@ -64,9 +64,7 @@ def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, 
     """Raise AutoQuantError for what cannot be done with one layer in memory, each with its reason; ``prefix``: there
     are passes for one.
     """
-    if (
-        config.quantization.prefix and not prefix
-    ):  # its keys and values are those of the smoothed model, after the only sweep
+    if config.quantization.prefix and not prefix:  # its keys and values are of the smoothed model, after the only sweep
         raise AutoQuantError(
             "quantization.prefix: --low-memory cannot compute a prefix, which takes a pass through the smoothed model; "
             "set it to [] or go without --low-memory"

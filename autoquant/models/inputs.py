@@ -21,7 +21,7 @@ from autoquant.capture.fake_tensors import fakeify_, known_values, undisturbed
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import marked_as_compiling, pytree
 from autoquant.models.images import IMAGES, image_layouts
-from autoquant.models.layouts import Layout, Values, Wanted, first, part
+from autoquant.models.layouts import Layout, Values, Wanted, feature_methods, first, part
 from autoquant.models.sounds import SOUNDS, sound_layouts
 from autoquant.models.source import PLACEHOLDER
 
@@ -202,7 +202,7 @@ class _Maker:
             said = _COUNT.search(str(error))
             if said and before.get(what := said[1].lower()) != int(said[2]):
                 self.counts[what] = int(said[2])
-            elif "audio" not in before and not self._methods("audio"):
+            elif "audio" not in before and not feature_methods(self.module, "audio"):
                 self.counts["audio"] = 2  # a row of them, however many: how many there should be is said then
             else:
                 # Where features are added to the tokens one by one, there is a token for each.
@@ -212,7 +212,7 @@ class _Maker:
                 text = {**text, "input_ids": self._tokens(1, count)}
             try:
                 return self.fitting(text, media)
-            except Exception:
+            except Exception:  # the model's own code, which said more of the first try
                 self.counts = before
                 raise error from None
         return text
@@ -259,17 +259,12 @@ class _Maker:
         """How many vectors the configuration says that an image becomes, 0 where it does not say."""
         return first(self.fields, "latent_query_num", "num_query_tokens", "image_seq_length") or 0
 
-    def _methods(self, what: str) -> list[Callable[..., Any]]:
-        """The model's own methods that make vectors of an image or a sound."""
-        owners = (self.module, getattr(self.module, "model", None))
-        return [method for owner in owners if (method := getattr(owner, f"get_{what}_features", None)) is not None]
-
     def _features(self, what: str, media: Values) -> int:
         """How many vectors the model makes of an image or a sound: it said so, or its own method does; 0 without."""
         if what in self.counts:
             return self.counts[what]
         found: tuple[Values, Any] = {}, None
-        for method in self._methods(what):  # the outer one may not say what it takes
+        for method in feature_methods(self.module, what):  # the outer one may not say what it takes
             taken = inspect.signature(method).parameters
             given = {key: value for key, value in media.items() if key in taken}
             if any(value.is_floating_point() for value in given.values()) and len(given) > len(found[0]):

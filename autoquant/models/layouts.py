@@ -29,6 +29,12 @@ class Wanted:
     """A tensor of a shape: random numbers, or none on the meta device."""
 
 
+def feature_methods(module: Any, what: str) -> list[Callable[..., Any]]:
+    """A model's own methods that make vectors of an ``image``, an ``audio`` or a ``video``; the outer one first."""
+    owners = (module, getattr(module, "model", None))
+    return [method for owner in owners if (method := getattr(owner, f"get_{what}_features", None)) is not None]
+
+
 def part(fields: Fields, pattern: str) -> Fields:
     """The fields of the configuration that a name such as ``vision_config`` leads to, else the fields themselves."""
     for name, value in fields.items():

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from autoquant.errors import AutoQuantError
-from autoquant.models.layouts import Fields, Values, Wanted, edge, first, part
+from autoquant.models.layouts import Fields, Values, Wanted, edge, feature_methods, first, part
 from autoquant.models.source import sub_configs
 
 _TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -65,8 +65,7 @@ def _processor(config: Any) -> Any:
 
 def _taken(wanted: Wanted) -> Iterable[str]:
     """What the forward and the method that makes features of an image name."""
-    owners = (wanted.module, getattr(wanted.module, "model", None))
-    methods = [method for owner in owners if (method := getattr(owner, "get_image_features", None)) is not None]
+    methods = feature_methods(wanted.module, "image")
     return {*wanted.names, *(name for method in methods for name in inspect.signature(method).parameters)}
 
 
