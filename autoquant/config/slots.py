@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,10 @@ from autoquant.config.format import IndexMap, Slot
 
 MAX_POSITIONS = 1 << 22
 """Of one axis that is given by blocks: 32 MiB; the widest expert stacks of the survey have 2.1 million."""
+
+
+PositionProblem: TypeAlias = tuple[tuple[str | int, ...], str]
+"""Where in a slot something is wrong, and what."""
 
 
 def channels_of(slot: Slot) -> NDArray[np.int64]:
@@ -34,37 +40,50 @@ def positions_of(slot: Slot) -> NDArray[np.int64]:
     return np.flatnonzero(channels_of(slot) >= 0)
 
 
-def index_problems(slot: Slot, channels: int, blocks: int | None = None) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def index_problems(slot: Slot, channels: int, blocks: int | None = None) -> tuple[PositionProblem, ...]:
     """What is wrong with the positions of ``slot`` and their channels: where in the slot, and why.
 
     Every channel must be on a position. In a space of ``blocks``, that goes for each block of which there is anything,
     and all channels of a block must occur equally often: a rotation mixes them.
     """
-    if slot.index is None:
-        if slot.size != channels:
+    return _index_problems(slot.size, slot.index, channels, blocks)
+
+
+@lru_cache(maxsize=1 << 14)  # the slots of one axis mostly have one index, and a file's are looked at by each check
+def _index_problems(
+    size: int, index: tuple[IndexMap, ...] | None, channels: int, blocks: int | None
+) -> tuple[PositionProblem, ...]:
+    return tuple(_positions(size, index, channels, blocks))
+
+
+def _positions(
+    size: int, index: tuple[IndexMap, ...] | None, channels: int, blocks: int | None
+) -> Iterator[PositionProblem]:
+    if index is None:
+        if size != channels:
             yield ("size",), f"without index, expected one position for each of the {channels} channels"
         return
-    if not slot.index:
+    if not index:
         yield ("index",), "expected at least one block, or null for the whole axis"
         return
-    if slot.size > MAX_POSITIONS or (blocks is not None and channels > MAX_POSITIONS):
+    if size > MAX_POSITIONS or (blocks is not None and channels > MAX_POSITIONS):
         yield ("size",), f"more than {MAX_POSITIONS} positions"
         return
     found = [
         (("index", i, *at), reason)
-        for i, block in enumerate(slot.index)
-        for at, reason in _block_problems(block, slot.size, channels)
+        for i, block in enumerate(index)
+        for at, reason in _block_problems(block, size, channels)
     ]
     yield from found
     if found:
         return
-    if sum(math.prod(block.shape) for block in slot.index) > slot.size:
-        yield ("index",), f"names more positions than the {slot.size} of the axis, so some occur twice"
+    if sum(math.prod(block.shape) for block in index) > size:
+        yield ("index",), f"names more positions than the {size} of the axis, so some occur twice"
         return
-    taken = np.zeros(slot.size, dtype=bool)
+    taken = np.zeros(size, dtype=bool)
     # Of a group's channels, one of the first size + 1 is missing if any is.
-    counts = np.zeros(channels if blocks is not None else min(channels, slot.size + 1), dtype=np.int64)
-    for block in slot.index:
+    counts = np.zeros(channels if blocks is not None else min(channels, size + 1), dtype=np.int64)
+    for block in index:
         positions = np.sort(_strided(block.start, block.shape, block.stride))
         twice = positions[1:][positions[1:] == positions[:-1]]
         again = twice if twice.size else positions[taken[positions]]
@@ -77,9 +96,7 @@ def index_problems(slot: Slot, channels: int, blocks: int | None = None) -> Iter
     yield from _coverage(counts, channels, blocks)
 
 
-def _coverage(
-    counts: NDArray[np.int64], channels: int, blocks: int | None
-) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _coverage(counts: NDArray[np.int64], channels: int, blocks: int | None) -> Iterator[PositionProblem]:
     """``counts`` ``[C]``: on how many positions each of the first channels is."""
     parts = counts.reshape(blocks or 1, -1)
     missing = np.flatnonzero(((parts == 0) & ((parts > 0).any(1, keepdims=True) | (counts.sum() == 0))).reshape(-1))
@@ -98,7 +115,7 @@ def _strided(start: int, shape: Sequence[int], stride: Sequence[int]) -> NDArray
     return total
 
 
-def _block_problems(block: IndexMap, size: int, channels: int) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _block_problems(block: IndexMap, size: int, channels: int) -> Iterator[PositionProblem]:
     lengths = len(block.shape), len(block.stride), len(block.channel_stride)
     if len(set(lengths)) > 1:
         yield (), "shape, stride and channel_stride differ in length: {}, {} and {}".format(*lengths)

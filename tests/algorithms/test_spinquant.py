@@ -39,8 +39,7 @@ from autoquant.quantizer.linear import quantize_, set_mode_
 from autoquant.quantizer.strategies import plan_linears
 
 TOKEN, TENSOR = Strategy.PER_CHANNEL_PER_TOKEN, Strategy.PER_TENSOR_STATIC
-# A rate at which the loss falls on other windows too, whatever the last bits of the rotated weights are.
-QUICK = Settings(steps=6, windows=6, length=24, rate=2e-3)
+QUICK = Settings(steps=6, windows=6, length=24, rate=1e-2)
 
 
 def learned(config: Config, kind: str = "R1") -> Config:
@@ -116,11 +115,20 @@ def test_the_loss_rounds_as_the_quantizer_does() -> None:
 
 
 def test_learning_lowers_the_held_out_loss_and_is_the_same_twice() -> None:
+    """By a quarter where a channel of the residual stream is 20 times the others: on the trained model, which the
+    Hadamard rotation leaves little to gain on, it falls or not with the last bits of a processor's products.
+    """
     model, selected, space = ready()
-    planned = plan_linears(config_of(PACKAGED), TENSOR)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+        model.get_parameter("model.embed_tokens.weight")[:, 0] *= 20
+    planned = plan_linears(config_of(PACKAGED), TOKEN)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     found, again = (learn_rotation(model, space, planned, windows(8), QUICK) for _ in range(2))
-    assert torch.equal(found.q, again.q) and found.after == again.after < found.before
+    assert torch.equal(found.q, again.q) and found.after == again.after < 0.9 * found.before
     eye = torch.eye(128, dtype=torch.float64)
     assert (found.q @ found.q.mT - eye).abs().max() < 1e-12 < 1e-4 < (found.q - eye).abs().max()
     for name, parameter in model.named_parameters():
