@@ -25,7 +25,7 @@ from autoquant.calibration.texts import read_text
 from autoquant.calibration.windows import CalibrationOptions, Windows, calibration_windows, cut_windows, tokenize
 from autoquant.config.file import load_config
 from autoquant.evaluation.perplexity import perplexity_of
-from autoquant.models.load import load_causal_lm
+from autoquant.models.load import load_language_model
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.recipes.audit import scale_
 from autoquant.recipes.matching import MatchedPair
@@ -152,11 +152,11 @@ class Bed:
     def prepared(self, transforms: str, seed: int = 0) -> Any:
         """The model with ``transforms`` applied, as `autoquant apply` writes it."""
         if not transforms:
-            return load_causal_lm(self.model, dtype=torch.float32)
+            return load_language_model(self.model, dtype=torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             how = {"calibration": self.calibration, "sequences": len(self.rows), "length": LENGTH, "seed": seed}
             autoquant.apply(self.model, self.config, Path(folder) / "m", dtype="float32", transforms=transforms, **how)
-            return load_causal_lm(Path(folder) / "m", dtype=torch.float32)
+            return load_language_model(Path(folder) / "m", dtype=torch.float32)
 
     def scaled(self, seed: int) -> Any:
         """The model with scales between 0.37 and 2.7, drawn at random, in every pair."""

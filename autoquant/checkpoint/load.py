@@ -9,7 +9,7 @@ import torch
 
 from autoquant.checkpoint.finite import find_unused
 from autoquant.checkpoint.formats import format_of
-from autoquant.models.load import load_causal_lm
+from autoquant.models.load import load_language_model
 from autoquant.models.vocabulary import token_tables
 
 
@@ -22,7 +22,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, *, trust_remote_co
     found = format_of(Path(model))
     if found is not None:
         return found.load(Path(model), dtype, trust_remote_code=trust_remote_code)
-    loaded = load_causal_lm(model, dtype=dtype, trust_remote_code=trust_remote_code, quantized=True)
+    loaded = load_language_model(model, dtype=dtype, trust_remote_code=trust_remote_code, quantized=True)
     parameters = dict(loaded.named_parameters())
     find_unused(Path(model), parameters, parameters.__getitem__, token_tables(loaded))
     return loaded

@@ -38,7 +38,7 @@ from autoquant.io.folders import check_target
 from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.device import device_said
-from autoquant.models.load import load_causal_lm, load_skeleton, load_with_unplaced
+from autoquant.models.load import load_language_model, load_skeleton, load_with_unplaced
 from autoquant.models.reading import check_reads_text
 from autoquant.models.tokenizer import has_tokenizer, load_tokenizer
 from autoquant.pipeline.held import InMemory
@@ -296,7 +296,7 @@ def foreseen(selected: Selected, config: Config) -> Changes:
 
 def load_float32(source: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The checkpoint's model in float32 and evaluation mode. Raises AutoQuantError where it cannot be loaded."""
-    model: nn.Module = load_causal_lm(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model: nn.Module = load_language_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return model
 
 

@@ -58,7 +58,7 @@ def release(target: Path) -> None:
 
 
 def left_behind(name: str) -> bool:
-    """True if the process whose number ends a file's name is gone, or is this one."""
+    """True if the process whose number ends a file's name has ended, or is this one."""
     number = name.rpartition("-")[2]
     if not number.isdigit():
         return False
@@ -70,4 +70,13 @@ def left_behind(name: str) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return False
+    return _is_zombie(int(number))
+
+
+def _is_zombie(number: int) -> bool:
+    """True for a process that has ended and whose parent has not asked how; False where the system has no /proc."""
+    try:
+        status = Path(f"/proc/{number}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[:1] == ["Z"]  # the name before it may hold anything

@@ -70,7 +70,7 @@ _LEFT_OUT = (ADAPTER, ".metadata", "*.distcp")
 """What transformers would load in place of the weights, or beside them, and what of it is a pickle."""
 
 
-def load_causal_lm(
+def load_language_model(
     source: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -90,7 +90,7 @@ def load_causal_lm(
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
-    """What :func:`load_causal_lm` does, by the checkpoint's own auto class."""
+    """What :func:`load_language_model` does, by the checkpoint's own auto class."""
     return load_with_unplaced(folder, dtype, trust_remote_code=trust_remote_code).model
 
 

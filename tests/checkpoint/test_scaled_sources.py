@@ -18,7 +18,7 @@ from autoquant.analyzer.analyze import analyze
 from autoquant.checkpoint.apply import apply_checkpoint
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 from autoquant.config.format import Config, Strategy
-from autoquant.models.load import load_causal_lm
+from autoquant.models.load import load_language_model
 from autoquant.models.repair import find_source
 from autoquant.pipeline.select import Transforms
 
@@ -106,8 +106,8 @@ def test_apply_writes_what_it_makes_of_the_numbers(tmp_path: Path, kind: str) ->
     assert "quantization_config" not in json.loads((tmp_path / "one" / "config.json").read_text())
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        before = load_causal_lm(scaled, dtype=torch.float32)(ids).logits
-        after = load_causal_lm(tmp_path / "one", dtype=torch.float32)(ids).logits
+        before = load_language_model(scaled, dtype=torch.float32)(ids).logits
+        after = load_language_model(tmp_path / "one", dtype=torch.float32)(ids).logits
     assert (after - before).norm() < 0.02 * before.norm()  # of bfloat16
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoquant.calibration.windows import check_fit
 from autoquant.errors import AutoQuantError
-from autoquant.models.load import load_causal_lm, load_skeleton
+from autoquant.models.load import load_language_model, load_skeleton
 from autoquant.models.reading import check_reads_text, halves, longest_read, read, reads_in_halves, start_token
 
 IDS = torch.randint(3, 2000, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -21,7 +21,7 @@ IDS = torch.randint(3, 2000, (2, 9), generator=torch.Generator().manual_seed(0))
 
 @cache
 def made(folder: Path, model_type: str) -> Any:
-    return load_causal_lm(encoder_decoder(folder, model_type), dtype=torch.float32)
+    return load_language_model(encoder_decoder(folder, model_type), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_decoder_predicts_the_second_half_as_transformers_trains_it(model_ty
 
 @torch.no_grad()
 def test_a_decoder_is_called_with_the_window_itself() -> None:
-    model = load_causal_lm(PACKAGED, dtype=torch.float32)
+    model = load_language_model(PACKAGED, dtype=torch.float32)
     assert not reads_in_halves(model) and longest_read(model, 9) == 9
     assert torch.equal(read(model, IDS).logits, model(IDS).logits)
     calls: list[Tensor] = []

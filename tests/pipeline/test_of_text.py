@@ -15,7 +15,7 @@ from autoquant.checkpoint.load import load
 from autoquant.checkpoint.quantize import Recipe, quantize_checkpoint
 from autoquant.config.format import Strategy
 from autoquant.config.layers import module_of
-from autoquant.models.load import load_causal_lm, load_skeleton
+from autoquant.models.load import load_language_model, load_skeleton
 from autoquant.pipeline.of_text import of_text
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.linear import Int8Linear
@@ -56,7 +56,7 @@ def test_a_model_that_takes_images_is_quantized_by_text(strategy: Strategy, tmp_
     recipe = Recipe(config_of(source), strategy, Transforms.parse("smooth+rotation"), tuple(ids[:, None]))
     with pytest.warns(UserWarning, match=r"neither smoothed .*, since text does not reach it: .*vision_tower"):
         quantize_checkpoint(source, tmp_path / "out", recipe, {})
-    made, model = load(tmp_path / "out"), load_causal_lm(source)
+    made, model = load(tmp_path / "out"), load_language_model(source)
     quantized = {name for name, part in made.named_modules() if isinstance(part, Int8Linear)}
     assert quantized and all("language_model" in name for name in quantized)
     with torch.no_grad():
@@ -77,8 +77,8 @@ def test_modules_in_memory_and_comparisons_leave_towers_too(tmp_path: Path) -> N
         lambda model: autoquant.apply(model, config, calibration=batches),
     ):
         with pytest.warns(UserWarning, match=r"text does not reach it: .*vision_tower"):
-            made = change(load_causal_lm(source, dtype=torch.float32))
-        before, after = (model(input_ids=ids).logits for model in (load_causal_lm(source), made))
+            made = change(load_language_model(source, dtype=torch.float32))
+        before, after = (model(input_ids=ids).logits for model in (load_language_model(source), made))
         assert (after - before).norm() < 0.1 * before.norm()
         assert not [n for n, part in made.named_modules() if isinstance(part, Int8Linear) and "vision" in n]
 
@@ -90,7 +90,7 @@ def test_a_class_for_images_alone_goes_on_with_text(tmp_path: Path) -> None:
     vision = AutoConfig.for_model("clip_vision_model", patch_size=4, **sizes)
     config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_id=60)
     AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "in")
-    model = load_causal_lm(tmp_path / "in")
+    model = load_language_model(tmp_path / "in")
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     _, idle = of_text(config_of(tmp_path / "in"), load_skeleton(tmp_path / "in"))
     assert idle and all("vision_tower" in path or "projector" in path for path in idle)
