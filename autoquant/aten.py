@@ -130,6 +130,9 @@ FACTORS = {
 PRODUCTS = frozenset(FACTORS) | frozenset(CONVOLUTIONS) | frozenset("einsum scaled_dot_product_attention".split())
 """Products that add over channels: what comes out belongs to other channels."""
 
+ATTENTION = frozenset("""scaled_dot_product_attention flex_attention""".split())
+"""Operators that are attention as a whole; their third argument is the values."""
+
 NORMS = frozenset("layer_norm rms_norm".split())
 """Operators that divide a vector by its length, and may multiply by a weight."""
 

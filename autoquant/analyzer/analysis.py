@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, TypeVar
@@ -12,7 +12,7 @@ from torch import fx
 
 from autoquant.analyzer.extents import EXTENTS, data_sized
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.interpreter import shared_names
+from autoquant.analyzer.interpreter import Interpreter, shared_names
 from autoquant.analyzer.lengths import common
 from autoquant.analyzer.linears import linears
 from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations
@@ -21,7 +21,7 @@ from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.scale_state import Use
 from autoquant.analyzer.smoothing_groups import Scales, analyse_scales
 from autoquant.analyzer.variables import Bools, Ints, Reason
-from autoquant.aten import CASTS, MOVEMENT, NO_RULE, operator_name
+from autoquant.aten import ATTENTION, CASTS, MOVEMENT, NO_RULE, operator_name
 from autoquant.capture.routes import Captured, module_path
 from autoquant.config.format import Blocked, Linear, Online, Reader, Slot, SmoothingGroup, Space, edited
 from autoquant.config.layers import module_of
@@ -29,6 +29,7 @@ from autoquant.config.layers import module_of
 NO_SOURCE = "nothing that feeds it can absorb a scale"
 NO_MODULE = "no rotation in the weights reaches its input, and it is no module that an online one could precede"
 NOT_TRACED = "its forward cannot be traced, and nothing is known of what it computes"
+ALONE = "none of its channels can be mixed with another"
 SHARED = "its scale is that of a tensor that must keep it: "
 
 
@@ -166,12 +167,26 @@ def _reasons(scales: Scales, use: Use, where: Bools) -> list[Reason]:
         return [table[label]]
     reason = table.get(int(scales.solution.reason[label]))
     if reason is None:
-        return [Reason(NO_SOURCE, use.site.operator, use.site.at, use.site.order)]
-    if not reason.operator:  # of two equations that cannot both hold: where the second one was met
-        nodes = (node for part in scales.interpreter.captured.subgraphs for node in part.graph.graph.nodes)
-        met = next(islice(nodes, reason.order - 1, None))
-        reason = replace(reason, operator=operator_name(met), at=module_path(met))
-    return [Reason(f"{SHARED}{reason.text}", reason.operator, reason.at, reason.order)]
+        component = scales.solution.component[label]
+        lost = next((reason for components, reason in scales.lost if component in components), None)
+        return [use.site.because(NO_SOURCE) if lost is None else _placed(scales.interpreter, lost)]
+    reason = _placed(scales.interpreter, reason)
+    return [replace(reason, text=f"{SHARED}{reason.text}")]
+
+
+def _placed(interpreter: Interpreter, reason: Reason) -> Reason:
+    """``reason`` with an operator and its module: of those that name none (two equations that cannot both hold, what a
+    config cannot say) where the parameter or the second equation was met.
+    """
+    if reason.operator:
+        return reason
+    _, met = next(islice(_nodes(interpreter), reason.order - 1, None))
+    return replace(reason, operator=operator_name(met), at=module_path(met))
+
+
+def _nodes(interpreter: Interpreter) -> Iterator[tuple[int, fx.Node]]:
+    """All nodes in the order in which they were met, from 1 on."""
+    return enumerate((node for part in interpreter.captured.subgraphs for node in part.graph.graph.nodes), 1)
 
 
 def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
@@ -182,21 +197,22 @@ def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
     for family in analysis.axes.all():
         if family.role == "table" and family.param not in rotated:
             ids = analysis.axes.labels(family)
-            reason = _rotation_reason(rotations, ids)
-            if reason is not None:
+            if len(ids) > 1:  # one channel has nothing to be mixed with
+                reason = _rotation_reason(rotations, ids, family.order)
                 blocked[_blocked(module_of(family.param), "rotation", reason)] = None
     for site, labels in analysis.values:
         ids = np.unique(labels.numpy())
         blocks = rotations.blocks[solution.component[ids]]
-        if (blocks < 0).any() or len(np.unique(blocks)) == len(blocks) > 1:
-            reason = _rotation_reason(rotations, ids)
-            if reason is not None:
-                blocked[_blocked(site.at, "rotation", reason)] = None
-    for site in analysis.lost:
-        last = _last_vector(rotations, site.node.args[2])
-        reason = None if last is None else _rotation_reason(rotations, last)
-        if reason is not None:
-            blocked[_blocked(site.at, "rotation", reason)] = None
+        lost = any(np.isin(solution.component[ids], components).any() for components, _ in rotations.lost)
+        if lost or (blocks < 0).any() or len(np.unique(blocks)) == len(blocks) > 1:
+            blocked[_blocked(site.at, "rotation", _rotation_reason(rotations, ids, site.order))] = None
+    met = {site.node for site, _ in analysis.values}
+    for order, node in _nodes(rotations.interpreter):
+        if operator_name(node) not in ATTENTION or node in met:
+            continue
+        last = _last_vector(rotations, node.args[2])  # no vectors any more, or not along the last axis
+        if last is not None:
+            blocked[_blocked(module_path(node), "rotation", _rotation_reason(rotations, last, order))] = None
     return list(blocked)
 
 
@@ -210,17 +226,21 @@ def _last_vector(rotations: Rotations, node: object) -> Ints | None:
     return None
 
 
-def _rotation_reason(rotations: Rotations, ids: Ints) -> Reason | None:
+def _rotation_reason(rotations: Rotations, ids: Ints, order: int) -> Reason:
+    """Why channels are not rotated; ``order`` says where they are met."""
     analysis, solution = rotations.analysis, rotations.solution
     fixed = ids[solution.fixed[ids]]
     if len(fixed):
         return analysis.variables.reasons[int(solution.reason[fixed[0]])]
     mine, finest, parts = solution.component[ids], None, 1
+    for components, reason in rotations.lost:
+        if np.isin(mine, components).any():
+            return _placed(rotations.interpreter, reason)
     for split in analysis.splits:  # the one into most parts: heads are apart anyway where each channel is
         here = np.isin(solution.component[split.labels], mine)
         if here.any() and len(np.unique(split.keys[here])) > parts:
             finest, parts = split.reason, len(np.unique(split.keys[here]))
-    return finest
+    return finest or _placed(rotations.interpreter, Reason(ALONE, "", "", order))
 
 
 def _blocked(path: str, what: str, reason: Reason) -> Blocked:

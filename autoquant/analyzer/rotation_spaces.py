@@ -15,13 +15,16 @@ from autoquant.analyzer.index_maps import index_maps
 from autoquant.analyzer.interpreter import Interpreter, Site, interpreted, shared_names
 from autoquant.analyzer.rotation_state import Read, RotationAnalysis, Split, numbered
 from autoquant.analyzer.rules import ROTATIONS
-from autoquant.analyzer.smoothing_groups import group_name, slot_of
+from autoquant.analyzer.smoothing_groups import group_name, several_dimensions, slot_of
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
 from autoquant.capture.routes import Captured
 from autoquant.config.format import Norm, Reader, Slot, Space, Writer, edited
 from autoquant.config.format import Read as ConfigRead
 from autoquant.config.layers import module_of
 from autoquant.config.slots import channels_of
+
+Lost = tuple[Ints, Reason]
+"""Components that could be rotated as far as the equations go, and what the config cannot say of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Rotations:
     blocks: Ints
     """Per component, a number of its block; -1 where it cannot be rotated."""
     spaces: tuple[Space, ...]
+    lost: tuple[Lost, ...]
+    """Spaces that are not written, though nothing ends them."""
 
 
 def analyse_rotations(captured: Captured, extent: int = EXTENTS[0]) -> Rotations:
@@ -50,11 +55,12 @@ def analyse_rotations(captured: Captured, extent: int = EXTENTS[0]) -> Rotations
     if _fix_what_spaces_share(analysis, solution, shared_names(captured)):
         solution = analysis.variables.solve(keep)
     axes = analysis.axes.all()
-    blocks = _blocks(analysis, axes, solution)
+    blocks, apart = _blocks(analysis, axes, solution)
     if _fix_copies_paired_otherwise(analysis, axes, solution, blocks):
         solution = analysis.variables.solve(keep)
-        blocks = _blocks(analysis, axes, solution)
-    return Rotations(analysis, interpreter, solution, blocks, _spaces(analysis, axes, solution, blocks))
+        blocks, apart = _blocks(analysis, axes, solution)
+    spaces, lost = _spaces(analysis, axes, solution, blocks)
+    return Rotations(analysis, interpreter, solution, blocks, spaces, (*apart, *lost))
 
 
 def _split_what_is_read_in_parts(analysis: RotationAnalysis) -> None:
@@ -252,8 +258,11 @@ def _reads(analysis: RotationAnalysis, family: Axis) -> list[Read]:
     return [read for read in analysis.reads if (read.weight, read.dim) == (family.param, family.dim)]
 
 
-def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution) -> Ints:
-    """Components that see the same parameters and the same splits may be mixed: number those sets."""
+def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution) -> tuple[Ints, list[Lost]]:
+    """Components that see the same parameters and the same splits may be mixed: number those sets.
+
+    Also those that end here, since they cannot be centred together.
+    """
     count = int(solution.component.max()) + 1
     code = np.zeros(count, dtype=np.uint64)
     salts = np.random.default_rng(0).integers(1, 2**63, size=len(axes) + len(analysis.splits), dtype=np.uint64)
@@ -270,6 +279,7 @@ def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution
     _, blocks = np.unique(code, return_inverse=True)
     blocks = blocks.astype(np.int64)
     blocks[fixed] = -1
+    lost: list[Lost] = []
     for split in analysis.splits:
         if split.centre:  # writers are centred over all that the mean is taken of: it must be one block
             touched = np.unique(solution.component[split.labels])
@@ -277,10 +287,14 @@ def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution
                 whole = np.flatnonzero(blocks == block)
                 if block != -1 and np.isin(touched, whole, invert=True).any() and len(np.unique(blocks[touched])) > 1:
                     blocks[whole] = -1
-    return blocks
+                    text = "its mean is taken over channels that could only be rotated apart"
+                    lost.append((whole, replace(split.reason, text=text)))
+    return blocks, lost
 
 
-def _spaces(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution, blocks: Ints) -> tuple[Space, ...]:
+def _spaces(
+    analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution, blocks: Ints
+) -> tuple[tuple[Space, ...], list[Lost]]:
     ids = np.concatenate([np.zeros(0, np.int64), *(analysis.axes.labels(f) for f in axes)])
     which = np.repeat(np.arange(len(axes)), [f.count for f in axes])
     component = solution.component[ids]
@@ -296,7 +310,7 @@ def _spaces(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution
         if len(part):
             signature = len(np.unique(component[part])), tuple(np.unique(which[part]).tolist())
             by_signature.setdefault(signature, []).append(int(block[part[0]]))
-    spaces = []
+    spaces, lost = [], list[Lost]()
     values = _touched(solution, [np.unique(labels.numpy()) for _, labels in analysis.values])
     means = _touched(solution, [split.labels for split in analysis.splits if split.centre])
     for (size, members), numbers in sorted(by_signature.items(), key=lambda item: item[0][1]):
@@ -311,9 +325,11 @@ def _spaces(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution
             is_value=bool(np.isin(positions[2], values).any()),
             centre=bool(np.isin(positions[2], means).any()),
         )
-        if space is not None:
+        if isinstance(space, Reason):
+            lost.append((np.unique(positions[2]), space))
+        else:
             spaces.append(space)
-    return named_by_start(spaces)
+    return named_by_start(spaces), lost
 
 
 def _touched(solution: Solution, labels: Sequence[Ints]) -> Ints:
@@ -366,7 +382,8 @@ def _space(
     *,
     is_value: bool,
     centre: bool,
-) -> Space | None:
+) -> Space | Reason:
+    """The config's form of a space, or why it has none."""
     ids, which, component, block = positions
     first = which == members[0]
     start = ids[first]
@@ -387,7 +404,7 @@ def _space(
         here = which == index
         slot = slot_of(family, ids[here] - family.start, channel[here], size * len(rank_of_block), False, 1)
         if slot is None:
-            return None
+            return Reason(several_dimensions(family), "", "", family.order)
         slot = _for_all(slot, family.full_shape)
         readers = [read for read in _reads(analysis, family) if _takes(read, ids[here])]
         if not readers:
@@ -396,9 +413,11 @@ def _space(
         gain = readers[0].gain
         channels = size * len(rank_of_block)
         if gain is not None and (gain.weight or gain.bias) and slot.index is not None:
-            return None  # the norm counts its channels in another order, or has others too
+            text = f"{gain.weight or gain.bias} does not multiply these channels alone, each once and in their order"
+            return readers[0].site.because(text)
         if gain is not None and analysis.gain_sizes.get(gain.weight or "", size) not in (size, channels):
-            return None  # one gain for some of the blocks, each of which another rotation turns
+            text = f"{gain.weight} is one gain for several parts, each of which is rotated by itself"
+            return readers[0].site.because(text)
         key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
         reader = Reader(**slot.model_dump(), bias=readers[0].bias)
         reads.setdefault(key, (gain, []))[1].append(reader)
@@ -411,7 +430,7 @@ def _space(
         reads[None] = (None, [reader for reader in reads[None][1] if reader not in known])
         reads = {key: read for key, read in reads.items() if read[1]}
     if not writers or not reads:
-        return None
+        return Reason("no weight reads it" if writers else "no weight writes it", "", "", axes[members[0]].order)
     kind = "R1" if any(axes[i].role == "table" for i in members) else "R2" if is_value else "other"
     return Space(
         name=_name(kind, writers, reads.values()),

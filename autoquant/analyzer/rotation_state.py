@@ -131,8 +131,6 @@ class RotationAnalysis:
     folded: dict[str, Norm] = field(default_factory=dict)
     values: list[tuple[Site, Tensor]] = field(default_factory=list)
     """Attention sites and the coordinates of their values."""
-    lost: list[Site] = field(default_factory=list)
-    """Attention whose values are no vectors any more."""
     arranged: list[tuple[Site, Tensor]] = field(default_factory=list)
     """Coordinates as they lie along the last axis where vectors are added or read, ``[rows, channels]``."""
 

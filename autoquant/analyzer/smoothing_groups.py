@@ -15,7 +15,7 @@ from autoquant.analyzer.index_maps import index_maps
 from autoquant.analyzer.interpreter import Interpreter, interpreted
 from autoquant.analyzer.rules import SCALES
 from autoquant.analyzer.scale_state import ScaleAnalysis
-from autoquant.analyzer.variables import Bools, Floats, Ints, Solution
+from autoquant.analyzer.variables import Bools, Floats, Ints, Reason, Solution
 from autoquant.capture.routes import Captured
 from autoquant.config.format import Slot, SmoothingGroup, SmoothingKind
 from autoquant.config.layers import module_of, tail
@@ -29,6 +29,8 @@ class Scales:
     interpreter: Interpreter
     solution: Solution
     groups: tuple[SmoothingGroup, ...]
+    lost: tuple[tuple[Ints, Reason], ...]
+    """Components whose scale is free and that no group says, and why."""
 
 
 def analyse_scales(captured: Captured, extent: int = EXTENTS[0]) -> Scales:
@@ -42,7 +44,7 @@ def analyse_scales(captured: Captured, extent: int = EXTENTS[0]) -> Scales:
     for family in analysis.axes.all():
         keep[family.start : family.start + family.count] = family.role != "leaf"
     solution = analysis.variables.solve(keep)
-    return Scales(analysis, interpreter, solution, _groups(analysis, solution))
+    return Scales(analysis, interpreter, solution, *_groups(analysis, solution))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +59,21 @@ class _Members:
     """Does every expert have a scale of its own here?"""
 
 
-def _groups(analysis: ScaleAnalysis, solution: Solution) -> tuple[SmoothingGroup, ...]:
+def _groups(
+    analysis: ScaleAnalysis, solution: Solution
+) -> tuple[tuple[SmoothingGroup, ...], tuple[tuple[Ints, Reason], ...]]:
     axes = analysis.axes.all()
     members = _members(analysis, axes, solution)
     crossed = np.concatenate([np.zeros(0, np.int64), *(solution.component[q.numpy()] for q in analysis.cancelled)])
-    groups = []
+    groups, lost = [], []
     for signature in _in_order_of_appearance(members.family, _signatures(members)):
-        group = _group(analysis, axes, _select(members, signature), crossed)
-        if group is not None:
+        chosen = _select(members, signature)
+        group = _group(analysis, axes, chosen, crossed)
+        if isinstance(group, Reason):
+            lost.append((np.unique(chosen.component), group))
+        elif group is not None:
             groups.append(group)
-    return tuple(groups)
+    return tuple(groups), tuple(lost)
 
 
 def _members(analysis: ScaleAnalysis, axes: Sequence[Axis], solution: Solution) -> _Members:
@@ -117,12 +124,14 @@ def _select(members: _Members, chosen: Ints) -> _Members:
     )
 
 
-def _group(analysis: ScaleAnalysis, axes: Sequence[Axis], members: _Members, crossed: Ints) -> SmoothingGroup | None:
-    """One group from the components of one signature; None where they hold no source with a target, or none that a
-    slot can describe.
+def _group(
+    analysis: ScaleAnalysis, axes: Sequence[Axis], members: _Members, crossed: Ints
+) -> SmoothingGroup | Reason | None:
+    """One group from the components of one signature; None where they hold no source with a target, and the reason
+    where the config cannot describe one.
     """
     if not np.allclose(members.weight, np.round(members.weight)):
-        return None
+        return Reason("its scale is needed to a power that is no whole number", "", "", _last_met(axes, members))
     first = members.family == members.family.min()
     component, start = np.unique(members.component[first], return_index=True)
     rank = np.argsort(np.argsort(members.position[first][start], kind="stable"), kind="stable")
@@ -141,15 +150,18 @@ def _group(analysis: ScaleAnalysis, axes: Sequence[Axis], members: _Members, cro
                 abs(round(power)),
             )
             if slot is None:
-                return None
+                return Reason(several_dimensions(axes[index]), "", "", axes[index].order)
             (sources if power > 0 else targets).append(slot)
     both = [slot for slot in sources if slot in targets]  # a depthwise convolution that reads and makes one scale
     sources, targets = ([slot for slot in side if slot not in both] for side in (sources, targets))
     met = Counter((axes[i].param, axes[i].dim, axes[i].offset) for i in np.unique(members.family))
     sides = [{(slot.path, slot.dim) for slot in side} for side in (sources, targets)]
     twice = {(param, dim) for (param, dim, _), count in met.items() if count > 1}
-    if not sources or not targets or sides[0] & sides[1] & twice:
+    if not sources or not targets:
         return None
+    if sides[0] & sides[1] & twice:
+        name = min(sides[0] & sides[1] & twice)[0]
+        return Reason(f"{name} would take two scales along one dimension", "", "", _last_met(axes, members))
     roles = {axes[i].role for i in np.unique(members.family[members.weight > 0])}
     readers = {(use.weight, use.contracted_dim) for use in analysis.uses}
     # A depthwise convolution or a gain is not quantized: a scale that it alone takes is legal and of no use.
@@ -167,6 +179,16 @@ def _group(analysis: ScaleAnalysis, axes: Sequence[Axis], members: _Members, cro
         sources=tuple(sources),
         targets=tuple(targets),
     )
+
+
+def _last_met(axes: Sequence[Axis], members: _Members) -> int:
+    """Where in the graph the last of some members is met first."""
+    return max(axes[int(index)].order for index in np.unique(members.family))
+
+
+def several_dimensions(family: Axis) -> str:
+    """Why ``slot_of`` has no form for positions of a parameter."""
+    return f"{family.param} has its channels along several dimensions at once"
 
 
 def matrices(family: Axis) -> int:

@@ -126,6 +126,42 @@ ATTENTION: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         X,
     ),
+    "norm_behind_grouped_heads": lambda: (
+        Graph(
+            lambda s, x: s.o(
+                s.n(
+                    attended(
+                        heads(s.q(x), 4),
+                        heads(s.k(x), 2).repeat_interleave(2, 1),
+                        heads(s.v(x), 2).repeat_interleave(2, 1),
+                    )
+                )
+            ),
+            **projections(8, 4, 4, 8),
+            n=nn.RMSNorm(8),
+        ),
+        X,
+    ),
+    "clamped_before_attention": lambda: (
+        Graph(
+            lambda s, x: s.o(
+                cat_heads(
+                    F.scaled_dot_product_attention(*(heads(y.clamp(-0.5, 0.5), 2) for y in (s.q(x), s.k(x), s.v(x))))
+                )
+            ),
+            **projections(8, 8, 8, 8),
+        ),
+        X,
+    ),
+    "attention_over_channels": lambda: (
+        Graph(
+            lambda s, x: s.o(
+                F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (s.q(x), s.k(x), s.v(x)))).transpose(1, 2)
+            ),
+            **projections(4, 4, 4, 4),
+        ),
+        X,
+    ),
     "qk_shared": lambda: (
         Graph(
             lambda s, x: s.o(attended(heads(s.q(x), 2), heads(s.q(x), 2), heads(s.v(x), 2))), q=lin(), v=lin(), o=lin()

@@ -322,6 +322,35 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    "gain_of_joined_parts": lambda: (
+        embedded(
+            lambda s, i: s.o(s.n(torch.cat([s.e(i), s.e2(i)], -1))),
+            e2=nn.Embedding(7, 4),
+            n=nn.RMSNorm(8, eps=1e-6),
+            o=lin(8),
+        ),
+        IDS,
+    ),
+    "table_that_is_measured_alone": lambda: (
+        embedded(lambda s, i: s.o(s.e2(i)) * s.e(i).norm(dim=-1, keepdim=True), e2=nn.Embedding(7, 4), o=lin()),
+        IDS,
+    ),
+    "table_of_unlike_channels": lambda: (
+        embedded(
+            lambda s, i: s.o(torch.cat([s.a(s.e(i)), s.b(s.e(i))], -1) + s.e2(i)),
+            e2=nn.Embedding(7, 2),
+            a=lin(4, 1, False),
+            b=lin(4, 1, False),
+            o=lin(2),
+        ),
+        IDS,
+    ),
+    "mean_of_joined_parts": lambda: (
+        embedded(
+            lambda s, i: s.o(F.layer_norm(torch.cat([s.e(i), s.e2(i)], -1), (8,))), e2=nn.Embedding(7, 4), o=lin(8)
+        ),
+        IDS,
+    ),
     "parts_of_two": lambda: (
         embedded(
             lambda s, i: (lambda x, y: s.o(torch.cat([y[..., 2:], x[..., :2]], -1)))(

@@ -167,6 +167,16 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
         Graph(lambda s, x: s.o((x * s.w).reshape(1, 24)), w=par(2, 3, 4), o=lin(24, 4)),
         X,
     ),
+    "relu_to_a_broken_power": lambda: (Graph(lambda s, x: s.b(F.relu(s.a(x)).pow(1.5)), a=lin(), b=lin()), X),
+    "depthwise_of_flipped": lambda: (
+        Graph(
+            lambda s, x: (lambda h: s.b((h + s.cv(h.flip(1))).transpose(1, 2)))(s.a(x).transpose(1, 2)),
+            a=lin(),
+            b=lin(),
+            cv=nn.Conv1d(4, 4, 1, groups=4),
+        ),
+        X,
+    ),
     "relu_gate": lambda: (Graph(lambda s, x: s.b(torch.relu(s.a(x)) * s.a2(x)), a=lin(), a2=lin(), b=lin()), X),
     "relu_h_times_h": lambda: (Graph(lambda s, x: (lambda h: s.b(torch.relu(h) * h))(s.a(x)), a=lin(), b=lin()), X),
     "h_times_h": lambda: (Graph(lambda s, x: (lambda h: s.b(h * h))(s.a(x)), a=lin(), b=lin()), X),

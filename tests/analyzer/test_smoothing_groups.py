@@ -22,6 +22,28 @@ EXPECTED: dict[str, list[str]] = {
         "linear_linear 4 w.0 -> o.weight.1",
     ],
     "gain_of_three_dimensions": [],
+    "relu_to_a_broken_power": [],
+    "depthwise_of_flipped": [],
+    "norm_behind_grouped_heads": [
+        "query_key 4 q.weight.0[0:2x2x2/4,2,1>2,0,1] q.bias.0[0:2x2x2/4,2,1>2,0,1] -> k.weight.0 k.bias.0",
+        "norm_linear 8 n.weight.0 -> o.weight.1",
+    ],
+    "clamped_before_attention": [],
+    "attention_over_channels": [
+        "query_key 1 q.weight.0[0:4/1>0] q.bias.0[0:4/1>0] -> k.weight.0[0:4/1>0] k.bias.0[0:4/1>0]",
+        "linear_linear 1 v.weight.0[0:4/1>0] v.bias.0[0:4/1>0] -> o.weight.1[0:4/1>0]",
+    ],
+    "gain_of_joined_parts": ["norm_linear 8 n.weight.0 -> o.weight.1"],
+    "table_that_is_measured_alone": [
+        "linear_linear 4 e2.weight.1 -> o.weight.1",
+        "linear_linear 1 o.weight.0[0:4/1>0] o.bias.0[0:4/1>0] -> e.weight.1[0:4/1>0]",
+    ],
+    "table_of_unlike_channels": [
+        "linear_linear 4 e.weight.1 -> a.weight.1 b.weight.1",
+        "linear_linear 1 a.weight.0 e2.weight.1[0] -> o.weight.1[0]",
+        "linear_linear 1 b.weight.0 e2.weight.1[1] -> o.weight.1[1]",
+    ],
+    "mean_of_joined_parts": [],
     "relu_gate": ["linear_linear 4 a2.weight.0 a2.bias.0 -> b.weight.1"],
     "relu_h_times_h": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
     "h_times_h": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1^2"],
@@ -300,7 +322,9 @@ EXPECTED: dict[str, list[str]] = {
 }
 
 WHY: dict[str, str] = {
-    "gain_of_three_dimensions": "o: nothing that feeds it can absorb a scale (aten.linear)",
+    "gain_of_three_dimensions": "o: w has its channels along several dimensions at once (aten.mul)",
+    "relu_to_a_broken_power": "b: its scale is needed to a power that is no whole number (aten.linear)",
+    "depthwise_of_flipped": "b: cv.weight would take two scales along one dimension (aten.linear)",
     "plus_one": "b: a constant is added (aten.add)",
     "silu": "b: silu(s x) is not s silu(x) (aten.silu)",
     "conv_silu": "b: silu(s x) is not s silu(x) (aten.silu)",

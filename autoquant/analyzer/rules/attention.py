@@ -24,6 +24,7 @@ from autoquant.analyzer.rules.gains import behind_gain
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.scale_state import ScaleAnalysis, Scores, shape_of
 from autoquant.aten import (
+    ATTENTION,
     NO_ROTATION,
     PRODUCTS,
     operator_name,
@@ -63,7 +64,6 @@ def rotate_attention(
 ) -> Value:
     a.end(site, [q, k, mask], "it enters attention scores")
     if not isinstance(value, Vector):
-        a.lost.append(site)
         return a.end(site, [value], NO_ROTATION)
     if kwargs.get("enable_gqa", len(args) > 3 and args[3]):
         repeats = site.shape[-3] // value.coordinates.shape[-3]
@@ -127,7 +127,7 @@ def _is_attention(node: torch.fx.Node) -> bool:
     queue, seen = [node], {node}
     while queue:
         found = queue.pop()
-        if operator_name(found) in ("scaled_dot_product_attention", "flex_attention", "softmax", "_softmax"):
+        if operator_name(found) in ATTENTION | {"softmax", "_softmax"}:
             return True
         users = [user for user in found.users if user not in seen and operator_name(user) not in PRODUCTS]
         seen.update(users)
