@@ -43,17 +43,20 @@ NO_RULE = "the operator has no rule"
 NO_ROTATION = "no rotation passes it"
 
 MOVEMENT = frozenset(
-    """alias atleast_1d atleast_2d atleast_3d broadcast_to chunk clone column_stack constant_pad_nd contiguous detach
-    detach_copy diag_embed diagonal dstack expand expand_as flatten flip fliplr flipud gather hstack index index_select
-    lift_fresh_copy movedim narrow pad permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape
-    reshape_as roll rot90 select slice split split_with_sizes squeeze stack cat t take_along_dim tensor_split tile
-    transpose tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as vstack _unsafe_view
-    _reshape_alias numpy_T mT""".split()
+    """alias as_strided atleast_1d atleast_2d atleast_3d broadcast_to chunk clone column_stack constant_pad_nd
+    contiguous detach detach_copy diag_embed diagonal dstack expand expand_as flatten flip fliplr flipud gather hstack
+    index index_select lift_fresh_copy movedim narrow pad permute pixel_shuffle pixel_unshuffle ravel repeat
+    repeat_interleave reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack cat t
+    take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze
+    view view_as vstack _unsafe_view _reshape_alias numpy_T mT""".split()
 )
 """Operators that copy elements (or put 0 in their place) and change none: they are run on the labels themselves."""
 
 JOINING = frozenset("""cat column_stack dstack hstack stack vstack""".split())
 """Data movement that takes a list of tensors."""
+
+PARTING = frozenset("""narrow slice split_with_sizes""".split())
+"""Data movement that takes runs of what lies along one dimension; the data may say how long they are."""
 
 CHOOSING = JOINING | frozenset("""index index_select gather take_along_dim""".split())
 """Data movement that may depend on the data."""

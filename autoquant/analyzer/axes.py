@@ -62,6 +62,18 @@ class Param:
             labels = move(labels)
         return labels
 
+    @property
+    def is_run_of_rows(self) -> bool:
+        """True if it is seen as two or more consecutive rows of a matrix that has more of them."""
+        if len(self.full_shape) != 2 or self.key or len(self.shape) < 2:
+            return False
+        rows, width = (torch.arange(size) for size in self.full_shape)
+        picked, columns = (self.replay(part.expand(self.full_shape)) for part in (rows[:, None], width))
+        if columns.shape[-1] != len(width) or bool((columns != width).any()):
+            return False
+        run = picked[..., 0].reshape(-1)
+        return bool((picked == picked[..., :1]).all()) and 1 < len(run) < len(rows) and bool((run.diff() == 1).all())
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:

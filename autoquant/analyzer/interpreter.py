@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
 from autoquant.analyzer.extents import EXTENTS, indexed_dims, size_of, sized
+from autoquant.analyzer.movement import dim_of, function_of
 from autoquant.analyzer.variables import Reason
 from autoquant.aten import (
     CASTS,
@@ -25,6 +26,7 @@ from autoquant.aten import (
     FILLS,
     LIKE_ANOTHER,
     MOVEMENT,
+    PARTING,
     RANDOM,
     RANDOM_LIKE,
     operator_name,
@@ -282,6 +284,8 @@ class Interpreter:
         dtype = kwargs.get("dtype")
         if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
             return self.give_up(site, tensors, "it is rounded")  # before anything else is done with it
+        if site.operator == "mul" and _sized_by_data(site.node):
+            args = tuple(_fitted(value, site.shape) for value in args)
         is_movement = site.operator in MOVEMENT
         rule = self.rules.get(site.operator)
         if rule is not None and rule.takes(site.node):
@@ -292,9 +296,12 @@ class Interpreter:
                     raise
                 return self.give_up(site, tensors, "how many rows it has of each tensor is chosen by the data")
             return self._unrounded(site, result, tensors)
-        if is_movement and (site.operator in CHOOSING or not any(isinstance(v, Dynamic) for v in _flat(args[1:]))):
+        by_data = site.operator in CHOOSING | PARTING
+        if is_movement and (by_data or not any(isinstance(v, Dynamic) for v in _flat(args[1:]))):
             try:
-                return self.movement(site, _function(site), args, kwargs)
+                if site.operator in PARTING and any(isinstance(v, Dynamic) for v in _flat((args, kwargs))):
+                    return self.state.part(site, args[0], dim_of(site.operator, args, kwargs))
+                return self.movement(site, function_of(site.node, site.shape), args, kwargs)
             except (RuntimeError, TypeError) as error:  # torch refuses what stands for its arguments: said, not hidden
                 return self.give_up(site, tensors, f"its elements cannot be followed: {one_line(error)}")
         return self.no_rule(site, tensors)  # also where the data decide how far elements move
@@ -375,7 +382,7 @@ def _named(value: Value, site: Site, names: Mapping[tuple[str, str], str]) -> Va
 
 
 def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-    move = _function(site)
+    move = function_of(site.node, site.shape)
 
     def one(index: int | None) -> Callable[[Tensor], Tensor]:
         def replay(labels: Tensor) -> Tensor:
@@ -387,20 +394,6 @@ def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict
     if isinstance(site.node.meta.get("val"), (tuple, list)):
         return tuple(param.viewed(one(i), tuple(fake.shape)) for i, fake in enumerate(site.outputs))
     return param.viewed(one(None), site.shape)
-
-
-def _function(site: Site) -> Callable[..., Any]:
-    """The operator itself; a view is a reshape, since labels may be strided otherwise than the tensor they label."""
-    if site.operator in ("alias", "clone", "contiguous", "detach", "detach_copy", "lift_fresh_copy"):
-        return lambda labels, *args, **kwargs: labels
-    if site.operator in ("view", "_unsafe_view", "_reshape_alias"):
-        return lambda labels, shape, *args: labels.reshape(shape)
-    if site.operator in ("reshape_as", "view_as"):
-        return lambda labels: labels.reshape(site.shape)
-    if site.operator == "expand_as":
-        return lambda labels: labels.expand(site.shape)
-    target: Callable[..., Any] = site.node.target  # type: ignore[assignment]  # a call_function node
-    return target
 
 
 def _uniform(value: Tensor) -> bool:
@@ -418,6 +411,14 @@ def _sized_by_data(node: fx.Node) -> bool:
     """True if a tensor that a node makes has a size that the data say."""
     tensors = (value for value in _flat(node.meta.get("val")) if isinstance(value, Tensor))
     return any(not isinstance(size, int) for value in tensors for size in value.shape)
+
+
+def _fitted(value: Value, shape: tuple[int, ...]) -> Value:
+    """Unknown numbers that are broadcast to ``shape``: where they are more than one, as many as it stands for."""
+    if not isinstance(value, Dynamic):
+        return value
+    wide = shape[len(shape) - len(value.shape) :]
+    return Dynamic(tuple(1 if size == 1 else n for size, n in zip(value.shape, wide, strict=True)), value.dtype)
 
 
 def _evaluate(site: Site, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value | None:

@@ -306,7 +306,7 @@ class RotationAnalysis:
 
         Where a run of a matrix's rows is taken (positions, as far as these tokens go) all of its rows carry the same.
         """
-        if not _is_run_of_rows(param):
+        if not param.is_run_of_rows:
             return self.axes.leaf(param, 0, site.because("it is a parameter"))
         labels = self.axes.axis(param, 1, "row", site.because("it is a table"), stacked=False)
         return labels.expand(param.shape)
@@ -317,6 +317,20 @@ class RotationAnalysis:
             return part
         labels = self.written_by(site, part)
         return part if labels is None else Vector(labels, fresh_instances(labels))
+
+    def part(self, site: Site, x: Value, dim: int) -> Value:
+        """Runs of what lies along ``dim``, as long as the data say: any of it may be in any of them."""
+        vector = self._as_vector(site, x)
+        if not isinstance(vector, Vector):
+            return self.end(site, [x], NO_ROTATION)
+        dim %= vector.coordinates.ndim
+        if varies(vector.coordinates, dim):
+            if dim == vector.coordinates.ndim - 1 or vector.gain is not None:
+                return self.end(site, [x], "its channels are chosen by the data")
+            vector = self.added_along(site, vector, [dim])
+        rows = ([None] * dim + [Dynamic((fake.shape[dim],), torch.int64)] for fake in site.outputs)
+        made = tuple(self._pick(site, vector, list(chosen)) for chosen in rows)
+        return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0]
 
     def _gather(self, site: Site, vector: Vector, dim: int) -> Value:
         """Rows chosen by data, position by position: whole vectors where the index is one for all channels."""
@@ -476,18 +490,6 @@ def picks_rows(site: Site, args: Sequence[Value]) -> bool:
     if site.operator == "index_select":
         return args[1] == 0 and isinstance(args[2], Dynamic)
     return site.operator == "index" and len(args[1]) == 1 and isinstance(args[1][0], Dynamic)
-
-
-def _is_run_of_rows(param: Param) -> bool:
-    """True if it is seen as two or more consecutive rows of a matrix that has more of them."""
-    if len(param.full_shape) != 2 or param.key or len(param.shape) < 2:
-        return False
-    rows, width = (torch.arange(size) for size in param.full_shape)
-    picked, columns = (param.replay(part.expand(param.full_shape)) for part in (rows[:, None], width))
-    if columns.shape[-1] != len(width) or bool((columns != width).any()) or bool((picked != picked[..., :1]).any()):
-        return False
-    run = picked[..., 0].reshape(-1)
-    return 1 < len(run) < len(rows) and bool((run.diff() == 1).all())
 
 
 def _is_lookup(indices: Sequence[Value]) -> bool:

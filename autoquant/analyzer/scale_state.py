@@ -165,6 +165,14 @@ class ScaleAnalysis:
                         self.mixed(labels)
         return tuple(results) if isinstance(moved, (tuple, list)) else moved
 
+    def part(self, site: Site, x: Value, dim: int) -> Value:
+        """Runs of what lies along ``dim``, as long as the data say: any of it may be in any of them."""
+        labels = self.labels(site, x)
+        self.mixed(labels)
+        merged = self.variables.merge_along(labels, [dim % labels.ndim], site.order, keepdim=True)
+        made = tuple(merged.expand(fake.shape) for fake in site.outputs)
+        return made if isinstance(site.node.meta.get("val"), (tuple, list)) else made[0]
+
     def _keeps_rows(
         self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
     ) -> bool:

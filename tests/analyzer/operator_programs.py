@@ -199,6 +199,8 @@ HOMOGENEOUS: dict[str, tuple[Program, int]] = complex_programs.HOMOGENEOUS | {
     "triu": (lambda x: torch.triu(x, -1), 1),
     "unflatten": (lambda x: x.unflatten(-1, (2, 2)).flatten(2), 1),
     "unfold": (lambda x: x.unfold(1, 2, 1)[:, :1, :, 0], 1),
+    "im2col": (lambda x: F.unfold(x.mT[..., None], (2, 1), padding=(1, 0)).view(1, 4, 2, 4)[:, :, 1, :3].mT, 1),
+    "as_strided": (lambda x: x.as_strided((1, 2, 2, 4), (12, 4, 4, 1))[:, [0, 0, 1], [0, 1, 1]], 1),
     "unsafe_chunk": (lambda x: torch.concatenate(torch.unsafe_chunk(x, 3, 1), 1), 1),
     "unsafe_split": (lambda x: torch.cat(torch.unsafe_split(x, 1, 1), 1), 1),
     "view_as": (lambda x: x.view(3, 4).view_as(x), 1),

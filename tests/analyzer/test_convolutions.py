@@ -166,6 +166,54 @@ def test_what_a_convolution_cannot_read(model: Graph, reason: str) -> None:
     assert reason in [blocked.reason for blocked in findings.blocked if blocked.what == "rotation"]
 
 
+GRID = torch.tensor([[3, 1, 4, 5]])
+
+
+def merged(norm: Callable[[Graph, Tensor], Tensor], **window: object) -> Graph:
+    """Patches of a grid of two by two, merged into one token: each channel, then its four places (Pixtral's merger)."""
+
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        grid = norm(s, x + s.b(functional.relu(s.a(s.m(x)))))[0].view(2, 2, 4).permute(2, 0, 1)[None]
+        return s.o(functional.unfold(grid, 2, **window).view(16, -1).t())  # type: ignore[arg-type]  # its options
+
+    parts = {"m": nn.RMSNorm(4), "n": nn.RMSNorm(4), "l": nn.LayerNorm(4), "a": lin(), "b": lin(), "o": lin(16, 3)}
+    return Graph(function, emb=nn.Embedding(8, 4), **parts)
+
+
+def test_patches_that_are_merged_carry_the_scale_of_each_channel_for_all_their_places() -> None:
+    findings = proved(merged(lambda s, x: s.n(x), stride=2), GRID)
+    (group,) = (group for group in findings.groups if group.sources[0].path == "n.weight")
+    (target,) = group.targets
+    assert (group.channels, target.path, target.index is not None) == (4, "o.weight", True)
+    (index,) = target.index or ()
+    assert (index.shape, index.stride, index.channel_stride) == ((4, 4), (4, 1), (1, 0))
+    reasons = [blocked.reason for blocked in findings.blocked if blocked.what == "rotation"]
+    assert reasons == ["n.weight is used where the norm's weight is rearranged before it is read"]
+
+
+def test_patches_that_are_merged_are_vectors_side_by_side() -> None:
+    (space,) = spaces(proved(merged(lambda s, x: functional.rms_norm(x, (4,)), stride=2), GRID))
+    assert space[0] == "R1"
+    assert space[2] == [("m.weight", ["a.weight.1"]), (None, ["o.weight.1"])]
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (
+            lambda s, x: functional.rms_norm(x, (4,)),
+            "channels of different tokens are read together, and not the same ones for each token",
+        ),
+        (lambda s, x: s.l(x), "it is padded with 0, to which l.bias was not added"),
+    ],
+)
+def test_windows_over_the_edge(norm: Callable[[Graph, Tensor], Tensor], reason: str) -> None:
+    findings = proved(merged(norm, padding=1, dilation=(1, 2)), GRID)
+    assert spaces(findings) == []
+    assert reason in [blocked.reason for blocked in findings.blocked if blocked.what == "rotation"]
+
+
 def test_zeros_are_padded_before_a_linear_too() -> None:
     """The gain is folded all the same; a bias would be added to the zeros."""
 

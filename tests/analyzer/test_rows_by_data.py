@@ -18,7 +18,7 @@ TOKENS = torch.tensor([[3, 1, 4], [1, 5, 2]])
 Inner = Callable[[Graph, Tensor], Tensor]
 
 
-def claims(inner: Inner, **parts: nn.Module) -> tuple[list[str], list[str]]:
+def claims(inner: Inner, **parts: nn.Module | nn.Parameter) -> tuple[list[str], list[str]]:
     """Names of groups and kinds of spaces of a residual stream with a unit, all of them proved."""
 
     def function(s: Graph, tokens: Tensor) -> Tensor:
@@ -94,6 +94,52 @@ def test_routed_tokens_are_gathered_and_added_again(dim: int, found: list[str]) 
         return torch.zeros_like(x).scatter_add(1, place, unit(s, x.gather(1, place)))
 
     assert claims(inner, r=lin(4, 1), e=lin(4, 4))[1] == found
+
+
+def runs(s: Graph, x: Tensor, dim: int = 0) -> Tensor:
+    """Rows sorted by expert and split where the next one begins; each run has a matrix of its own."""
+    y = x.reshape(-1, 4)
+    gates, chosen = s.r(y).topk(1, 1)
+    counts = torch.zeros(len(y), 2, dtype=torch.long).scatter(1, chosen, 1).sum(0).tolist()
+    order = chosen.flatten().sort(0)[1]
+    up = [functional.linear(part, s.ups[n]) for n, part in enumerate(y[order].split(counts, dim))]
+    hidden = functional.relu(torch.cat(up))
+    down = [functional.linear(part, s.downs[n]) for n, part in enumerate(hidden.split(counts, dim))]
+    made = torch.cat(down) * gates.flatten()[order][:, None].sigmoid()
+    return torch.zeros_like(y).index_add(0, order, made).view_as(x)
+
+
+def test_runs_of_as_many_rows_as_the_data_say() -> None:
+    stacks = {"ups": nn.Parameter(torch.randn(2, 6, 4)), "downs": nn.Parameter(torch.randn(2, 4, 6))}
+    groups, spaces = claims(runs, r=lin(4, 2), **stacks)
+    assert groups == ["g -> r, ups", "ups -> downs"]
+    assert spaces == ["R1"]
+
+
+def test_channels_of_which_the_data_say_how_many_are_taken() -> None:
+    """All of them carry one scale; a rotation would mix those that are taken with others."""
+
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        many = s.r(x)[0, 0].argmax().item()
+        torch._check(many >= 0)
+        torch._check(many < 4)
+        return s.down(functional.pad(s.a(x)[..., :many].sum(-1, keepdim=True), (0, 5)))
+
+    groups, spaces = claims(inner, r=lin(), a=lin())
+    assert groups == ["g -> r, a", "a -> down"]
+    assert spaces == ["R1"]
+
+
+def test_positions_as_far_as_the_data_say_are_rotated_with_what_they_are_added_to() -> None:
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        last = s.r(x).argmax().item()
+        torch._check(last >= 0)
+        torch._check(last < 8)
+        table = s.p[:, : last + 1]
+        return unit(s, x) + table.index_select(1, s.r(x)[0, :1, 0].long() * 0)
+
+    _, spaces = claims(inner, r=lin(4, 1), p=nn.Parameter(torch.randn(1, 8, 4)))
+    assert spaces == ["R1"]
 
 
 def test_a_size_that_is_known_stays() -> None:

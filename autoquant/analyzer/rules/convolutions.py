@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from autoquant.analyzer.axes import Factors, Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
+from autoquant.analyzer.movement import windows
 from autoquant.analyzer.rotation_state import (
     Product,
     RotationAnalysis,
@@ -61,6 +65,46 @@ def scale_convolution(
     if bias is not None:
         a.variables.equal(out, a.labels(site, bias), site.order)
     return out.view(-1, *(1,) * dims).expand(site.shape)
+
+
+_WINDOWS = "copies each channel for the places of a window: all copies carry its scale"
+
+
+@scale_rule("im2col", says=_WINDOWS)
+def scale_windows(
+    a: ScaleAnalysis,
+    site: Site,
+    x: Value,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Value:
+    """``F.unfold``: the places of a window become channels, and windows become tokens."""
+    labels = a.labels(site, x)
+    a.mixed(labels)
+    return windows(labels, kernel_size, dilation, padding, stride)
+
+
+@rotation_rule("im2col", says="copies vectors for the places of a window: what reads them reads each by itself")
+def rotate_windows(
+    a: RotationAnalysis,
+    site: Site,
+    x: Value,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Value:
+    """Each channel of a window is the same one of each of its places: instances side by side."""
+    if not isinstance(x, Vector):
+        return a.end(site, [x], NO_ROTATION)
+    if any(padding) and x.gain is not None and x.gain.bias is not None:
+        return a.end(site, [x], f"it is padded with 0, to which {x.gain.bias} was not added")
+    moved: Vector = apply(x, lambda labels: windows(labels, kernel_size, dilation, padding, stride))
+    if any(padding):
+        a.split(moved, torch.zeros_like(moved.instances), site.because("some of its channels become 0"))
+    return moved
 
 
 @rotation_rule(*CONVOLUTIONS, says=written_by_weight)
