@@ -2,8 +2,8 @@
 
 The numbers are those of :func:`autoquant.quantizer.int8.linear` bit for bit: the kernel gives the float32 of each int32
 sum times the weight's scale, or under a static scale the result itself, and proves it on every machine before it is
-used. Where it does not (AVX2 without VNNI adds pairs of products in int16 and saturates), there is
-:func:`autoquant.quantizer.int8.matmul`.
+used. Without VNNI it adds pairs of products in int16 and saturates: rows go as two halves of few bits there, whose sums
+stay small and are joined. Where that is not exact either, there is :func:`autoquant.quantizer.int8.matmul`.
 
 Packing copies a weight into the order that the kernel reads, once; the copy lives as long as the weight does. Values
 that were changed are packed again.
@@ -11,7 +11,6 @@ that were changed are packed again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,12 +33,16 @@ HALF_EVEN = 12582912.0
 SHIFT, LARGEST = torch.tensor(HALF_EVEN, device="cpu"), torch.tensor(float(int8.QMAX), device="cpu")
 SIGN = torch.tensor(-128, dtype=torch.int8, device="cpu")
 """Tensors: a number that an operation has to make a tensor of costs as much as the operation on one row."""
-DEEPEST = int8.EXACT_INT32_DEPTH // 2
-"""Channels of one product: unsigned inputs reach 255, so that sums are twice as large."""
-FAR = 4.0
-"""So many times quicker is another kernel; less is what else runs on the machine."""
-SIGNED, UNSIGNED = 0, 128
-"""Zero points of the two forms in which the kernel is given int8 rows: as they are, or 128 higher as uint8."""
+SIGNED, UNSIGNED, HALVES = 0, 128, 8
+"""Zero points of the forms in which the kernel is given int8 rows: as they are; 128 higher as uint8; or each as two, a
+sixteenth of its values and the rest of -8 to 7, both 8 higher as uint8 of 0 to 16.
+"""
+DEEPEST = {
+    SIGNED: int8.EXACT_INT32_DEPTH,
+    UNSIGNED: int8.EXACT_INT32_DEPTH // 2,  # inputs reach 255, so that sums are twice as large
+    HALVES: 2**24 // (8 * 128),  # each half's sum is exact in float32, so that their sum is rounded once
+}
+"""Channels of one product, by the form of its rows."""
 
 
 @dataclass(eq=False, slots=True)
@@ -118,11 +121,11 @@ def takes(x: Tensor, values: Tensor, packed: Packed | None) -> bool:
         and x.dtype in DTYPES
         and x.numel() > 0
         and values.numel() > 0
-        and values.shape[-1] <= DEEPEST
         and not values.is_inference()  # these have no version
         and packed.shares(values)
         and not (x.requires_grad and torch.is_grad_enabled())
         and is_exact()
+        and values.shape[-1] <= DEEPEST[zero_point()]
     )
 
 
@@ -235,81 +238,109 @@ def product(
     scale_O: Tensor | None = None,
     bias_O: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    zero: int | None = None,
 ) -> Tensor:
     """The int32 sums of int8 rows [M, K] with a packed weight as float32, times a scale, plus a bias, [M, N].
 
-    ``scale_O`` is float32 [N] or [1]. Few rows are filled up to eight where N is small: oneDNN 3.12 takes up to 18 ms
-    for them, and 0.04 ms for eight. The rows go in the form of :func:`zero_point`. Raises
+    ``scale_O`` is float32 [N] or [1]. ``zero``: the form in which the rows go; None: that of :func:`zero_point`. Raises
     RuntimeError or AttributeError where the kernel is missing.
     """
-    rows = q.shape[0]
-    few = rows < LEAST_ROWS and weight.shape[-1] < WIDE
-    filled = functional.pad(q, (0, 0, 0, LEAST_ROWS - rows)) if few else q
-    sums = _product(filled, weight, ONE if scale_O is None else scale_O, bias_O, dtype, zero_point())
-    return sums[:rows] if few else sums
+    zero = zero_point() if zero is None else zero
+    if zero == HALVES:
+        sums = _of_halves(q, weight)
+        if scale_O is not None:
+            sums.mul_(scale_O)
+        return (sums if bias_O is None else sums.add_(bias_O)).to(dtype)
+    # The highest bit: 128 more, as uint8.
+    rows = q if zero == SIGNED else torch.bitwise_xor(q, SIGN).view(torch.uint8)
+    return _product(rows, weight, ONE if scale_O is None else scale_O, bias_O, dtype, zero)
 
 
-def _product(q: Tensor, weight: Any, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype, zero: int) -> Tensor:
-    rows = q if zero == SIGNED else torch.bitwise_xor(q, SIGN).view(torch.uint8)  # the highest bit: 128 more, as uint8
+def _of_halves(q: Tensor, weight: Any) -> Tensor:
+    """The float32 of each int32 sum. Sixteen times a float32 is exact, so that joining rounds once."""
+    count = len(q)
+    rows = torch.empty(2 * count, q.shape[1], dtype=torch.int8)
+    high, low = rows[:count], rows[count:]
+    torch.bitwise_right_shift(q, 3, out=high)
+    high.add_(1).bitwise_right_shift_(1)  # (q + 8) // 16, which would overflow
+    torch.sub(q, high, alpha=16, out=low)
+    sums = _product(rows.add_(HALVES).view(torch.uint8), weight, ONE, None, torch.float32, HALVES)
+    return sums[count:].add_(sums[:count], alpha=16)
+
+
+def _product(
+    rows: Tensor, weight: Any, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype, zero: int
+) -> Tensor:
+    """Of rows int8 or uint8 [M, K] that stand for ``zero`` less. Few are filled up to eight where N is small: oneDNN
+    3.12 takes up to 18 ms for them, and 0.04 ms for eight.
+    """
+    count = rows.shape[0]
+    few = count < LEAST_ROWS and weight.shape[-1] < WIDE
+    filled = functional.pad(rows, (0, 0, 0, LEAST_ROWS - count)) if few else rows
     sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-        rows, 1.0, zero, weight, scale_O, ZERO, bias_O, 1.0, 0, dtype, "none", [], ""
+        filled, 1.0, zero, weight, scale_O, ZERO, bias_O, 1.0, 0, dtype, "none", [], ""
     )
-    return sums
+    return sums[:count] if few else sums
 
 
 def zero_point() -> int:
-    """Of the form of rows that is quick here. Weights are packed for unsigned rows; signed ones have a kernel of their
-    own where the CPU has AMX, and elsewhere oneDNN's reference, a thousand times as slow. Timed once.
+    """Of the form in which rows go to the kernel: that with which it is exact, where there is one."""
+    exact = _exact_form()
+    return quick() if exact is None else exact
+
+
+def quick() -> int:
+    """The form that is quick here. Weights are packed for unsigned rows; signed ones have a kernel of their own where
+    the CPU has AMX, and elsewhere oneDNN's reference, a thousand times as slow. Timed once.
     """
     if not QUICK:
         took = {zero: _seconds(zero) for zero in (SIGNED, UNSIGNED)}
-        QUICK.append(UNSIGNED if FAR * took[UNSIGNED] < took[SIGNED] else SIGNED)
+        QUICK.append(UNSIGNED if int8.FAR * took[UNSIGNED] < took[SIGNED] else SIGNED)
     return QUICK[0]
 
 
 def _seconds(zero: int) -> float:
-    """The least of three runs of a small product."""
-    q, took = torch.ones(64, 256, dtype=torch.int8), []
+    """What a small product takes."""
+    q = torch.ones(64, 256, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(q, None)
-    for _ in range(4):  # the first one makes the kernel
-        begun = time.perf_counter()
-        _product(q, packed, ONE, None, torch.float32, zero)
-        took.append(time.perf_counter() - begun)
-    return min(took[1:])
+    return int8.least_seconds(lambda: product(q, packed, zero=zero))
 
 
 LEAST_ROWS, WIDE = 8, 1024
 ONE, ZERO = torch.ones(1, device="cpu"), torch.zeros(1, dtype=torch.int32, device="cpu")
 
 
-def probe_product() -> bool:
-    """True if :func:`product` exists here and gets every probe of :func:`autoquant.quantizer.int8.probes` right."""
+def probe_product(zero: int) -> bool:
+    """True if :func:`product` gets every probe of :func:`autoquant.quantizer.int8.probes` right, whose rows go in the
+    form of this zero point. Raises RuntimeError or AttributeError where the kernel is missing.
+    """
     for a, b in int8.probes():
         exact, outputs = (a.double() @ b.double()).float(), b.shape[1]
         scales, bias = torch.linspace(1e-3, 2e-2, outputs), torch.linspace(-1.0, 1.0, outputs)
-        try:
-            packed = torch.ops.onednn.qlinear_prepack(b.t().contiguous(), None)
-            if not torch.equal(product(a, packed), exact):
-                return False
-            for each in (scales, scales[:1], scales * int8.TINY):
-                for added in (None, bias):
-                    wanted = exact * each if added is None else exact * each + added
-                    if not torch.equal(product(a, packed, each, added), wanted):
-                        return False
-            for dtype in DTYPES:
-                if not torch.equal(product(a, packed, scales, None, dtype), (exact * scales).to(dtype)):
-                    return False
-        except (RuntimeError, AttributeError):
+        packed = torch.ops.onednn.qlinear_prepack(b.t().contiguous(), None)
+        if not torch.equal(product(a, packed, zero=zero), exact):
             return False
+        for each in (scales, scales[:1], scales * int8.TINY):
+            for added in (None, bias):
+                wanted = exact * each if added is None else exact * each + added
+                if not torch.equal(product(a, packed, each, added, zero=zero), wanted):
+                    return False
+        for dtype in DTYPES:
+            if not torch.equal(product(a, packed, scales, None, dtype, zero), (exact * scales).to(dtype)):
+                return False
     return True
 
 
-def _remembered_probe() -> bool:
+def _exact_form() -> int | None:
+    """The zero point of a form of rows with which the kernel is exact, the quick one first; None: of no form."""
     if not PROBED:
-        PROBED.append(probe_product())
+        try:
+            PROBED.append(next((zero for zero in (quick(), HALVES) if probe_product(zero)), None))
+        except (RuntimeError, AttributeError):  # the kernel is missing
+            PROBED.append(None)
     return PROBED[0]
 
 
-PROBED: list[bool] = []
+PROBED: list[int | None] = []
 QUICK: list[int] = []
-is_exact: Callable[[], bool] = constant_in_traces(_remembered_probe)
+is_exact: Callable[[], bool] = constant_in_traces(lambda: _exact_form() is not None)

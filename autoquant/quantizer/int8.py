@@ -14,6 +14,7 @@ What a scale is for awkward groups of values:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -32,6 +33,8 @@ TINY = torch.finfo(torch.float32).tiny
 EXACT_FLOAT32_DEPTH = 1024
 # 128**2 * 131,072 = 2**31: beyond this an int32 accumulator can overflow.
 EXACT_INT32_DEPTH = 131_071
+FAR = 4.0
+"""So many times quicker is another kernel; less is what else runs on the machine."""
 
 
 def absmax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
@@ -118,7 +121,7 @@ def matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
         raise AutoQuantError(
             f"an int8 product over {a_MK.shape[1]} channels can overflow int32: at most {EXACT_INT32_DEPTH}"
         )
-    if a_MK.numel() and b_KN.numel() and int_mm_is_exact(a_MK.device.type):
+    if a_MK.numel() and b_KN.numel() and int_mm_serves(a_MK.device.type):
         return _int_mm(a_MK, b_KN)
     return reference_matmul(a_MK, b_KN)
 
@@ -160,15 +163,34 @@ def probe_int_mm(device: str) -> bool:
     return True
 
 
+def is_a_loop() -> bool:
+    """True if ``torch._int_mm`` of a CPU is many times slower than products in float32: without VNNI it is a plain
+    loop, and takes 120 ms where they take 20.
+    """
+    a, b = torch.ones(64, 256, dtype=torch.int8), torch.ones(256, 256, dtype=torch.int8)
+    return least_seconds(lambda: _int_mm(a, b)) > FAR * least_seconds(lambda: reference_matmul(a, b))
+
+
+def least_seconds(run: Callable[[], object]) -> float:
+    """The least of three runs, after one that makes the kernel."""
+    took = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - begun)
+    return min(took[1:])
+
+
 def _remembered_probe(device: str) -> bool:
     if device not in PROBED:
-        PROBED[device] = probe_int_mm(device)
+        PROBED[device] = probe_int_mm(device) and not (device == "cpu" and is_a_loop())
     return PROBED[device]
 
 
 PROBED: dict[str, bool] = {}
-# Marked so that torch.compile asks once and goes on, instead of tracing the probes.
-int_mm_is_exact: Callable[[str], bool] = constant_in_traces(_remembered_probe)
+# True if `torch._int_mm` is exact on a device type and no loop. Marked so that torch.compile asks once and goes on,
+# instead of tracing the probes.
+int_mm_serves: Callable[[str], bool] = constant_in_traces(_remembered_probe)
 
 
 def _int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:

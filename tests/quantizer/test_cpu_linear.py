@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,10 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def probes_forgotten() -> Iterator[None]:
-    cpu_linear.PROBED.clear()
-    yield
-    cpu_linear.PROBED.clear()
+def probes_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "PROBED", [])
+    monkeypatch.setattr(cpu_linear, "QUICK", [])
 
 
 def inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -35,6 +33,16 @@ def inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     x[4::7, 1] = torch.nan
     x[5::7, 2] = -torch.inf
     return x.to(dtype)
+
+
+def vpmaddubsw(rows: Tensor, packed: Any, each: Tensor, bias: Any, dtype: torch.dtype, zero: int) -> Tensor:
+    """AVX2's kernel: pairs of products of unsigned rows are added in int16, which saturates; the shift is taken off."""
+    b = packed.to_dense().long()
+    rows = rows.long() + (128 if zero == cpu_linear.SIGNED else 0)
+    pairs = (rows[:, :, None] * b[None]).unflatten(1, (-1, 2)).sum(2)
+    shift = 128 if zero == cpu_linear.SIGNED else zero
+    sums = (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - shift * b.sum(0)).float() * each
+    return (sums if bias is None else sums + bias).to(dtype)
 
 
 def weight(*shape: int, seed: int = 0) -> Tensor:
@@ -142,34 +150,51 @@ def test_copies_begin_empty() -> None:
 def test_a_kernel_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch, probes_forgotten: None) -> None:
     honest = int8.reference_matmul
 
-    def saturating(q: Tensor, packed: Any, each: Any = None, bias: Any = None, dtype: Any = torch.float32) -> Tensor:
-        """AVX2's vpmaddubsw: q is made unsigned, pairs of products are added in int16, the shift is taken off."""
-        b = packed.to_dense().long()
-        pairs = ((q.long() + 128)[:, :, None] * b[None]).unflatten(1, (-1, 2)).sum(2)
-        sums = (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)).float() * (1.0 if each is None else each)
-        return (sums if bias is None else sums + bias).to(dtype)
-
     few = torch.randint(-60, 60, (3, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.onednn.qlinear_prepack(few, None)
-    assert torch.equal(saturating(few // 4, packed), cpu_linear.product(few // 4, packed))  # where nothing saturates
-    monkeypatch.setattr(cpu_linear, "product", saturating)
+    got = cpu_linear.product(few // 4, packed, zero=cpu_linear.UNSIGNED)  # where nothing saturates
+    small = [probe for probe in int8.probes() if probe[0].shape[1] <= 70]
+    monkeypatch.setattr(int8, "probes", lambda: small)
+    monkeypatch.setattr(cpu_linear, "_product", vpmaddubsw)
+    monkeypatch.setattr(cpu_linear, "QUICK", [cpu_linear.UNSIGNED])
+    assert torch.equal(got, cpu_linear.product(few // 4, packed, zero=cpu_linear.UNSIGNED))
+    assert not cpu_linear.probe_product(cpu_linear.UNSIGNED)
+    assert cpu_linear.is_exact() and cpu_linear.zero_point() == cpu_linear.HALVES
+    a = torch.full((4, 64), 127, dtype=torch.int8)
+    made = Int8Weight(a, torch.ones(4, 1), torch.tensor(1.0), Granularity.TENSOR_STATIC, torch.float32, False)
+    assert torch.equal(linear(a.float(), made.view()), honest(a, a.t()).float()) and made.packed.held
+
+
+def test_a_kernel_that_is_wrong_with_halves_too_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, probes_forgotten: None
+) -> None:
+    def wrong(rows: Tensor, packed: Any, each: Tensor, bias: Any, dtype: torch.dtype, zero: int) -> Tensor:
+        return vpmaddubsw(rows, packed, each, bias, dtype, zero).clamp(-(2**15), 2**15)
+
+    monkeypatch.setattr(cpu_linear, "_product", wrong)
     assert not cpu_linear.is_exact()
     a = torch.full((4, 64), 127, dtype=torch.int8)
     made = Int8Weight(a, torch.ones(4, 1), torch.tensor(1.0), Granularity.TENSOR_STATIC, torch.float32, False)
-    assert torch.equal(linear(a.float(), made.view()), honest(a, a.t()).float())
+    assert torch.equal(linear(a.float(), made.view()), int8.reference_matmul(a, a.t()).float())
     assert not made.packed.held
 
 
-@exact
-@pytest.mark.parametrize("zero", [cpu_linear.SIGNED, cpu_linear.UNSIGNED])
-def test_both_forms_of_rows_are_exact(monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
-    """One of them alone is quick on a machine: with AMX the signed one, without it the unsigned one."""
-    monkeypatch.setattr(cpu_linear, "QUICK", [zero])
-    assert cpu_linear.probe_product()
-    q, values = weight(5, 66), weight(40, 66, seed=1)
-    q[0] = -128
-    packed = torch.ops.onednn.qlinear_prepack(values, None)
-    assert torch.equal(cpu_linear.product(q, packed), (q.long() @ values.t().long()).float())
+@pytest.mark.parametrize("zero", [cpu_linear.SIGNED, cpu_linear.UNSIGNED, cpu_linear.HALVES])
+def test_forms_of_rows_stand_for_the_same(monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    """All int8 values, by a kernel that adds in int64: on a machine one form alone is exact and quick."""
+    given: list[Tensor] = []
+
+    def summed(rows: Tensor, packed: Any, each: Tensor, bias: Any, dtype: torch.dtype, zero: int) -> Tensor:
+        given.append(rows)
+        return ((rows.long() - zero) @ packed.t().long()).float()
+
+    monkeypatch.setattr(cpu_linear, "_product", summed)
+    q, values = torch.arange(-128, 128).to(torch.int8).view(16, 16), weight(40, 16, seed=1)
+    assert torch.equal(cpu_linear.product(q, values, zero=zero), (q.long() @ values.t().long()).float())
+    assert given[0].dtype == (torch.int8 if zero == cpu_linear.SIGNED else torch.uint8)
+    if zero == cpu_linear.HALVES:
+        assert (given[0].aminmax()) == (0, 16) and given[0].shape == (32, 16)
+        assert 2 * 16 * 128 < 2**15  # a pair of products in int16
 
 
 @pytest.mark.parametrize(("signed", "unsigned", "wanted"), [(3e-2, 4e-5, 128), (4e-5, 3e-2, 0), (4e-5, 2e-5, 0)])
@@ -179,27 +204,30 @@ def test_the_quick_form_is_taken_and_timed_once(
     """Twice is no other kernel."""
     monkeypatch.setattr(cpu_linear, "QUICK", [])
     monkeypatch.setattr(cpu_linear, "_seconds", {0: signed, 128: unsigned}.__getitem__)
-    assert cpu_linear.zero_point() == wanted
+    assert cpu_linear.quick() == wanted
     monkeypatch.setattr(cpu_linear, "_seconds", {}.__getitem__)
-    assert cpu_linear.zero_point() == wanted
+    assert cpu_linear.quick() == wanted
 
 
 @exact
-def test_sums_of_unsigned_rows_stay_within_int32() -> None:
-    assert 255 * 128 * cpu_linear.DEEPEST < 2**31 <= 255 * 128 * (cpu_linear.DEEPEST + 300)
-    values = torch.zeros(1, cpu_linear.DEEPEST + 1, dtype=torch.int8)
-    assert cpu_linear.takes(torch.zeros(1, cpu_linear.DEEPEST), values[:, 1:], Packed(values))
-    assert not cpu_linear.takes(torch.zeros(1, cpu_linear.DEEPEST + 1), values, Packed(values))
+def test_sums_stay_within_int32_and_those_of_halves_exact_in_float32() -> None:
+    unsigned, halves = cpu_linear.DEEPEST[cpu_linear.UNSIGNED], cpu_linear.DEEPEST[cpu_linear.HALVES]
+    assert 255 * 128 * unsigned < 2**31 <= 255 * 128 * (unsigned + 300)
+    assert 8 * 128 * halves == 2**24
+    deepest = cpu_linear.DEEPEST[cpu_linear.zero_point()]
+    values = torch.zeros(1, deepest + 1, dtype=torch.int8)
+    assert cpu_linear.takes(torch.zeros(1, deepest), values[:, 1:], Packed(values))
+    assert not cpu_linear.takes(torch.zeros(1, deepest + 1), values, Packed(values))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError])
 def test_where_the_kernel_is_missing_there_is_another(
     monkeypatch: pytest.MonkeyPatch, probes_forgotten: None, error: type[Exception]
 ) -> None:
-    def missing(q: Tensor, packed: Any) -> Tensor:
+    def missing(*arguments: Any) -> Tensor:
         raise error("no kernel")
 
-    monkeypatch.setattr(cpu_linear, "product", missing)
+    monkeypatch.setattr(cpu_linear, "_product", missing)
     assert not cpu_linear.is_exact()
 
 

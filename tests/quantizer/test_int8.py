@@ -170,7 +170,7 @@ def test_a_kernel_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "_int_mm", saturating)
     int8.PROBED.clear()
     try:
-        assert not int8.int_mm_is_exact("cpu")
+        assert not int8.int_mm_serves("cpu")
         a = torch.full((4, 64), 127, dtype=torch.int8)
         assert int8.matmul(a, a.t()).unique().tolist() == [127**2 * 64]
     finally:
@@ -188,6 +188,17 @@ def test_a_device_without_the_kernel_falls_back(monkeypatch: pytest.MonkeyPatch)
         assert int8.matmul(a, a.t()).unique().tolist() == [127**2 * 3]
     finally:
         int8.PROBED.clear()
+
+
+@pytest.mark.parametrize(("times", "wanted"), [(30.0, False), (2.0, True)])
+def test_a_kernel_that_is_a_loop_is_not_used(monkeypatch: pytest.MonkeyPatch, times: float, wanted: bool) -> None:
+    """Where processors have no VNNI; twice is no other kernel."""
+    took = iter([times, 1.0])
+    monkeypatch.setattr(int8, "least_seconds", lambda run: next(took))
+    monkeypatch.setattr(int8, "probe_int_mm", lambda device: True)
+    monkeypatch.setattr(int8, "PROBED", {})
+    assert int8.int_mm_serves("cpu") == wanted
+    assert int8.int_mm_serves("cuda") and not list(took)  # neither is asked twice, nor a GPU at all
 
 
 def test_autocast_does_not_reach_the_products() -> None:
