@@ -1,6 +1,6 @@
 """Time of int8 linears, quantizing included, against others: python benchmarks/speed_int8.py [--device cuda|cpu]
 
-Writes its device's section of speed_int8.md and leaves the other's.
+Writes the section of its kind of device in speed_int8.md and leaves the others.
 """
 
 from __future__ import annotations
@@ -253,9 +253,14 @@ def where(device: str) -> str:
     return f"{models[0] if models else platform.processor()}, torch {torch.__version__}"
 
 
+def kind(device: str) -> str:
+    """The name of a device's section: processors with AVX2 alone have other kernels."""
+    return "cpu, avx2" if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" else device
+
+
 def written(output: Path, device: str, section: str) -> str:
-    """The file's text with the section of one device replaced."""
-    parts = {"cuda": "", "cpu": ""}
+    """The file's text with the section of one kind of device replaced."""
+    parts = {"cuda": "", "cpu": "", "cpu, avx2": ""}
     if output.is_file():
         for part in output.read_text(encoding="utf-8").split("\n## ")[1:]:
             parts[part.split("\n")[0].lower()] = part.partition("\n")[2].strip()
@@ -282,7 +287,7 @@ def main(device: str, activation: str, rounds: int, counts: tuple[int, ...], out
     command = " ".join([f"python benchmarks/speed_int8.py --device {device}", *(f"--rows {count}" for count in counts)])
     lines = on_cuda(Granularity(activation), counts or ROWS["cuda"]) if device == "cuda" else on_cpu(rounds)
     about = ABOUT[device].format(where=where(device), command=command, rounds=rounds)
-    output.write_text(written(output, device, about + "\n" + "\n".join(lines)), encoding="utf-8")
+    output.write_text(written(output, kind(device), about + "\n" + "\n".join(lines)), encoding="utf-8")
 
 
 if __name__ == "__main__":
