@@ -92,7 +92,7 @@ def _probe(source: ModelSource, config: Any) -> Inputs:
     """Inputs for ``config``, found on two layers of it where that works: they do not depend on its depth."""
     found = None
     for shallow in (True, False):
-        tried = _two_layers(config) if shallow else config
+        tried = two_layers(config) if shallow else config
         try:
             module = build_module(source, tried, META, torch.float32)
         except Exception:  # a class may count on its layers; then the whole depth has to do
@@ -116,7 +116,8 @@ def _media(inputs: Inputs) -> list[str]:
     return [name for name, value in inputs.kwargs.items() if value.is_floating_point()]
 
 
-def _two_layers(config: Any) -> Any:
+def two_layers(config: Any) -> Any:
+    """A copy of which every stack has two layers at most."""
     config = copy.deepcopy(config)
     for part in sub_configs(config).values():
         for name in depths(part):

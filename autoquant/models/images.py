@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from autoquant.errors import AutoQuantError
 from autoquant.models.layouts import Fields, Layout, Values, Wanted, edge, first, part
@@ -18,6 +19,8 @@ from autoquant.models.processors import processed_image
 
 IMAGES = ("pixel_values", "flattened_patches")
 """Inputs of a forward that hold an image."""
+FILM = "pixel_values_videos"
+"""The input of a forward that holds a film."""
 
 
 def image_layouts(wanted: Wanted, name: str) -> Iterator[Layout]:
@@ -31,6 +34,20 @@ def image_layouts(wanted: Wanted, name: str) -> Iterator[Layout]:
         yield partial(_tokens if becomes_tokens(wanted.module) else processed_image, wanted, name)
 
 
+def film_layouts(wanted: Wanted) -> Iterator[Layout]:
+    """Layouts of a film of two frames."""
+    vision = part(wanted.fields, "vision|image|visual|vit|encoder")
+    size, channels = _edge_of(vision), _patch(vision)[1]
+    for more in ((1,), ()) if size else ():
+        yield lambda more=more: {FILM: wanted.floats(*more, 2, channels, size, size)}  # type: ignore[misc]
+
+
+def has_part_for_films(module: nn.Module) -> bool:
+    """Whether a part of a model, by its name, is for films alone: an image goes another way."""
+    parts = (part for path, part in module.named_modules() if "video" in path.rpartition(".")[2])
+    return any(parameter.dim() > 1 for part in parts for parameter in part.parameters())
+
+
 def becomes_tokens(module: Any) -> bool:
     """Whether a model makes token ids of an image: of all values that it computes of it, none reaches the logits."""
     return any(hasattr(owner, "get_image_tokens") for owner in (module, getattr(module, "model", None)))
@@ -39,7 +56,7 @@ def becomes_tokens(module: Any) -> bool:
 def _pixels(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
     patch, channels, frames = _patch(vision)
     merge = first(vision, "spatial_merge_size", "merge_size") or 2
-    size = edge(first(vision, "image_size", "input_size", "img_size")) or (patch and 4 * patch)
+    size = _edge_of(vision)
     if "image_grid_thw" in wanted.names and patch:
         high = 2 * merge
         grid = {"image_grid_thw": torch.tensor([[1, high, high]])}
@@ -75,6 +92,11 @@ def _pixels(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
             "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
             "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long),
         }
+
+
+def _edge_of(vision: Fields) -> int:
+    """The edge of an image, in pixels: four patches where the configuration names none, 0 where not even a patch."""
+    return edge(first(vision, "image_size", "input_size", "img_size")) or 4 * _patch(vision)[0]
 
 
 def _patch(vision: Fields) -> tuple[int, int, int]:

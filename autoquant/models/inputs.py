@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from autoquant.capture.fake_tensors import fakeify_, known_values, undisturbed
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import marked_as_compiling, pytree
-from autoquant.models.images import IMAGES, image_layouts
+from autoquant.models.images import FILM, IMAGES, film_layouts, has_part_for_films, image_layouts
 from autoquant.models.layouts import Layout, Values, Wanted, feature_methods, first, part
-from autoquant.models.sounds import SOUNDS, sound_layouts
+from autoquant.models.sounds import SOUNDS, hears_nothing, sound_layouts
 from autoquant.models.source import PLACEHOLDER
 
 _TEXTS = ("input_ids", "decoder_input_ids")
 _COUNT = re.compile(r"(\w+) features and \w+ tokens do not match, tokens: \d+, features: (\d+)")
 _BOUNDS = re.compile(r"_(start|end|bos|eos)_")
+_NO_VALUES = re.compile(r"its data is not allocated yet")
+"""What an operator says of a tensor without memory whose values would be read."""
+_BY_VALUES = "which of its parts are read depends on values, and without weights there are none"
 NO_SHAPES = re.compile(r"Expected inputs of BF16 type")
 """What an operator says that runs in float32, and whose stand-in without memory does not."""
 
@@ -67,19 +70,20 @@ def make_inputs(
     for name, layouts in maker.media():
         if name in without:
             continue
-        failure = ""
+        failure: str | None = "its configuration does not say of what size it is"
         for layout in layouts:
             try:
                 tried = {**made, **layout(), **maker.beside()}
                 text = maker.fitting(text, tried)
             except Exception as error:  # the model's own code: this layout is not one of its
-                named = "" if isinstance(error, AutoQuantError) else f"{type(error).__name__}: "
-                failure = f"{named}{' '.join(str(error).split())[:200]}"
-                continue
-            made = tried
-            break
-        else:
-            missing[name] = failure or "its configuration does not say of what size it is"
+                failure = _said(error)
+                if failure == _BY_VALUES:  # the layout is right, whatever would be said of those after it
+                    break
+            else:
+                made, failure = tried, None
+                break
+        if failure is not None:
+            missing[name] = failure
     if not made:
         return Inputs(maker.text(*shape), missing=missing)
     kwargs = maker.with_placeholders(text, made)
@@ -181,9 +185,13 @@ class _Maker:
         wanted = Wanted(self.module, self.names, self.fields, self._floats)
         found = []
         for name in self.names:
-            if name in IMAGES or name in SOUNDS:
+            if name in IMAGES or (name in SOUNDS and not hears_nothing(self.fields)):
                 layouts = image_layouts if name in IMAGES else sound_layouts
                 found.append((name, list(layouts(wanted, name))))
+        if FILM in self.names and has_part_for_films(self.module):
+            # Last: where an image takes the places that a film would take, the image is made.
+            same = self._placeholder("video") is None and self._placeholder("image") is not None
+            found.append((FILM, [_no_places] if same else list(film_layouts(wanted))))
         return found
 
     def _floats(self, *shape: int) -> Tensor:
@@ -228,7 +236,7 @@ class _Maker:
             token = self._placeholder(what)
             if token is None and what == "image" and masks:  # any: the mask alone says where the image goes
                 token = 1
-            if token is None or (what == "video" and (types == 1).any()):  # it is taken for an image
+            if token is None or (what == "video" and FILM not in media and (types == 1).any()):  # taken for an image
                 continue
             count = self._features(what, media) or (masks and what == "image" and self._queries()) or 0
             if count:
@@ -293,6 +301,18 @@ class _Maker:
                         raise
                     with marked_as_compiling():  # by other operators, as the library takes where it is traced
                         return called(**given)
+
+
+def _said(error: Exception) -> str:
+    """Why a layout is none that a model runs on, in one line."""
+    if _NO_VALUES.search(str(error)):
+        return _BY_VALUES
+    named = "" if isinstance(error, AutoQuantError) else f"{type(error).__name__}: "
+    return f"{named}{' '.join(str(error).split())[:200]}"
+
+
+def _no_places() -> Values:
+    raise AutoQuantError("in a text it takes the places of an image, which is there instead")
 
 
 def _values(ids: Tensor, vocabulary: int) -> Tensor:

@@ -284,6 +284,8 @@ def _shown(kinds: Sequence[int], each: int) -> int:
 def _fewer(config: Any, changes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Other reductions to try, those that change most first."""
     yield reductions(config, keep_heads=True)
+    if (wide := reductions(config, as_wide=True)) != changes:
+        yield wide
     for name in changes:
         yield {key: value for key, value in changes.items() if key != name}
     parts = dict.fromkeys(name.rpartition(".")[0] for name in changes)
@@ -346,11 +348,17 @@ def _lower_token_ids_(parts: Iterable[Any], vocabulary: int) -> None:
         (part, name, value)
         for part in parts
         for name, value in vars(part).items()
-        if name.endswith(("_token_id", "_token_index")) and type(value) is int and value >= vocabulary
+        if _is_token(part, name) and type(value) is int and value >= vocabulary
     ]
     order = sorted({value for _, _, value in ids})
     for part, name, value in ids:
         setattr(part, name, max(0, vocabulary - 1 - order.index(value)))
+
+
+def _is_token(part: Any, name: str) -> bool:
+    """Whether a field holds the id of a special token, under that name or under another one for it."""
+    names = {name, *(other for other, field in type(part).attribute_map.items() if field == name)}
+    return any(other.endswith(("_token_id", "_token_index")) for other in names)
 
 
 def parameters(module: nn.Module) -> int:

@@ -24,6 +24,8 @@ from autoquant.errors import AutoQuantError
 from autoquant.library_patches import DataDependentOutputException, FakeTensorMode
 from autoquant.models import source as naming
 from autoquant.models.auto_classes import kinds_of
+from autoquant.models.build import changed
+from autoquant.models.defaults import changes_for_images, fit_parts_
 from autoquant.models.inputs import make_inputs, reads_text
 from autoquant.models.load import as_stored
 from autoquant.models.source import (
@@ -84,7 +86,7 @@ def find_source(
     Raises :class:`AutoQuantError` with what was tried and the nearest model type.
     """
     try:
-        source = replace(naming.named_source(model, trust_remote_code=trust_remote_code), kind=kind)
+        source = _named(model, trust_remote_code, kind)
     except AutoQuantError as error:
         made = _as_demanded(model, error)
         if made is None:
@@ -98,6 +100,8 @@ def find_source(
                 config=repair.apply(source.config),
                 repairs={**source.repairs, repair.name: repair.value},
             )
+        if changes := changes_for_images(source):
+            source = replace(source, config=changed(source.config, changes), repairs={**source.repairs, **changes})
     return source if layers is None else naming.limited(source, layers)
 
 
@@ -110,6 +114,14 @@ def of_structure(folder: str, fingerprint: str, *, trust_remote_code: bool = Fal
             if structure_of(build_structure(one)).fingerprint == fingerprint:
                 return one
     return source
+
+
+def _named(model: str, trust_remote_code: bool, kind: Kind | None) -> ModelSource:
+    """What ``model`` names, the parts of a model type's default configuration made to fit."""
+    source = replace(naming.named_source(model, trust_remote_code=trust_remote_code), kind=kind)
+    if source.config is None or source.checkpoint is not None or not _is_type(model):
+        return source
+    return replace(source, repairs=fit_parts_(source.config))
 
 
 def _is_type(model: str) -> bool:
@@ -165,7 +177,7 @@ def _literal(text: str) -> Any:
 @functools.cache
 def _type_repairs(model: str, kind: Kind | None) -> tuple[Repair, ...]:
     """Repairs of a model type's default configuration, found once in a process."""
-    return find_repairs(replace(naming.named_source(model), kind=kind))
+    return find_repairs(_named(model, False, kind))
 
 
 def find_repairs(source: ModelSource) -> tuple[Repair, ...]:

@@ -29,6 +29,8 @@ _WINDOW = re.compile(r"compress\w*_(rate|ratio|stride)s?$")
 _HEAD_SIZE = re.compile(r"head_?dim$|d_head|d_kv$|head_size|kv_channels|dim_head|rotary_dim")
 _INWARD = re.compile(r"^(encoder|vision|image|audio|cross|proj)\w*_(hidden_size|dim|width)$")
 _OUTWARD = re.compile(r"out|proj|llm|text|language")
+OUTPUTS = ("out_hidden_size", "output_hidden_size")
+"""Fields that hold how wide the vectors are which a tower hands over."""
 _WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"vocab"), _VOCABULARY),
@@ -44,17 +46,19 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
 )
 
 
-def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, Any]:
+def reductions(config: Any, *, keep_heads: bool = False, as_wide: bool = False) -> dict[str, Any]:
     """New values of the integer fields of a configuration and of those that it holds, by dotted path.
 
     Widths that were equal across a model's parts, such as what a vision tower hands to the language model, stay so.
     With ``keep_heads`` the heads are fewer and as large as they were: for sizes that hang on them and are no fields.
+    With ``as_wide`` a part that was itself as wide as the language model stays so: it may hand over its own vectors.
     """
     text = text_config(config)
     hidden = standard_field(text, "hidden_size")
     own = _part(text, keep_heads)
     parts = {path: _part(part, keep_heads) for path, part in sub_configs(config).items()}
     wide = own.get(type(text).attribute_map.get("hidden_size", "hidden_size"))
+    read = _layers_read(config)
     changes: dict[str, Any] = {}
     fewer: dict[str, dict[str, Any]] = {}
     for name, value in fewer_positions(config).items():
@@ -64,9 +68,10 @@ def reductions(config: Any, *, keep_heads: bool = False) -> dict[str, Any]:
             smaller = own | fewer.get(path, {})
             changes |= {_join(path, name): value for name, value in smaller.items()}
             continue
-        smaller = parts[path] | _shallower(part) | fewer.get(path, {}) | _read(config, path, parts)
+        smaller = parts[path] | _shallower(part, read) | fewer.get(path, {}) | _read(config, path, parts)
+        smaller |= _handed(config, path, parts)
         if hidden is not None and wide is not None:
-            smaller |= {name: wide for name in _widths_of(part, hidden)}
+            smaller |= {name: wide for name in _widths_of(part, hidden, as_wide)}
         changes |= {_join(path, name): value for name, value in smaller.items()}
     return changes | shorter_windows(config)
 
@@ -84,6 +89,33 @@ def _read(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) -> d
             if part is not parts[path] and wide is not None and _own_width(part) == value:
                 found.setdefault(name, wide)
     return found
+
+
+def _handed(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """New values for fields of a part that hold what becomes of another one's vectors, or what they are to become.
+
+    The last of a list of channels is the width of the part that reads them; patches of a tower that are merged lie side
+    by side, as ``merged_width`` says.
+    """
+    parts = sub_configs(config)
+    found: dict[str, Any] = {}
+    for name, value in vars(parts[path]).items():
+        for other, part in parts.items():
+            old, new = _own_width(part), smaller[other].get(_width_field(part) or "")
+            if old is None or new is None or part is parts[path]:
+                continue
+            if name.endswith("_channels") and isinstance(value, list | tuple) and value and value[-1] == old:
+                found.setdefault(name, type(value)([*value[:-1], new]))
+            elif name in OUTPUTS and value == merged_width(part):
+                found.setdefault(name, value // old * new)
+    return found
+
+
+def merged_width(part: Any) -> int | None:
+    """How wide the vectors of a tower are after as many patches as its configuration says are merged into each."""
+    fields, wide = vars(part), _own_width(part)
+    merge = next((fields[name] for name in ("spatial_merge_size", "merge_size") if type(fields.get(name)) is int), None)
+    return None if wide is None or merge is None else wide * merge**2
 
 
 def _join(path: str, name: str) -> str:
@@ -150,13 +182,27 @@ def _fewer_positions(part: Any, side: int) -> dict[str, Any]:
     return fewer
 
 
-def _shallower(part: Any) -> dict[str, int]:
+def _shallower(part: Any, least: int) -> dict[str, int]:
     """Two layers, or as many as show each value of the lists that say what kind every layer is, and the first of those
-    that are listed by number.
+    that are listed by number; ``least`` at least.
     """
     return {
-        name: min(vars(part)[name], _shown(part, vars(part)[name])) for name in depths(part) if vars(part)[name] > 2
+        name: min(vars(part)[name], max(least, _shown(part, vars(part)[name])))
+        for name in depths(part)
+        if vars(part)[name] > 2
     }
+
+
+def _layers_read(config: Any) -> int:
+    """How many layers a tower needs for the lists of those whose outputs are read beside its last one's."""
+    lists = [
+        value
+        for part in sub_configs(config).values()
+        for name, value in vars(part).items()
+        if name.endswith(("feature_layer", "feature_layers")) and isinstance(value, list | tuple)
+    ]
+    found: list[int] = [0, *(number + 1 if number >= 0 else -number for value in lists for number in value)]
+    return max(found)
 
 
 def _shown(part: Any, count: int) -> int:
@@ -166,11 +212,11 @@ def _shown(part: Any, count: int) -> int:
     return max([2, *(value.index(entry) + 1 for value in kinds for entry in value), *(first + 1 for first in listed)])
 
 
-def _widths_of(part: Any, hidden: int) -> list[str]:
+def _widths_of(part: Any, hidden: int, as_wide: bool) -> list[str]:
     """Fields of a part that hold the width of the language model."""
     mine = _own_width(part)
     names = [name for name, value in vars(part).items() if type(value) is int and value == hidden]
-    return [name for name in names if _WIDTH.search(name) and (mine != hidden or _OUTWARD.search(name))]
+    return [name for name in names if _WIDTH.search(name) and (mine != hidden or as_wide or _OUTWARD.search(name))]
 
 
 def _own_width(part: Any) -> int | None:

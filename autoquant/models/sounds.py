@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from autoquant.models.layouts import Layout, Values, Wanted
+from autoquant.models.layouts import Fields, Layout, Values, Wanted
 from autoquant.models.source import sub_configs
 
 SOUNDS = ("input_features", "input_values")
@@ -42,6 +42,12 @@ def sound_layouts(wanted: Wanted, name: str) -> Iterator[Layout]:
         for extra in (beside, ones, {}) if beside else ({},):
             for shape in shapes:
                 yield lambda shape=shape, extra=extra: {name: wanted.floats(*shape), **extra}  # type: ignore[misc]
+
+
+def hears_nothing(fields: Fields) -> bool:
+    """Whether a configuration leaves out the part for sound that its kind may have: its forward names a sound still."""
+    parts = {name: value for name, value in fields.items() if name.endswith("_config") and _PART.search(name)}
+    return bool(parts) and all(value is None for value in parts.values())
 
 
 def _shapes(name: str, parts: list[Any]) -> Iterator[tuple[int, tuple[tuple[int, ...], ...]]]:

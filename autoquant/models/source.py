@@ -151,9 +151,7 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
     if model in CONFIG_MAPPING:
         try:
             with quiet():
-                config = CONFIG_MAPPING[model]()
-                changed = _fit_(config)
-            return ModelSource(model, config, trust_remote_code=trust_remote_code, repairs=changed)
+                return ModelSource(model, CONFIG_MAPPING[model](), trust_remote_code=trust_remote_code)
         except Exception as error:  # some defaults fail their own checks
             raise AutoQuantError(f"{model}: has no valid default configuration: {one_line(error)}") from error
     if Path(model).expanduser().is_dir():
@@ -172,42 +170,6 @@ def _from_name(model: str, trust_remote_code: bool) -> ModelSource:
             f"{model}: not a folder, not a model type{nearest}, and not to be had from the hub: {why}"
         ) from error
     return ModelSource(model, config, trust_remote_code=trust_remote_code)
-
-
-def _fit_(config: Any) -> dict[str, int]:
-    """Make the parts of a default configuration fit: some towers hand over vectors that their language model cannot
-    take, and some leave open which token stands for an image. The changed fields, with their new values.
-    """
-    parts = sub_configs(config)
-    text = standard_field(text_config(config), "hidden_size") if len(parts) > 1 else None
-    changed: dict[str, int] = {}
-    words = standard_field(text_config(config), "vocab_size") if len(parts) > 1 else None
-    places = {name: match for name in vars(config) if (match := PLACEHOLDER.search(name))}
-    for name, match in places.items():
-        if match["video"] and any(other["image"] for other in places.values()):
-            continue  # images alone are made
-        if vars(config)[name] is None and words is not None:
-            setattr(config, name, words - 1 - len(changed))
-            changed[name] = getattr(config, name)
-    for path, part in parts.items():
-        # Beside a width of its own (embed_dim), a tower's hidden_size is what it hands over.
-        tower = re.search(r"vision|visual|audio", path) is not None
-        own = tower and type(vars(part).get("embed_dim")) is int
-        names = ["out_hidden_size", "output_hidden_size", *["output_dim"] * tower, *["hidden_size"] * own]
-        names += ["hidden_size"] * (path == "" and part is not text_config(config))
-        for name in names:
-            if text is not None and type(vars(part).get(name)) is int and vars(part)[name] != text:
-                setattr(part, name, text)
-                changed[f"{path}.{name}".lstrip(".")] = text
-        ratio, handed = vars(part).get("pixel_shuffle_ratio"), vars(part).get("projector_output_dim")
-        shuffled = {}
-        if ratio and handed:
-            shuffled = {"intermediate_size": round(part.hidden_size / ratio**2), "vision_output_dim": handed}
-        for name, value in shuffled.items():
-            if vars(part).get(name) not in (None, value):
-                setattr(part, name, value)
-                changed[f"{path}.{name}"] = value
-    return changed
 
 
 def check_code(path: Path, settings: Mapping[str, Any]) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
 from autoquant.models.build import changed
-from autoquant.models.images import becomes_tokens, image_layouts
+from autoquant.models.images import FILM, becomes_tokens, film_layouts, has_part_for_films, image_layouts
 from autoquant.models.layouts import Wanted
 from autoquant.models.processors import processed_image
 from autoquant.models.repair import find_source
@@ -85,6 +86,18 @@ def test_what_hangs_on_the_size_of_an_image_goes_with_it() -> None:
     tower = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 16}
     windows = fewer_positions(CONFIG_MAPPING["granite4_vision"](downsample_rate="4/8", vision_config=tower))
     assert windows["vision_config.image_size"] == 8 * 16, "a window of eight patches by eight"
+
+
+def test_a_film_is_made_where_a_part_is_for_films_alone() -> None:
+    wanted = _wanted("video_llava")
+    shapes = [tuple(made[FILM].shape) for made in (layout() for layout in film_layouts(wanted))]
+    assert shapes == [(1, 2, 3, 56, 56), (2, 3, 56, 56)]
+    model = nn.Module()
+    model.vision_tower = nn.Linear(2, 2)
+    model.video_norm = nn.LayerNorm(2)
+    assert not has_part_for_films(model), "a norm is no matrix"
+    model.vision_tower.video_embedder = nn.Linear(2, 2)
+    assert has_part_for_films(model)
 
 
 def test_a_tower_is_made_to_fit_its_projector() -> None:

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
+from autoquant.models import inputs, sizes
 from autoquant.models import reduce as reduction
-from autoquant.models import sizes
-from autoquant.models import source as naming
 from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, registered_types
 from autoquant.models.build import build_meta
+from autoquant.models.defaults import fit_parts_
 from autoquant.models.inputs import make_inputs, masks_beside
 from autoquant.models.load import load_weights
 from autoquant.models.reduce import small
@@ -208,7 +208,39 @@ def test_a_film_has_tokens_where_there_are_none_for_images() -> None:
     assert int((model.kwargs["input_ids"] == source.config.video_token_index).sum()) == source.config.num_query_tokens
     both = CONFIG_MAPPING["llava_onevision"]()  # images are made for it: what stands for a film is left as it is
     both.video_token_id = None
-    assert naming._fit_(both) == {} and both.video_token_id is None
+    assert fit_parts_(both) == {} and both.video_token_id is None
+
+
+def test_a_film_stands_beside_the_image_where_a_tower_is_for_films() -> None:
+    source = known_type("video_llava")
+    model = build_meta(source)
+    assert model.kwargs["pixel_values"].shape == (1, 3, 56, 56)
+    assert model.kwargs["pixel_values_videos"].shape == (1, 2, 3, 56, 56)
+    counts = [int((model.kwargs["input_ids"] == token).sum()) for token in (model.config.image_token_id, 32001)]
+    assert model.config.video_token_id == 32001
+    assert counts == [16, 2 * 17], "of each frame, its first vector too"
+    assert dict(model.missing) == {}
+
+
+def test_a_film_that_takes_the_places_of_an_image_is_not_made() -> None:
+    model = build_meta(known_type("llava")).short
+    model.video_tower = nn.Linear(2, 2)
+    forward = model.forward
+    model.forward = lambda pixel_values_videos=None, input_ids=None, pixel_values=None, **more: forward(
+        input_ids=input_ids, pixel_values=pixel_values, **more
+    )
+    made = make_inputs(model, torch.device("meta"), (1, 3), torch.float32)
+    assert set(made.kwargs) == {"input_ids", "pixel_values"}
+    assert made.missing == {"pixel_values_videos": "in a text it takes the places of an image, which is there instead"}
+
+
+def test_where_values_say_what_is_read_no_further_layout_is_tried() -> None:
+    error = RuntimeError("The tensor has a non-zero number of elements, but its data is not allocated yet.\nIf you")
+    assert inputs._said(error) == inputs._BY_VALUES
+    assert inputs._said(RuntimeError("no\n such size")) == "RuntimeError: no such size"
+    assert inputs._said(AutoQuantError("it needs pillow")) == "it needs pillow"
+    model = build_meta(known_type("udop"))
+    assert model.missing == {"pixel_values": inputs._BY_VALUES}
 
 
 def test_a_mask_may_say_where_the_image_goes() -> None:
@@ -246,6 +278,46 @@ def test_what_a_part_reads_is_as_wide_as_the_part_that_makes_it() -> None:
     other.qformer_config.encoder_hidden_size = 1000  # no other part's width: a size of its own
     assert not sizes._INWARD.search("image_size")  # pixels, whatever width a part may have
     assert reductions(other)["qformer_config.encoder_hidden_size"] not in (64, 1000)
+
+
+def test_a_part_that_hands_over_its_own_vectors_stays_as_wide_as_the_language_model() -> None:
+    config = CONFIG_MAPPING["idefics2"]()
+    assert config.perceiver_config.hidden_size == config.text_config.hidden_size
+    own, together = reductions(config), reductions(config, as_wide=True)
+    assert own["perceiver_config.hidden_size"] != own["text_config.hidden_size"]
+    assert together["perceiver_config.hidden_size"] == together["text_config.hidden_size"]
+    model = small(find_source("idefics2"))
+    assert (dict(model.missing), model.kwargs["pixel_values"].shape[2:]) == ({}, (3, 128, 128))
+
+
+def test_what_is_handed_over_shrinks_with_the_part_that_makes_or_reads_it() -> None:
+    config = known_type("deepseek_ocr2").config
+    changes = reductions(config)
+    wide = changes["vision_config.encoder_config.hidden_size"]
+    assert changes["vision_config.sam_config.downsample_channels"] == [512, wide]
+    config.vision_config.sam_config.downsample_channels = [512, 896]  # no part's width
+    assert "vision_config.sam_config.downsample_channels" not in reductions(config)
+    config = known_type("muse_glimmer").config
+    changes = reductions(config)
+    assert changes["out_hidden_size"] == 4 * changes["vision_config.hidden_size"]
+    config.out_hidden_size += 1
+    assert "out_hidden_size" not in reductions(config)
+
+
+def test_a_tower_keeps_the_layers_whose_outputs_are_read() -> None:
+    config = known_type("molmo2").config
+    assert config.adapter_config.vision_feature_layer == [24, 18]
+    assert reductions(config).get("vision_config.num_hidden_layers", 25) == 25
+    config.adapter_config.vision_feature_layer = [-3, 1]
+    assert reductions(config)["vision_config.num_hidden_layers"] == 3
+
+
+def test_a_token_by_another_name_is_lowered_into_the_vocabulary() -> None:
+    config = known_type("molmo2").config
+    assert type(config).attribute_map["image_token_id"] == "image_patch_id"
+    reduction._lower_token_ids_([config], 128)
+    assert sorted([config.image_patch_id, config.image_start_token_id]) == [125, 127]
+    assert not reduction._is_token(config, "patch_size")
 
 
 class Reader(nn.Module):

@@ -14,7 +14,7 @@ from autoquant.models.build import build_meta
 from autoquant.models.layouts import Values, Wanted
 from autoquant.models.repair import find_source
 from autoquant.models.sizes import reductions
-from autoquant.models.sounds import sound_layouts
+from autoquant.models.sounds import hears_nothing, sound_layouts
 
 
 def layouts(model_type: str, name: str, *names: str) -> list[Values]:
@@ -87,3 +87,9 @@ def test_fills_of_pythons_own_types_are_known_but_for_floats() -> None:
             isinstance(torch.ones(2, dtype=float), type(torch.empty(2)))
             and torch.ones(2, dtype=float).fake_mode is mode
         )
+
+
+def test_a_configuration_may_leave_out_the_part_for_sound() -> None:
+    assert hears_nothing({"audio_config": None, "vision_config": object()})
+    assert not hears_nothing({"audio_config": object()})
+    assert not hears_nothing({"num_mel_bins": 80}), "it is about sound as a whole"

@@ -1,0 +1,74 @@
+"""Default configurations whose parts are made to fit: by what their fields say, or by a try with an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from autoquant.models import defaults
+from autoquant.models.defaults import changes_for_images, fit_parts_
+from autoquant.models.repair import find_source
+from autoquant.models.source import ModelSource
+
+
+def default(name: str) -> Any:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    return CONFIG_MAPPING[name]()
+
+
+def test_what_a_part_says_of_the_language_models_width_is_that_width() -> None:
+    config = default("molmo2")
+    assert fit_parts_(config) == {"adapter_config.text_hidden_size": config.text_config.hidden_size}
+    assert config.adapter_config.text_hidden_size == 4096
+    assert fit_parts_(config) == {}, "now they fit"
+
+
+def test_channels_end_as_wide_as_the_part_that_reads_them() -> None:
+    config = default("deepseek_ocr2")
+    hidden = config.vision_config.encoder_config.hidden_size
+    assert fit_parts_(config) == {"vision_config.sam_config.downsample_channels": [512, hidden]}
+    assert fit_parts_(config) == {}
+    third = default("deepseek_ocr2")
+    third.vision_config.other_config = default("llama")  # two parts beside it: which one reads them is not said
+    assert fit_parts_(third) == {}
+
+
+def test_what_a_projector_takes_is_as_wide_as_merged_patches() -> None:
+    config = default("muse_glimmer")
+    assert config.out_hidden_size == 4 * config.vision_config.hidden_size != config.text_config.hidden_size
+    assert fit_parts_(config) == {}
+    config.out_hidden_size += 1  # then it is what the tower hands over, and does not fit
+    assert fit_parts_(config) == {"out_hidden_size": config.text_config.hidden_size}
+
+
+def test_what_a_tower_projects_to_is_found_with_an_image() -> None:
+    default("janus")
+    source = find_source("janus")
+    assert source.repairs == {"vision_config.projection_dim": source.config.text_config.hidden_size}
+    assert source.config.vision_config.projection_dim == 4096
+
+
+def test_half_of_each_edge_is_tried_for_another_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = default("granite4_vision")
+    config.downsample_rate = "1/4"
+    assert list(defaults._proposals(config)) == [("downsample_rate", "1/2")], "its tower is of another architecture"
+    made = {"1/4": ("pixel_values",), "1/2": ()}
+    monkeypatch.setattr(defaults, "_not_made", lambda source, config: made[config.downsample_rate])
+    source = ModelSource("granite", config)
+    assert changes_for_images(source) == {"downsample_rate": "1/2"}
+    made["1/2"] = made["1/4"]
+    assert changes_for_images(source) == {}, "it does not help either"
+    made["1/4"] = ()
+    assert changes_for_images(source) == {}, "there is nothing to mend"
+    config.downsample_rate = "1/2"
+    assert list(defaults._proposals(config)) == []
+
+
+def test_nothing_is_tried_where_nothing_may_be_meant_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "_not_made", lambda source, config: pytest.fail("it takes seconds"))
+    config = default("llava")
+    assert config.vision_config.projection_dim != config.text_config.hidden_size, "of a tower that others use too"
+    assert changes_for_images(ModelSource("llava", config)) == {}
