@@ -357,3 +357,28 @@ def test_a_model_without_tensors_to_compare_is_refused() -> None:
 
     with pytest.raises(AutoQuantError, match="Silent returns no tensor to compare"):
         logits(Silent(), LoadedModel(Silent(), ()))
+
+
+class CutOtherwise(nn.Module):
+    """Rounds otherwise where it is traced: in float32, by some hundredths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).to(torch.float32)
+        if torch.compiler.is_compiling():
+            y = (y + 1e6) - 1e6
+        return self.b(y.to(self.b.weight.dtype))
+
+
+def test_a_graph_that_rounds_otherwise_is_compared_in_float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = CutOtherwise().double().eval()
+    loaded = LoadedModel(module, (torch.randn(2, 3, 8, dtype=torch.float64),))
+    source = ModelSource("cut", factory=lambda: None)
+    config = small_config(source, loaded)
+    assert [linear.path for linear in config.model.linears] == ["a", "b"]
+    monkeypatch.setattr("autoquant.certificate.certify.runs_in_float64", lambda loaded: False)
+    with pytest.raises(AutoQuantError, match=r"the captured graph differs from the model by 0\.\d"):
+        small_config(source, loaded)
