@@ -46,6 +46,7 @@ __all__ = [
     "some_rows",
     "without_amx_",
     "without_dynamo",
+    "without_idle_conversions",
     "without_inference_mode",
     "without_modes",
     "without_shape_guards",
@@ -111,6 +112,31 @@ def some_rows() -> Iterator[None]:
         yield
     finally:
         kind.evaluate_expr = evaluate
+
+
+@contextlib.contextmanager
+def without_idle_conversions() -> Iterator[None]:
+    """Let ``module.to(dtype)`` do nothing where nothing changes: torch would still swap every parameter for what became
+    of it, and refuses where that is a fake tensor.
+    """
+    kind: Any = nn.Module
+    to = kind.to
+
+    def converted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        held = (*self.parameters(), *self.buffers())
+        other = any(device not in (None, tensor.device) or _is_cast(tensor, dtype) for tensor in held)
+        return to(self, *args, **kwargs) if other or layout is not None else self
+
+    kind.to = converted
+    try:
+        yield
+    finally:
+        kind.to = to
+
+
+def _is_cast(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    return dtype not in (None, tensor.dtype) and (tensor.is_floating_point() or tensor.is_complex())
 
 
 @contextlib.contextmanager

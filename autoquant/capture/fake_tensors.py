@@ -28,6 +28,7 @@ from autoquant.library_patches import (
     data_as_detached,
     pytree,
     reset_dynamo,
+    without_idle_conversions,
     without_inference_mode,
     without_looks_at_masks,
     without_modes,
@@ -43,6 +44,8 @@ _SIZED = (
     *(torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand, torch.Tensor.repeat, torch.Tensor.unflatten),
     *(torch.split, torch.Tensor.split, torch.reshape, torch.nn.functional.interpolate),
 )
+
+_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ixor__")
 
 _CHUNK = "chunk_size"
 _SHORT_CHUNK = 2
@@ -73,6 +76,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             quiet.enter_context(data_as_detached())
             quiet.enter_context(without_looks_at_masks())
             quiet.enter_context(without_inference_mode())
+            quiet.enter_context(without_idle_conversions())
             module.eval()
             yield
     finally:
@@ -134,6 +138,19 @@ class _KnownValues(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.computed = WeakIdKeyDictionary()
+        self.viewed: dict[int, torch.Tensor] = {}
+        """Known tensors by identity of which there are views, and so two ways to write."""
+        self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """By identity, those that something unknown was written into, each with the traced copy that stands for it."""
+
+    def _written(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.written.get(id(tensor), (tensor, tensor))[1]
+
+    def _takes_copy(self, func: Any, tensor: torch.Tensor) -> bool:
+        """Whether a known tensor of its own is written into: as a constant of the trace it could not be."""
+        name = getattr(func, "__name__", "")
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        return writes and is_known(tensor) and tensor._base is None and id(tensor) not in self.viewed
 
     def _is_given(self, tensor: Any) -> bool:
         """Whether a floating-point tensor was computed from nothing: an input, or a view of one."""
@@ -141,10 +158,18 @@ class _KnownValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.written:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self._written, (args, kwargs))
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if all(map(is_known, tensors)) if tensors else _makes_known(func, kwargs):
             with without_modes():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            if tensors and isinstance(result, torch.Tensor) and result._base is tensors[0]:
+                self.viewed[id(tensors[0])] = tensors[0]
+            return result
+        if tensors and args and args[0] is tensors[0] and self._takes_copy(func, args[0]):
+            self.written[id(args[0])] = args[0], args[0].clone()
+            args = (self._written(args[0]), *args[1:])
         if func is torch.Tensor.expand_as and is_known(args[0]):  # of the other tensor, its shape alone is used
             with without_modes():
                 return args[0].expand(args[1].shape)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CellType, FunctionType, MethodType
 from typing import Any, Literal
 
@@ -17,9 +17,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 from autoquant.aten import rescales
 from autoquant.capture.identity import grouped, identity, ties_of
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import OpOverload
+from autoquant.library_patches import OpOverload, pytree
 
 How = Literal["dynamo", "export", "dynamo-pieces"]
+
+LOGITS = "logits"
+"""What models call the scores that they return."""
 
 _DEEPEST = 4
 """Containers within containers that are searched for modules held by reference."""
@@ -51,6 +54,8 @@ class Subgraph:
     """How many of the graph's outputs, the first ones, are new values of its inputs and not results."""
     written: tuple[str, ...] = ()
     """The placeholders that these are new values of, in the same order."""
+    logits: int | None = None
+    """Which of the results that follow are the logits, where the module names one so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +219,16 @@ def lower(
     held_by = {str(spec.target): spec.arg.name for spec in signature.input_specs if spec.target is not None}
     written = [str(spec.target) for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     kept = _forget_rescaling(graph, [held_by.get(target, target) for target in written])
-    return Subgraph(graph, inputs, constants, len(kept), kept)
+    return Subgraph(graph, inputs, constants, len(kept), kept, _place_of_logits(program))
+
+
+def _place_of_logits(program: torch.export.ExportedProgram) -> int | None:
+    results = program.call_spec.out_spec
+    if results is None:
+        return None
+    numbered = pytree.tree_unflatten(range(results.num_leaves), results)
+    place = getattr(numbered, LOGITS, None)
+    return place if type(place) is int else None
 
 
 def _forget_rescaling(graph: torch.fx.GraphModule, written: Sequence[str]) -> tuple[str, ...]:
@@ -242,16 +256,28 @@ def _rescales(node: torch.fx.Node, name: str) -> bool:
 
 
 def first_output(subgraph: Subgraph) -> Subgraph:
-    """The same graph with its first floating-point result alone: the logits, not what a model returns beside them."""
+    """The same graph without what a model returns behind its logits, or behind its first floating-point result where
+    it names no logits: states, which matter to nobody.
+    """
     graph: Any = subgraph.graph
     output = graph.graph.output_node()
     results = output.args[0]
-    floating = [
-        r for r in results[subgraph.mutated :] if isinstance(r, torch.fx.Node) and _is_floating(r.meta.get("val"))
-    ]
-    output.args = ((*results[: subgraph.mutated], *floating[:1]),)
+    own = results[subgraph.mutated :]
+    count = 1 if subgraph.logits is None else len(own)
+    own = own[: None if subgraph.logits is None else subgraph.logits + 1]
+    floating = [r for r in own if isinstance(r, torch.fx.Node) and _is_floating(r.meta.get("val"))]
+    output.args = ((*results[: subgraph.mutated], *floating[:count]),)
     _remove_dead(graph)
-    return subgraph
+    return replace(subgraph, logits=None)
+
+
+def main_result(output: object) -> list[torch.Tensor]:
+    """What :func:`first_output` leaves of what a model returned; nothing where there is no floating-point tensor."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    floating = [leaf for leaf in leaves if leaf.is_floating_point()]
+    named = getattr(output, LOGITS, None)
+    places = [place for place, leaf in enumerate(floating) if leaf is named]
+    return floating[: places[0] + 1 if places else 1]
 
 
 def _is_floating(value: object) -> bool:

@@ -178,6 +178,8 @@ class EachOccurs(TorchFunctionMode):
             found = of if same or (func in _POSITIVE and args[1] == 0) else None
             if func in _PERMUTES or func in _SUMS:
                 found = _moved(func, args, kwargs, of)
+            if func in _MOVES and of.dim == args[0].dim() - 1 and result.shape[-1:] == args[0].shape[-1:]:
+                found = _ForEach(result.dim() - 1, of.count)
         if found is not None:
             self.known[id(result)] = result, found
 

@@ -9,6 +9,7 @@ Capturing leaves the module and torch's global state as they were.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from autoquant.capture.graph import (
     asks_for_ties,
     first_output,
     lower,
+    main_result,
     module_path,
     names_of,
     shape,
@@ -68,9 +70,12 @@ class Route:
     name: How
     run: Run
     added: Mapping[str, Any] = field(default_factory=dict)
+    after: re.Pattern[str] | None = None
+    """What one of those before it must have failed by."""
 
 
 _VALUES = re.compile("data-dependent|unbacked|meta tensor")
+_STRANGE = re.compile("in output, which is not a known type")
 _BY_VALUES = "its code takes one way or another by the values of activations, and there are none on the meta device: "
 
 
@@ -92,23 +97,25 @@ def capture(
 
     ``known``: optional inputs whose values are part of what is captured, such as the token ids that say where an image
     goes. Export takes them as constants, and comes first then; to Dynamo they are inputs as any other. ``first``: of
-    what the model returns, only the first floating-point tensor matters; subgraphs keep everything. ``spare``: inputs
-    with which export is tried again where it fails without, since the model then computes what they say by values or
-    not at all (masks).
+    what the model returns, nothing matters behind the logits, or behind the first floating-point tensor where none are
+    named so; subgraphs keep everything. ``spare``: inputs with which export is tried again where it fails without,
+    since the model then computes what they say by values or not at all (masks).
 
     Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
     """
-    non_strict = partial(_non_strict, known=known) if known else _non_strict
+    non_strict = partial(_non_strict, known=known)
     calls: list[UntraceableCall] = []
     hidden: list[str] = []
     dynamo, export = Route("dynamo", _strict), Route("export", non_strict)
     untraceable = Route("export", partial(_around_untraceable, run=non_strict, calls=calls))
-    by_position = Route("export", _by_position)
+    by_position = Route("export", partial(_by_position, known=known), after=_VALUES)
+    alone = [Route("export", partial(_logits_alone, run=non_strict), after=_STRANGE)] if first else []
     subgraphs = Route("dynamo-pieces", partial(capture_subgraphs, hidden=hidden))
     more = [replace(route, added=spare) for route in (export, untraceable) if spare]
     routes: dict[str, list[Route]] = {
         "auto": [
             *((export, dynamo) if known else (dynamo, export)),
+            *alone,
             *more[:1],
             by_position,
             untraceable,
@@ -116,7 +123,7 @@ def capture(
             subgraphs,
         ],
         "dynamo": [dynamo, subgraphs],
-        "export": [export, *more[:1], by_position, untraceable, *more[1:]],
+        "export": [export, *alone, *more[:1], by_position, untraceable, *more[1:]],
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
@@ -126,7 +133,7 @@ def capture(
         names, aliases = names_of(module)
         inseparable = asks_for_ties(module)  # before tensors that are held by reference are others than the parameters
         for route in routes[how]:
-            if route is by_position and not any(_VALUES.search(failure) for failure in failures):
+            if route.after is not None and not any(map(route.after.search, failures)):
                 continue
             try:
                 with undisturbed(module), short_chunks(module):
@@ -170,9 +177,8 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
     """
     kwargs = {**kwargs, **captured.spare}
     with attributes_as_buffers(module, args, kwargs), undisturbed(module):
-        expected = _tensors(module(*args, **kwargs))
-        if captured.first:
-            expected = [tensor for tensor in expected if tensor.is_floating_point()][:1]
+        output = module(*args, **kwargs)
+        expected = main_result(output) if captured.first else _tensors(output)
         try:
             if captured.how == "dynamo-pieces":
                 actual = _run_pieces(module, args, kwargs, captured.subgraphs)
@@ -201,25 +207,40 @@ def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
 def _non_strict(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
 ) -> tuple[Subgraph, ...]:
-    if not known:
-        with some_rows(), EachOccurs(), DataAsDetached():
-            program = torch.export.export(module, args, kwargs, strict=False)
-        return (lower(program, names),)
-    constants = {name: kwargs[name] for name in known}
-    given = {name: value for name, value in kwargs.items() if name not in constants}
-    module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
-    with known_values(), some_rows(), DataAsDetached():
+    occurring = contextlib.nullcontext() if known else EachOccurs()
+    values = known_values() if known else contextlib.nullcontext()
+    given = _beside_known_(module, kwargs, known)
+    with values, some_rows(), occurring, DataAsDetached():
         program = torch.export.export(module, args, given, strict=False)
     return (lower(program, names),)
 
 
 def _by_position(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
 ) -> tuple[Subgraph, ...]:
     """Where code decides by the largest position: the positions that it counts itself have values."""
+    given = _beside_known_(module, kwargs, known)
     with known_values(), some_rows(), EachOccurs():
-        program = torch.export.export(module, args, kwargs, strict=False)
+        program = torch.export.export(module, args, given, strict=False)
     return (lower(program, names),)
+
+
+def _logits_alone(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, *, run: Run
+) -> tuple[Subgraph, ...]:
+    """Where a model returns behind its logits what no trace can, such as a cache: without."""
+    module.register_forward_hook(lambda _, args, output: tuple(main_result(output)))
+    (subgraph,) = run(module, args, kwargs, names)
+    results: Any = subgraph.graph.graph.output_node().args[0]
+    return (replace(subgraph, logits=len(results) - subgraph.mutated - 1),)
+
+
+def _beside_known_(module: nn.Module, kwargs: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The inputs other than the ``known`` ones, which a hook hands to ``module`` from now on."""
+    constants = {name: kwargs[name] for name in known}
+    if constants:
+        module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
+    return {name: value for name, value in kwargs.items() if name not in constants}
 
 
 def _around_untraceable(
@@ -273,7 +294,12 @@ def _run_pieces(
     remaining = iter(subgraphs)
 
     def run(_: Traced, inputs: tuple[Any, ...]) -> Any:
-        subgraph = next(remaining)
+        subgraph = next(remaining, None)
+        if subgraph is None:
+            raise AutoQuantError(
+                f"captured graph of {type(module).__name__}: run again, its code goes another way and on after the "
+                f"{len(subgraphs)} subgraphs that were captured"
+            )
         given = iter(inputs)
         values = [subgraph.constants[name] if name in subgraph.constants else next(given) for name in subgraph.inputs]
         return tuple(subgraph.graph(*values))[subgraph.mutated :]

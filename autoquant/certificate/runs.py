@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from autoquant.capture.graph import main_result
 from autoquant.capture.state import is_own, kept_state
 from autoquant.certificate.branches import sizes_that_matter
 from autoquant.certificate.experts import force_choices
@@ -132,9 +133,11 @@ def _call(loaded: LoadedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def compared(module: nn.Module, output: object, first: bool) -> Outputs:
-    """The floating-point tensors that a model returns, the first one alone where the others are states of a library's
-    model. Raises AutoQuantError where there is none.
+    """The floating-point tensors that a model returns; none behind the logits, which are states, of a library's model.
+    Raises AutoQuantError where there is none.
     """
+    if first and (named := main_result(output)):
+        return tuple(named)
     if is_dataclass(output) and not isinstance(output, Mapping):  # of a person's own: nothing says what it holds
         output = list(vars(output).values()) if hasattr(output, "__dict__") else output
     tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -15,10 +15,12 @@ import torch
 
 from autoquant.models.build import META, changed, two_layers
 from autoquant.models.inputs import make_inputs
-from autoquant.models.sizes import OUTPUTS, fewer_positions, merged_width
+from autoquant.models.sizes import OUTPUTS, fewer_positions, merged_width, own_width
 from autoquant.models.source import PLACEHOLDER, ModelSource, build_module, standard_field, sub_configs, text_config
 
 _TOWER = re.compile(r"vision|visual|audio")
+_READS = re.compile(r"^(encoder|vision|image|audio)_(hidden_size|width)$")
+"""Fields that say how wide the vectors are that a part is given by another one."""
 _FRACTION = re.compile(r"\d+/\d+")
 
 
@@ -100,8 +102,10 @@ def _not_made(source: ModelSource, config: Any) -> tuple[str, ...]:
 
 def _proposals(config: Any) -> Iterator[tuple[str, Any]]:
     """Other values of fields that may be about something else: of a tower that is the architecture's own, what it
-    projects to; of the fraction of each edge that is kept, half of it, where every second patch is taken.
+    projects to; of the fraction of each edge that is kept, half of it, where every second patch is taken; of what a
+    part reads that is as wide as no part is, the width of each, first of one that is named so.
     """
+    widths = {own_width(part): path for path, part in sub_configs(config).items()}
     hidden = standard_field(text_config(config), "hidden_size")
     for path, part in sub_configs(config).items():
         own = _TOWER.search(path) is not None and type(part).__module__ == type(config).__module__
@@ -110,3 +114,6 @@ def _proposals(config: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}", hidden
             elif isinstance(value, str) and _FRACTION.fullmatch(value) and value != "1/2":
                 yield f"{path}.{name}".lstrip("."), "1/2"
+            elif path and type(value) is int and value not in widths and (read := _READS.search(name)):
+                for width in sorted(filter(None, widths), key=lambda width: read[1] not in widths[width]):
+                    yield f"{path}.{name}", width

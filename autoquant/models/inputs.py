@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -71,10 +72,10 @@ def make_inputs(
         if name in without:
             continue
         failure: str | None = "its configuration does not say of what size it is"
-        for layout in layouts:
+        for words, layout in itertools.product(maker.instead(text), layouts):
             try:
                 tried = {**made, **layout(), **maker.beside()}
-                text = maker.fitting(text, tried)
+                text = maker.fitting(words, tried)
             except Exception as error:  # the model's own code: this layout is not one of its
                 failure = _said(error)
                 if failure == _BY_VALUES:  # the layout is right, whatever would be said of those after it
@@ -122,10 +123,23 @@ class _Maker:
         self.fields = vars(config)
         words = getattr(config.get_text_config(), "vocab_size", None)
         if type(words) is not int:
-            raise AutoQuantError(f"{type(module).__name__} takes no tokens: its configuration has no vocab_size")
+            raise AutoQuantError(f"{type(module).__name__} {self._why_no_words()}")
         self.vocabulary = words
         self.counts: dict[str, int] = {}
         """How many placeholders of images and sounds the model has asked for."""
+
+    def _why_no_words(self) -> str:
+        """Why nothing can be read off a configuration that names no vocabulary."""
+        taken = inspect.signature(self.module.forward).parameters.items()
+        demanded = [
+            name
+            for name, parameter in taken
+            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+        with contextlib.suppress(Exception):  # a model that does not say
+            if self.module.get_output_embeddings() is None and demanded:
+                return f"predicts no tokens: it has no output embeddings, and computes from {', '.join(demanded)}"
+        return "takes no tokens: its configuration has no vocab_size"
 
     # Text
 
@@ -139,7 +153,9 @@ class _Maker:
         made = {}
         if "input_ids" in self.names and (main == "input_ids" or not encoder_decoder):
             made["input_ids"] = self._tokens(sequences, tokens + encoder_decoder)
-        if encoder_decoder and "decoder_input_ids" in self.names:
+        halves = (self.module, getattr(self.module, "model", None))
+        decodes = encoder_decoder or any(hasattr(half, "encoder") and hasattr(half, "decoder") for half in halves)
+        if decodes and "decoder_input_ids" in self.names:  # without them one may draw words by chance
             made["decoder_input_ids"] = self._tokens(sequences, tokens)
         if "bbox" in self.names and "input_ids" in made:  # where on a page, of edge 1, each token stands
             made["bbox"] = self._floats(*made["input_ids"].shape, 4).sigmoid()
@@ -160,6 +176,11 @@ class _Maker:
                 return tried
             tried = {**text, name: self._tokens(sequences * count, tokens).reshape(sequences, tokens, count)}
         return tried
+
+    def instead(self, text: Values) -> list[Values]:
+        """``text``, and what is left of it where an encoder takes an image or a sound instead of tokens."""
+        left = {name: ids for name, ids in text.items() if name.startswith("decoder_")}
+        return [text, left] if left and "input_ids" in text else [text]
 
     def beside(self) -> Values:
         """Tokens for what else the forward cannot do without: an image may be asked about in words of its own."""

@@ -51,14 +51,18 @@ def reductions(config: Any, *, keep_heads: bool = False, as_wide: bool = False) 
 
     Widths that were equal across a model's parts, such as what a vision tower hands to the language model, stay so.
     With ``keep_heads`` the heads are fewer and as large as they were: for sizes that hang on them and are no fields.
-    With ``as_wide`` a part that was itself as wide as the language model stays so: it may hand over its own vectors.
+    With ``as_wide`` a part that was itself as wide as the language model stays so, and its other widths with it: it may
+    hand over its own vectors.
     """
     text = text_config(config)
     hidden = standard_field(text, "hidden_size")
     own = _part(text, keep_heads)
-    parts = {path: _part(part, keep_heads) for path, part in sub_configs(config).items()}
     wide = own.get(type(text).attribute_map.get("hidden_size", "hidden_size"))
     read = _layers_read(config)
+    parts = {
+        path: _part(part, keep_heads, wide if as_wide and own_width(part) == hidden else None)
+        for path, part in sub_configs(config).items()
+    }
     changes: dict[str, Any] = {}
     fewer: dict[str, dict[str, Any]] = {}
     for name, value in fewer_positions(config).items():
@@ -79,14 +83,14 @@ def reductions(config: Any, *, keep_heads: bool = False, as_wide: bool = False) 
 def _read(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     """New values for fields of a part that hold the width of another one, whose vectors it reads."""
     parts = sub_configs(config)
-    mine = _own_width(parts[path])
+    mine = own_width(parts[path])
     headless = not any(HEADS.search(name) for name in vars(parts[path]))  # then a size of heads is that of another part
     found: dict[str, int] = {}
     for name, value in vars(parts[path]).items():
         reads = _INWARD.search(name) or (headless and _HEAD_SIZE.search(name))
         for other, part in parts.items() if reads and type(value) is int and value != mine else ():
             wide = smaller[other].get(_width_field(part) or "")
-            if part is not parts[path] and wide is not None and _own_width(part) == value:
+            if part is not parts[path] and wide is not None and own_width(part) == value:
                 found.setdefault(name, wide)
     return found
 
@@ -101,7 +105,7 @@ def _handed(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) ->
     found: dict[str, Any] = {}
     for name, value in vars(parts[path]).items():
         for other, part in parts.items():
-            old, new = _own_width(part), smaller[other].get(_width_field(part) or "")
+            old, new = own_width(part), smaller[other].get(_width_field(part) or "")
             if old is None or new is None or part is parts[path]:
                 continue
             if name.endswith("_channels") and isinstance(value, list | tuple) and value and value[-1] == old:
@@ -113,7 +117,7 @@ def _handed(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) ->
 
 def merged_width(part: Any) -> int | None:
     """How wide the vectors of a tower are after as many patches as its configuration says are merged into each."""
-    fields, wide = vars(part), _own_width(part)
+    fields, wide = vars(part), own_width(part)
     merge = next((fields[name] for name in ("spatial_merge_size", "merge_size") if type(fields.get(name)) is int), None)
     return None if wide is None or merge is None else wide * merge**2
 
@@ -214,12 +218,13 @@ def _shown(part: Any, count: int) -> int:
 
 def _widths_of(part: Any, hidden: int, as_wide: bool) -> list[str]:
     """Fields of a part that hold the width of the language model."""
-    mine = _own_width(part)
+    mine = own_width(part)
     names = [name for name, value in vars(part).items() if type(value) is int and value == hidden]
     return [name for name in names if _WIDTH.search(name) and (mine != hidden or as_wide or _OUTWARD.search(name))]
 
 
-def _own_width(part: Any) -> int | None:
+def own_width(part: Any) -> int | None:
+    """How wide the vectors are that a part of a configuration makes; None where it does not say."""
     name = _width_field(part)
     return None if name is None else vars(part)[name]
 
@@ -229,8 +234,8 @@ def _width_field(part: Any) -> str | None:
     return next((name for name in ("embed_dim", "d_model", standard) if type(fields.get(name)) is int), None)
 
 
-def _part(config: Any, keep_heads: bool) -> dict[str, int]:
-    """New values of one configuration's own integer fields, by field name."""
+def _part(config: Any, keep_heads: bool, wide: int | None = None) -> dict[str, int]:
+    """New values of one configuration's own integer fields, by field name; ``wide``: its own new width."""
     sizes = {name: value for name, value in vars(config).items() if type(value) is int and value > 1}
     changes: dict[str, int] = {}
     for name, value in sizes.items():
@@ -243,7 +248,7 @@ def _part(config: Any, keep_heads: bool) -> dict[str, int]:
     sizes_of_heads = {name: value for name, value in rest.items() if _HEAD_SIZE.search(name)}
     heads = {name: value for name, value in rest.items() if HEADS.search(name) and name not in sizes_of_heads}
     queries = standard_field(config, "num_attention_heads") or max(heads.values(), default=1)
-    hidden = _own_width(config)
+    hidden = own_width(config)
     head = standard_field(config, "head_dim") or (hidden // queries if hidden else 64)
 
     keys = standard_field(config, "num_key_value_heads") or queries
@@ -258,7 +263,7 @@ def _part(config: Any, keep_heads: bool) -> dict[str, int]:
     if not hidden:
         return changes
     inner = queries * head
-    new_hidden = _new_hidden(hidden, inner, new_queries * new_head) if heads else min(hidden, 64)
+    new_hidden = wide or (_new_hidden(hidden, inner, new_queries * new_head) if heads else min(hidden, 64))
     width = _narrower(hidden, new_hidden, inner, new_queries * new_head)
     for name, value in rest.items():
         if name not in changes and _WIDTH.search(name) and not (keep_heads and name in sizes_of_heads):

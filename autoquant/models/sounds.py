@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autoquant.models.layouts import Fields, Layout, Values, Wanted
+from autoquant.models.layouts import Fields, Layout, Values, Wanted, feature_methods
 from autoquant.models.source import sub_configs
 
 SOUNDS = ("input_features", "input_values")
@@ -36,10 +37,19 @@ def sound_layouts(wanted: Wanted, name: str) -> Iterator[Layout]:
     config = wanted.module.config
     parts = [part for path, part in sub_configs(config).items() if _PART.search(path)]
     parts += [part for path, part in sub_configs(config).items() if "encoder" in path and part not in parts]
+    methods = [inspect.signature(method).parameters for method in feature_methods(wanted.module, "audio")]
+    demanded = {name for taken in methods for name, parameter in taken.items() if parameter.default is parameter.empty}
     for length, shapes in _shapes(name, [*parts, config]):
         beside = _beside(wanted.names, length, [*parts, config])
         ones = {key: value.bool() if key in _MASKS else value for key, value in beside.items()}
-        for extra in (beside, ones, {}) if beside else ({},):
+        masks = [mask for mask in _MASKS if mask in beside]
+        extras = [beside, ones] if beside else [{}]
+        if masks and methods and not any(mask in taken for taken in methods for mask in masks):
+            # It is not of these moments, but of the vectors that are made of them: all count without.
+            extras.insert(0, {key: value for key, value in beside.items() if key not in masks})
+        elif beside and demanded.isdisjoint(beside):
+            extras.append({})
+        for extra in extras:
             for shape in shapes:
                 yield lambda shape=shape, extra=extra: {name: wanted.floats(*shape), **extra}  # type: ignore[misc]
 
@@ -57,7 +67,7 @@ def _shapes(name: str, parts: list[Any]) -> Iterator[tuple[int, tuple[tuple[int,
         for length in dict.fromkeys((4000, _multiple(3840, step))):  # 16 times 15 times 16: of fewer layers' steps too
             yield length, ((1, length), (1, 1, length))
         return
-    bins = _size(parts, *_BINS)
+    bins = _size(parts, *_BINS) or _size(parts, "hidden_size")  # a moment is taken for the embedding of a token
     if not bins:
         return
     step = math.lcm(2 * (_size(parts, "n_window") or 1), _size(parts, "subsampling_factor") or 1)  # of one chunk

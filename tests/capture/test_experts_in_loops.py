@@ -113,7 +113,30 @@ class Summed(Experts):
         return out
 
 
-@pytest.mark.parametrize("kind", [Counted, Asked, Occurring, Hit, Listed, Summed])
+class Flattened(Experts):
+    """Switch Transformers': a mask of each sequence's tokens, seen as one of all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = functional.one_hot(self.router(x[None]).argmax(-1), num_classes=3)
+        mask = (mask * (mask.cumsum(-2) <= 8)).view(-1, 1, 3).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            _, rows = torch.where(mask[hit].squeeze(0))
+            out.index_add_(0, rows, self.experts[hit](x[None, rows].reshape(-1, 4)))
+        return out
+
+
+class Joined(Experts):
+    """A mask whose experts are no axis of their own any more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = functional.one_hot(self.router(x).argmax(-1), num_classes=3).view(-1)
+        for hit in mask.nonzero():
+            x = x + self.experts[0](x) * hit
+        return x
+
+
+@pytest.mark.parametrize("kind", [Counted, Asked, Occurring, Hit, Listed, Summed, Flattened])
 def test_every_expert_is_in_the_graph(kind: type[Experts]) -> None:
     module, x = kind(lambda counts: None), torch.randn(5, 4)
     captured = capture(module, (x,), {})
@@ -128,6 +151,11 @@ def test_counts_that_are_data_are_not_known() -> None:
     module = Counted(lambda counts: counts.float().mean().mul(2))
     with pytest.raises(Exception, match="cannot capture"):
         capture(module, (torch.randn(5, 4),), {}, "export")
+
+
+def test_a_mask_without_an_axis_for_its_experts_says_nothing_of_them() -> None:
+    with pytest.raises(Exception, match="cannot capture"):
+        capture(Joined(lambda counts: None), (torch.randn(5, 4),), {}, "export")
 
 
 def test_a_list_of_the_data_is_an_index_alone() -> None:

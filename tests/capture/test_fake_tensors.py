@@ -15,6 +15,7 @@ from torch._functorch import vmap
 
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import capture, check_against_eager
+from autoquant.errors import AutoQuantError
 
 
 class Placed(nn.Module):
@@ -195,3 +196,60 @@ def test_pixels_are_equal_to_no_number_and_what_is_computed_may_be() -> None:
         computed = torch.relu(pixels) == 0.0
     assert (empty.tolist(), kept.shape) == ([False] * 3, (3, 4))
     assert type(computed) is not torch.Tensor, "a number may be what relu makes"
+
+
+class Counting(nn.Module):
+    """Counts, in a table of zeros, which places were chosen; ``seen`` looks at the table another way before."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.router, self.seen = nn.Linear(4, 3), seen
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        scores = self.router(x)
+        counts = torch.zeros(x.shape[0], 3, dtype=torch.int64)
+        first = counts[0] if self.seen else None
+        counts.scatter_add_(-1, scores.topk(2).indices, torch.ones(x.shape[0], 2, dtype=torch.int64))
+        counts[:, 0] += 1
+        return scores * counts if first is None else scores * first
+
+
+def test_what_is_written_into_a_known_tensor_is_no_constant() -> None:
+    module, inputs = Counting(seen=False).eval(), {"x": torch.randn(5, 4), "ids": IDS}
+    captured = capture(module, (), inputs, "export", known=["ids"])
+    assert not captured.untraceable
+    for x in (inputs["x"], torch.randn(5, 4)):
+        assert check_against_eager(module, (), {**inputs, "x": x}, captured) < 1e-6
+    with pytest.raises(AutoQuantError, match="cannot capture Counting"):  # its view would not be written
+        capture(Counting(seen=True).eval(), (), inputs, "export", known=["ids"])
+
+
+class Converting(nn.Module):
+    """A router that is kept in a data type of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.router, self.dtype = nn.Linear(4, 2), dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.router = self.router.to(self.dtype)
+        return self.router(x.to(self.dtype))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_that_is_what_it_is_converted_to_stays(device: str) -> None:
+    module, x = Converting(torch.float32).to(device).eval(), torch.ones(3, 4, device=device)
+    captured = capture(module, (x,), {}, "export")
+    assert not captured.untraceable
+    assert {source.name for source in captured.subgraphs[0].inputs.values() if source.kind == "parameter"} == {
+        "router.weight",
+        "router.bias",
+    }
+
+
+def test_another_data_type_is_still_converted_to() -> None:
+    module = Converting(torch.float64).eval()
+    with undisturbed(module):
+        assert module(torch.ones(3, 4)).dtype is torch.float64
+    with pytest.raises(AutoQuantError, match="Couldn't swap"):
+        capture(Converting(torch.float64).to("meta"), (torch.ones(3, 4, device="meta"),), {}, "export")

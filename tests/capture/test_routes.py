@@ -2,7 +2,9 @@
 
 import logging
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from autoquant.capture.routes import Captured, GraphInput, capture, check_against_eager, module_path, shape
 from autoquant.errors import AutoQuantError
+from autoquant.library_patches import pytree
 from autoquant.models.build import build_meta
 from autoquant.models.reduce import grouped_experts, small
 from autoquant.models.repair import find_source
@@ -251,6 +254,14 @@ def test_a_data_dependent_branch_gives_the_pieces_of_the_way_taken() -> None:
         capture(Branching().to("meta"), (x.to("meta"),), {})
 
 
+def test_code_that_goes_on_where_it_was_not_captured_is_an_error() -> None:
+    module, x = Broken(), torch.randn(1, 3, 8)
+    captured = capture(module, (x,), {}, "dynamo")
+    fewer = replace(captured, subgraphs=captured.subgraphs[:2])
+    with pytest.raises(AutoQuantError, match=r"Broken: run again, its code goes .* after the 2 subgraphs"):
+        check_against_eager(module, (x,), {}, fewer)
+
+
 def test_failure_names_the_line_of_the_model() -> None:
     with pytest.raises(
         AutoQuantError,
@@ -471,6 +482,78 @@ def test_code_that_decides_by_token_ids_is_not() -> None:
     module = Long(position=False).to("meta").eval()
     with pytest.raises(AutoQuantError, match="by the values of activations"):
         capture(module, (torch.tensor([[1, 2, 3]], device="meta"),), {}, "export")
+
+
+class Chosen(nn.Module):
+    """A loop over the experts that tokens chose, in a model that looks at its token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.router = nn.Embedding(8, 4), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        assert ids is not None
+        x = x + self.table(ids)[0] if bool((ids == 7).any()) else x
+        out = torch.zeros_like(x)
+        for number in torch.unique(self.router(x).topk(1).indices):
+            rows, _ = torch.where(self.router(x).topk(1).indices == number)
+            out.index_add_(0, rows, self.experts[int(number)](x.index_select(0, rows)))
+        return out
+
+
+def test_known_inputs_are_constants_of_each_way_that_is_tried() -> None:
+    module, inputs = Chosen().eval(), {"x": torch.randn(3, 4), "ids": torch.tensor([[1, 7, 2]])}
+    captured = capture(module, (), inputs, known=["ids"])
+    assert (captured.how, captured.known, captured.by_position) == ("export", ("ids",), True)
+    assert [source.name for source in captured.subgraphs[0].inputs.values() if source.kind == "input"] == ["x"]
+    assert check_against_eager(module, (), inputs, captured) < 1e-6
+
+
+class Cache:
+    """What no trace knows."""
+
+
+class Said(OrderedDict[str, Any]):
+    """What a model of a library returns: a mapping with attributes."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        made: torch.Tensor = self["logits"]
+        return made
+
+
+pytree.register_pytree_node(
+    Said,
+    lambda said: (list(said.values()), list(said)),
+    lambda values, names: Said(zip(names, values, strict=True)),
+    serialized_type_name=f"{__name__}.Said",
+)
+
+
+class Saying(nn.Module):
+    def __init__(self, cache: Cache | None) -> None:
+        super().__init__()
+        self.body, self.head, self.cache = nn.Linear(4, 4), nn.Linear(4, 6), cache
+
+    def forward(self, x: torch.Tensor) -> Said:
+        states = self.body(x)
+        beside = {} if self.cache is None else {"cache": self.cache}
+        return Said(states=states, logits=self.head(states), further=states.relu(), **beside)
+
+
+@pytest.mark.parametrize("cache", [None, Cache()])
+@pytest.mark.parametrize("how", ["auto", "export"])
+def test_what_stands_behind_the_logits_is_left_out(how: Any, cache: Cache | None) -> None:
+    module, x = Saying(cache).eval(), torch.randn(3, 4)
+    captured = capture(module, (x,), {}, how, first=True)
+    states, logits = captured.subgraphs[0].graph.graph.output_node().args[0]  # a result of its own, and the logits
+    assert (shape(states), shape(logits)) == ((3, 4), (3, 6))
+    assert check_against_eager(module, (x,), {}, captured) < 1e-6
+    assert not module._forward_hooks
+    if cache is not None:
+        with pytest.raises(AutoQuantError, match="in output, which is not a known type"):
+            capture(module, (x,), {}, "export")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

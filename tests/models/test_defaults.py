@@ -8,6 +8,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from autoquant.models import defaults
+from autoquant.models.build import changed
 from autoquant.models.defaults import changes_for_images, fit_parts_
 from autoquant.models.repair import find_source
 from autoquant.models.source import ModelSource
@@ -72,3 +73,20 @@ def test_nothing_is_tried_where_nothing_may_be_meant_otherwise(monkeypatch: pyte
     config = default("llava")
     assert config.vision_config.projection_dim != config.text_config.hidden_size, "of a tower that others use too"
     assert changes_for_images(ModelSource("llava", config)) == {}
+
+
+def test_what_a_part_reads_is_as_wide_as_another_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = CONFIG_MAPPING["granite_speech"]()
+    assert known.projector_config.encoder_hidden_size == 1408 and known.encoder_config.hidden_size == 1024
+    source = ModelSource("granite_speech", known, kind="speech-seq2seq")
+
+    def not_made(_: ModelSource, config: Any) -> tuple[str, ...]:
+        fits = config.projector_config.encoder_hidden_size == config.encoder_config.hidden_size
+        return () if fits else ("input_features",)
+
+    monkeypatch.setattr(defaults, "_not_made", not_made)
+    changes = changes_for_images(source)
+    assert changes == {"projector_config.encoder_hidden_size": 1024}
+    assert list(defaults._proposals(changed(known, changes))) == []  # a part is as wide as it says
+    monkeypatch.setattr(defaults, "_not_made", lambda *_: ("input_features",))
+    assert changes_for_images(source) == {}, "no width helps"

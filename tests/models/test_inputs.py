@@ -160,6 +160,29 @@ def test_a_model_need_not_say_where_its_tables_are_but_must_have_a_vocabulary() 
         make_inputs(model, torch.device("meta"), shape, torch.float32)
 
 
+def test_what_predicts_no_tokens_says_what_it_computes_from() -> None:
+    model = build_meta(find_source("llama", layers=1)).module
+    model.config.get_text_config = lambda: object()
+
+    def demanding(state: object, input_ids: object = None) -> None: ...
+
+    model.forward = demanding  # type: ignore[method-assign]  # as of a model of actions
+    with pytest.raises(AutoQuantError, match=r"takes no tokens: its configuration has no vocab_size$"):  # it has a head
+        make_inputs(model, torch.device("meta"), (1, 3), torch.float32)
+    model.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    with pytest.raises(
+        AutoQuantError, match=r"predicts no tokens: it has no output embeddings, and computes from state$"
+    ):
+        make_inputs(model, torch.device("meta"), (1, 3), torch.float32)
+
+
+def test_a_decoder_that_is_not_told_its_words_is_given_some() -> None:
+    source = known_type("diffusion_gemma")
+    assert source.config.is_encoder_decoder is False
+    assert set(build_meta(source).kwargs) == {"input_ids", "decoder_input_ids"}
+    assert set(build_meta(known_type("blip-2")).kwargs) == {"input_ids", "pixel_values"}  # its language model alone
+
+
 def known_type(name: str) -> ModelSource:
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")

@@ -52,6 +52,18 @@ def test_reduced_sizes_keep_their_relations() -> None:
     assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
 
 
+def test_a_part_as_wide_as_the_language_model_may_stay_so() -> None:
+    config = CONFIG_MAPPING["fun_asr_nano"]()
+    assert config.adaptor_config.hidden_size == config.text_config.hidden_size == 1024
+    alike, apart = model_sizes.reductions(config, as_wide=True), model_sizes.reductions(config)
+    wide = alike["text_config.hidden_size"]
+    assert alike["adaptor_config.hidden_size"] == wide != apart["adaptor_config.hidden_size"]
+    assert alike["adaptor_config.intermediate_size"] == wide // 4  # as its own check demands
+    assert alike["audio_config.hidden_size"] == apart["audio_config.hidden_size"]  # of another width
+    llava = CONFIG_MAPPING["llava"]()
+    assert model_sizes.reductions(llava, as_wide=True) == model_sizes.reductions(llava)
+
+
 def test_windows_that_become_one_token_are_short_in_what_is_traced_and_proved() -> None:
     """With three tokens a window of four is never full, and what reads it would not be in the graph."""
     source = find_source("deepseek_v4")

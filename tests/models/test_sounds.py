@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,7 @@ def layouts(model_type: str, name: str, *names: str) -> list[Values]:
         ("granite_speech", (1, 64, 160)),
         ("fun_asr_nano", (1, 64, 560)),  # frames of 80 bins, seven stacked
         ("gemma3n", (1, 64, 128)),
+        ("pop2piano", (1, 64, 512)),  # no size of a spectrum: as wide as the embedding of a token
     ],
 )
 def test_spectra_are_as_wide_and_as_long_as_the_configuration_says(model_type: str, shape: tuple[int, ...]) -> None:
@@ -52,6 +54,35 @@ def test_masks_are_as_long_as_the_sound_and_nothing_is_drawn() -> None:
         made["padding_mask"].dtype for made in layouts("vibevoice", "input_values", "padding_mask") if len(made) > 1
     }
     assert kinds == {torch.int64, torch.bool}
+
+
+def owned(method: Callable[..., None], *names: str) -> list[set[str]]:
+    """What goes with each layout of a model with a method of its own for sounds."""
+    config = CONFIG_MAPPING["granite_speech"]()
+    model = SimpleNamespace(config=config, get_audio_features=method)
+    wanted = Wanted(model, ("input_features", *names), vars(config), lambda *shape: torch.empty(shape))
+    return [set(make()) - {"input_features"} for make in sound_layouts(wanted, "input_features")]
+
+
+def test_a_mask_that_a_model_s_own_method_does_not_take_is_of_its_vectors() -> None:
+    def of_sound(input_features: object) -> None: ...
+
+    def of_both(input_features: object, input_features_mask: object = None) -> None: ...
+
+    def of_both_always(input_features: object, input_features_mask: object) -> None: ...
+
+    mask = {"input_features_mask"}
+    assert owned(of_sound, *mask, "sample")[0] == {"sample"}
+    assert owned(of_both, *mask)[0] == mask and owned(of_both, *mask)[-1] == set()
+    assert all(beside == mask for beside in owned(of_both_always, *mask))
+
+
+def test_an_encoder_takes_a_sound_instead_of_tokens() -> None:
+    inputs = build_meta(find_source("pop2piano"))
+    assert {name: tuple(value.shape) for name, value in inputs.kwargs.items()} == {
+        "decoder_input_ids": (1, 3),
+        "input_features": (1, 64, 512),
+    }
 
 
 def test_chunks_are_counted_in_samples() -> None:
