@@ -52,20 +52,16 @@ def test_what_a_tower_projects_to_is_found_with_an_image() -> None:
     assert source.config.vision_config.projection_dim == 4096
 
 
-def test_half_of_each_edge_is_tried_for_another_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = default("granite4_vision")
-    config.downsample_rate = "1/4"
-    assert list(defaults._proposals(config)) == [("downsample_rate", "1/2")], "its tower is of another architecture"
-    made = {"1/4": ("pixel_values",), "1/2": ()}
-    monkeypatch.setattr(defaults, "_not_made", lambda source, config: made[config.downsample_rate])
-    source = ModelSource("granite", config)
-    assert changes_for_images(source) == {"downsample_rate": "1/2"}
-    made["1/2"] = made["1/4"]
+def test_a_value_is_kept_where_it_helps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = default("janus")
+    made: dict[int, tuple[str, ...]] = {2048: ("pixel_values",), 4096: ()}
+    monkeypatch.setattr(defaults, "_not_made", lambda source, config: made[config.vision_config.projection_dim])
+    source = ModelSource("janus", config)
+    assert changes_for_images(source) == {"vision_config.projection_dim": 4096}
+    made[4096] = made[2048]
     assert changes_for_images(source) == {}, "it does not help either"
-    made["1/4"] = ()
+    made[2048] = ()
     assert changes_for_images(source) == {}, "there is nothing to mend"
-    config.downsample_rate = "1/2"
-    assert list(defaults._proposals(config)) == []
 
 
 def test_nothing_is_tried_where_nothing_may_be_meant_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,8 +120,7 @@ IMAGES = [
     ),
     # A mapping and a list that are looked into, and a text whose documentation gives an example.
     ("chameleon", {"image_token_id": 65535, "vocabulary_map": {}}),
-    # A quarter of each edge, which is the example, leaves its projectors of every second patch too few.
-    ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "1/2"}),
+    ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "1/4"}),
     # Kinds of layers for which the library has a list of their own.
     (
         "deepseek_ocr2",
