@@ -56,25 +56,13 @@ def fit_parts_(config: Any) -> dict[str, Any]:
         shuffled: dict[str, Any] = {}
         if ratio and handed:
             shuffled = {"intermediate_size": round(part.hidden_size / ratio**2), "vision_output_dim": handed}
-        for name, value in {**shuffled, **_last_channels(parts, path)}.items():
+        for name, value in shuffled.items():
             if fields.get(name) not in (None, value):
                 changes[f"{path}.{name}"] = value
     for name, value in changes.items():
         path, _, leaf = name.rpartition(".")
         setattr(parts[path], leaf, value)
     return changes
-
-
-def _last_channels(parts: dict[str, Any], path: str) -> dict[str, Any]:
-    """Lists of a tower's channels that end as wide as the part that reads them, which is the only one beside it."""
-    around = path.rpartition(".")[0]
-    beside = [part for other, part in parts.items() if other != path and other.rpartition(".")[0] == around != ""]
-    hidden = standard_field(beside[0], "hidden_size") if len(beside) == 1 else None
-    return {
-        name: type(value)([*value[:-1], hidden])
-        for name, value in vars(parts[path]).items()
-        if name.endswith("_channels") and isinstance(value, list | tuple) and value and hidden is not None
-    }
 
 
 def changes_for_images(source: ModelSource) -> dict[str, Any]:

@@ -27,16 +27,6 @@ def test_what_a_part_says_of_the_language_models_width_is_that_width() -> None:
     assert fit_parts_(config) == {}, "now they fit"
 
 
-def test_channels_end_as_wide_as_the_part_that_reads_them() -> None:
-    config = default("deepseek_ocr2")
-    hidden = config.vision_config.encoder_config.hidden_size
-    assert fit_parts_(config) == {"vision_config.sam_config.downsample_channels": [512, hidden]}
-    assert fit_parts_(config) == {}
-    third = default("deepseek_ocr2")
-    third.vision_config.other_config = default("llama")  # two parts beside it: which one reads them is not said
-    assert fit_parts_(third) == {}
-
-
 def test_what_a_projector_takes_is_as_wide_as_merged_patches() -> None:
     config = default("muse_glimmer")
     assert config.out_hidden_size == 4 * config.vision_config.hidden_size != config.text_config.hidden_size

@@ -315,6 +315,7 @@ def test_a_part_that_hands_over_its_own_vectors_stays_as_wide_as_the_language_mo
 
 def test_what_is_handed_over_shrinks_with_the_part_that_makes_or_reads_it() -> None:
     config = known_type("deepseek_ocr2").config
+    config.vision_config.sam_config.downsample_channels = [512, config.vision_config.encoder_config.hidden_size]
     changes = reductions(config)
     wide = changes["vision_config.encoder_config.hidden_size"]
     assert changes["vision_config.sam_config.downsample_channels"] == [512, wide]
