@@ -9,7 +9,6 @@ Capturing leaves the module and torch's global state as they were.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,11 +103,11 @@ def capture(
     Raises :class:`AutoQuantError` where none of them gets through, with the first line of what each of them said.
     """
     non_strict = partial(_non_strict, known=known)
-    calls: list[UntraceableCall] = []
-    hidden: list[str] = []
+    calls, hidden = list[UntraceableCall](), list[str]()
     dynamo, export = Route("dynamo", _strict), Route("export", non_strict)
     untraceable = Route("export", partial(_around_untraceable, run=non_strict, calls=calls))
-    by_position = Route("export", partial(_by_position, known=known), after=_VALUES)
+    by_position = Route("export", _by_position, after=_VALUES)
+    counted = [] if known else [by_position]  # the positions have values where any input has
     alone = [Route("export", partial(_logits_alone, run=non_strict), after=_STRANGE)] if first else []
     subgraphs = Route("dynamo-pieces", partial(capture_subgraphs, hidden=hidden))
     more = [replace(route, added=spare) for route in (export, untraceable) if spare]
@@ -117,13 +116,13 @@ def capture(
             *((export, dynamo) if known else (dynamo, export)),
             *alone,
             *more[:1],
-            by_position,
+            *counted,
             untraceable,
             *more[1:],
             subgraphs,
         ],
         "dynamo": [dynamo, subgraphs],
-        "export": [export, *alone, *more[:1], by_position, untraceable, *more[1:]],
+        "export": [export, *alone, *more[:1], *counted, untraceable, *more[1:]],
     }
     if how not in routes:
         raise AutoQuantError(f"capture: expected one of {', '.join(routes)}, got {how!r}")
@@ -207,21 +206,24 @@ def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
 def _non_strict(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
 ) -> tuple[Subgraph, ...]:
-    occurring = contextlib.nullcontext() if known else EachOccurs()
-    values = known_values() if known else contextlib.nullcontext()
-    given = _beside_known_(module, kwargs, known)
-    with values, some_rows(), occurring, DataAsDetached():
+    if not known:
+        with some_rows(), EachOccurs(), DataAsDetached():
+            program = torch.export.export(module, args, kwargs, strict=False)
+        return (lower(program, names),)
+    constants = {name: kwargs[name] for name in known}
+    given = {name: value for name, value in kwargs.items() if name not in constants}
+    module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
+    with known_values(), some_rows(), DataAsDetached():
         program = torch.export.export(module, args, given, strict=False)
     return (lower(program, names),)
 
 
 def _by_position(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names
 ) -> tuple[Subgraph, ...]:
     """Where code decides by the largest position: the positions that it counts itself have values."""
-    given = _beside_known_(module, kwargs, known)
     with known_values(), some_rows(), EachOccurs():
-        program = torch.export.export(module, args, given, strict=False)
+        program = torch.export.export(module, args, kwargs, strict=False)
     return (lower(program, names),)
 
 
@@ -233,14 +235,6 @@ def _logits_alone(
     (subgraph,) = run(module, args, kwargs, names)
     results: Any = subgraph.graph.graph.output_node().args[0]
     return (replace(subgraph, logits=len(results) - subgraph.mutated - 1),)
-
-
-def _beside_known_(module: nn.Module, kwargs: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The inputs other than the ``known`` ones, which a hook hands to ``module`` from now on."""
-    constants = {name: kwargs[name] for name in known}
-    if constants:
-        module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
-    return {name: value for name, value in kwargs.items() if name not in constants}
 
 
 def _around_untraceable(
