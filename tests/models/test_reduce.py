@@ -164,8 +164,8 @@ def test_what_cannot_be_reduced_keeps_its_size(monkeypatch: pytest.MonkeyPatch) 
     # A reduction that is wrong on purpose: seven key heads do not divide four query heads.
     right = reduction.reductions
 
-    def wrong(config: object, *, keep_heads: bool = False) -> dict[str, int]:
-        return right(config, keep_heads=keep_heads) | {"num_key_value_heads": 7}
+    def wrong(config: object, **options: bool) -> dict[str, int]:
+        return right(config, **options) | {"num_key_value_heads": 7}
 
     monkeypatch.setattr(reduction, "reductions", wrong)
     config = small(ModelSource("odd", CONFIG_MAPPING["llama"](num_attention_heads=4, num_key_value_heads=4))).config
