@@ -38,7 +38,7 @@ SIGNED, UNSIGNED, HALVES = 0, 128, 8
 sixteenth of its values and the rest of -8 to 7, both 8 higher as uint8 of 0 to 16.
 """
 DEEPEST = {
-    SIGNED: int8.EXACT_INT32_DEPTH,
+    SIGNED: int8.EXACT_INT32_DEPTH // 2,  # the kernel may make them unsigned
     UNSIGNED: int8.EXACT_INT32_DEPTH // 2,  # inputs reach 255, so that sums are twice as large
     HALVES: 2**24 // (8 * 128),  # each half's sum is exact in float32, so that their sum is rounded once
 }

@@ -2,9 +2,8 @@
 
 import logging
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 
 from autoquant.capture.routes import Captured, GraphInput, capture, check_against_eager, module_path, shape
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import pytree
 from autoquant.models.build import build_meta
 from autoquant.models.reduce import grouped_experts, small
 from autoquant.models.repair import find_source
@@ -482,86 +480,6 @@ def test_code_that_decides_by_token_ids_is_not() -> None:
     module = Long(position=False).to("meta").eval()
     with pytest.raises(AutoQuantError, match="by the values of activations"):
         capture(module, (torch.tensor([[1, 2, 3]], device="meta"),), {}, "export")
-
-
-class Counts(nn.Module):
-    """Goes over what the data choose, one by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for number in torch.unique(self.router(x).topk(1).indices):
-            x = x + number
-        return x
-
-
-class Looking(nn.Module):
-    """Has such a loop, and looks at its token ids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.inner = nn.Embedding(8, 4), Counts()
-
-    def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        assert ids is not None
-        return self.inner(x + self.table(ids)[0] if bool((ids == 7).any()) else x)
-
-
-def test_known_inputs_are_constants_whichever_way_is_taken() -> None:
-    module, inputs = Looking().eval(), {"x": torch.randn(3, 4), "ids": torch.tensor([[1, 7, 2]])}
-    captured = capture(module, (), inputs, known=["ids"])
-    assert (captured.how, captured.known, captured.by_position) == ("export", ("ids",), False)
-    assert [call.path for call in captured.untraceable] == ["inner"]
-    assert [source.name for source in captured.subgraphs[0].inputs.values() if source.kind == "input"] == ["x"]
-    assert check_against_eager(module, (), inputs, captured) < 1e-6
-
-
-class Cache:
-    """What no trace knows."""
-
-
-class Said(OrderedDict[str, Any]):
-    """What a model of a library returns: a mapping with attributes."""
-
-    @property
-    def logits(self) -> torch.Tensor:
-        made: torch.Tensor = self["logits"]
-        return made
-
-
-pytree.register_pytree_node(
-    Said,
-    lambda said: (list(said.values()), list(said)),
-    lambda values, names: Said(zip(names, values, strict=True)),
-    serialized_type_name=f"{__name__}.Said",
-)
-
-
-class Saying(nn.Module):
-    def __init__(self, cache: Cache | None) -> None:
-        super().__init__()
-        self.body, self.head, self.cache = nn.Linear(4, 4), nn.Linear(4, 6), cache
-
-    def forward(self, x: torch.Tensor) -> Said:
-        states = self.body(x)
-        beside = {} if self.cache is None else {"cache": self.cache}
-        return Said(states=states, logits=self.head(states), further=states.relu(), **beside)
-
-
-@pytest.mark.parametrize("cache", [None, Cache()])
-@pytest.mark.parametrize("how", ["auto", "export"])
-def test_what_stands_behind_the_logits_is_left_out(how: Any, cache: Cache | None) -> None:
-    module, x = Saying(cache).eval(), torch.randn(3, 4)
-    captured = capture(module, (x,), {}, how, first=True)
-    states, logits = captured.subgraphs[0].graph.graph.output_node().args[0]  # a result of its own, and the logits
-    assert (shape(states), shape(logits)) == ((3, 4), (3, 6))
-    assert check_against_eager(module, (x,), {}, captured) < 1e-6
-    assert not module._forward_hooks
-    if cache is not None:
-        with pytest.raises(AutoQuantError, match="in output, which is not a known type"):
-            capture(module, (x,), {}, "export")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

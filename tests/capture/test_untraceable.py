@@ -266,3 +266,37 @@ def test_zeros_stand_in_where_no_values_contradict_each_other() -> None:
     module = Whole(Packed()).to("meta")
     found = capture(module, (torch.randn(5, 4, device="meta"),), {}, "export")
     assert [call.outputs for call in found.untraceable] == [(((5, 4), torch.float32),)]
+
+
+class Counts(nn.Module):
+    """Goes over what the data choose, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number in torch.unique(self.router(x).topk(1).indices):
+            x = x + number
+        return x
+
+
+class Looking(nn.Module):
+    """Has such a loop, and looks at its token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(8, 4), Counts()
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        assert ids is not None
+        return self.inner(x + self.table(ids)[0] if bool((ids == 7).any()) else x)
+
+
+def test_known_inputs_are_constants_whichever_way_is_taken() -> None:
+    module, inputs = Looking().eval(), {"x": torch.randn(3, 4), "ids": torch.tensor([[1, 7, 2]])}
+    captured = capture(module, (), inputs, known=["ids"])
+    assert (captured.how, captured.known, captured.by_position) == ("export", ("ids",), False)
+    assert [call.path for call in captured.untraceable] == ["inner"]
+    assert [source.name for source in captured.subgraphs[0].inputs.values() if source.kind == "input"] == ["x"]
+    assert check_against_eager(module, (), inputs, captured) < 1e-6

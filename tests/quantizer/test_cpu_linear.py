@@ -197,6 +197,19 @@ def test_forms_of_rows_stand_for_the_same(monkeypatch: pytest.MonkeyPatch, zero:
         assert 2 * 16 * 128 < 2**15  # a pair of products in int16
 
 
+@exact
+@pytest.mark.parametrize("zero", [cpu_linear.SIGNED, cpu_linear.UNSIGNED, cpu_linear.HALVES])
+def test_forms_of_rows_are_exact_on_this_machine(zero: int) -> None:
+    """One of them alone is quick: with AMX the signed one, with VNNI the unsigned one."""
+    if zero != cpu_linear.HALVES == cpu_linear.zero_point():
+        pytest.skip("whole rows saturate on a processor without VNNI")
+    assert cpu_linear.probe_product(zero)
+    q, values = weight(5, 66), weight(40, 66, seed=1)
+    q[0] = -128
+    packed = torch.ops.onednn.qlinear_prepack(values, None)
+    assert torch.equal(cpu_linear.product(q, packed, zero=zero), (q.long() @ values.t().long()).float())
+
+
 @pytest.mark.parametrize(("signed", "unsigned", "wanted"), [(3e-2, 4e-5, 128), (4e-5, 3e-2, 0), (4e-5, 2e-5, 0)])
 def test_the_quick_form_is_taken_and_timed_once(
     monkeypatch: pytest.MonkeyPatch, signed: float, unsigned: float, wanted: int

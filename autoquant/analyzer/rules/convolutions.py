@@ -71,38 +71,23 @@ _WINDOWS = "copies each channel for the places of a window: all copies carry its
 
 
 @scale_rule("im2col", says=_WINDOWS)
-def scale_windows(
-    a: ScaleAnalysis,
-    site: Site,
-    x: Value,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    stride: Sequence[int],
-) -> Value:
+def scale_windows(a: ScaleAnalysis, site: Site, x: Value, *window: Sequence[int]) -> Value:
     """``F.unfold``: the places of a window become channels, and windows become tokens."""
     labels = a.labels(site, x)
     a.mixed(labels)
-    return windows(labels, kernel_size, dilation, padding, stride)
+    return windows(labels, *window)
 
 
 @rotation_rule("im2col", says="copies vectors for the places of a window: what reads them reads each by itself")
-def rotate_windows(
-    a: RotationAnalysis,
-    site: Site,
-    x: Value,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    stride: Sequence[int],
-) -> Value:
+def rotate_windows(a: RotationAnalysis, site: Site, x: Value, *window: Sequence[int]) -> Value:
     """Each channel of a window is the same one of each of its places: instances side by side."""
     if not isinstance(x, Vector):
         return a.end(site, [x], NO_ROTATION)
-    if any(padding) and x.gain is not None and x.gain.bias is not None:
+    padded = any(window[2])
+    if padded and x.gain is not None and x.gain.bias is not None:
         return a.end(site, [x], f"it is padded with 0, to which {x.gain.bias} was not added")
-    moved: Vector = apply(x, lambda labels: windows(labels, kernel_size, dilation, padding, stride))
-    if any(padding):
+    moved: Vector = apply(x, lambda labels: windows(labels, *window))
+    if padded:
         a.split(moved, torch.zeros_like(moved.instances), site.because("some of its channels become 0"))
     return moved
 
