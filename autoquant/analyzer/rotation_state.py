@@ -203,13 +203,13 @@ class RotationAnalysis:
             np.add.at(sums, inverse, code[real])
         self.splits.append(Split(labels, sums, reason, centre, length))
 
-    def arrange(self, site: Site, *coordinates: Tensor) -> None:
-        """Note the order in which channels lie. Rows that are alike, as those of all tokens are, count once."""
+    def arrange(self, site: Site, *coordinates: Tensor, order: Tensor | slice = slice(None)) -> None:
+        """Note in which order channels lie, or are taken. Rows that are alike, as those of all tokens, count once."""
         for labels in coordinates:
             for d in range(labels.ndim - 1):
                 if not varies(labels, d):
                     labels = labels.narrow(d, 0, 1)
-            self.arranged.append((site, labels.reshape(-1, labels.shape[-1])))
+            self.arranged.append((site, labels.reshape(-1, labels.shape[-1])[:, order]))
 
     def added_along(self, site: Site, vector: Vector, dims: Sequence[int]) -> Vector:
         """Vectors that lie along ``dims``, which are not the last axis, are added: they are rotated alike.

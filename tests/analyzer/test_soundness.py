@@ -270,3 +270,45 @@ def test_columns_that_are_read_in_parts_are_not_mixed(bent: bool) -> None:
 
     findings = proved(Graph(function, a=lin(4, 6), o=lin(6, 4, bias=False), p=lin()), X)
     assert (findings.spaces[0].blocks, findings.spaces[0].size) == (2, 3)
+
+
+READERS = {
+    "a linear": lambda s, y: functional.linear(y, s.w),
+    "two dimensions": lambda s, y: torch.einsum("bthd,ohd->bto", y.unflatten(-1, (2, 3)), s.w.unflatten(-1, (2, 3))),
+}
+
+
+def rolled(by: int, turned: bool, reader: str) -> Graph:
+    """Channels rolled, then read as channels of other tokens: those at an even place are one coordinate, and the odd
+    ones. Of which two a token is made hangs on ``by``.
+    """
+
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        y = s.emb(tokens).roll(-by, -1)
+        read: Tensor = READERS[reader](s, y.mT.reshape(y.shape) if turned else y)
+        return read
+
+    return Graph(function, emb=nn.Embedding(5, 6), w=nn.Parameter(torch.randn(3, 6)))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("by", "turned", "size", "channels"),
+    [(0, False, 6, 6), (1, False, 6, 6), (0, True, 2, 2), (2, True, 2, 2), (1, True, None, 2), (3, True, None, 2)],
+)
+def test_each_token_pairs_the_copies_of_channels_as_the_table_does(
+    by: int, turned: bool, size: int | None, channels: int, reader: str
+) -> None:
+    """Of tokens that hold (1, 2), (3, 4), (5, 0), the largest labels alone are the table's pair (4, 5)."""
+    findings = proved(rolled(by, turned, reader), TOKENS)
+    assert [space.size for space in findings.spaces] == ([] if size is None else [size])
+    assert [group.channels for group in findings.groups] == [channels]
+    refused = {blocked.reason for blocked in findings.blocked if blocked.path == "emb" and blocked.what == "rotation"}
+    assert refused == ({"copies of its channels lie in different orders"} if size is None else set())
+
+
+def test_a_layout_of_three_tokens_is_not_claimed() -> None:
+    for turned in (True, False):
+        source = ModelSource("rolled", factory=lambda turned=turned: (rolled(2, turned, "a linear"), (TOKENS,)))
+        config = analyze(source).config
+        assert (len(config.smoothing.groups), len(config.rotation.spaces)) == ((0, 0) if turned else (1, 1))

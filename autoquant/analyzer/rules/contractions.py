@@ -275,8 +275,9 @@ def rotate_read(
         elif channels % size or not bool(placed.all()):
             a.end(site, [x], "the norm's weight is rearranged before it is read")
     order = columns.argsort(-1)  # as they lie in the weight
+    for lie in order.flatten(0, -2).unique(dim=0) if order.ndim > 1 else [order]:
+        a.arrange(site, x.coordinates, order=lie)  # of each token: channels of two that are one may have other company
     labels = labels.expand_as(columns)
-    a.arrange(site, labels.gather(-1, order))
     if x.factors is not None and varies(x.factors, x.factors.ndim - 1):
         a.split(x, x.factors, site.because("channels of different vectors are read together"))
     if x.factors is not None:
