@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Axes, Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Untracked, Value, unwieldy
+from autoquant.analyzer.rotation_notes import Product, Read, Split
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Variables
 from autoquant.aten import NO_ROTATION, operator_name
 from autoquant.config.format import Norm
@@ -75,43 +76,6 @@ class Gain:
     def words(self) -> str:
         """What it is used as, in words."""
         return "1 + a gain" if self.offset else "a gain"
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A linear that reads a vector."""
-
-    site: Site
-    weight: str
-    bias: str | None
-    dim: int
-    gain: Norm | None
-    behind: bool = False
-    """The gain is applied behind the linear, and is folded into its rows (or its bias), which then write."""
-    columns: Tensor | None = field(default=None, compare=False, repr=False)
-    """The labels of the columns that read, None where it is not kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """The rows of a weight, and a bias, that made what a node holds: names, and the dimension of the rows."""
-
-    weight: str
-    dim: int
-    bias: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Coordinates with different keys cannot be mixed."""
-
-    labels: Ints
-    keys: Ints
-    reason: Reason
-    centre: bool = False
-    """Their mean is subtracted."""
-    length: bool = False
-    """Their length is taken while their mean is still in it: it would be another one without."""
 
 
 @dataclass(slots=True)
@@ -210,6 +174,18 @@ class RotationAnalysis:
                 if not varies(labels, d):
                     labels = labels.narrow(d, 0, 1)
             self.arranged.append((site, labels.reshape(-1, labels.shape[-1])[:, order]))
+
+    def stay_apart(self, site: Site, *vectors: Vector) -> None:
+        """Before instances are forgotten: channels of different ones that lie side by side cannot be mixed."""
+        for vector in vectors:
+            if any(
+                varies(vector.instances, d) for d in range(vector.coordinates.ndim) if varies(vector.coordinates, d)
+            ):
+                self.split(
+                    vector,
+                    torch.zeros_like(vector.instances),
+                    site.because("channels of different vectors lie side by side"),
+                )
 
     def added_along(self, site: Site, vector: Vector, dims: Sequence[int]) -> Vector:
         """Vectors that lie along ``dims``, which are not the last axis, are added: they are rotated alike.
@@ -339,14 +315,13 @@ class RotationAnalysis:
             moved = self._gather(site, replace(vector, gain=None, gain_index=None), dim)
             index = vector.gain_index.narrow(dim, 0, 1).expand(site.shape)
             return replace(moved, gain=vector.gain, gain_index=index) if isinstance(moved, Vector) else moved
-        if not rows or varies(vector.coordinates, dim) or dim == len(site.shape) - 1:
+        sizes = zip(site.shape, vector.coordinates.shape, strict=True)
+        alike = all(n == m for d, (n, m) in enumerate(sizes) if d != dim)
+        if not (rows and alike) or varies(vector.coordinates, dim) or dim == len(site.shape) - 1:
             return self.end(site, [vector], "its channels are chosen by the data")
-        if any(n != m for d, (n, m) in enumerate(zip(site.shape, vector.coordinates.shape, strict=True)) if d != dim):
-            return self.end(site, [vector], "its channels are chosen by the data")
+        self.stay_apart(site, vector)
         coordinates = vector.coordinates.narrow(dim, 0, 1).expand(site.shape)
-        factors = vector.factors
-        if factors is not None:
-            factors = factors.sum(dim, keepdim=True).expand(site.shape)
+        factors = seen_along(vector, [dim], True, site.shape)
         return Vector(coordinates, fresh_instances(coordinates), centred=vector.centred, factors=factors)
 
     def _pick(self, site: Site, vector: Vector, indices: list[Value]) -> Value:
@@ -358,6 +333,7 @@ class RotationAnalysis:
             return replace(moved, gain=vector.gain, gain_index=index) if isinstance(moved, Vector) else moved
         if any(varies(vector.coordinates, d) for d in dims):
             return self.end(site, [vector], "its channels are chosen by the data")
+        self.stay_apart(site, vector)
         coordinates = _index_any(vector.coordinates, indices)
         factors = vector.factors
         if factors is not None:  # any row may be picked: what a channel saw in all of them counts
@@ -435,8 +411,7 @@ def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
             Vector(c, i, vector.gain, g, None, vector.centred, f, vector.origin)
             for c, i, g, f in zip(coordinates, instances, index or none, factors or none, strict=True)
         )
-    whole = coordinates.shape == vector.coordinates.shape
-    table = vector.table if whole else None
+    table = vector.table if coordinates.shape == vector.coordinates.shape else None
     return Vector(coordinates, instances, vector.gain, index, table, vector.centred, factors, vector.origin)
 
 

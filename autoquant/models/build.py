@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from autoquant.models.inputs import Inputs, make_inputs, takes_media
+from autoquant.models.inputs import Inputs, make_inputs, runs_on, takes_media
 from autoquant.models.sizes import fewer_positions, shorter_windows
 from autoquant.models.source import (
     LoadedModel,
@@ -51,6 +51,8 @@ def build_meta(source: ModelSource) -> LoadedModel:
     config = changed(source.config, fewer_positions(source.config))
     inputs = _probe(source, config)
     short = build_module(source, config, META, torch.float32) if inputs.known or _media(inputs) else None
+    if short is not None and not runs_on(short, inputs):  # each layer of a tower may halve what it is given
+        inputs = make_inputs(short, META, (1, 3), torch.float32)
     return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing, short)
 
 
@@ -89,7 +91,7 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _probe(source: ModelSource, config: Any) -> Inputs:
-    """Inputs for ``config``, found on two layers of it where that works: they do not depend on its depth."""
+    """Inputs for ``config``, found on two layers of it where that works: they hardly ever depend on its depth."""
     found = None
     for shallow in (True, False):
         tried = two_layers(config) if shallow else config

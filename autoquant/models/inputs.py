@@ -92,6 +92,15 @@ def make_inputs(
     return Inputs(kwargs, known, missing)
 
 
+def runs_on(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether a module without weights takes inputs that were made for one of another depth."""
+    try:
+        _Maker(module, torch.device("meta"), torch.float32, torch.Generator()).run(inputs.kwargs)
+    except Exception as error:  # the model's own code; what it would read of values says nothing against its inputs
+        return _said(error) == _BY_VALUES
+    return True
+
+
 def masks_beside(module: nn.Module, kwargs: Mapping[str, Tensor]) -> Values:
     """Attention masks that a forward names and ``kwargs`` lacks, one for each of its token ids: every token counts.
 

@@ -37,6 +37,19 @@ def embedded(f, **k):
     return Graph(f, e=nn.Embedding(7, 4), **k)
 
 
+def out_of_step(f):
+    """``f`` of the residual and of two rows, each of three channels of one vector and the first one of the next."""
+    return (
+        embedded(
+            lambda s, i: (lambda x: s.o(s.n(f(x, s.v(x).view(-1)[1:9].view(1, 2, 4)))))(s.e(i)),
+            v=lin(),
+            n=rms_norm(),
+            o=lin(),
+        ),
+        IDS,
+    )
+
+
 RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
     "post_norm": lambda: (
         embedded(
@@ -205,6 +218,20 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    "pictures_in_one_row": lambda: (
+        embedded(
+            lambda s, i: s.o(s.n((lambda x: x.masked_scatter(SECOND_AND_THIRD, s.v(x[:, 1:3]).view(-1)))(s.e(i)))),
+            v=lin(),
+            n=rms_norm(),
+            o=lin(),
+        ),
+        IDS,
+    ),
+    "pictures_out_of_step": lambda: out_of_step(lambda x, rows: x.masked_scatter(SECOND_AND_THIRD, rows)),
+    "sum_of_rows_out_of_step": lambda: out_of_step(lambda x, rows: x + rows.sum(1, keepdim=True)),
+    "rows_out_of_step": lambda: out_of_step(lambda x, rows: x.index_add(1, torch.tensor([0, 2]), rows)),
+    "rows_out_of_step_by_the_data": lambda: out_of_step(lambda x, rows: x + rows[:, IDS[0] % 2]),
+    "mean_of_rows_out_of_step": lambda: out_of_step(lambda x, rows: x + torch.full((3, 2), 0.5).double() @ rows),
     "length_then_ln": lambda: (
         embedded(lambda s, i: s.b(s.n(F.rms_norm(s.e(i), (4,)))), n=nn.LayerNorm(4), b=lin()),
         IDS,

@@ -185,6 +185,14 @@ EXPECTED: dict[str, list[str]] = {
     "class_token": ["R1 1 x 4 centred e.weight.1 cls.2 pos.2 -> layer(n.weight, n.bias) o.weight.1 +bias"],
     "class_token_among_others": [],
     "token_of_two_channels": [],
+    "pictures_in_one_row": [
+        "R1 1 x 4 e.weight.1 v.weight.0 v.bias.0 -> v.weight.1 +bias -> rms(n.weight) o.weight.1 +bias"
+    ],
+    "pictures_out_of_step": [],
+    "sum_of_rows_out_of_step": [],
+    "rows_out_of_step": [],
+    "rows_out_of_step_by_the_data": [],
+    "mean_of_rows_out_of_step": [],
     "pictures_and_newlines": ["R1 1 x 4 e.weight.1 v.weight.0 v.bias.0 newline.0 -> rms(n.weight) o.weight.1 +bias"],
     "length_then_ln": [],
     "ln_then_length": ["R1 1 x 4 centred e.weight.1 -> layer() b.weight.1 +bias"],

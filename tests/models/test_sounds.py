@@ -16,6 +16,7 @@ from autoquant.models.layouts import Values, Wanted
 from autoquant.models.repair import find_source
 from autoquant.models.sizes import reductions
 from autoquant.models.sounds import hears_nothing, sound_layouts
+from autoquant.models.source import ModelSource
 
 
 def layouts(model_type: str, name: str, *names: str) -> list[Values]:
@@ -97,6 +98,25 @@ def test_a_model_that_counts_its_placeholders_is_given_as_many(model_type: str) 
     model = build_meta(find_source(model_type, layers=1))
     assert int((model.kwargs["input_ids"] == model.config.audio_token_id).sum()) == 8
     assert dict(model.missing) == {}
+
+
+def test_each_layer_of_a_tower_may_make_a_sound_shorter() -> None:
+    """Inputs are looked for on two layers, of which this one makes five moments of a hundred; the third makes one."""
+    config = CONFIG_MAPPING["muse_spark"](
+        text_config={"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        audio_config={"patch_sizes": (5, 4, 4), "hidden_sizes": (8, 8, 8), "depths": (1, 1, 1), "num_hidden_layers": 3}
+        | {"out_hidden_size": 16},
+        image_token_id=50,
+        video_token_id=51,
+        audio_token_id=52,
+        out_hidden_size=64,
+    )
+    model = build_meta(ModelSource("muse_spark", config))
+    assert dict(model.missing) == {}
+    assert int((model.kwargs["input_ids"] == 52).sum()) == model.kwargs["input_values"].shape[-1] // 80
 
 
 def test_a_size_of_heads_without_heads_is_that_of_a_tower() -> None:

@@ -110,6 +110,7 @@ def rotate_summed_over_tokens(a: RotationAnalysis, site: Site, values: Vector) -
         return a.end(site, [values], "its channels are summed")
 
     def added(values: Vector) -> Vector:
+        a.stay_apart(site, values)
         labels = a.variables.merge_along(values.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
         # The heads of a token are read together, also where they all look at the same values.
         instances = fresh_instances(labels.narrow(-3, 0, 1) if labels.ndim > 3 else labels).expand(labels.shape)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from autoquant.analyzer.axes import Factors, Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
+from autoquant.analyzer.rotation_notes import Read
 from autoquant.analyzer.rotation_state import (
-    Read,
     RotationAnalysis,
     Vector,
     anew,
@@ -40,6 +40,7 @@ def rotate_weighted(
         return a.end(site, [values], "its channels are summed")
 
     def added(values: Vector) -> Vector:
+        a.stay_apart(site, values)
         if apart:
             keys = torch.arange(values.coordinates.numel()).view(values.coordinates.shape)
             for d, c in enumerate(term):

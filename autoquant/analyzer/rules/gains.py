@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from autoquant.analyzer.interpreter import Site, Value
-from autoquant.analyzer.rotation_state import Gain, Product, Read, RotationAnalysis, Vector, varies
+from autoquant.analyzer.rotation_notes import Product, Read
+from autoquant.analyzer.rotation_state import Gain, RotationAnalysis, Vector, varies
 from autoquant.aten import LINEAR, operator_name
 from autoquant.config.format import Norm
 

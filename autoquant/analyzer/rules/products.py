@@ -10,8 +10,8 @@ from torch import Tensor
 
 from autoquant.analyzer.axes import Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
+from autoquant.analyzer.rotation_notes import Product
 from autoquant.analyzer.rotation_state import (
-    Product,
     RotationAnalysis,
     Vector,
     apply,

@@ -64,6 +64,7 @@ def rotate_reduce(
     if not any(varies(vector.coordinates, d) for d in dims):
 
         def added(vector: Vector) -> Vector:
+            a.stay_apart(site, vector)
             coordinates = a.variables.merge_along(vector.coordinates, dims, site.order, bool(keepdim))
             factors = seen_along(vector, dims, bool(keepdim), tuple(coordinates.shape))
             return Vector(coordinates, fresh_instances(coordinates), factors=factors)
@@ -209,6 +210,7 @@ def rotate_summed_along(a: RotationAnalysis, site: Site, x: Value, dim: int) -> 
     along = [dim % x.coordinates.ndim]
 
     def added(x: Vector) -> Vector:
+        a.stay_apart(site, x)
         labels = a.variables.merge_along(x.coordinates, along, site.order, keepdim=True).expand(site.shape)
         return Vector(labels, fresh_instances(labels), factors=seen_along(x, along, True, site.shape))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
+    apply,
     broadcast,
     fresh_instances,
     mixed,
@@ -60,6 +62,7 @@ def rotate_write_slice(
     if any(vector.gain is not None or vector.factors is not None for vector in vectors):
         return a.end(site, [x, source], "it is written to something else")
     dim %= len(site.shape)
+    a.stay_apart(site, *vectors)
     a.arrange(site, *(vector.coordinates for vector in vectors))
     labels = a.variables.merge_along(source.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
     if isinstance(x, Vector):
@@ -115,6 +118,7 @@ def rotate_index_add(
     ):
         return a.end(site, [x, source], "it is added to something else")
     dim %= source.coordinates.ndim
+    a.stay_apart(site, source, *([] if into is None else [into]))
     a.arrange(site, source.coordinates)  # rows of several experts, whose coordinates are one from here on
     labels = a.variables.merge_along(source.coordinates, [dim], site.order, keepdim=True).expand(site.shape)
     if into is not None:
@@ -188,6 +192,7 @@ def rotate_index_put(
     places = list(range(dims[0], dims[0] + len(chosen)))
     if not last or (into is not None and (into.gain is not None or any(varies(into.coordinates, d) for d in dims))):
         return a.end(site, [x, values], "its channels are chosen by the data")
+    a.stay_apart(site, values, *([] if into is None else [into]))
     a.arrange(site, values.coordinates)
 
     def spread(labels: Tensor) -> Tensor:
@@ -231,6 +236,7 @@ def scale_masked_scatter(a: ScaleAnalysis, site: Site, x: Value, mask: Value, so
         return run(site, labels, mask.value, written)
     if isinstance(mask, (Tensor, Param)):
         return a.block(site, [x, mask, source], "it is used as a condition")
+    written = written.reshape(-1, labels.shape[-1]) if _in_one_row(labels, written) else written
     rows = whole_rows(site.node.args[1], mask) and labels.shape[-1:] == written.shape[-1:]
     row = a.variables.merge_along(written, range(written.ndim - rows), site.order)
     base = a.variables.merge_along(labels, range(labels.ndim - rows), site.order)
@@ -240,6 +246,9 @@ def scale_masked_scatter(a: ScaleAnalysis, site: Site, x: Value, mask: Value, so
 @rotation_rule("masked_scatter", says="replaces whole vectors: both are rotated alike")
 def rotate_masked_scatter(a: RotationAnalysis, site: Site, x: Value, mask: Value, source: Value) -> Value:
     """Some whole vectors of ``x`` are replaced, in order, by those of ``source`` (pictures among words)."""
+    if isinstance(x, Vector) and isinstance(source, Vector) and _in_one_row(x.coordinates, source.coordinates):
+        size = x.coordinates.shape[-1]
+        source = cast(Vector, apply(source, lambda labels: labels.reshape(-1, size)))
     if (
         not isinstance(x, Vector)
         or not isinstance(source, Vector)
@@ -250,6 +259,7 @@ def rotate_masked_scatter(a: RotationAnalysis, site: Site, x: Value, mask: Value
     ):
         gained = any(isinstance(part, Vector) and part.gain is not None for part in (x, source))
         return a.end(site, [x, mask, source], "a norm's gains are on what it writes" if gained else "it is masked")
+    a.stay_apart(site, x, source)
     a.arrange(site, x.coordinates, source.coordinates)
     row = a.variables.merge_along(source.coordinates, range(source.coordinates.ndim - 1), site.order)
     labels = a.variables.merge(x.coordinates, row, site.order)
@@ -280,3 +290,8 @@ def written_along(a: ScaleAnalysis, site: Site, labels: Tensor, written: Tensor,
 def _is_mask(index: Value) -> bool:
     dtype = index.value.dtype if isinstance(index, Constant) else index.dtype
     return bool(dtype in (torch.bool, torch.uint8))
+
+
+def _in_one_row(labels: Tensor, written: Tensor) -> bool:
+    """Whether whole vectors are written that lie one behind the other."""
+    return written.ndim == 1 and labels.ndim > 1 and written.numel() > 0 and written.numel() % labels.shape[-1] == 0
