@@ -124,7 +124,7 @@ def _left(config: Config, claim: Claim, refusals: Sequence[_Refusal]) -> tuple[i
 
 
 def _too_much(trial: Trial) -> str:
-    if trial.unreached:
+    if trial.unreached or trial.stops:
         return trial.why()
     return f"changes the logits of the small model by {trial.change:.2g}, more than {TOLERANCE:g}"
 

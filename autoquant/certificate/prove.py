@@ -18,7 +18,7 @@ from autoquant.capture.copies import copied
 from autoquant.certificate.by_hand import by_hand, tried
 from autoquant.certificate.claims import Claim, claims, keep, layers_of, with_layers
 from autoquant.certificate.experts import Unit, choices_of, reached, units_of, unreached
-from autoquant.certificate.runs import Reference, departure, further_runs, given, refer
+from autoquant.certificate.runs import Reference, departure, further_runs, given, refer, stopped
 from autoquant.config.format import Config, Coverage, RotationMethod, edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_, check_finite
@@ -47,12 +47,14 @@ class Trial:
     """One claim, applied alone (or all of them): the largest relative change of an output in any run.
 
     ``unreached``: the weight of an expert that the claim is about and that no run reached; empty where there is none.
+    ``stops``: what the model's own code says, where it does not run any more with the claim; else empty.
     """
 
     name: str
     kind: str
     change: float
     unreached: str = ""
+    stops: str = ""
 
     def holds(self, tolerance: float = TOLERANCE) -> bool:
         """True if the outputs stayed the same, of which all had a part in one; a NaN did not."""
@@ -62,6 +64,8 @@ class Trial:
         """What speaks against a claim that does not hold."""
         if self.unreached:
             return f"is about {self.unreached}, which no run reached"
+        if self.stops:
+            return f"stops the model: {self.stops}"
         return f"changes the logits by {self.change:.2g}"
 
 
@@ -100,6 +104,12 @@ class _Bench:
 
     def holds(self, config: Config) -> bool:
         return self.change(config) <= self.tolerance
+
+    def stops(self, config: Config, claim: Claim, change: float) -> str:
+        """What stops the model with a claim that changes it endlessly, if anything does."""
+        if claim == ("all", "all") or change != float("inf"):
+            return ""
+        return stopped(applied(self.loaded, keep(config, [claim]), self.seed), self.reference)
 
 
 def prove(
@@ -149,7 +159,10 @@ def prove(
             hard = tried(loaded.module, reference, config, claim, seed, tolerance, _copy_sharing)
             trials[claim] = _worse(trials[claim], hard.change)
             missed = missed | ({claim: hard.idle} if hard.idle else {})
-        found = tuple(Trial(*claim, change, missed.get(claim, "")) for claim, change in trials.items())
+        found = tuple(
+            Trial(*claim, change, missed.get(claim, ""), bench.stops(config, claim, change))
+            for claim, change in trials.items()
+        )
         failed = [(trial.name, trial.kind) for trial in found if not trial.holds(tolerance)]
         partly = {claim: _layers_that_hold(bench, config, claim, units, seen) for claim in failed if split(claim)}
     return Proof(found, tolerance, _coverage(reference, units, seen), {c: held for c, held in partly.items() if held})
@@ -211,10 +224,13 @@ def _all_at_once(bench: _Bench, config: Config, chosen: Sequence[Claim]) -> floa
 
 @torch.no_grad()
 def changed(loaded: LoadedModel, reference: Reference, config: Config, seed: int, runs: int | None = None) -> float:
-    """The :func:`departure` of a copy to which all of ``config`` is applied, in the first ``runs`` runs.
+    """The :func:`departure` of a copy to which all of ``config`` is applied, in the first ``runs`` runs."""
+    return departure(applied(loaded, config, seed), reference, runs)
 
-    The copy shares the parameters that stay as they are.
-    """
+
+@torch.no_grad()
+def applied(loaded: LoadedModel, config: Config, seed: int) -> nn.Module:
+    """A copy to which all of ``config`` is applied. It shares the parameters that stay as they are."""
     names = [name for name, _ in claims(config)]
     config = _with_random_rotations(config)
     inventory = structure_of(loaded.module)
@@ -223,7 +239,7 @@ def changed(loaded: LoadedModel, reference: Reference, config: Config, seed: int
     plan = make_plan(resolved, inventory, loaded.module.get_parameter, scales)
     copied = _copy_sharing(loaded.module, inventory, plan)
     apply_(copied, config, only=names, scales=scales, seed=seed)
-    return departure(copied, reference, runs)
+    return copied
 
 
 def _with_random_rotations(config: Config) -> Config:

@@ -22,7 +22,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
 from autoquant.models.build import META, build_meta, changed
 from autoquant.models.inputs import make_inputs, reads_text, takes_media
-from autoquant.models.source import LoadedModel, ModelSource, build_module, quiet, sub_configs
+from autoquant.models.source import LoadedModel, ModelSource, build_module, one_line, quiet, sub_configs
 
 LENGTHS = (1, 64)
 """Tokens of the runs beside the given one: the shortest, and more than any window of a small model."""
@@ -92,13 +92,8 @@ def departure(module: nn.Module, reference: Reference, count: int | None = None)
     """
     worst = 0.0
     for run, before in zip(reference.runs[:count], reference.outputs, strict=False):
-        try:
-            after = run(module)
-        except AutoQuantError:
-            raise
-        except Exception:  # the architecture's code, which ran before
-            return float("inf")
-        if [tensor.shape for tensor in after] != [tensor.shape for tensor in before]:
+        after = _again(run, module, before)
+        if isinstance(after, str):
             return float("inf")
         for new, old in zip(after, before, strict=True):
             change = _relative(new, old)
@@ -107,6 +102,25 @@ def departure(module: nn.Module, reference: Reference, count: int | None = None)
             if worst != worst:
                 return worst
     return worst
+
+
+@torch.no_grad()
+def stopped(module: nn.Module, reference: Reference) -> str:
+    """What stops the first run that the module cannot be run in any more; empty where it goes through all of them."""
+    made = (_again(run, module, before) for run, before in zip(reference.runs, reference.outputs, strict=True))
+    return next((says for says in made if isinstance(says, str)), "")
+
+
+def _again(run: Run, module: nn.Module, before: Outputs) -> Outputs | str:
+    """What a run returns, or why it returns nothing like what it did before."""
+    try:
+        after = run(module)
+    except AutoQuantError:
+        raise
+    except Exception as error:  # the architecture's code, which ran before
+        return one_line(error)
+    shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (before, after)]
+    return after if shapes[0] == shapes[1] else f"the outputs are {shapes[1]}, and were {shapes[0]}"
 
 
 def _relative(new: Tensor, old: Tensor) -> float:

@@ -7,8 +7,9 @@ their place. They hold no parameters and no persistent buffers: a state dict has
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from inspect import unwrap
+from types import CodeType
 from typing import Any
 
 import torch
@@ -61,13 +62,18 @@ def key_rotations(model: nn.Module) -> dict[int, HadamardRotation]:
 
 def check_installable(model: nn.Module, online: Iterable[ResolvedOnline]) -> None:
     """Raise AutoQuantError where an online rotation would not be reached, by an attention that calls no exchangeable
-    function, or where exchanging it would change what some attention of the model computes.
+    function, where exchanging it would change what some attention of the model computes, and before a table.
     """
     asking = _attention_by_name(model)
     for rotation in online:
         module = model.get_submodule(rotation.path)
         if isinstance(module, RotatedLinear) or ROTATION_NAME in dict(module.named_children()):
             raise AutoQuantError(f"{rotation.kind} {rotation.path}: is rotated already")
+        if isinstance(module, nn.Embedding):  # where it is a linear too; what it looks up may reach no output here
+            raise AutoQuantError(
+                f"{rotation.kind} {rotation.path}: {type(module).__name__} is a table too, which is given numbers of "
+                "rows: these cannot be rotated; it has to stay off"
+            )
         if rotation.kind != "R3":
             continue
         if not _calls_interface(module):
@@ -91,9 +97,20 @@ def _calls_interface(module: nn.Module) -> bool:
 def _attention_by_name(model: nn.Module) -> str | None:
     """The first attention whose code compares the name of its function, which the rotating one does not have."""
     for path, module in model.named_modules():
-        if _calls_interface(module) and "sdpa" in _texts(unwrap(type(module).forward).__code__.co_consts):
+        if _calls_interface(module) and any("sdpa" in _texts(code.co_consts) for code in _methods(type(module))):
             return str(path)
     return None
+
+
+def _methods(kind: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of a class's own methods: a mask may be made by one that the forward calls."""
+    from autoquant.models.caches import PreTrainedModel
+
+    for cls in kind.__mro__:
+        for method in vars(cls).values() if not issubclass(PreTrainedModel, cls) else ():
+            code = getattr(unwrap(method), "__code__", None)
+            if code is not None:
+                yield code
 
 
 def _texts(constants: tuple[Any, ...]) -> set[str]:
@@ -171,6 +188,16 @@ class RotatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.linear(self.rotation(x))
         return result
+
+    @property
+    def in_features(self) -> int:
+        """The linear's own: models cut what they give it to this size."""
+        return self.linear.in_features  # type: ignore[return-value]  # of any module that stands for a linear
+
+    @property
+    def out_features(self) -> int:
+        """The linear's own."""
+        return self.linear.out_features  # type: ignore[return-value]  # as above
 
     @property
     def weight(self) -> Tensor:

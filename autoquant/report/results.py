@@ -261,7 +261,9 @@ def _cell(key: str, estimate: Estimate | None) -> str:
 
 
 def _verdict(trial: Trial, failed: bool) -> str:
-    return f"FAILED: no run reached {trial.unreached}" if trial.unreached else "FAILED" if failed else "ok"
+    if trial.unreached:
+        return f"FAILED: no run reached {trial.unreached}"
+    return f"FAILED: {trial.stops}" if trial.stops else "FAILED" if failed else "ok"
 
 
 def _narrowed(table: Sequence[str], width: int) -> list[str]:

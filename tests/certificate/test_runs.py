@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from autoquant.analyzer.analyze import analyze
 from autoquant.certificate.certify import certify
 from autoquant.certificate.prove import prove
-from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, with_short_windows
+from autoquant.certificate.runs import WINDOW, departure, further_runs, given, refer, stopped, with_short_windows
 from autoquant.config.format import Config, Slot, SmoothingGroup, SmoothingKind, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.build import build_meta
@@ -83,6 +83,50 @@ def test_the_departure_of_a_module_from_itself_is_nothing_and_of_a_broken_one_is
     assert departure(short.module, reference) > 1e-2
     broken = loaded(Unit(lambda unit, hidden: hidden.missing))
     assert departure(broken.module, reference) == float("inf")
+    assert stopped(broken.module, reference) == "AttributeError: 'Tensor' object has no attribute 'missing'"
+    cut = loaded(Unit(lambda unit, hidden: hidden.relu()[:1]))  # broadcasts, but not where two sequences are given
+    assert departure(cut.module, reference) > 1e-2 and stopped(cut.module, reference) == ""
+    assert stopped(module.module, reference) == ""
+
+
+class Ends(nn.Module):
+    """Returns fewer numbers than it did, once it is ``short``."""
+
+    short = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :2] if self.short else x
+
+
+def test_outputs_of_other_shapes_stop_a_run() -> None:
+    ends = LoadedModel(Ends(), (torch.randn(2, 3),))
+    reference = refer(ends)
+    ends.module.short = True
+    assert departure(ends.module, reference) == float("inf")
+    assert stopped(ends.module, reference) == "the outputs are [[2, 2]], and were [[2, 3]]"
+
+
+class Picky(nn.Module):
+    """Whose own code takes nothing in place of its second linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.down) is not nn.Linear:
+            raise TypeError("down is\nno linear")
+        return self.head(self.down(self.up(x).tanh()).tanh())  # type: ignore[no-any-return]  # a call's
+
+
+def test_a_claim_that_stops_the_model_says_what_the_model_says() -> None:
+    source = ModelSource("picky", factory=lambda: (Picky(), (torch.randn(2, 3, 12),)))
+    found = analyze(source)
+    assert [online.path for online in found.config.rotation.online] == ["up", "down"]
+    config = certify(found, source)
+    assert [online.path for online in config.rotation.online] == ["up"]
+    (blocked,) = (b for b in config.blocked if b.path == "down" and b.what == "rotation")
+    assert "('down' stops the model: TypeError: down is no linear): please report" in blocked.reason
 
 
 def test_a_library_model_is_padded_moved_and_decoded() -> None:

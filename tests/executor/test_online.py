@@ -14,8 +14,9 @@ from autoquant.config.format import edited
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import apply_
 from autoquant.executor.hadamard import hadamard_matrix
-from autoquant.executor.online import HadamardRotation, RotatedLinear, _beside
+from autoquant.executor.online import HadamardRotation, RotatedLinear, _beside, check_installable
 from autoquant.executor.resolve import resolve
+from autoquant.executor.resolved import ResolvedOnline
 from autoquant.executor.scales import random_scales
 from autoquant.models.reduce import float64_throughout
 from autoquant.models.structure import structure_of
@@ -119,6 +120,46 @@ def test_an_attention_that_asks_for_the_name_of_its_function_is_refused() -> Non
         match=r"R3 model\.layers\.0\.self_attn: Asking \(model\.layers\.1\.self_attn\) takes one way or another",
     ):
         apply_(model, config, only=[R3])
+
+
+def test_an_attention_of_which_a_method_asks_for_that_name_is_refused() -> None:
+    """The forward itself does not: it calls what makes the mask."""
+    model = build("llama", **LLAMA)
+    attention = type(model.model.layers[0].self_attn)
+
+    class Asking(attention):  # type: ignore[misc, valid-type]  # a class of transformers
+        def mask(self) -> bool:
+            return bool(self.config._attn_implementation == "sdpa")
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return ALL_ATTENTION_FUNCTIONS if self.mask() else super().forward(*args, **kwargs)
+
+    model.model.layers[1].self_attn.__class__ = Asking
+    with pytest.raises(AutoQuantError, match=r"Asking \(model\.layers\.1\.self_attn\) takes one way or another by"):
+        apply_(model, llama_like(model), only=[R3])
+
+
+def test_a_rotated_linear_tells_its_size_as_the_linear_does() -> None:
+    """Models cut what they give it to its size."""
+    linear = nn.Linear(8, 3)
+    rotated = RotatedLinear(linear, 8)
+    assert (rotated.in_features, rotated.out_features, rotated.bias) == (8, 3, linear.bias)
+    assert rotated.weight is linear.weight
+    with pytest.raises(AttributeError):
+        _ = rotated.missing
+
+
+def test_a_table_that_is_a_linear_too_is_refused() -> None:
+    class Both(nn.Embedding):
+        """Rows by their numbers, or sums of them by their shares."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight if x.is_floating_point() else super().forward(x)
+
+    model = nn.ModuleDict({"both": Both(8, 4), "plain": nn.Linear(8, 4)})
+    check_installable(model, [ResolvedOnline("input", "plain", 8, None)])
+    with pytest.raises(AutoQuantError, match="input both: Both is a table too, which is given numbers of rows"):
+        check_installable(model, [ResolvedOnline("input", "both", 8, None)])
 
 
 def test_everything_together_with_smoothing() -> None:

@@ -45,7 +45,11 @@ def config(name: str = "deepseek_v3") -> Config:
 
 
 def verified() -> Verification:
-    trials = (Trial(GROUP, "norm_linear", 1.9e-15), Trial("residual", "R1", 0.5, "model.experts.3.up_proj.weight"))
+    trials = (
+        Trial(GROUP, "norm_linear", 1.9e-15),
+        Trial("residual", "R1", 0.5, "model.experts.3.up_proj.weight"),
+        Trial("down", "R4", float("inf"), stops="TypeError: down is no linear"),
+    )
     return Verification(FOLDER, True, trials, {"model.layers.0.mlp.down_proj": WHY}, 1e-5)
 
 
@@ -117,8 +121,9 @@ PRINTED: dict[str, tuple[Callable[[int], list[str]], tuple[str, ...]]] = {
             "ok",
             "5.0e-01",
             WHY,
-            "1 of 2 hold",
+            "1 of 3 hold",
             "FAILED: no run reached model.experts.3.up_proj.weight",
+            "FAILED: TypeError: down is no linear",
         ),
     ),
     "eval": (evaluated().lines, (FOLDER, "1,000", "20.086 ± 0.201", "0.97000 ± 0.00200", "top1 agreement", "kl")),
