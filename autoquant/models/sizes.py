@@ -31,6 +31,7 @@ _INWARD = re.compile(r"^(encoder|vision|image|audio|cross|proj)\w*_(hidden_size|
 _OUTWARD = re.compile(r"out|proj|llm|text|language")
 OUTPUTS = ("out_hidden_size", "output_hidden_size")
 """Fields that hold how wide the vectors are which a tower hands over."""
+_NUMBER = re.compile(r"layer_(id|idx|index)$")
 _WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"vocab"), _VOCABULARY),
@@ -187,8 +188,8 @@ def _fewer_positions(part: Any, side: int) -> dict[str, Any]:
 
 
 def _shallower(part: Any, least: int) -> dict[str, int]:
-    """Two layers, or as many as show each value of the lists that say what kind every layer is, and the first of those
-    that are listed by number; ``least`` at least.
+    """Two layers, or as many as show each value of the lists that say what kind every layer is, the first of those that
+    are listed by number, and one behind a layer that has its number in a field of its own; ``least`` at least.
     """
     return {
         name: min(vars(part)[name], max(least, _shown(part, vars(part)[name])))
@@ -213,7 +214,9 @@ def _shown(part: Any, count: int) -> int:
     lists = [value for value in vars(part).values() if isinstance(value, list | tuple) and len(value) == count]
     kinds = [value for value in lists if all(isinstance(entry, str | bool) for entry in value)]
     listed: list[int] = [value[0] for key, value in vars(part).items() if numbers_layers(key, value, count)]
-    return max([2, *(value.index(entry) + 1 for value in kinds for entry in value), *(first + 1 for first in listed)])
+    named = [v for key, v in vars(part).items() if _NUMBER.search(key) and type(v) is int and 0 <= v < count]
+    listed += [min(number + 1, count - 1) for number in named]
+    return max([2, *(value.index(entry) + 1 for value in kinds for entry in value), *(last + 1 for last in listed)])
 
 
 def _widths_of(part: Any, hidden: int, as_wide: bool) -> list[str]:

@@ -234,6 +234,15 @@ def test_a_small_tower_shows_the_first_of_the_layers_that_are_listed_by_number()
     assert (vision.depth, [*vision.deepstack_visual_indexes]) == (9, [8])
 
 
+@pytest.mark.parametrize(("number", "depth"), [(6, 8), (25, 27), (26, 27), (27, 2), (-1, 2), (0, 2)])
+def test_a_small_tower_goes_on_behind_the_layer_that_a_field_numbers(number: int, depth: int) -> None:
+    """What stands behind that layer alone would else be claimed and not be proved."""
+    config = CONFIG_MAPPING["qwen3_vl"]()
+    config.vision_config.deepstack_visual_indexes = []
+    config.vision_config.insert_layer_id = number
+    assert reduction.reductions(config)["vision_config.depth"] == depth
+
+
 def test_a_model_that_notes_what_it_did_to_its_weights_is_left_so() -> None:
     class Rescales(nn.Linear):
         rescaled = False
