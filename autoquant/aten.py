@@ -130,7 +130,11 @@ FACTORS = {
 }  # fmt: skip
 """Products of two matrices and the positions of both factors, for analysis, calibration and learned rotations alike."""
 
-PRODUCTS = frozenset(FACTORS) | frozenset(CONVOLUTIONS) | frozenset("einsum scaled_dot_product_attention".split())
+PRODUCTS = (
+    frozenset(FACTORS)
+    | frozenset(CONVOLUTIONS)
+    | frozenset("einsum inner scaled_dot_product_attention tensordot".split())
+)
 """Products that add over channels: what comes out belongs to other channels."""
 
 ATTENTION = frozenset("""scaled_dot_product_attention flex_attention""".split())

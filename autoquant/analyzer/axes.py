@@ -26,6 +26,8 @@ MAX_ELEMENTS = 1 << 24
 
 UNKNOWN_USE = "something else"
 """How a parameter is used where no rule says what it is for."""
+SEVERAL = "a weight that is no matrix in its last two dimensions"
+"""How a weight is used whose channels lie along other dimensions, or along several at once."""
 
 Role = Literal["row", "column", "leaf", "table"]
 
@@ -103,7 +105,11 @@ class Factors:
     columns: Tensor
     rows: Tensor
     column_dim: int
+    """-1 where they lie along several dimensions, which no slot can say: their labels are fixed."""
     row_dim: int
+    """The same of the rows."""
+    matrix: bool = True
+    """False where these are not the last two dimensions: a weight that no quantized linear holds."""
 
 
 @dataclass(slots=True)
@@ -167,7 +173,13 @@ class Axes:
         found = self._matrix(param, (contracted,), (output,), here)
         if found is None:
             return None
-        return replace(found, columns=found.columns.select(output, 0), rows=found.rows.select(contracted, 0))
+        columns, rows = (
+            labels.select(dim, 0)
+            if _constant_along(labels, dim)
+            else self.variables.merge_along(labels, [dim], here.order)  # a stack whose matrices lie side by side
+            for labels, dim in ((found.columns, output), (found.rows, contracted))
+        )
+        return replace(found, columns=columns, rows=rows)
 
     def contraction(
         self, param: Param, contracted: Collection[int], kept: Collection[int], here: Reason
@@ -198,12 +210,57 @@ class Axes:
             if all(_constant_along(seen, d) for d in contracted) and (row is None or row == column):
                 row = dim
         if column is None or row is None or column == row:
-            return None
+            return None if param.key else self._tensor(param, contracted, kept, here)
         columns = self._seen_axis(param, column, "column", here)
         rows = self._seen_axis(param, row, "row", here)
         if columns is None or rows is None:
             return None
         return Factors(columns, rows, column, row)
+
+    def _tensor(self, param: Param, contracted: Collection[int], kept: Collection[int], here: Reason) -> Factors | None:
+        """A weight whose columns or rows are one of its dimensions, which need not be one of the last two.
+
+        What lies along several has fixed labels. None where a dimension is of both, or neither side is a single one.
+        """
+        columns, rows = list[int](), list[int]()
+        for dim, size in enumerate(param.full_shape):
+            seen = self._along(param, torch.arange(size, dtype=torch.int32), dim)
+            if seen is None:
+                return None
+            varying = {d for d in range(seen.ndim) if not _constant_along(seen, d)}
+            if varying:
+                side = columns if varying <= set(contracted) else rows if varying <= set(kept) else None
+                if side is None:
+                    return None
+                side.append(dim)
+        if not columns or not rows or 1 not in (len(columns), len(rows)):
+            return None
+        self._use(param, SEVERAL, here)
+        sides = []
+        roles: tuple[tuple[list[int], Collection[int], Role], ...] = (
+            (columns, contracted, "column"),
+            (rows, kept, "row"),
+        )
+        for dims, along, role in roles:
+            if len(dims) == 1:
+                labels = self._get(param, role, dims[0], None, 0, 0, param.full_shape[dims[0]], here)
+                seen = self._along(param, labels, dims[0])
+            else:
+                sizes = [size if d in along else 1 for d, size in enumerate(param.shape)]
+                seen = self.variables.fresh(int(np.prod(sizes))).view(sizes)
+                what = "read" if role == "column" else "written"
+                text = f"what is {what} of {param.name} lies along several of its dimensions"
+                self.variables.fix(seen, replace(here, text=text))
+            if seen is None:
+                return None
+            sides.append(seen.expand(param.shape))
+        found = [dims[0] if len(dims) == 1 else -1 for dims in (columns, rows)]
+        return Factors(sides[0], sides[1], found[0], found[1], matrix=False)
+
+    def _along(self, param: Param, labels: Tensor, dim: int) -> Tensor | None:
+        """Labels of one dimension spread over the full shape without memory, then moved as the weight is."""
+        shape = [size if d == dim else 1 for d, size in enumerate(param.full_shape)]
+        return self._moved(param, labels.view(shape).expand(param.full_shape))
 
     def channels(self, param: Param, here: Reason) -> tuple[Tensor, Tensor] | None:
         """Labels ``[channels]`` of dimension 0 of a depthwise convolution's weight, None where a view mixed them up.
@@ -230,7 +287,9 @@ class Axes:
     def _spread(self, param: Param, labels: Tensor, dim: int) -> Tensor | None:
         """Labels ``[*lead, size]`` spread over the full shape without memory, then moved as the weight is."""
         other = len(param.full_shape) - 1 if dim == len(param.full_shape) - 2 else len(param.full_shape) - 2
-        full = labels.unsqueeze(other).expand(param.full_shape)
+        return self._moved(param, labels.unsqueeze(other).expand(param.full_shape))
+
+    def _moved(self, param: Param, full: Tensor) -> Tensor | None:
         try:
             seen = param.replay(full)
         except (RuntimeError, IndexError):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from autoquant.analyzer.analysis import NO_SOURCE, Analysis
+from autoquant.analyzer.axes import SEVERAL
 from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.variables import Reason
 from autoquant.capture.routes import Captured
@@ -15,6 +16,7 @@ from autoquant.config.layers import module_of
 
 UNUSED = "it is not traced: nothing that it computes reaches the logits"
 TABLE = "its rows are looked up, and what they write is not rotated"
+NO_MATRIX = "its channels do not lie along its last two dimensions, and no quantized linear holds such a weight"
 AS_A_TENSOR = "it stands in no product that could be followed: it is used as "
 KEPT = "a tensor that keeps its scale"
 
@@ -22,7 +24,10 @@ KEPT = "a tensor that keeps its scale"
 def unlisted(
     module: nn.Module, captured: Captured, analysis: Analysis, blocked: Iterable[Blocked]
 ) -> tuple[Blocked, ...]:
-    """An entry for every parameter of two or more dimensions that is no linear's, in no claim, and not blocked yet."""
+    """An entry for every parameter of two or more dimensions that is no linear's, in no claim, and not blocked yet.
+
+    Also for one in a claim that is no matrix: nothing quantizes it.
+    """
     tied = {name: names for names in captured.aliases for name in names}
     known = {other for name in _known(analysis) for other in tied.get(name, (name,))}
     paths = {entry.path for entry in blocked}
@@ -30,9 +35,11 @@ def unlisted(
     found: dict[Blocked, None] = {}
     for name, parameter in module.named_parameters():
         names = tied.get(name, (name,))
-        if parameter.dim() < 2 or known.intersection(names) or any(_covered(one, paths) for one in names):
+        found_uses = {how: reason for one in names for how, reason in uses(one).items()}
+        claimed = known.intersection(names) and SEVERAL not in found_uses  # else it is claimed, and no linear
+        if parameter.dim() < 2 or claimed or any(_covered(one, paths) for one in names):
             continue
-        text, reason = _why({how: reason for one in names for how, reason in uses(one).items()})
+        text, reason = _why(found_uses)
         operator, at = ("forward", module_of(name)) if reason is None else (qualified(reason.operator), reason.at)
         entry = Blocked(path=module_of(name), what="smoothing", reason=text, operator=operator, at=at)
         found[entry] = None
@@ -59,6 +66,8 @@ def _why(uses: dict[str, Reason]) -> tuple[str, Reason | None]:
     if not uses:
         return UNUSED, None
     how, reason = max(uses.items(), key=lambda use: use[1].order)
+    if how == SEVERAL:
+        return NO_MATRIX, reason
     if how == "a table":
         return TABLE, reason
     if how.startswith("a weight"):

@@ -130,6 +130,7 @@ def _not_quantized(config: Config) -> Iterator[tuple[str, str | None]]:
             yield writer.path, writer.layers or space.layers
     for entry in config.blocked:
         yield f"{entry.path}.weight", entry.layers
+        yield entry.path, entry.layers  # a parameter's own
 
 
 def _space(where: JsonPath, space: Space, total: int, weights: Mapping[str, int], budget: _Budget) -> Iterator[Problem]:

@@ -381,6 +381,8 @@ WITH_MORE: dict[str, More] = complex_programs.WITH_MORE | {
     "addmm": lambda s, x, y: torch.addmm(s.k, x[0], s.m),
     "baddbmm": lambda s, x, y: torch.baddbmm(torch.zeros(1, 3, 3, dtype=torch.float64), x, y.mT, alpha=0.5) @ x,
     "einsum of a weight": lambda s, x, y: torch.einsum("btd,ed->bte", x, s.m),
+    "tensordot": lambda s, x, y: torch.tensordot(x, s.stack, dims=([2], [2])).sum(2),
+    "inner": lambda s, x, y: torch.inner(x, s.m),
     "einsum of a stack": lambda s, x, y: torch.einsum("btd,gde->bgte", x, s.stack).sum(1),
     "einsum of groups": lambda s, x, y: torch.einsum(
         "btgd,grd->btgr", x.view(1, 3, 2, 2), s.m.view(2, 2, 4)[..., :2]

@@ -79,6 +79,78 @@ def test_heads_that_are_laid_side_by_side_are_rotated_apart() -> None:
     assert [(space.size, space.blocks) for space in findings.spaces if space.kind == "R1"] == [(2, 2)]
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, w: torch.einsum("btc,chd->bthd", x, w).flatten(2),
+        lambda x, w: torch.tensordot(x, w, dims=1).flatten(2),
+        lambda x, w: x @ w.flatten(1),
+        lambda x, w: torch.einsum("btc,chd->hbtd", x, w).movedim(0, 2).flatten(2),
+    ],
+)
+def test_a_weight_is_read_along_the_first_of_three_dimensions(read: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """What it writes lies along the other two, of which a slot could say one: the stream passes, and no more."""
+    findings = proved(stream(lambda s, x: s.o(read(x, s.w)), w=par(4, 3, 2), o=lin(6, 4)), TOKENS)
+    assert [(g.name, g.enable, g.targets[0].dim, g.targets[0].stack) for g in findings.groups] == [
+        ("g -> w", False, 0, None)
+    ]
+    assert [list(space_lines(space))[1:] for space in findings.spaces if space.kind == "R1"] == [
+        ["    emb.weight.1", "    o.weight.0", "    o.bias.0", " -> rms(g) w.0", " -> head.weight.1 +bias"]
+    ]
+    assert "w" not in {linear.weight for linear in findings.linears}
+
+
+def test_a_weight_writes_along_the_first_of_three_dimensions() -> None:
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        return torch.einsum("bthd,chd->btc", s.i(x).unflatten(-1, (3, 2)), s.w)
+
+    findings = proved(stream(inner, w=par(4, 3, 2), i=lin(4, 6)), TOKENS)
+    assert groups(findings) == ["g -> i"]
+    assert [w.path for space in findings.spaces for w in space.writers if space.kind == "R1"] == ["emb.weight", "w"]
+    assert "what is read of w lies along several of its dimensions" not in {b.reason for b in findings.blocked}
+
+
+@pytest.mark.parametrize("other", ["hdc", "cdh"])
+def test_a_weight_of_three_dimensions_that_is_read_in_two_ways_gives_nothing(other: str) -> None:
+    """As a matrix for each head as well, or along two of its dimensions for each of the third."""
+
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        heads = torch.einsum("btc,chd->bthd", x, s.w).relu()
+        term = {"hdc": "bthd,chd->btc", "cdh": "bthd,chd->bthc"}[other]
+        made = torch.einsum(term, heads, s.w)
+        return made if other == "hdc" else made.sum(2)
+
+    findings = proved(stream(inner, w=par(4, 3, 2)), TOKENS)
+    assert spaces(findings) == []
+
+
+def test_a_stack_whose_matrices_lie_side_by_side_reads_and_writes() -> None:
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        return functional.linear(x, s.w.flatten(0, 1)).relu() @ s.v.flatten(0, 1)
+
+    findings = proved(stream(inner, w=par(3, 2, 4), v=par(3, 2, 4)), TOKENS)
+    assert {group.name: group.channels for group in findings.groups} == {"g -> w": 4, "w -> v": 6}
+    assert spaces(findings) == ["R1"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda x, w: torch.tensordot(x, w, dims=([2], [1])), lambda x, w: torch.tensordot(w, x, dims=([1], [2]))),
+        (torch.inner, lambda x, w: torch.inner(w, x)),
+    ],
+)
+def test_tensordot_and_inner_are_products(
+    first: Callable[[Tensor, Tensor], Tensor], second: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        return second(first(x, s.w).relu(), s.v).movedim(0, 2)
+
+    findings = proved(stream(inner, w=par(6, 4), v=par(4, 6)), TOKENS)
+    assert groups(findings) == ["g -> w", "w -> v"]
+    assert spaces(findings) == ["R1"]
+
+
 def chosen(flip: bool = False, other: bool = False, summed: bool = False) -> Callable[[Graph, Tensor], Tensor]:
     def inner(s: Graph, x: Tensor) -> Tensor:
         weight, index = s.r(x).softmax(-1).topk(2, -1)

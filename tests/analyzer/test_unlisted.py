@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.rules.sentences import qualified
-from autoquant.analyzer.unlisted import AS_A_TENSOR, UNUSED
+from autoquant.analyzer.unlisted import AS_A_TENSOR, NO_MATRIX, UNUSED
 from autoquant.config.check import problems
 from autoquant.models.source import ModelSource
 
@@ -69,4 +69,18 @@ def test_a_convolution_that_reads_a_space_is_listed_and_the_config_fits_together
     (space,) = config.rotation.spaces
     assert [reader.path for read in space.reads for reader in read.readers] == ["cv.weight"]
     assert "cv.weight" not in {linear.weight for linear in config.model.linears}
+    assert problems(config) == []
+
+
+def test_a_weight_that_is_no_matrix_is_listed_beside_its_claims_and_the_config_fits_together() -> None:
+    """Nothing quantizes it. Its path is known to the checker from here: no group names what reads without a norm."""
+
+    def run(s: Graph, t: torch.Tensor) -> torch.Tensor:
+        x = s.emb(t)
+        return s.head(functional.rms_norm(x + s.o(torch.tensordot(x, s.w, 1).flatten(2).relu()), (4,)))
+
+    model = Graph(run, emb=nn.Embedding(8, 4), head=lin(), w=par(4, 3, 2), o=lin(6, 4))
+    config = analyze(ModelSource("made", factory=lambda: (model, (TOKENS,)))).config
+    assert config.rotation.spaces[0].reads[0].readers[0].path == "w"
+    assert [(b.reason, b.operator) for b in config.blocked if b.path == "w"] == [(NO_MATRIX, qualified("tensordot"))]
     assert problems(config) == []

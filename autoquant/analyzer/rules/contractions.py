@@ -89,7 +89,8 @@ def scale_contraction(a: ScaleAnalysis, site: Site, x: Value, w: Param, x_term: 
     a.variables.equal(found.columns, seen, site.order, ratio=-1.0)
     order = [d for d, c in enumerate(w_term) if c not in letters.summed]
     read = seen.permute(*order, *letters.dims(w_term, letters.summed)).flatten(len(order))
-    a.uses.append(use(site, w, None, found, read))
+    if found.matrix:
+        a.uses.append(use(site, w, None, found, read))
     rows = a.variables.merge_along(found.rows, letters.dims(w_term, letters.summed), site.order)
     if not result.startswith(w_term[:lead]):
         a.mixed(rows)
@@ -251,6 +252,9 @@ def rotate_read(
     ``labels``: the coordinates that each row of ``columns`` reads; else those of all tokens, or of all that have one
     place along the axis before it.
     """
+    if found.column_dim < 0:
+        a.end(site, [x], f"what is read of {weight} lies along several of its dimensions")
+        return
     real = x.coordinates != ZERO
     one = torch.where(real, x.instances, x.instances.amax(-1, keepdim=True))
     if bool((one != one[..., :1]).any()):

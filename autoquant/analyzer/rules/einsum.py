@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_letters
 
 from torch import Tensor
 
@@ -87,6 +88,41 @@ def scale_cancelling(
     ]
     scale_cancel(a, site, *sides)
     return a.fixed(site.shape, site.because("it is a product of two activations"))
+
+
+def dot_equation(x: Sequence[int], y: Sequence[int], dims: Sequence[int], other: Sequence[int]) -> str:
+    """``tensordot`` as an einsum: ``dims`` of a tensor of shape ``x``, ``other`` of one of shape ``y`` are summed."""
+    left = list(ascii_letters[: len(x)])
+    right = list(ascii_letters[len(x) : len(x) + len(y)])
+    for one, two in zip(dims, other, strict=True):
+        right[two % len(y)] = left[one % len(x)]
+    result = [c for c in (*left, *right) if (c in left) != (c in right)]
+    return f"{''.join(left)},{''.join(right)}->{''.join(result)}"
+
+
+@scale_rule("tensordot", says=product_with_weight)
+def scale_dot(
+    a: ScaleAnalysis, site: Site, x: Value, y: Value, dims: Sequence[int], other: Sequence[int], **kwargs: Value
+) -> Value:
+    return scale_einsum(a, site, dot_equation(shape_of(x), shape_of(y), dims, other), [x, y])
+
+
+@rotation_rule("tensordot", says=written_by_weight)
+def rotate_dot(
+    a: RotationAnalysis, site: Site, x: Value, y: Value, dims: Sequence[int], other: Sequence[int], **kwargs: Value
+) -> Value:
+    return rotate_einsum(a, site, dot_equation(vector_shape(x), vector_shape(y), dims, other), [x, y])
+
+
+@scale_rule("inner", says=product_with_weight)
+def scale_inner(a: ScaleAnalysis, site: Site, x: Value, y: Value) -> Value:
+    """``x @ y.mT``, for tensors of any number of dimensions."""
+    return scale_dot(a, site, x, y, [-1], [-1])
+
+
+@rotation_rule("inner", says=written_by_weight)
+def rotate_inner(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
+    return rotate_dot(a, site, x, y, [-1], [-1])
 
 
 @rotation_rule("einsum", says=written_by_weight, without="sublist")

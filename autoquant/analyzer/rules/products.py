@@ -145,7 +145,8 @@ def scale_product(a: ScaleAnalysis, site: Site, x: Value, w: Value, contracted: 
     summed = [labels.ndim - 2] if batch else range(labels.ndim - 1)
     labels = a.variables.merge_along(labels, summed, site.order)
     a.variables.equal(columns, labels, site.order, ratio=-1.0)
-    a.uses.append(use(site, w, bias, found, labels))
+    if found.matrix:
+        a.uses.append(use(site, w, bias, found, labels))
     rows = rows.unsqueeze(-2).expand(site.shape) if batch else rows.expand(site.shape)
     if bias is not None:
         return a.variables.merge(rows, a.labels(site, bias), site.order)

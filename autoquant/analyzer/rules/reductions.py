@@ -19,7 +19,6 @@ from autoquant.analyzer.rotation_state import (
     fresh_instances,
     mixed,
     seen_along,
-    varies,
 )
 from autoquant.analyzer.rules.arithmetic import rotate_squared
 from autoquant.analyzer.rules.choices import scale_larger
@@ -31,6 +30,7 @@ from autoquant.analyzer.rules.sentences import (
     PICKS,
 )
 from autoquant.analyzer.scale_state import ScaleAnalysis, scalar
+from autoquant.analyzer.variables import ZERO
 from autoquant.aten import (
     POOLS,
     operator_name,
@@ -61,7 +61,7 @@ def rotate_reduce(
     dims = [d % ndim for d in ([dim] if isinstance(dim, int) and not isinstance(dim, bool) else dim or range(ndim))]
     if isinstance(x, Square):
         return rotate_measured(a, site, vector, dims, "its length is taken over part of its channels")
-    if not any(varies(vector.coordinates, d) for d in dims):
+    if not any(_apart(vector.coordinates, d) for d in dims):
 
         def added(vector: Vector) -> Vector:
             a.stay_apart(site, vector)
@@ -78,6 +78,11 @@ def rotate_reduce(
     if ndim - 1 not in dims:
         return squeezed(a.added_along(site, vector, dims), () if keepdim else dims)
     return a.end(site, [x], "its channels are summed")
+
+
+def _apart(labels: Tensor, dim: int) -> bool:
+    """True if there are different channels along ``dim``; 0, which pads, is none."""
+    return bool(((labels != labels.amax(dim, keepdim=True)) & (labels != ZERO)).any())
 
 
 def squeezed(vector: Vector, dims: Sequence[int]) -> Value:
@@ -200,14 +205,14 @@ def scale_running(a: ScaleAnalysis, site: Site, x: Value, dim: int, **kwargs: Va
 @rotation_rule("cumsum", says="adds up whole vectors: all of them are rotated alike")
 def rotate_running(a: RotationAnalysis, site: Site, x: Value, dim: int, **kwargs: Value) -> Value:
     """Sums over tokens, as far as each of them."""
-    return rotate_summed_along(a, site, x, dim)
+    return rotate_summed_along(a, site, x, [dim])
 
 
-def rotate_summed_along(a: RotationAnalysis, site: Site, x: Value, dim: int) -> Value:
+def rotate_summed_along(a: RotationAnalysis, site: Site, x: Value, dims: Sequence[int]) -> Value:
     """Each token of the result is a sum of whole vectors, whatever their factors are."""
-    if not isinstance(x, Vector) or varies(x.coordinates, dim % x.coordinates.ndim):
+    along = [dim % x.coordinates.ndim for dim in dims] if isinstance(x, Vector) else []
+    if not isinstance(x, Vector) or any(_apart(x.coordinates, dim) for dim in along):
         return a.end(site, [x], "its channels are summed")
-    along = [dim % x.coordinates.ndim]
 
     def added(x: Vector) -> Vector:
         a.stay_apart(site, x)
@@ -235,7 +240,7 @@ def rotate_spectrum(
     a: RotationAnalysis, site: Site, x: Value, n: Value = None, dim: int = -1, norm: Value = None, **kwargs: Value
 ) -> Value:
     """Over tokens: real numbers that mix channels go past the complex ones that mix tokens."""
-    return rotate_summed_along(a, site, x, dim)
+    return rotate_summed_along(a, site, x, [dim])
 
 
 @scale_rule(*POOLS, says="adds or picks neighbours: all of them carry the same scale")
@@ -245,6 +250,26 @@ def scale_pooled(a: ScaleAnalysis, site: Site, x: Value, *args: Value, **kwargs:
     dims = range(labels.ndim - POOLS[site.operator], labels.ndim)
     merged = a.variables.merge_along(labels, list(dims), site.order, keepdim=True).expand(site.shape)
     return scale_with_positions(a, site, merged)
+
+
+_LINEAR_POOLS = " ".join(name for name in POOLS if "max" not in name)
+_NEIGHBOURS = "adds up whole vectors that are neighbours: all of them are rotated alike"
+
+
+@rotation_rule(_LINEAR_POOLS, says=_NEIGHBOURS)
+def rotate_pooled(a: RotationAnalysis, site: Site, x: Value, *args: Value, **kwargs: Value) -> Value:
+    """Sums over neighbours with numbers for factors, which padding with 0 does not mind. A maximum is of each channel
+    by itself.
+    """
+    return rotate_summed_along(a, site, x, range(-POOLS[site.operator], 0))
+
+
+@rotation_rule("grid_sampler", says=_NEIGHBOURS)
+def rotate_sampled(a: RotationAnalysis, site: Site, x: Value, places: Value, *args: Value) -> Value:
+    """Sums over the spatial dimensions, all but the first two."""
+    if not isinstance(places, (Constant, Dynamic)):
+        return a.end(site, [x, places], "it is read at computed places")
+    return rotate_summed_along(a, site, x, range(2, len(site.shape)))
 
 
 @scale_rule("grid_sampler", says="reads between neighbours: all of them carry the same scale, the places have scale 1")
