@@ -66,6 +66,10 @@ class Packed:
         """True if ``values`` lie in the memory of the source."""
         return self.source is not None and _memory(values) == _memory(self.source)
 
+    def holds(self, values: Tensor) -> bool:
+        """True if :meth:`of` has packed these values before, as they are."""
+        return (values.data_ptr(), values._version) in self.held
+
     def of(self, values: Tensor) -> Any:
         """The packed form of int8 values [O, I] in the memory of the source."""
         key = (values.data_ptr(), values._version)
@@ -117,13 +121,21 @@ def takes(x: Tensor, values: Tensor, packed: Packed | None) -> bool:
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
         and type(values) is Tensor
-        and x.device.type == values.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in DTYPES
         and x.numel() > 0
-        and values.numel() > 0
         and not values.is_inference()  # these have no version
-        and packed.shares(values)
+        and (packed.holds(values) or _packs(values, packed))
         and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _packs(values: Tensor, packed: Packed) -> bool:
+    """What :func:`takes` asks of a weight, once: each question costs as much as an operation on one row."""
+    return (
+        values.is_cpu
+        and values.numel() > 0
+        and packed.shares(values)
         and is_exact()
         and values.shape[-1] <= DEEPEST[zero_point()]
     )
@@ -150,12 +162,12 @@ def linear(
     if input_scale is None and not per_token:
         input_scale = _scales(x_TI).amax()
     if x_TI.shape[0] <= MOST_ROWS:
-        return _linear(x_TI, weight, scale.reshape(-1), input_scale, bias_O)
+        return _linear(x_TI, weight, scale, input_scale, bias_O)
     out_TO = torch.empty(x_TI.shape[0], values.shape[0], dtype=x_TI.dtype)
     for start in range(0, x_TI.shape[0], MOST_ROWS):
         block = slice(start, start + MOST_ROWS)
         given = input_scale if input_scale is None or input_scale.numel() == 1 else input_scale[block]
-        out_TO[block] = _linear(x_TI[block], weight, scale.reshape(-1), given, bias_O)
+        out_TO[block] = _linear(x_TI[block], weight, scale, given, bias_O)
     return out_TO
 
 
@@ -167,9 +179,9 @@ def _static(x_TI: Tensor, weight: Any, both: Scales, given: Tensor, bias_O: Tens
     return product(q, weight, both.product, bias_O, x_TI.dtype)
 
 
-def _linear(x_TI: Tensor, weight: Any, scale_O: Tensor, given: Tensor | None, bias_O: Tensor | None) -> Tensor:
+def _linear(x_TI: Tensor, weight: Any, scale: Tensor, given: Tensor | None, bias_O: Tensor | None) -> Tensor:
     q, row_scale = quantized(x_TI, given)
-    sums = product(q, weight, scale_O)
+    sums = product(q, weight, scale)
     if sums.numel() <= CACHED:
         return _finished(sums, row_scale, bias_O).to(x_TI.dtype)
     out_TO, step = torch.empty(sums.shape, dtype=x_TI.dtype), max(1, CACHED // sums.shape[1])
@@ -242,14 +254,14 @@ def product(
 ) -> Tensor:
     """The int32 sums of int8 rows [M, K] with a packed weight as float32, times a scale, plus a bias, [M, N].
 
-    ``scale_O`` is float32 [N] or [1]. ``zero``: the form in which the rows go; None: that of :func:`zero_point`. Raises
-    RuntimeError or AttributeError where the kernel is missing.
+    ``scale_O`` is float32, of N elements or one, [N, 1] as well as [N]: a view costs 5 µs. ``zero``: the form in which
+    the rows go; None: that of :func:`zero_point`. Raises RuntimeError or AttributeError where the kernel is missing.
     """
     zero = zero_point() if zero is None else zero
     if zero == HALVES:
         sums = _of_halves(q, weight)
         if scale_O is not None:
-            sums.mul_(scale_O)
+            sums.mul_(scale_O.reshape(-1))
         return (sums if bias_O is None else sums.add_(bias_O)).to(dtype)
     # The highest bit: 128 more, as uint8.
     rows = q if zero == SIGNED else torch.bitwise_xor(q, SIGN).view(torch.uint8)
@@ -323,8 +335,9 @@ def probe_product(zero: int) -> bool:
         for each in (scales, scales[:1], scales * int8.TINY):
             for added in (None, bias):
                 wanted = exact * each if added is None else exact * each + added
-                if not torch.equal(product(a, packed, each, added, zero=zero), wanted):
-                    return False
+                for shown in (each, each[:, None]):
+                    if not torch.equal(product(a, packed, shown, added, zero=zero), wanted):
+                        return False
         for dtype in DTYPES:
             if not torch.equal(product(a, packed, scales, None, dtype, zero), (exact * scales).to(dtype)):
                 return False

@@ -258,7 +258,8 @@ def linear(x: Tensor, weight: WeightView, bias: Tensor | None = None) -> Tensor:
         raise AutoQuantError(f"a linear needs an int8 weight [O, I]; it shows {tuple(weight.shape)}")
     if x.shape[-1:] != weight.values.shape[-1:]:
         raise AutoQuantError(f"an int8 weight [O, I] {tuple(weight.shape)} cannot take an input {tuple(x.shape)}")
-    x_TI = x.reshape(-1, x.shape[-1])  # a matrix too: kernels want the strides that this gives a single row
+    # Kernels want the strides that a reshape gives a single row; one that is a matrix already saves the 5 µs.
+    x_TI = x if x.dim() == 2 and x.stride() == (x.shape[1], 1) else x.reshape(-1, x.shape[-1])
     per_token = weight.activation is Granularity.TOKEN_DYNAMIC
     if weight.mode == "fake":
         out_TO = int8.fake_quantize(x_TI, input_scale(x_TI, weight)) @ weight.dequantize().t()
