@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from soundness import paths
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("minimal", "odd2", "odd3", "missed")
 
@@ -150,7 +152,7 @@ def run(
         out.touch()
         subprocess.run(
             [sys.executable, "-c", DRIVER, str(cases), str(out), str(limit), "judge" if judged else "-", *names],
-            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": paths(checkout), "OMP_NUM_THREADS": "1"},
             cwd=checkout,
             check=True,
         )

@@ -141,6 +141,11 @@ def read(path: Path) -> Case:
     )
 
 
+def paths(checkout: Path) -> str:
+    """``PYTHONPATH`` with a checkout before whatever else it names."""
+    return os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def run(cases: Path, checkout: Path, how: str, name: str) -> list[Case]:
     """The cases of a file, by the code of a checkout."""
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +154,7 @@ def run(cases: Path, checkout: Path, how: str, name: str) -> list[Case]:
         work.chmod(0o755)
         for made in ("out", "ck"):
             (work / made).mkdir(exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": paths(checkout), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", DRIVER, how, name]
         ended = subprocess.run(command, cwd=work, env=environment, timeout=LIMIT, capture_output=True, text=True)
         found = [read(path) for path in sorted((work / "out").glob("*.json"))]
