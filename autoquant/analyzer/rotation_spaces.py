@@ -265,7 +265,7 @@ def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution
     Also those that end here, since they cannot be centred together.
     """
     count = int(solution.component.max()) + 1
-    code = np.zeros(count, dtype=np.uint64)
+    code, ranks = np.zeros(count, dtype=np.uint64), _ranks(analysis, axes, solution)
     salts = np.random.default_rng(0).integers(1, 2**63, size=len(axes) + len(analysis.splits), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for family, salt in zip(axes, salts, strict=False):
@@ -273,7 +273,7 @@ def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution
             code += (members * salt) ^ (members * members * (salt >> np.uint64(7)))
         for split, salt in zip(analysis.splits, salts[len(axes) :], strict=True):
             keys = np.zeros(count, dtype=np.uint64)
-            np.add.at(keys, solution.component[split.labels], split.keys.view(np.uint64))
+            np.add.at(keys, solution.component[split.labels], numbered(ranks[split.labels] + split.keys))
             code += (keys ^ (keys >> np.uint64(29))) * salt
     fixed = np.zeros(count, dtype=np.bool_)
     fixed[solution.component[solution.fixed]] = True
@@ -291,6 +291,21 @@ def _blocks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution
                     text = "its mean is taken over channels that could only be rotated apart"
                     lost.append((whole, replace(split.reason, text=text)))
     return blocks, lost
+
+
+def _ranks(analysis: RotationAnalysis, axes: Sequence[Axis], solution: Solution) -> Ints:
+    """For each label a number for its weight, its matrix and how many of its component are before it there.
+
+    Of copies of a channel the first ones are rotated together, then the second ones: the n-th ones must see the same
+    splits, and not all of them in any order.
+    """
+    ranks = np.zeros(len(solution.component), dtype=np.int64)
+    for number, family in enumerate(axes):
+        labels = analysis.axes.labels(family)
+        row = np.arange(len(labels)) // max(len(labels) // _stack(family), 1)
+        nth = _occurrence(row * len(ranks) + solution.component[labels])
+        ranks[labels] = numbered(nth + len(labels) * (row + (number << 24))).view(np.int64)
+    return ranks
 
 
 def _spaces(

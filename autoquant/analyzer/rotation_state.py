@@ -149,15 +149,9 @@ class RotationAnalysis:
         flat = vector.coordinates.reshape(-1).numpy()
         self._split(flat, mixed(vector.instances, keys).reshape(-1).numpy(), reason, centre, length)
 
-    def split_copies(self, labels: Tensor, keys: Tensor, reason: Reason) -> None:
-        """A reader pairs the copies of its channels ``labels [in]`` in order: the n-th ones must see the same keys."""
-        order = torch.argsort(labels, stable=True)
-        found = labels[order].contiguous()
-        first = torch.searchsorted(found, found)
-        if bool((first == torch.arange(len(found))).all()):
-            return  # no channel twice
-        rank = torch.arange(len(found)) - first
-        self._split(found.numpy(), mixed(rank, keys[order]).numpy(), reason)
+    def split_columns(self, columns: Tensor, keys: Tensor, reason: Reason) -> None:
+        """Columns of a weight may be mixed only if they see the same keys, ``[in]``."""
+        self._split(columns.reshape(-1).numpy(), keys.expand_as(columns).reshape(-1).numpy(), reason)
 
     def _split(self, flat: Ints, code: Ints, reason: Reason, centre: bool = False, length: bool = False) -> None:
         real = flat != ZERO

@@ -304,7 +304,7 @@ def test_each_token_pairs_the_copies_of_channels_as_the_table_does(
     assert [space.size for space in findings.spaces] == ([] if size is None else [size])
     assert [group.channels for group in findings.groups] == [channels]
     refused = {blocked.reason for blocked in findings.blocked if blocked.path == "emb" and blocked.what == "rotation"}
-    assert refused == ({"copies of its channels lie in different orders"} if size is None else set())
+    assert refused == ({"channels of different vectors are read together"} if size is None else set())
 
 
 def test_a_layout_of_three_tokens_is_not_claimed() -> None:

@@ -282,14 +282,12 @@ def rotate_read(
     order = columns.argsort(-1)  # as they lie in the weight
     for lie in order.flatten(0, -2).unique(dim=0) if order.ndim > 1 else [order]:
         a.arrange(site, x.coordinates, order=lie)  # of each token: channels of two that are one may have other company
-    labels = labels.expand_as(columns)
     if x.factors is not None and varies(x.factors, x.factors.ndim - 1):
         a.split(x, x.factors, site.because("channels of different vectors are read together"))
     if x.factors is not None:
         seen = mixed(x.instances, x.factors).flatten(0, -2).sum(0)
         reason = site.because("copies of its channels that saw different factors are read")
-        for copies, lie in zip(labels.reshape(-1, len(seen)), order.reshape(-1, len(seen)), strict=True):
-            a.split_copies(copies[lie], seen[lie], reason)
+        a.split_columns(columns, seen, reason)
     name = bias.name if isinstance(bias, Param) else None
     bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
     a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare, columns=columns))
