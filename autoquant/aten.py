@@ -137,6 +137,9 @@ PRODUCTS = (
 )
 """Products that add over channels: what comes out belongs to other channels."""
 
+MULTIPLIED = frozenset("mul matmul mm bmm einsum inner tensordot".split())
+"""Products of which nothing is left where a factor is 0."""
+
 ATTENTION = frozenset("""scaled_dot_product_attention flex_attention""".split())
 """Operators that are attention as a whole; their third argument is the values."""
 

@@ -12,13 +12,14 @@ from torch import fx
 
 from autoquant.analyzer.extents import EXTENTS, data_sized
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.interpreter import Interpreter, shared_names
+from autoquant.analyzer.interpreter import Interpreter
 from autoquant.analyzer.lengths import common
 from autoquant.analyzer.linears import linears
 from autoquant.analyzer.rotation_spaces import Rotations, analyse_rotations
 from autoquant.analyzer.rotation_state import Vector
 from autoquant.analyzer.rules.sentences import qualified
 from autoquant.analyzer.scale_state import Use
+from autoquant.analyzer.shared_parameters import shared_names
 from autoquant.analyzer.smoothing_groups import Scales, analyse_scales
 from autoquant.analyzer.variables import Bools, Ints, Reason
 from autoquant.aten import ATTENTION, CASTS, MOVEMENT, NO_RULE, operator_name
@@ -204,7 +205,7 @@ def _blocked_rotation(rotations: Rotations) -> list[Blocked]:
         ids = np.unique(labels.numpy())
         blocks = rotations.blocks[solution.component[ids]]
         lost = any(np.isin(solution.component[ids], components).any() for components, _ in rotations.lost)
-        if lost or (blocks < 0).any() or len(np.unique(blocks)) == len(blocks) > 1:
+        if lost or (blocks < 0).any() or len(np.unique(blocks)) == len(blocks):
             blocked[_blocked(site.at, "rotation", _rotation_reason(rotations, ids, site.order))] = None
     met = {site.node for site, _ in analysis.values}
     for order, node in _nodes(rotations.interpreter):

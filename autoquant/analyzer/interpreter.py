@@ -8,7 +8,7 @@ arguments; what it returns becomes the value of the node.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from autoquant.analyzer.axes import Param
 from autoquant.analyzer.extents import EXTENTS, indexed_dims, size_of, sized
 from autoquant.analyzer.movement import dim_of, function_of
+from autoquant.analyzer.shared_parameters import parameter_names
 from autoquant.analyzer.variables import Reason
 from autoquant.aten import (
     CASTS,
@@ -26,6 +27,7 @@ from autoquant.aten import (
     FILLS,
     LIKE_ANOTHER,
     MOVEMENT,
+    MULTIPLIED,
     PARTING,
     RANDOM,
     RANDOM_LIKE,
@@ -277,6 +279,8 @@ class Interpreter:
         if site.operator in CHOOSING and isinstance(args[0], Constant) and _uniform(args[0].value) and tensors[1:]:
             value = args[0].value.reshape(-1)[:1]  # whichever rows the data choose
             return Constant(value.expand(site.shape), args[0].settled)
+        if site.operator in MULTIPLIED and any(map(_is_zero, tensors)):  # the first state of a recurrence
+            return Constant(torch.zeros((), dtype=site.outputs[0].dtype).expand(site.shape))
         if all(isinstance(v, (Constant, Dynamic)) for v in tensors) or site.operator in RANDOM_LIKE:
             return _unknowns(site)
         if not site.outputs:  # it can only write to what it is given
@@ -333,46 +337,6 @@ def interpreted(
     return interpreter
 
 
-def parameter_names(captured: Captured) -> dict[tuple[str, str], str]:
-    """(canonical name, module path) -> the name that this module has for a shared parameter.
-
-    A table that is shared with a linear is two parameters as soon as it is untied; each use goes by its own name. In a
-    model that cannot be untied, and for linears that share a weight, all go by one name: their scales are the same.
-    """
-    return {(group[0], module): users[0][1] for group, users in _users(captured) for module, _ in users}
-
-
-def shared_names(captured: Captured) -> dict[str, tuple[str, ...]]:
-    """A name as the analysis uses it -> all names of the parameter that stay tied: all of them change alike."""
-    return {users[0][1]: tuple(name for _, name in users) for _, users in _users(captured) if len(users) > 1}
-
-
-_Users = list[tuple[str, str]]
-"""(module, name) of a parameter: first those of modules that multiply with it, last of one that holds it for others."""
-
-
-def _users(captured: Captured) -> Iterator[tuple[tuple[str, ...], _Users]]:
-    """Every shared parameter by its names, twice where it can be untied: for those that look it up as a table, and for
-    the others.
-    """
-    called, tables = set(), set()
-    for subgraph in captured.subgraphs if captured.aliases else ():
-        for node in subgraph.graph.graph.nodes:
-            if node.op == "call_function":
-                called.add(module_path(node))
-                if operator_name(node) == "embedding":
-                    tables.add(module_path(node))
-    for group in captured.aliases:
-        named = [(name.rpartition(".")[0], name) for name in group]
-        named.sort(key=lambda user: (user[0] not in called, user[0] in tables))
-        apart = (
-            [named]
-            if captured.inseparable
-            else [[u for u in named if (u[0] in tables) is use] for use in (True, False)]
-        )
-        yield from ((group, users) for users in apart if users)
-
-
 def _named(value: Value, site: Site, names: Mapping[tuple[str, str], str]) -> Value:
     if isinstance(value, Param):
         name = names.get((value.name, site.at), value.name)
@@ -394,6 +358,10 @@ def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict
     if isinstance(site.node.meta.get("val"), (tuple, list)):
         return tuple(param.viewed(one(i), tuple(fake.shape)) for i, fake in enumerate(site.outputs))
     return param.viewed(one(None), site.shape)
+
+
+def _is_zero(value: Value) -> bool:
+    return isinstance(value, Constant) and value.settled and _uniform(value.value) and not value.value.any()
 
 
 def _uniform(value: Tensor) -> bool:

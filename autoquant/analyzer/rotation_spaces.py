@@ -12,10 +12,11 @@ import torch
 from autoquant.analyzer.axes import Axis
 from autoquant.analyzer.extents import EXTENTS
 from autoquant.analyzer.index_maps import index_maps
-from autoquant.analyzer.interpreter import Interpreter, Site, interpreted, shared_names
+from autoquant.analyzer.interpreter import Interpreter, Site, interpreted
 from autoquant.analyzer.rotation_notes import Read, Split
 from autoquant.analyzer.rotation_state import RotationAnalysis, numbered
 from autoquant.analyzer.rules import ROTATIONS
+from autoquant.analyzer.shared_parameters import shared_names
 from autoquant.analyzer.smoothing_groups import group_name, several_dimensions, slot_of
 from autoquant.analyzer.variables import ZERO, Ints, Reason, Solution
 from autoquant.capture.routes import Captured

@@ -29,6 +29,7 @@ MAX_STATE = 1 << 16
 """Most variables for what one tensor carries from one call of a model to the next."""
 ONE = 1
 """Label of an element of a constant: its scale is 1."""
+KEPT = "it is multiplied by another scaled tensor, which keeps the scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class Variables:
     _ratio: list[Floats] = field(default_factory=list)
     _order: list[Ints] = field(default_factory=list)
     _products: list[tuple[Ints, Ints, Ints, int]] = field(default_factory=list)
+    _made: dict[tuple[bytes, bytes, bool], Ints] = field(default_factory=dict)
+    _stored: list[Ints] = field(default_factory=list)
     _tags: list[tuple[int, Ints]] = field(default_factory=list)
     _mixed: list[Ints] = field(default_factory=list)
     _tag_cache: Ints = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
@@ -178,8 +181,12 @@ class Variables:
             out[free] = powers[inverse]
         return out.expand(shape)
 
-    def product(self, left: Tensor, right: Tensor, order: int) -> Tensor:
-        """Labels of ``left * right``: log-scales add. A side with scale 1 passes the other through at once."""
+    def product(self, left: Tensor, right: Tensor, order: int, *, stored: bool = False) -> Tensor:
+        """Labels of ``left * right``: log-scales add. A side with scale 1 passes the other through at once.
+
+        ``stored``: both sides may keep a scale where nothing reads the product by itself (``factors``). The solution
+        then does not say what its own is.
+        """
         shape = torch.broadcast_shapes(left.shape, right.shape)
         a, b = without_repeats(*torch.broadcast_tensors(left, right))
         a_fixed, b_fixed = self.is_fixed(a), self.is_fixed(b)
@@ -188,12 +195,30 @@ class Variables:
         both = ~a_fixed & ~b_fixed
         if bool(both.any()):
             x, y, inverse = _unique_pairs_inverse(a[both], b[both])
-            tags = torch.maximum(self.tags(torch.from_numpy(x)), self.tags(torch.from_numpy(y)))
-            z = self.fresh(len(x), tags.numpy())
-            self._products.append((z.numpy(), x, y, order))
+            key = x.tobytes(), y.tobytes(), stored  # the same product again, such as that of another token
+            if key not in self._made:
+                tags = torch.maximum(self.tags(torch.from_numpy(x)), self.tags(torch.from_numpy(y)))
+                self._made[key] = self.fresh(len(x), tags.numpy()).numpy()
+                self._products.append((self._made[key], x, y, order))
+                if stored:
+                    self._stored.append(self._made[key])
             out = out.clone()
-            out[both] = z[torch.from_numpy(inverse)]
+            out[both] = torch.from_numpy(self._made[key][inverse])
         return out.expand(shape)
+
+    def factors(self, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The labels of what was multiplied where all of ``labels`` are products; ZERO of ZERO."""
+        shape = labels.shape
+        (labels,) = without_repeats(labels)
+        ids, inverse = np.unique(labels.numpy(), return_inverse=True)
+        found = np.zeros((2, len(ids)), dtype=np.int64)
+        for z, x, y, _ in self._products:
+            here = (ids >= z[0]) & (ids <= z[-1])  # those of one product are numbered one after the other
+            found[:, here] = x[ids[here] - z[0]], y[ids[here] - z[0]]
+        if bool((found[0] == ZERO)[ids != ZERO].any()) or not ids.any():
+            return None
+        one, other = (torch.from_numpy(side[inverse]).view(labels.shape).expand(shape) for side in found)
+        return one, other
 
     def solve(self, keep: Bools) -> Solution:
         """Solve all equations.
@@ -220,6 +245,16 @@ class Variables:
                 hit = solution.fixed[known] & ~done
                 found.append(_equations(one[hit], other[hit], factor, order[hit]))
                 done |= hit
+            lone = self._unread(z, x, y, solution) & ~done
+            apart = solution.component[x] != solution.component[y]
+            for one, other in ((x, y), (y, x)):  # z = y, so x = 1
+                own = ~done & ~lone & apart & (solution.component[z] == solution.component[other])
+                own &= np.abs(solution.weight[z] - solution.weight[other]) < 1e-9
+                if own.any():
+                    kept = self.fixed(Reason(KEPT, "mul", "", int(order[own].min())))
+                    found.append(_equations(one[own], np.full(int(own.sum()), kept), 1.0, order[own]))
+                done |= own
+            done |= lone
             same = ~done & (solution.component[x] == solution.component[y])
             done |= same
             share = solution.weight[y] / solution.weight[x]  # log y = share * log x, so log z = (1 + share) log x
@@ -234,14 +269,34 @@ class Variables:
             equations = Equations(*(np.concatenate(parts) for parts in zip(equations, *found, strict=True)))
             z, x, y, order = z[~done], x[~done], y[~done], order[~done]
 
+    def _unread(self, z: Ints, x: Ints, y: Ints, solution: Solution) -> Bools:
+        """Where nothing depends on what is stored but other products of the same: both factors may keep a scale."""
+        made = np.zeros(len(solution.component), dtype=np.bool_)
+        made[_ints(self._stored)] = True
+        read = np.zeros(int(solution.component.max()) + 1, dtype=np.bool_)
+        read[solution.component[~made]] = True
+        read[solution.component[np.concatenate([x, y])]] = True
+        at = solution.component[z]
+        sides = [
+            solution.component[side] * 1e4 + np.round(solution.weight[side] / solution.weight[z], 3) for side in (x, y)
+        ]
+        for side in (np.minimum(*sides), np.maximum(*sides)):
+            low, high = np.full(len(read), np.inf), np.full(len(read), -np.inf)
+            np.minimum.at(low, at, side)
+            np.maximum.at(high, at, side)
+            read |= low < high
+        unread: Bools = made[z] & ~read[at] & ~solution.fixed[z]
+        return unread
+
     def _give_up(self, x: Ints, y: Ints, order: Ints, solution: Solution, keep: Bools) -> Equations:
         """Fix one factor of the earliest products whose factors are both free."""
         first = order == order.min()
         held = np.zeros(int(solution.component.max()) + 1, dtype=np.bool_)
         held[solution.component[: len(keep)][keep]] = True
         x_held, y_held = held[solution.component[x[first]]], held[solution.component[y[first]]]
-        chosen = np.where(x_held & ~y_held, y[first], x[first])
-        reason = Reason("it is multiplied by another scaled tensor, which keeps the scale", "mul", "", int(order.min()))
+        fewer = len(np.unique(y[first])) < len(np.unique(x[first]))  # a number per head, of channels
+        chosen = np.where(x_held & (~y_held | fewer), y[first], x[first])
+        reason = Reason(KEPT, "mul", "", int(order.min()))
         return _equations(chosen, np.full(len(chosen), self.fixed(reason)), 1.0, order[first])
 
 

@@ -120,7 +120,7 @@ EXPECTED: dict[str, list[str]] = {
     "bias_view": ["other 1 x 4 w.0 k.1x2 -> o.weight.1 +bias"],
     "param_scalar": ["other 1 x 4 a.weight.0 a.bias.0 -> b.weight.1 +bias"],
     "param_scalar_add": [],
-    "linear_attention": [],
+    "linear_attention": ["R2 1 x 4 v.weight.0 v.bias.0 -> o.weight.1 +bias"],
     "max_dim": [],
     "topk_values": [],
     "sort_values": [],

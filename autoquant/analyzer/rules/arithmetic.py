@@ -187,7 +187,7 @@ def rotate_bias_of(a: RotationAnalysis, norm: str | None, bias: Param, site: Sit
 def scale_multiply(a: ScaleAnalysis, site: Site, x: Value, y: Value, **kwargs: Value) -> Value:
     left, right = a.labels(site, x), a.labels(site, y)
     a.meet(site, left, right)
-    return a.variables.product(left, right, site.order)
+    return a.variables.product(left, right, site.order, stored=left.shape != right.shape)
 
 
 @scale_rule("div", says=product_sentence)
@@ -211,6 +211,11 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
             and torch.equal(x.instances, y.instances)
         ):
             return rotate_squared(a, site, x)
+        for one, other, node in ((x, y, site.node.args[1]), (y, x, site.node.args[0])):
+            if site.operator == "mul" and other.coordinates.shape[-1] == 1 and varies(one.coordinates, -1):
+                # Numbers that are made of another vector, each for a whole one: a gate per head, the keys of a state.
+                a.end(site, [other], "it is multiplied by another activation")
+                return rotate_scaled(a, site, one, unexpanded(node, Dynamic(vector_shape(other), torch.float32)))
         return a.end(site, [x, y], "it is multiplied by another activation")
     vector, factor = (y, x) if isinstance(y, (Vector, Square, Mean)) else (x, y)
     if isinstance(vector, Square):
@@ -230,10 +235,10 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
 
 
 def _along_channels(vector: Vector, shape: Sequence[int]) -> bool:
-    """True if numbers of ``shape`` are as many as there are channels, and differ along an axis on which these lie."""
+    """True if numbers of ``shape`` are as many as there are channels, and differ along all axes on which these lie."""
     sizes = (1,) * (vector.coordinates.ndim - len(shape)) + tuple(shape)
-    along = any(size > 1 and varies(vector.coordinates, d) for d, size in enumerate(sizes))
-    return along and int(np.prod(shape)) == len(torch.unique(vector.coordinates))
+    along = [size > 1 for d, size in enumerate(sizes) if varies(vector.coordinates, d)]
+    return any(along) and all(along) and int(np.prod(shape)) == len(torch.unique(vector.coordinates))
 
 
 def rotate_scaled(a: RotationAnalysis, site: Site, vector: Vector, factor: Value) -> Value:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from autoquant.analyzer.rotation_state import (
     varies,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
+from autoquant.analyzer.rules.contractions import spread
 from autoquant.analyzer.rules.gains import behind_gain
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.scale_state import ScaleAnalysis, Scores, shape_of
@@ -93,7 +96,7 @@ def rotate_flex(
 
 def scale_cancel(a: ScaleAnalysis, site: Site, queries: Tensor, keys: Tensor) -> None:
     """``sum_d q[.., t, d] k[.., s, d]`` is unchanged when k's scale is one over q's, channel by channel."""
-    if _is_attention(site.node):
+    if is_attention(site.node):
         heads = queries.shape[-3] if queries.ndim > 2 else 1
         kv_heads = len(torch.unique(keys.transpose(0, -3).flatten(1), dim=0)) if keys.ndim > 2 else 1
         a.scores.append(Scores(site, heads, kv_heads, queries.shape[-1]))
@@ -103,11 +106,67 @@ def scale_cancel(a: ScaleAnalysis, site: Site, queries: Tensor, keys: Tensor) ->
     a.cancelled.append(torch.unique(q))
 
 
+def scale_states(a: ScaleAnalysis, site: Site, sides: Sequence[Tensor], terms: Sequence[str], result: str) -> Value:
+    """A product of two activations that both may have scales and are no scores: ``k v``, which is stored, has both.
+
+    Queries that read it cancel the scales of the keys, and leave those of the values. None for anything else.
+    """
+    summed = "".join(c for c in dict.fromkeys("".join(terms)) if c not in result)
+    both = list(zip(sides, terms, strict=True))
+    sizes = [max(n for side, term in both for n in (1, *_varying(side, term, c))) for c in result]
+    if is_attention(site.node) or math.prod(sizes) > MAX_STORED:
+        return None
+    if not any(_varying(side, term, c) for side, term in both for c in summed):  # tokens are summed
+        one, other = (_without(a, site, side, term, result) for side, term in both)
+        return a.variables.product(one, other, site.order, stored=True).expand(site.shape)
+    for (stored, term), (queries, own) in (both, both[::-1]):
+        factors = _factors(a, stored)
+        keys = [f for f in factors if any(_varying(f, term, c) for c in summed)]
+        values = [f for f in factors if not any(_varying(f, term, c) for c in summed)]
+        if not keys or not values:
+            continue
+        union = term + "".join(c for c in own if c not in term)
+        met = spread(reduce(lambda x, y: a.variables.product(x, y, site.order), keys), term, union)
+        a.variables.equal(spread(queries, own, union), met, site.order, ratio=-1.0)
+        a.cancelled.append(torch.unique(queries))
+        left = reduce(lambda x, y: a.variables.product(x, y, site.order), values)
+        return _without(a, site, left, term, result).expand(site.shape)
+    return None
+
+
+def _varying(labels: Tensor, term: str, letter: str) -> tuple[int, ...]:
+    """The size of the dimension that has a letter, if there is one and the labels change along it."""
+    return tuple(labels.shape[d] for d, c in enumerate(term) if c == letter and varies(labels, d))
+
+
+def _without(a: ScaleAnalysis, site: Site, labels: Tensor, term: str, result: str) -> Tensor:
+    """Labels of a sum over the dimensions that ``result`` has not, in the order of the others there."""
+    merged = a.variables.merge_along(labels, [d for d, c in enumerate(term) if c not in result], site.order)
+    return spread(merged, "".join(c for c in term if c in result), result)
+
+
+def _factors(a: ScaleAnalysis, labels: Tensor) -> list[Tensor]:
+    """The labels of all that was multiplied."""
+    found = a.variables.factors(labels)
+    return [labels] if found is None else [factor for side in found for factor in _factors(a, side)]
+
+
+MAX_STORED = 1 << 20
+"""Most elements of a state whose scales are products of two."""
+
+
 def rotate_summed_over_tokens(a: RotationAnalysis, site: Site, values: Vector) -> Value:
     """Sums of vectors with coefficients per position of the result: every axis but the last has its own."""
     dim = values.coordinates.ndim - 2
     if varies(values.coordinates, dim):
-        return a.end(site, [values], "its channels are summed")
+        if values.gain is not None or not varies(values.coordinates, -1):
+            note_lost_values(a, site, values)
+            return a.end(site, [values], "its channels are summed")
+        # Tokens of several streams, each with values of its own: all are rotated alike.
+        shape = (*values.coordinates.shape[:-1], 1)
+        keys = torch.arange(math.prod(shape)).view(shape).expand(values.coordinates.shape)
+        a.split(values, keys, site.because("its channels are multiplied by different factors"))
+        values = a.added_along(site, replace(values, factors=values.times(keys)), [dim])
 
     def added(values: Vector) -> Vector:
         a.stay_apart(site, values)
@@ -123,7 +182,16 @@ def rotate_summed_over_tokens(a: RotationAnalysis, site: Site, values: Vector) -
     return behind_gain(a, site, values, [dim], added, lambda index: index.expand(site.shape))
 
 
-def _is_attention(node: torch.fx.Node) -> bool:
+def weights_of(site: Site, values: Value, summed: Sequence[int]) -> bool:
+    """True if ``values``, which another activation is multiplied with, are vectors along their last axis of which
+    whole ones are added along ``summed``: what is stored under keys, or read by queries. Not the scores of attention.
+    """
+    if not isinstance(values, Vector) or values.coordinates.ndim < 2 or not varies(values.coordinates, -1):
+        return False
+    return not any(varies(values.coordinates, dim) for dim in summed) and not is_attention(site.node)
+
+
+def is_attention(node: torch.fx.Node) -> bool:
     """True if the scores go through a softmax before anything else is multiplied by them."""
     queue, seen = [node], {node}
     while queue:
@@ -134,6 +202,17 @@ def _is_attention(node: torch.fx.Node) -> bool:
         seen.update(users)
         queue.extend(users[: MAX_STEPS - len(seen)])
     return False
+
+
+def note_lost_values(a: RotationAnalysis, site: Site, values: Vector) -> None:
+    """Values of attention that end here are said to be lost; of other sums nobody expects a rotation."""
+    queue = list(site.node.all_input_nodes)
+    for found in queue:
+        if operator_name(found) in {"softmax", "_softmax"}:
+            a.values.append((site, values.coordinates))
+            return
+        if operator_name(found) not in PRODUCTS and found.op == "call_function":
+            queue += found.all_input_nodes[: MAX_STEPS - len(queue)]
 
 
 MAX_STEPS = 64

@@ -14,7 +14,7 @@ from autoquant.analyzer.rotation_state import (
     Vector,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
-from autoquant.analyzer.rules.attention import scale_cancel
+from autoquant.analyzer.rules.attention import scale_cancel, scale_states, weights_of
 from autoquant.analyzer.rules.contractions import (
     combined,
     rotate_contraction,
@@ -72,6 +72,9 @@ def scale_cancelling(
     """Queries meet keys: along what is summed, their scales must cancel."""
     for side in labels:
         a.mixed(side)
+    stored = scale_states(a, site, labels, terms, result)
+    if stored is not None:
+        return stored
     (x, y), (left, right) = labels, terms
     summed = [c for c in left if c in right and c not in result]
     if len(summed) != 1 or any(c not in right + result for c in left) or any(c not in left + result for c in right):
@@ -142,4 +145,10 @@ def rotate_einsum(a: RotationAnalysis, site: Site, equation: str, operands: Valu
     if len(vectors) == 1 and len(operands) == 1 + len(others) <= 2:
         coefficients = letters[others[0]] if others else ""
         return rotate_weighted(a, site, operands[vectors[0]], letters[vectors[0]], coefficients, result)
+    for n in vectors if len(vectors) == len(operands) == 2 else ():
+        term, coefficients = letters[n], letters[1 - n]
+        summed = [d for d, c in enumerate(term) if c not in result]
+        if term[-1] == result[-1] and term[-1] not in coefficients and weights_of(site, operands[n], summed):
+            a.end(site, [operands[1 - n]], "it is a product of two activations")
+            return rotate_weighted(a, site, operands[n], term, coefficients, result)
     return a.end(site, list(operands), "it is a product of two activations")

@@ -18,7 +18,7 @@ from autoquant.analyzer.rotation_state import (
     fresh_instances,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
-from autoquant.analyzer.rules.attention import rotate_summed_over_tokens, scale_cancel
+from autoquant.analyzer.rules.attention import rotate_summed_over_tokens, scale_cancel, scale_states, weights_of
 from autoquant.analyzer.rules.contractions import (
     read_apart,
     rotate_contraction,
@@ -79,6 +79,9 @@ def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
     if terms is not None and isinstance(x, Param):
         return rotate_contraction(a, site, y, x, *terms)
     if isinstance(y, Vector) and isinstance(x, (Dynamic, Constant)):
+        return rotate_summed_over_tokens(a, site, y)
+    if isinstance(x, Vector) and weights_of(site, y, [-2]):
+        a.end(site, [x], "it is a product of two activations")
         return rotate_summed_over_tokens(a, site, y)
     return a.end(site, [x, y], "it is a product of two activations")
 
@@ -178,8 +181,12 @@ def scale_activations(a: ScaleAnalysis, site: Site, x: Value, y: Value, bias: Va
     elif a.variables.all_fixed(right):
         out = a.variables.merge_along(left, [left.ndim - 1], site.order, keepdim=True).expand(site.shape)
     else:
-        scale_cancel(a, site, left, right.transpose(-1, -2))
-        out = a.fixed(site.shape, reason)
+        batch = ascii_lowercase[: len(site.shape) - 2]
+        terms = [batch[len(batch) + 2 - side.ndim :] + own for side, own in ((left, "yz"), (right, "zx"))]
+        stored = scale_states(a, site, (left, right), terms, f"{batch}yx")
+        if stored is None:
+            scale_cancel(a, site, left, right.transpose(-1, -2))
+        out = a.fixed(site.shape, reason) if stored is None else stored
     return out if bias is None else a.variables.merge(out, a.labels(site, bias), site.order)
 
 
