@@ -6,6 +6,7 @@ compares CPU seconds, which other work on the machine hardly changes, with those
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -91,4 +92,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1]) if len(sys.argv) > 1 else main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", help="a folder with a config.json to analyse alone, printed as JSON")
+    folder = parser.parse_args().folder
+    main() if folder is None else measure(folder)
