@@ -236,7 +236,7 @@ class RotationAnalysis:
     def _join(
         self, site: Site, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
     ) -> Value:
-        parts = [self._as_vector(site, p) for p in args[0] if 0 not in shape_of(p)]
+        parts = [self.as_vector(site, p) for p in args[0] if 0 not in shape_of(p)]
         rest = [_plain(arg) for arg in args[1:]]
         vectors = [p for p in parts if isinstance(p, Vector)]
         if len(vectors) + sum(map(is_nothing, parts)) < len(parts) or not vectors:
@@ -281,7 +281,7 @@ class RotationAnalysis:
         labels = self.axes.axis(param, 1, "row", site.because("it is a table"), stacked=False)
         return labels.expand(param.shape)
 
-    def _as_vector(self, site: Site, part: Value) -> Value:
+    def as_vector(self, site: Site, part: Value) -> Value:
         """A parameter that is one vector or several, such as class tokens and registers, is written by itself."""
         if not isinstance(part, Param) or not part.shape:
             return part
@@ -290,7 +290,7 @@ class RotationAnalysis:
 
     def part(self, site: Site, x: Value, dim: int) -> Value:
         """Runs of what lies along ``dim``, as long as the data say: any of it may be in any of them."""
-        vector = self._as_vector(site, x)
+        vector = self.as_vector(site, x)
         if not isinstance(vector, Vector):
             return self.end(site, [x], NO_ROTATION)
         dim %= vector.coordinates.ndim

@@ -79,7 +79,7 @@ def rotate_norm(
     eps: Value = None,
     *args: Value,
 ) -> Value:
-    layer = site.operator == "layer_norm"
+    layer, x = site.operator == "layer_norm", a.as_vector(site, x)
     if not layer:
         bias, eps = None, bias  # rms_norm has no bias
     elif eps is None:

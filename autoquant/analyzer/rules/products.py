@@ -131,6 +131,8 @@ def scale_baddbmm(a: ScaleAnalysis, site: Site, bias: Value, x: Value, y: Value,
 
 def scale_product(a: ScaleAnalysis, site: Site, x: Value, w: Value, contracted: int, bias: Value = None) -> Value:
     """``x @ w`` with a parameter ``w``; ``contracted`` is the dimension of ``w`` that is summed over."""
+    if isinstance(x, Param) and site.operator == "linear":
+        x = a.labels(site, x)  # learned tokens: what a linear is given is no weight
     if not isinstance(x, (Tensor, Constant, Dynamic)) or not isinstance(w, Param):
         return a.block(site, [x, w, bias], "both factors are parameters")
     output = len(w.shape) - 1 if contracted == len(w.shape) - 2 else len(w.shape) - 2
@@ -195,6 +197,7 @@ def rotate_product(
 ) -> Value:
     if not isinstance(w, Param) or len(w.shape) < 2:
         return a.end(site, [x, w, bias], sentence_of_product(site))
+    x = a.as_vector(site, x) if site.operator == "linear" else x
     ndim = len(w.shape)
     output = ndim - 1 if contracted == ndim - 2 else ndim - 2
     weight = replace(w, key=key or w.key)
@@ -202,28 +205,38 @@ def rotate_product(
     if found is None:
         return a.end(site, [x, w, bias], "rows and columns of the weight are mixed by a reshape")
     columns, rows = (found.columns[0], found.rows[0]) if key else (found.columns, found.rows)
+    vector = isinstance(bias, Param) and len(bias.full_shape) == 1
+    beside = vector and _lies_beside(a, bias, w, found.row_dim, rows)
     if isinstance(x, Vector):
         if not key and found.rows.ndim > 1:
             read_apart(a, site, x, range(x.coordinates.ndim - 2))
-        rotate_read(a, site, x, columns, found, w.name, bias)
+        rotate_read(a, site, x, columns, found, w.name, bias if beside or not vector else None)
     else:
         a.variables.fix(columns, site.because("it also reads what is not rotated"))
         a.end(site, [x], NO_ROTATION)
     rows = rows.unsqueeze(-2).expand(site.shape) if rows.ndim > 1 else rows.expand(site.shape)
-    if isinstance(bias, Param) and not bias.views and len(bias.full_shape) == 1:
+    if isinstance(bias, Param) and beside:
         labels = a.axes.leaf(bias, 0, site.because("it is a bias"))
         rows = a.variables.merge(rows, labels, site.order) if labels is not None else rows
     elif bias is not None:
         rows_vector = Vector(rows, fresh_instances(rows))
         return a.end(site, [rows_vector, bias], "a tensor that is not rotated is added")
     out = Vector(rows, fresh_instances(rows))
-    if not weight.key and len(w.full_shape) == 2 and isinstance(bias, (Param, type(None))):
+    if not weight.key and len(w.full_shape) == 2 and (bias is None or not bias.views):
         a.products[site.node] = Product(w.name, found.row_dim, None if bias is None else bias.name)
     if not key and found.rows.ndim > 1:  # a matrix for each part of the input: its rows read that part alone
         lead = found.rows.shape[:-1]
         keys = torch.arange(lead.numel()).view(*lead, 1, 1).expand(site.shape)
         a.split(out, keys, site.because("its channels are made of different vectors"))
     return out
+
+
+def _lies_beside(a: RotationAnalysis, bias: Param, w: Param, dim: int, rows: Tensor) -> bool:
+    """True if a bias is whole, or the part of one that belongs to the rows: packed queries, keys and values."""
+    if not bias.views:
+        return True
+    place = a.axes.place(w.name, dim, rows)
+    return place is not None and torch.equal(place, bias.replay(torch.arange(bias.full_shape[0])))
 
 
 def sentence_of_product(site: Site) -> str:
