@@ -239,8 +239,11 @@ def _rotation_reason(rotations: Rotations, ids: Ints, order: int) -> Reason:
             return _placed(rotations.interpreter, reason)
     for split in analysis.splits:  # the one into most parts: heads are apart anyway where each channel is
         here = np.isin(solution.component[split.labels], mine)
-        if here.any() and len(np.unique(split.keys[here])) > parts:
-            finest, parts = split.reason, len(np.unique(split.keys[here]))
+        components, place = np.unique(solution.component[split.labels[here]], return_inverse=True)
+        seen = np.zeros(len(components), dtype=np.int64)
+        np.add.at(seen, place, split.keys[here])
+        if len(np.unique(seen)) > parts:
+            finest, parts = split.reason, len(np.unique(seen))
     return finest or _placed(rotations.interpreter, Reason(ALONE, "", "", order))
 
 

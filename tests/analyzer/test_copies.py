@@ -78,3 +78,21 @@ def test_each_token_has_the_copies_in_one_order(name: str) -> None:
     findings = proved(graph(mixed, ((0, 2), (1, 3))), X)
     found = [(space.size, space.writers[0].path) for space in findings.spaces]
     assert found == ([(2, "up.weight")] if name in ("none moves", "both copies") else [])
+
+
+def test_a_gate_of_each_channel_is_the_reason_also_where_heads_share_values() -> None:
+    """Heads that share values make copies, which see factors of their own too: that is not what is in the way."""
+
+    def function(s: Graph, x: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (-1, 2)).transpose(1, 2)
+
+        shared = heads(s.v(x)).expand(-1, 2, -1, -1)
+        y = functional.scaled_dot_product_attention(heads(s.q(x)), heads(s.k(x)), shared)
+        read: Tensor = s.o(y.transpose(1, 2).flatten(-2) * s.gate(x).sigmoid())
+        return read
+
+    findings = proved(Graph(function, q=lin(), k=lin(), v=lin(4, 2), gate=lin(), o=lin()), X)
+    assert findings.spaces == ()
+    refused = {blocked.reason for blocked in findings.blocked if blocked.what == "rotation"}
+    assert refused == {"its channels are multiplied by different factors"}
