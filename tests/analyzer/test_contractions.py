@@ -341,3 +341,17 @@ def test_rows_of_one_weight_read_and_others_of_it_write() -> None:
         "    w.0[4..7]",
         " -> down.weight.1 +bias",
     ]
+
+
+def test_a_linear_over_tokens_is_named_as_what_ends_the_stream() -> None:
+    """MLP-Mixer: it reads the same channel of all tokens, and not the gains of the norm before it."""
+
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        made: Tensor = s.back(functional.gelu(s.over(x.mT))).mT
+        return made
+
+    findings = proved(stream(inner, over=lin(3, 5), back=lin(5, 3)), TOKENS)
+    assert spaces(findings) == []
+    assert [entry.reason for entry in findings.blocked if entry.path == "emb"] == [
+        "its tokens are read together, each channel by itself"
+    ]

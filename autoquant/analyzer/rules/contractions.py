@@ -255,6 +255,12 @@ def rotate_read(
     if found.column_dim < 0:
         a.end(site, [x], f"what is read of {weight} lies along several of its dimensions")
         return
+    many = [d for d in range(x.coordinates.ndim) if varies(x.coordinates, d)]
+    if labels is None and columns.ndim == 1 and columns.shape[0] > 1 and many and x.coordinates.ndim - 1 not in many:
+        text = "its tokens are read together, each channel by itself"
+        a.end(site, [x], text)
+        a.variables.fix(columns, site.because(text))
+        return
     real = x.coordinates != ZERO
     one = torch.where(real, x.instances, x.instances.amax(-1, keepdim=True))
     if bool((one != one[..., :1]).any()):
