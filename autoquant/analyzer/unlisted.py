@@ -30,14 +30,16 @@ def unlisted(
     """
     tied = {name: names for names in captured.aliases for name in names}
     known = {other for name in _known(analysis) for other in tied.get(name, (name,))}
-    paths = {entry.path for entry in blocked}
+    entries = tuple(blocked)
+    paths = {entry.path for entry in entries}
+    around = {entry.path for entry in entries if entry.what == "smoothing"}  # values lost tell nothing of weights
     uses = analysis.scales.analysis.axes.uses
     found: dict[Blocked, None] = {}
     for name, parameter in module.named_parameters():
         names = tied.get(name, (name,))
         found_uses = {how: reason for one in names for how, reason in uses(one).items()}
         claimed = known.intersection(names) and SEVERAL not in found_uses  # else it is claimed, and no linear
-        if parameter.dim() < 2 or claimed or any(_covered(one, paths) for one in names):
+        if parameter.dim() < 2 or claimed or any(_covered(one, paths, around) for one in names):
             continue
         text, reason = _why(found_uses)
         operator, at = ("forward", module_of(name)) if reason is None else (qualified(reason.operator), reason.at)
@@ -55,10 +57,10 @@ def _known(analysis: Analysis) -> Iterator[str]:
         yield from (slot.path for slot in space.writers)
 
 
-def _covered(name: str, paths: set[str]) -> bool:
-    """True if the parameter, its module or a module around it is blocked already."""
+def _covered(name: str, paths: set[str], around: set[str]) -> bool:
+    """True if the parameter or its module is blocked already, or all that a module around it holds."""
     parts = name.split(".")
-    return any(".".join(parts[:end]) in paths for end in range(1, len(parts) + 1))
+    return bool(paths & {name, module_of(name)}) or any(".".join(parts[:end]) in around for end in range(1, len(parts)))
 
 
 def _why(uses: dict[str, Reason]) -> tuple[str, Reason | None]:

@@ -84,3 +84,23 @@ def test_a_weight_that_is_no_matrix_is_listed_beside_its_claims_and_the_config_f
     assert config.rotation.spaces[0].reads[0].readers[0].path == "w"
     assert [(b.reason, b.operator) for b in config.blocked if b.path == "w"] == [(NO_MATRIX, qualified("tensordot"))]
     assert problems(config) == []
+
+
+def test_a_weight_is_listed_though_the_values_of_its_module_are_lost() -> None:
+    """What is said of a module's rotation tells nothing of the weights in it."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.o = par(4, 2, 2), lin()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            v = torch.einsum("btc,chd->bhtd", x, self.v)
+            return self.o(functional.scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(2))
+
+    model = Graph(lambda s, t: s.head(s.att(s.emb(t))), emb=nn.Embedding(8, 4), head=lin(), att=Attention())
+    config = analyze(ModelSource("made", factory=lambda: (model, (TOKENS,)))).config
+    assert {b.path: b.reason for b in config.blocked if b.what == "rotation"}["att"].endswith(
+        "several of its dimensions"
+    )
+    assert {b.path: b.reason for b in config.blocked if b.what == "smoothing"}["att.v"] == NO_MATRIX
