@@ -425,7 +425,11 @@ def _space(
         slot = _for_all(slot, family.full_shape)
         readers = [read for read in _reads(analysis, family) if _takes(read, ids[here])]
         if not readers:
-            writers.append(Writer(**slot.model_dump(), fold_norm=analysis.folded.get(family.param)))
+            folded = analysis.folded.get(family.param)
+            if folded is not None and slot.index is not None:
+                text = f"{folded.weight or folded.bias} is folded into all of its channels, which are rotated in parts"
+                return Reason(text, "embedding", "", family.order)
+            writers.append(Writer(**slot.model_dump(), fold_norm=folded))
             continue
         gain = readers[0].gain
         channels = size * len(rank_of_block)

@@ -405,7 +405,8 @@ def apply(vector: Vector, move: Callable[[Tensor], Value]) -> Value:
             Vector(c, i, vector.gain, g, None, vector.centred, f, vector.origin)
             for c, i, g, f in zip(coordinates, instances, index or none, factors or none, strict=True)
         )
-    table = vector.table if coordinates.shape == vector.coordinates.shape else None
+    # A norm can be folded into the table of what it normalises only where its channels lie as they do there.
+    table = vector.table if vector.table is not None and torch.equal(coordinates, vector.coordinates) else None
     return Vector(coordinates, instances, vector.gain, index, table, vector.centred, factors, vector.origin)
 
 

@@ -75,8 +75,11 @@ def check(built: Built) -> Checked:
     except Exception as error:  # whatever the analyzer raises on a valid program is a finding
         return Checked(counts, frozenset(), 0.0, Failure("error", f"{type(error).__name__}: {error}"))
     met = operators_in(graph)
-    missed = [plant for plant in module.plants if not _found(plant, findings)]
-    counts.update(groups=len(findings.groups), spaces=len(findings.spaces), found=len(module.plants) - len(missed))
+    idle = [plant for plant in module.plants if not _found(plant, findings) and not matters(built, plant)]
+    plants = [plant for plant in module.plants if plant not in idle]
+    missed = [plant for plant in plants if not _found(plant, findings)]
+    counts["planted"] = len(plants)
+    counts.update(groups=len(findings.groups), spaces=len(findings.spaces), found=len(plants) - len(missed))
     counts.update(exported="p0" not in graph.subgraphs[0].inputs)
     failure = (
         Failure(f"missed {missed[0].what} of a {missed[0].kind}", f"{missed[0]}\n{text(findings)}") if missed else None
@@ -92,6 +95,15 @@ def check(built: Built) -> Checked:
             counts["wrong"] += 1
             return Checked(counts, met, worst, Failure("wrong", f"{outcome}\n{text(findings)}"))
     return Checked(counts, met, worst, failure)
+
+
+def matters(built: Built, plant: Plant) -> bool:
+    """True if the outputs are made of what was planted, and not of its shape alone (``expand_as``)."""
+    changed = copy.deepcopy(built.network)
+    with torch.no_grad():
+        for path in (*plant.sources, *plant.targets):
+            changed.get_parameter(path).neg_().add_(1)
+        return change_of(outputs_of(changed(built.tokens)), outputs_of(built.network(built.tokens))) > TOLERANCE
 
 
 def jumps(built: Built) -> bool:

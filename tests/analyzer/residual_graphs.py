@@ -268,6 +268,19 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    "emb_turned_before_its_norm": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.o(s.n2(h + s.p(h))))(s.n(s.e(i).roll(1, -1))),
+            **{"n": rms_norm(), "n2": rms_norm(), "o": lin(), "p": lin()},
+        ),
+        IDS,
+    ),
+    "emb_folded_in_parts": lambda: (
+        embedded(
+            lambda s, i: (lambda h: s.a(h[..., :2]) + s.b(h[..., 2:]))(s.n(s.e(i))), n=rms_norm(), a=lin(2), b=lin(2)
+        ),
+        IDS,
+    ),
     "emb_folded_then_tied": lambda: (tied(), IDS),
     "read_again_as_tokens": lambda: (
         embedded(

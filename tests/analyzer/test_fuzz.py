@@ -10,15 +10,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fuzzer import NOT_COVERED, TOLERANCE, alone, check, jumps, minimal, operators_in, report, run, table
+from fuzzer import NOT_COVERED, TOLERANCE, alone, check, jumps, matters, minimal, operators_in, report, run, table
 from program_blocks import BLOCKS, CATALOGUE, PLANTS, WEIGHTS
 from program_expressions import FAMILIES
-from programs import Built, InvalidError, Program, Step, build, draw
+from programs import Built, InvalidError, Plant, Program, Step, build, draw
 from recorder import MutationError, captured, record
+from torch import nn
 
 from autoquant.analyzer.analysis import analyse
 from autoquant.analyzer.rules import ROTATIONS, SCALES, Rule, Rules
@@ -69,6 +71,24 @@ def test_a_program_that_rounding_alone_changes_is_not_judged() -> None:
         total += checked.counts
     assert total["not judged"] > 0 == total["wrong"]
     assert not any(jumps(draw(CATALOGUE, WEIGHTS, seed)) for seed in range(20))
+
+
+class Chain(nn.Module):
+    """A planted chain whose result is used, or only its shape."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.used = nn.Linear(4, 4), nn.Linear(4, 4), used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.b(self.a(x))
+        return made if self.used else x[:1].expand_as(made)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_what_gives_its_shape_alone_is_not_counted_as_planted(used: bool) -> None:
+    built: Any = SimpleNamespace(network=Chain(used), tokens=torch.ones(2, 4))
+    assert matters(built, Plant("group", "chain", ("a.weight",), ("b.weight",))) == used
 
 
 def test_every_operator_of_the_table_is_in_some_program() -> None:

@@ -200,6 +200,8 @@ EXPECTED: dict[str, list[str]] = {
     "emb_twice_folded": ["R1 1 x 4 e.weight.1 -> rms(n.weight) o.weight.1 +bias -> rms(n2.weight) p.weight.1 +bias"],
     "emb_twice_folded_same": ["R1 1 x 4 e.weight.1 -> rms(n.weight) o.weight.1 +bias p.weight.1 +bias"],
     "emb_folded_norm_reused": [],
+    "emb_turned_before_its_norm": [],
+    "emb_folded_in_parts": [],
     "emb_folded_then_tied": [
         "R1 1 x 4 e.weight.1 b.weight.0 b.bias.0 -> rms(n2.weight) b.weight.1 +bias -> rms(n.weight) h.weight.1"
     ],
@@ -265,6 +267,7 @@ WHY: dict[str, str] = {
     "ln_and_raw": "e: its mean is subtracted for some of its readers only (aten.linear)",
     "ln_and_rms": "e: its mean is subtracted for some of its readers only (aten.linear)",
     "length_then_ln": "e: its length is taken before its mean is subtracted (aten.rms_norm)",
+    "emb_folded_in_parts": "e: n.weight is folded into all of its channels, which are rotated in parts (aten.embedding)",
     "emb_folded_norm_reused": "e: the parameter is used in different ways: as a gain and as a gain of e.weight (aten.rms_norm)",
     "read_again_as_tokens": "e: channels of different vectors are read together (aten.linear)",
     "table_is_head_of_a_layer_norm": "e: e.weight is written too, and could not be centred for that without being read otherwise (aten.linear)",

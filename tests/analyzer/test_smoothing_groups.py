@@ -278,6 +278,11 @@ EXPECTED: dict[str, list[str]] = {
     "emb_twice_folded": ["norm_linear 4 n.weight.0 -> o.weight.1", "norm_linear 4 n2.weight.0 -> p.weight.1"],
     "emb_twice_folded_same": ["norm_linear 4 n.weight.0 -> o.weight.1 p.weight.1"],
     "emb_folded_norm_reused": [],
+    "emb_turned_before_its_norm": ["norm_linear 4 n2.weight.0 -> o.weight.1"],
+    "emb_folded_in_parts": [
+        "norm_linear 2 n.weight.0[0..1] -> a.weight.1",
+        "norm_linear 2 n.weight.0[2..3] -> b.weight.1",
+    ],
     "emb_folded_then_tied": ["norm_linear 4 n2.weight.0 -> b.weight.1", "norm_linear 4 n.weight.0 -> h.weight.1"],
     "token_mix": ["norm_linear 4 n.weight.0 -> o.weight.1"],
     "token_mean": ["norm_linear 4 n.weight.0 -> o.weight.1"],
