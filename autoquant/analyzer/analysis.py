@@ -237,6 +237,7 @@ def _rotation_reason(rotations: Rotations, ids: Ints, order: int) -> Reason:
     for components, reason in rotations.lost:
         if np.isin(mine, components).any():
             return _placed(rotations.interpreter, reason)
+    copies = None
     for split in analysis.splits:  # the one into most parts: heads are apart anyway where each channel is
         here = np.isin(solution.component[split.labels], mine)
         components, place = np.unique(solution.component[split.labels[here]], return_inverse=True)
@@ -244,7 +245,9 @@ def _rotation_reason(rotations: Rotations, ids: Ints, order: int) -> Reason:
         np.add.at(seen, place, split.keys[here])
         if len(np.unique(seen)) > parts:
             finest, parts = split.reason, len(np.unique(seen))
-    return finest or _placed(rotations.interpreter, Reason(ALONE, "", "", order))
+        elif len(np.unique(split.keys[here])) > 1:
+            copies = copies or split.reason
+    return finest or copies or _placed(rotations.interpreter, Reason(ALONE, "", "", order))
 
 
 def _blocked(path: str, what: str, reason: Reason) -> Blocked:

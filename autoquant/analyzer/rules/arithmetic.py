@@ -212,7 +212,7 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
         ):
             return rotate_squared(a, site, x)
         for one, other, node in ((x, y, site.node.args[1]), (y, x, site.node.args[0])):
-            if site.operator == "mul" and other.coordinates.shape[-1] == 1 and varies(one.coordinates, -1):
+            if site.operator == "mul" and other.coordinates.shape[-1:] == (1,) and varies(one.coordinates, -1):
                 # Numbers that are made of another vector, each for a whole one: a gate per head, the keys of a state.
                 a.end(site, [other], "it is multiplied by another activation")
                 return rotate_scaled(a, site, one, unexpanded(node, Dynamic(vector_shape(other), torch.float32)))
