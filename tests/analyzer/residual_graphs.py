@@ -244,6 +244,16 @@ RESIDUAL: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         IDS,
     ),
+    **{
+        f"norm_before_addmm_with_beta_{beta}": lambda beta=beta: (
+            embedded(
+                lambda s, i: torch.addmm(s.c, s.n(s.b(s.e(i)))[0], s.m, beta=beta),
+                **{"b": lin(), "n": nn.LayerNorm(4), "m": par(4, 4), "c": par(4)},
+            ),
+            IDS,
+        )
+        for beta in (1, 0.5)
+    },
     "ln_only_bias": lambda: (
         embedded(lambda s, i: (lambda h: s.b(s.n(h)))(s.e(i)), n=nn.LayerNorm(4, elementwise_affine=False), b=lin()),
         IDS,

@@ -196,6 +196,11 @@ EXPECTED: dict[str, list[str]] = {
     "pictures_and_newlines": ["R1 1 x 4 e.weight.1 v.weight.0 v.bias.0 newline.0 -> rms(n.weight) o.weight.1 +bias"],
     "length_then_ln": [],
     "ln_then_length": ["R1 1 x 4 centred e.weight.1 -> layer() b.weight.1 +bias"],
+    "norm_before_addmm_with_beta_1": [
+        "R1 1 x 4 e.weight.1 -> b.weight.1 +bias",
+        "other 1 x 4 centred b.weight.0 b.bias.0 -> layer(n.weight, n.bias) m.0 +bias",
+    ],
+    "norm_before_addmm_with_beta_0.5": ["R1 1 x 4 e.weight.1 -> b.weight.1 +bias"],
     "ln_only_bias": ["R1 1 x 4 centred e.weight.1 -> layer() b.weight.1 +bias"],
     "emb_twice_folded": ["R1 1 x 4 e.weight.1 -> rms(n.weight) o.weight.1 +bias -> rms(n2.weight) p.weight.1 +bias"],
     "emb_twice_folded_same": ["R1 1 x 4 e.weight.1 -> rms(n.weight) o.weight.1 +bias p.weight.1 +bias"],

@@ -274,6 +274,11 @@ EXPECTED: dict[str, list[str]] = {
     "pictures_and_newlines": ["norm_linear 4 n.weight.0 -> o.weight.1"],
     "length_then_ln": ["norm_linear 4 n.weight.0 n.bias.0 -> b.weight.1"],
     "ln_then_length": [],
+    "norm_before_addmm_with_beta_1": [
+        "linear_linear 4 e.weight.1 -> b.weight.1",
+        "norm_linear 4 n.weight.0 n.bias.0 -> m.0",
+    ],
+    "norm_before_addmm_with_beta_0.5": ["linear_linear 4 e.weight.1 -> b.weight.1"],
     "ln_only_bias": [],
     "emb_twice_folded": ["norm_linear 4 n.weight.0 -> o.weight.1", "norm_linear 4 n2.weight.0 -> p.weight.1"],
     "emb_twice_folded_same": ["norm_linear 4 n.weight.0 -> o.weight.1 p.weight.1"],

@@ -120,6 +120,8 @@ def scale_addmm(a: ScaleAnalysis, site: Site, bias: Value, x: Value, w: Value, *
 
 @rotation_rule("addmm", says=written_by_weight, without="dtype")
 def rotate_addmm(a: RotationAnalysis, site: Site, bias: Value, x: Value, w: Value, **kwargs: Value) -> Value:
+    if isinstance(x, Vector) and x.gain is not None and x.gain.bias is not None and set(kwargs.values()) - {1}:
+        return a.end(site, [x, w, bias], f"{x.gain.bias} cannot be folded into a bias that is multiplied")
     return rotate_product(a, site, x, w, 0, bias)
 
 
