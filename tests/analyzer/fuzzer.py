@@ -75,11 +75,11 @@ def check(built: Built) -> Checked:
     except Exception as error:  # whatever the analyzer raises on a valid program is a finding
         return Checked(counts, frozenset(), 0.0, Failure("error", f"{type(error).__name__}: {error}"))
     met = operators_in(graph)
-    idle = [plant for plant in module.plants if not _found(plant, findings) and not matters(built, plant)]
-    plants = [plant for plant in module.plants if plant not in idle]
-    missed = [plant for plant in plants if not _found(plant, findings)]
-    counts["planted"] = len(plants)
-    counts.update(groups=len(findings.groups), spaces=len(findings.spaces), found=len(plants) - len(missed))
+    lacking = [plant for plant in module.plants if not _found(plant, findings)]
+    missed = [plant for plant in lacking if matters(built, plant)]
+    plants = len(module.plants) - len(lacking) + len(missed)
+    counts["planted"] = plants
+    counts.update(groups=len(findings.groups), spaces=len(findings.spaces), found=plants - len(missed))
     counts.update(exported="p0" not in graph.subgraphs[0].inputs)
     failure = (
         Failure(f"missed {missed[0].what} of a {missed[0].kind}", f"{missed[0]}\n{text(findings)}") if missed else None
