@@ -20,6 +20,7 @@ from autoquant.analyzer.layers import find_stacks
 from autoquant.calibration.layer_by_layer import in_step
 from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.windows import check_fit
+from autoquant.models.locate import owner_of
 from autoquant.models.reading import read
 from autoquant.models.structure import ModelStructure
 from autoquant.models.vocabulary import output_embedding, token_tables
@@ -169,7 +170,7 @@ class LayerByLayer:
                 stack.enter_context(observer.attached(model))
             outside = [name for name in self.inventory.shapes if not name.startswith(inside)]
             for name in tables.intersection(outside):
-                owner = model.get_submodule(name.rpartition(".")[0])
+                owner, _ = owner_of(model, name)
                 handle = owner.register_forward_pre_hook(partial(there.bring, (name,)))
                 stack.callback(handle.remove)
             there.put([name for name in outside if name not in tables])
@@ -253,16 +254,14 @@ def _pass(
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    module = model.get_submodule(owner)
-    buffer = module._buffers.get(last)
-    return module.get_parameter(last) if buffer is None else buffer
+    owner, last = owner_of(model, name)
+    buffer = owner._buffers.get(last)
+    return owner.get_parameter(last) if buffer is None else buffer
 
 
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, last = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if last in module._buffers:
-        module._buffers[last] = parameter.data
+    owner, last = owner_of(model, name)
+    if last in owner._buffers:
+        owner._buffers[last] = parameter.data
     else:
-        module.register_parameter(last, parameter)
+        owner.register_parameter(last, parameter)

@@ -12,9 +12,7 @@ pass showed smooths all of it, and in a second one, in float32, each layer is re
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,17 +28,19 @@ from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.runner import LayerByLayer, Progress, headless, layer_paths
 from autoquant.checkpoint.dtypes import Dtypes
 from autoquant.checkpoint.formats.native import Ready
-from autoquant.checkpoint.read_ahead import reading_ahead, to_host
+from autoquant.checkpoint.read_ahead import read_ahead, to_host
 from autoquant.checkpoint.streamed import Weights
 from autoquant.config.format import Config, SmoothingMethod, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import check_finite
+from autoquant.executor.online import check_installable, install_
 from autoquant.executor.pieces import execute
 from autoquant.executor.plan import Plan, Scales
 from autoquant.executor.resolved import Resolved, ResolvedGroup, check_not_learned
 from autoquant.models.caches import layers_share_cache
 from autoquant.models.device import computing_dtype
 from autoquant.models.load import build_empty
+from autoquant.models.locate import WRAPPED
 from autoquant.models.structure import record_untied_
 from autoquant.pipeline.quantize import (
     Quantized,
@@ -53,25 +53,23 @@ from autoquant.pipeline.quantize import (
     smoothing_scales,
     swept_weights,
 )
-from autoquant.quantizer.kv_cache import MODULE, empty_kv_scales, install_, kv_scales
+from autoquant.quantizer.kv_cache import MODULE, empty_kv_scales, kv_scales
+from autoquant.quantizer.kv_cache import install_ as install_kv_cache_
 from autoquant.quantizer.linear import Rounded, int8_weights, quantize_weight, replace_with_empty_, static_scale
 from autoquant.quantizer.prefix import Prefix, install_prefix_
 from autoquant.quantizer.strategies import PlannedLinear, kv_granularity, plan_linears
 from autoquant.threads import one_arena_
 
 
-def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, prefix: bool = False) -> None:
-    """Raise AutoQuantError for what cannot be done with one layer in memory, each with its reason; ``prefix``: there
-    are passes for one.
+def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, further: bool = False) -> None:
+    """Raise AutoQuantError for what cannot be done with one layer in memory, each with its reason; ``further``: there
+    are passes through the smoothed model.
     """
-    if config.quantization.prefix and not prefix:  # its keys and values are of the smoothed model, after the only sweep
+    if config.quantization.prefix and not further:  # its keys and values are those of the smoothed model
         raise AutoQuantError(
             "quantization.prefix: --low-memory cannot compute a prefix, which takes a pass through the smoothed model; "
             "set it to [] or go without --low-memory"
         )
-    if selected.resolved.online:  # parameters are put in and dropped by name, and a wrapper changes names
-        path = selected.resolved.online[0].path
-        raise AutoQuantError(f"{path}: --low-memory cannot put in online rotations; disable them or go without it")
     for linear in plan_linears(config, strategy):  # which linears a pass reaches is known when it is over
         if linear.weights.bias_correction and linear.bias is None:
             raise AutoQuantError(
@@ -79,8 +77,8 @@ def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, 
                 "set it to false or go without --low-memory"
             )
     check_not_learned(selected.resolved)  # each step takes gradients through the whole model
-    for group in linear_groups(selected).groups:  # a further pass through the smoothed model
-        if group.method is SmoothingMethod.DESCENT:
+    for group in linear_groups(selected).groups:
+        if group.method is SmoothingMethod.DESCENT and not further:
             raise AutoQuantError(
                 f"{group.name}: --low-memory cannot find scales by descent, which takes a pass through the smoothed "
                 "model; set its method to smoothquant or go without it"
@@ -153,14 +151,17 @@ def quantize_layer_by_layer(job: Job, progress: Progress) -> Made:
     model = _built(job.source, final, torch.float32)
     granularity = kv_granularity(job.config, job.strategy)
     replace_with_empty_(model, job.planned)
-    assert set(int8_weights(model)) == {linear.weight for linear in job.planned}
+    names = _written_names(model, plan)
+    values = [f"{linear.weight}.values" for linear in job.planned]
+    assert {f"{name}.values" for name in int8_weights(model)} == {names.get(name, name) for name in values}
     if granularity is not None:
-        install_(model, empty_kv_scales(model, granularity))
+        install_kv_cache_(model, empty_kv_scales(model, granularity))
     model.config.dtype = job.dtypes.most
     described: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     shared: dict[str, str] = {}
     first: dict[str, str] = {}
-    state: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
+    plain = {written: name for name, written in names.items()}
+    state: Mapping[str, Tensor] = {plain.get(n, n): one for n, one in model.state_dict(keep_vars=True).items()}
     for name, tensor in state.items():
         is_parameter = name in final.inventory.shapes
         stored_as = first.setdefault(final.inventory.canonical[name], name) if is_parameter else name
@@ -169,10 +170,22 @@ def quantize_layer_by_layer(job: Job, progress: Progress) -> Made:
         else:
             wanted = job.dtypes.of(name) if is_parameter and tensor.is_floating_point() else tensor.dtype
             described[name] = (wanted, tuple(tensor.shape))
-    made = Made(Ready(model, described, shared, ()), plan)
+    written = {names.get(name, name): one for name, one in described.items()}
+    made = Made(Ready(model, written, {names.get(n, n): names.get(one, one) for n, one in shared.items()}, ()), plan)
     run = Stream(job, rotated, final, described, list(layer_paths(model)))
-    made.ready = dataclasses.replace(made.ready, tensors=to_host(run.tensors(made, state, progress)))
+    tensors = ((names.get(name, name), tensor) for name, tensor in run.tensors(made, state, progress))
+    made.ready = dataclasses.replace(made.ready, tensors=to_host(tensors))
     return made
+
+
+def _written_names(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """The names in the model's state of what is inside the wrappers of online rotations, by the name without them."""
+    paths = {one.path: f"{one.path}.{WRAPPED}" for one in plan.online if one.kind != "R3"}
+    return {
+        f"{path}.{last}": f"{inside}.{last}"
+        for path, inside in paths.items()
+        for last in model.get_submodule(inside).state_dict(keep_vars=True)
+    }
 
 
 def _built(source: Path, weights: Weights, dtype: torch.dtype) -> Any:
@@ -191,6 +204,8 @@ def _built(source: Path, weights: Weights, dtype: torch.dtype) -> Any:
             model.get_submodule(owner)._parameters[last] = nn.Parameter(empty, requires_grad=False)
         if plan.untied:
             record_untied_(model)
+        check_installable(model, plan.online)
+        install_(model, plan.online)
     return model
 
 
@@ -214,16 +229,6 @@ def runnable(
     if prefix is not None:
         install_prefix_(model, prefix)
     return model
-
-
-@contextmanager
-def read_ahead(weights: Weights, names: Iterable[str], device: torch.device) -> Iterator[Weights]:
-    """The same parameters on ``device``, those of ``names`` read before they are asked for, in this order."""
-    parts = [part.name for name in names for part in weights.stored.get(name, ())]
-    entries = {part: weights.shards.entries[part] for part in parts}
-    sizes = {name: math.prod(entry.shape) * entry.dtype.itemsize for name, entry in entries.items()}
-    with reading_ahead(weights.fetch or weights.shards.read, sizes, device) as fetch:
-        yield dataclasses.replace(weights, fetch=fetch, device=device)
 
 
 def _local(groups: Iterable[ResolvedGroup], layers: Sequence[str]) -> dict[str, tuple[ResolvedGroup, ...]]:

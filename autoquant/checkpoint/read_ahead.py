@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,9 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoquant.checkpoint.streamed import Weights
+
 AHEAD = 1_000_000_000
 """Bytes that are read before they are asked for, and that wait to be written."""
 READERS = 8
+
+
+@contextmanager
+def read_ahead(weights: Weights, names: Iterable[str], device: torch.device) -> Iterator[Weights]:
+    """The same parameters on ``device``, those of ``names`` read before they are asked for, in this order."""
+    parts = [part.name for name in names for part in weights.stored.get(name, ())]
+    entries = {part: weights.shards.entries[part] for part in parts}
+    sizes = {name: math.prod(entry.shape) * entry.dtype.itemsize for name, entry in entries.items()}
+    with reading_ahead(weights.fetch or weights.shards.read, sizes, device) as fetch:
+        yield dataclasses.replace(weights, fetch=fetch, device=device)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from autoquant.algorithms.gptq_qronos import needs_values
+from autoquant.algorithms.scale_search import Chosen, descend
 from autoquant.algorithms.smoothquant import weight_maxima_once
 from autoquant.calibration.observers import Sweep
 from autoquant.calibration.runner import LayerByLayer, Runner, layer_paths
@@ -35,18 +36,29 @@ from autoquant.checkpoint.layerwise import (
     Stream,
     check_streamable,
     home_of,
-    read_ahead,
     runnable,
 )
 from autoquant.checkpoint.quantize import windows_on_gpu
+from autoquant.checkpoint.read_ahead import read_ahead
 from autoquant.checkpoint.streamed import StoredOtherwise, Weights, looked_through, open_weights
-from autoquant.config.format import Config, SmoothingKind, Strategy
+from autoquant.config.format import Config, SmoothingKind, SmoothingMethod, Strategy
 from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
 from autoquant.models.caches import Cache
 from autoquant.models.load import load_skeleton
 from autoquant.models.structure import ModelStructure
-from autoquant.pipeline.quantize import Quantized, Selected, needs_sweep, rotation_plan, select, swept_weights
+from autoquant.pipeline.quantize import (
+    Quantized,
+    Selected,
+    linear_groups,
+    needs_sweep,
+    rotation_plan,
+    select,
+    smoothed,
+    smoothing_plan,
+    swept_weights,
+    with_found,
+)
 from autoquant.pipeline.select import EVERYTHING
 from autoquant.quantizer.kv_cache import install_, kv_scales
 from autoquant.quantizer.linear import int8_weights, replace_with_empty_
@@ -70,13 +82,14 @@ class WholeModel(Exception):
 @dataclass(slots=True, eq=False)
 class Rotated:
     """A rotation carried out, with a prefix or without: the parameters, what sweeps showed of them, by the weights that
-    they watched and whether they saw the cache, the largest weights by smoothing group, and the prefix of the rotated
-    model. Mutable: what is not known is found when needed.
+    they watched and whether they saw the cache, the largest weights by smoothing group, scales that descent found, by
+    all that they depend on, and the prefix of the rotated model. Mutable: what is not known is found when needed.
     """
 
     weights: Weights
     sweeps: dict[tuple[frozenset[str], bool], Sweep] = field(default_factory=dict)
     largest: dict[Any, Tensor] = field(default_factory=dict)
+    descents: dict[Any, Mapping[tuple[str, int | None], Chosen]] = field(default_factory=dict)
     prefix: Prefix | None = None
 
     def known(self, watched: Iterable[str], cache: bool) -> Sweep | None:
@@ -131,7 +144,7 @@ class Trials:
         memory, and AutoQuantError where the config does not fit it.
         """
         stream, rotated, swept = self._prepared(config, progress, said)
-        weights, swept = self._smoothed(stream, rotated, swept)
+        weights, swept = self._smoothed(stream, rotated, swept, lambda *at: progress(f"{said}: descend", *at))
         with self._reading(weights) as weights:
             stream.final, stream.rotated = weights, dataclasses.replace(weights, unused=None)
             stream.described = {name: (torch.float32, shape) for name, shape in weights.inventory.shapes.items()}
@@ -166,8 +179,7 @@ class Trials:
         job = self._job(config)
         rotated = self._rotated(job)
         stream = self._stream(job, rotated.weights)
-        if sum(map(len, stream.local.values())) < len(job.selected.resolved.groups):
-            raise WholeModel
+        _check_local(stream)
         with self._reading(rotated.weights) as weights:
             yield dataclasses.replace(self._layered(weights, rotated.prefix), selected=job.selected)
 
@@ -177,7 +189,7 @@ class Trials:
         does.
         """
         stream, rotated, swept = self._prepared(config, progress, said)
-        weights, _ = self._smoothed(stream, rotated, swept)
+        weights, _ = self._smoothed(stream, rotated, swept, lambda *at: progress(f"{said}: descend", *at))
         with self._reading(weights) as weights:
             yield self._layered(weights, stream.prefix)
 
@@ -185,7 +197,7 @@ class Trials:
         inventory, planned = self.weights.inventory, plan_linears(config, self.strategy)
         selected = select(config, inventory, EVERYTHING)
         try:
-            check_streamable(config, self.strategy, selected, prefix=True)
+            check_streamable(config, self.strategy, selected, further=True)
         except AutoQuantError as error:
             raise WholeModel from error
         tied = {name for names in inventory.ties for name in names}
@@ -235,15 +247,42 @@ class Trials:
         rotated.sweeps[frozenset(seen.inputs.names), stream.sees_cache] = seen.swept
         return seen.swept
 
-    def _smoothed(self, stream: Stream, rotated: Rotated, swept: Sweep) -> tuple[Weights, Sweep]:
+    def _smoothed(
+        self, stream: Stream, rotated: Rotated, swept: Sweep, progress: Callable[[int, int], None]
+    ) -> tuple[Weights, Sweep]:
         """The parameters behind all smoothing, and the maxima of the smoothed model, whose prefix the stream gets."""
+        tokens = stream.job.config.quantization.prefix
         with read_ahead(rotated.weights, (), self.device) as stream.rotated:
             weights, swept = stream.smoothed(swept, rotated.largest)
         weights = dataclasses.replace(weights, fetch=rotated.weights.fetch)
         stream.prefix = rotated.prefix
         if stream.job.selected.resolved.groups:
-            stream.prefix = self._prefix(weights, stream.job.config.quantization.prefix)
+            stream.prefix = self._prefix(weights, tokens)
+        if chosen := self._descended(stream, rotated, weights, progress):
+            found, scales = with_found(stream.job.selected, chosen)
+            weights = weights.planned(smoothing_plan(found, weights.inventory, weights.read, scales))
+            swept = smoothed(found, swept, scales)
+            stream.prefix = self._prefix(weights, tokens)
         return weights, swept
+
+    def _descended(
+        self, stream: Stream, rotated: Rotated, weights: Weights, progress: Callable[[int, int], None]
+    ) -> Mapping[tuple[str, int | None], Chosen]:
+        """Further scales of the groups whose method is descent, found on the smoothed model; rounding and corrected
+        biases do not matter to them.
+        """
+        job = stream.job
+        groups = [one for one in linear_groups(job.selected).groups if one.method is SmoothingMethod.DESCENT]
+        if not groups:
+            return {}
+        _check_local(stream)
+        looked_at = tuple((one.weight, one.scheme, one.weights.clip, one.activations) for one in job.planned)
+        key = job.config.smoothing.model_dump_json(), looked_at
+        if key not in rotated.descents:
+            with self._reading(weights) as there:
+                layered = self._layered(there, stream.prefix)
+                rotated.descents[key] = descend(layered.model, groups, job.planned, self.fit, progress, layered.runner)
+        return rotated.descents[key]
 
     def _prefix(self, weights: Weights, tokens: tuple[int, ...]) -> Prefix | None:
         """The prefix of the model with these parameters; None without tokens."""
@@ -260,6 +299,12 @@ class Trials:
         runner = LayerByLayer(weights.inventory, weights.read, self.device)
         model = runnable(self.source, weights, self.device, prefix=prefix)
         return Layered(model, runner, partial(_through, runner))
+
+
+def _check_local(stream: Stream) -> None:
+    """Raise WholeModel where a smoothing group has members in several layers."""
+    if sum(map(len, stream.local.values())) < len(stream.job.selected.resolved.groups):
+        raise WholeModel
 
 
 @torch.no_grad()

@@ -42,10 +42,35 @@ def locate(model: nn.Module, weight: str) -> Location:
     above, _, child = path.rpartition(".")
     try:
         parent, owner = model.get_submodule(above), model.get_submodule(path)
-        while name not in owner._parameters and WRAPPED in owner._modules:
+        while _wraps(owner, name):
             parent, child, owner = owner, WRAPPED, owner.get_submodule(WRAPPED)
         return Location(parent, child, owner, name, owner.get_parameter(name))
     except AttributeError:
         names = [known for known, _ in model.named_parameters()]
         message = f"{weight}: the model has no such parameter{did_you_mean(weight, names)}"
         raise AutoQuantError(message) from None
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or buffer, named as for :func:`locate`, and what it is called there.
+
+    Raises AttributeError where the model has no such module.
+    """
+    owner = model
+    *path, last = name.split(".")
+    for child in path:
+        owner = _inside(owner, child).get_submodule(child)
+    return _inside(owner, last), last
+
+
+def _inside(module: nn.Module, name: str) -> nn.Module:
+    """The module, or what its wrappers hold, that has something of this name."""
+    while _wraps(module, name):
+        module = module.get_submodule(WRAPPED)
+    return module
+
+
+def _wraps(module: nn.Module, name: str) -> bool:
+    """True if what has this name is not the module's own, and it may be that of a linear inside."""
+    owned = name in module._modules or name in module._parameters or name in module._buffers
+    return not owned and WRAPPED in module._modules

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from autoquant.algorithms.gptq_qronos import needs_values, round_in_sequence
 from autoquant.algorithms.query_key import key_scales, scaled_keys
+from autoquant.algorithms.scale_search import Chosen
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import group_maxima
 from autoquant.calibration.idle_experts import IdleExperts, idle_experts
@@ -127,6 +128,13 @@ def smoothing_scales(
             raise AutoQuantError(f"{where}: no cached keys were observed, which query_key groups need")
         scales[group.name, group.layer] = key_scales(group, keys[group.layer])
     return scales
+
+
+def with_found(selected: Selected, chosen: Mapping[tuple[str, int | None], Chosen]) -> tuple[Selected, Scales]:
+    """The groups for which further scales were found on a smoothed model, and these scales."""
+    groups = tuple(group for group in selected.resolved.groups if (group.name, group.layer) in chosen)
+    found = dataclasses.replace(selected, resolved=Resolved((), groups, ()))
+    return found, {key: one.scales.cpu() for key, one in chosen.items()}
 
 
 def query_key_groups(selected: Selected) -> tuple[ResolvedGroup, ...]:

@@ -15,7 +15,6 @@ from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, RotationMethod, SmoothingMethod, Strategy
 from autoquant.executor.apply import execute_
 from autoquant.executor.plan import Plan
-from autoquant.executor.resolved import Resolved
 from autoquant.models.structure import structure_of
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.quantize import (
@@ -28,6 +27,7 @@ from autoquant.pipeline.quantize import (
     smoothed,
     smoothing_plan,
     swept_weights,
+    with_found,
 )
 from autoquant.pipeline.select import Transforms
 from autoquant.quantizer.prefix import fix_prefix_, prefixed
@@ -163,8 +163,6 @@ def _descend_(
     with prefixed(model, config.quantization.prefix):
         planned = plan_linears(config, strategy)
         chosen = descend(model, linear_groups(selected).groups, planned, batches, lambda *at: tell("descend", *at))
-    groups = tuple(group for group in selected.resolved.groups if (group.name, group.layer) in chosen)
-    found = replace(selected, resolved=Resolved((), groups, ()))
-    scales = {key: one.scales.cpu() for key, one in chosen.items()}
+    found, scales = with_found(selected, chosen)
     execute_(model, smoothing_plan(found, structure_of(model), model.get_parameter, scales))
     return smoothed(found, swept, scales)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoquant.algorithms import clipping
 from autoquant.algorithms.clipping import best_share, clipped_maximum, percentile, sampled
 from autoquant.config.format import ActivationQuantization, StaticClip
 from autoquant.quantizer import int8
@@ -35,6 +36,25 @@ def test_percentile_is_the_nearest_rank_of_magnitudes(percent: float, expected: 
     x = torch.arange(1.0, 101.0) * torch.tensor([1.0, -1.0]).repeat(50)
     assert percentile(x, percent) == expected
     assert clipped_maximum(x[:, None], torch.ones(1, 1), choice(StaticClip.PERCENTILE, percent)) == expected
+
+
+@pytest.mark.parametrize("percent", [100.0, 99.99, 99.0, 90.0, 60.0, 1e-9])
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "sorted", "sample lies", "not a number"])
+def test_a_percentile_of_many_is_found_among_the_largest(
+    kind: str, percent: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clipping, "SELECTED", 100)
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    if kind in ("ties", "zeros"):
+        x = torch.zeros_like(x) if kind == "zeros" else x.mul(2).round()
+    elif kind == "sorted":
+        x = x.abs().sort().values
+    elif kind == "sample lies":
+        x[::50] = 100.0
+    elif kind == "not a number":
+        x[:20] = torch.nan
+    rank = min(5000, max(1, -(-int(5000 * percent * 1e6) // 100_000_000)))
+    torch.testing.assert_close(percentile(x, percent), x.abs().kthvalue(rank).values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_mse_clips_a_rare_spike_and_is_never_worse_than_the_maximum() -> None:

@@ -162,8 +162,20 @@ def test_online_rotations_are_made_again_on_loading(tmp_path: Path) -> None:
     wanted = load_float32(PACKAGED)(windows()[0]).logits
     error = ((model(windows()[0]).logits - wanted).square().mean() / wanted.var()).sqrt().item()
     assert error < 0.25
-    with pytest.raises(AutoQuantError, match=r"down_proj: --low-memory cannot put in online rotations"):
-        quantize_checkpoint(PACKAGED, tmp_path / "low", made, {}, low_memory=True)
+
+
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.QRONOS])
+@pytest.mark.parametrize("kind", ["R3", "R4"])
+def test_online_rotations_are_put_in_layer_by_layer(kind: str, rounding: Rounding, whole: Any, tmp_path: Path) -> None:
+    config = config_of(PACKAGED)
+    online = tuple(edited(o, enable=o.kind == kind) for o in config.rotation.online)
+    weights = edited(config.quantization.weights, rounding=rounding)
+    quantization = edited(config.quantization, weights=weights)
+    config = edited(config, rotation=edited(config.rotation, online=online), quantization=quantization)
+    made = recipe(PACKAGED, "fc_fc:0.5+rotation", config=config)
+    whole(PACKAGED, tmp_path / "whole", made, {})
+    quantize_checkpoint(PACKAGED, tmp_path / "layered", made, {}, low_memory=True)
+    assert files(tmp_path / "layered") == files(tmp_path / "whole")
 
 
 @torch.no_grad()

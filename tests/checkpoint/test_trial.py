@@ -17,7 +17,7 @@ from autoquant.checkpoint import trial
 from autoquant.checkpoint.layerwise import LayerCalledAgain, Stream
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.checkpoint.trial import Trials, WholeModel, open_trials
-from autoquant.config.format import Config, Rounding, SmoothingMethod, Strategy, edited
+from autoquant.config.format import Config, RotationMethod, Rounding, SmoothingMethod, Strategy, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.reading import read
 from autoquant.pipeline.quantize import Quantized, quantize_model_
@@ -65,6 +65,15 @@ def prefixed(config: Config) -> Config:
     return edited(config, quantization=edited(config.quantization, prefix=(0, 5)))
 
 
+def with_descent(config: Config) -> Config:
+    return edited(config, smoothing=edited(config.smoothing, method=SmoothingMethod.DESCENT))
+
+
+def with_online(config: Config, kind: str) -> Config:
+    online = tuple(edited(one, enable=one.kind == kind) for one in config.rotation.online)
+    return edited(config, rotation=edited(config.rotation, online=online))
+
+
 def unrotated(config: Config) -> Config:
     return edited(config, rotation=edited(config.rotation, enable=False))
 
@@ -75,6 +84,9 @@ def unrotated(config: Config) -> Config:
         ("packaged", STATIC, lambda config: config),
         ("packaged", STATIC_KV, unrotated),
         ("packaged", STATIC_KV, lambda config: with_weights(prefixed(config), rounding=Rounding.QRONOS)),
+        ("packaged", STATIC, lambda config: with_online(config, "R4")),
+        ("packaged", STATIC_KV, lambda config: with_weights(with_online(config, "R3"), rounding=Rounding.QRONOS)),
+        ("packaged", STATIC, lambda config: with_descent(prefixed(config))),
         ("gpt2", STATIC, lambda config: prefixed(unrotated(config))),
         ("packaged", Strategy.PER_CHANNEL_PER_TOKEN, lambda config: with_weights(config, rounding=Rounding.QRONOS)),
         ("gpt2", STATIC_KV, lambda config: with_weights(unrotated(config), bias_correction=True)),
@@ -108,7 +120,8 @@ def test_a_layer_at_a_time_gives_what_the_model_in_memory_gives(
     found, quantized = outputs_of(opened(folder, strategy, fit), config, held_out)
     for name, weight in int8_weights(whole).items():
         for kind, tensor in weight.named_buffers():
-            assert torch.equal(made[f"{name}.{kind}"], tensor), f"{name}.{kind}"
+            plain = name.replace(".linear.", ".")  # that of a wrapper
+            assert torch.equal(made[f"{plain}.{kind}"], tensor), f"{name}.{kind}"
     with torch.no_grad():
         for ids, logits in zip(held_out, found, strict=True):
             assert torch.equal(logits, read(whole, ids).logits)
@@ -153,6 +166,26 @@ def test_what_depends_on_the_rotation_alone_is_found_once(monkeypatch: pytest.Mo
     assert torch.equal(outputs_of(trials, config, fit)[0][0], first[0])
 
 
+def test_descent_is_done_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, trials, fit = with_descent(config_of(PACKAGED)), opened(PACKAGED), windows()
+    found, descend = [], trial.descend
+    monkeypatch.setattr(trial, "descend", lambda *at: found.append(1) or descend(*at))
+    for changed in (config, with_weights(config, rounding=Rounding.GPTQ)):
+        outputs_of(trials, changed, fit)
+        assert len(found) == 1
+    down = "model.layers.{layer}.mlp.down_proj"
+    for number, changed in enumerate(
+        (
+            with_weights(config, clip="mse"),
+            unrotated(config),
+            edited(config, smoothing=edited(config.smoothing, alpha=0.9)),
+            edited(config, quantization=edited(config.quantization, exclude=(*config.quantization.exclude, down))),
+        )
+    ):
+        outputs_of(trials, changed, fit)
+        assert len(found) == 2 + number
+
+
 def test_no_more_than_a_layer_is_there() -> None:
     there: list[list[str]] = []
     kept: list[object] = []
@@ -175,10 +208,10 @@ def test_no_more_than_a_layer_is_there() -> None:
 
 def test_what_needs_the_whole_model_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     config, trials = config_of(PACKAGED), opened(PACKAGED)
-    online = tuple(edited(one, enable=True) for one in config.rotation.online)
+    first, *others = config.rotation.spaces
+    learned = edited(config.rotation, spaces=(edited(first, method=RotationMethod.LEARNED), *others))
     for changed in (
-        edited(config, smoothing=edited(config.smoothing, method=SmoothingMethod.DESCENT)),
-        edited(config, rotation=edited(config.rotation, online=online)),
+        edited(config, rotation=learned),
         with_weights(config, bias_correction=True),
     ):
         with pytest.raises(WholeModel):
