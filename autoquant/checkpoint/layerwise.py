@@ -63,7 +63,7 @@ from autoquant.threads import one_arena_
 
 def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, further: bool = False) -> None:
     """Raise AutoQuantError for what cannot be done with one layer in memory, each with its reason; ``further``: there
-    are passes through the smoothed model.
+    are passes through the smoothed model, and nothing is written.
     """
     if config.quantization.prefix and not further:  # its keys and values are those of the smoothed model
         raise AutoQuantError(
@@ -71,7 +71,7 @@ def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, 
             "set it to [] or go without --low-memory"
         )
     for linear in plan_linears(config, strategy):  # which linears a pass reaches is known when it is over
-        if linear.weights.bias_correction and linear.bias is None:
+        if lacks_bias(linear) and not further:
             raise AutoQuantError(
                 f"quantization.weights.bias_correction: --low-memory cannot make the bias that {linear.path} lacks; "
                 "set it to false or go without --low-memory"
@@ -83,6 +83,11 @@ def check_streamable(config: Config, strategy: Strategy, selected: Selected, *, 
                 f"{group.name}: --low-memory cannot find scales by descent, which takes a pass through the smoothed "
                 "model; set its method to smoothquant or go without it"
             )
+
+
+def lacks_bias(linear: PlannedLinear) -> bool:
+    """True if a bias has to be made for a correction."""
+    return linear.weights.bias_correction and linear.bias is None and linear.stack is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +475,9 @@ class Stream:
         yield f"{name}.scale", scale
         if input_scale is not None:
             yield f"{name}.input_scale", input_scale
+        if lacks_bias(linear):
+            made = None if rounded is None else rounded.bias
+            yield f"{linear.path}.bias", scale.new_zeros(linear.out_features) if made is None else made
 
     def _corrected(self, name: str, tensor: Tensor) -> Tensor:
         """A bias as it was decided with its linear, everything else as it is."""

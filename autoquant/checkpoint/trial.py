@@ -36,6 +36,7 @@ from autoquant.checkpoint.layerwise import (
     Stream,
     check_streamable,
     home_of,
+    lacks_bias,
     runnable,
 )
 from autoquant.checkpoint.quantize import windows_on_gpu
@@ -46,6 +47,7 @@ from autoquant.errors import AutoQuantError
 from autoquant.executor.resolved import Resolved
 from autoquant.models.caches import Cache
 from autoquant.models.load import load_skeleton
+from autoquant.models.locate import locate
 from autoquant.models.structure import ModelStructure
 from autoquant.pipeline.quantize import (
     Quantized,
@@ -150,6 +152,9 @@ class Trials:
             stream.described = {name: (torch.float32, shape) for name, shape in weights.inventory.shapes.items()}
             planned, granularity = stream.job.planned, kv_granularity(config, self.strategy)
             model = runnable(self.source, weights, self.device, prefix=stream.prefix)
+            for linear in filter(lacks_bias, planned):
+                empty = torch.empty(linear.out_features, device="meta")
+                locate(model, linear.weight).owner.register_parameter("bias", nn.Parameter(empty, requires_grad=False))
             replace_with_empty_(model, planned)
             if granularity is not None:
                 install_(model, kv_scales(model, granularity, swept.cache))
@@ -427,7 +432,9 @@ def _int8_inventory(
         made = {"values": (*stack, linear.out_features, linear.in_features), "scale": (*stack, rows, 1)}
         if linear.scheme.is_static:
             made["input_scale"] = stack
-        for last, size in made.items():
-            full = f"{name}.{last}"
+        tensors = {f"{name}.{last}": size for last, size in made.items()}
+        if lacks_bias(linear):
+            tensors[f"{linear.path}.bias"] = (linear.out_features,)
+        for full, size in tensors.items():
             shapes[full], canonical[full], parameters[full] = size, full, name
     return dataclasses.replace(inventory, shapes=shapes, canonical=canonical), parameters

@@ -127,9 +127,17 @@ def test_an_interrupted_search_goes_on_and_sweeps_are_shared(tmp_path: Path, mon
     assert len(judged) == len(kept.known) - 2
 
 
-@pytest.mark.parametrize("knobs", [("clip", "alpha"), ("weights", "bias")])
-def test_layer_by_layer_the_same_is_decided(knobs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer by layer where that can be; biases that are lacking need the whole model."""
+@pytest.mark.parametrize(
+    ("knobs", "candidate"),
+    [
+        (("clip", "alpha"), "smoothing.alpha = 0.3"),
+        (("online", "descent"), "rotation.online[R4].enable = true"),
+        (("weights", "bias"), "quantization.weights = rounding gptq, clip absmax"),
+    ],
+)
+def test_layer_by_layer_the_same_is_decided(
+    knobs: tuple[str, ...], candidate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, task, lines = config_of(PACKAGED), search_task(*knobs), ([], [])
     wanted = search(task, config, tell=lines[0].append)
     trials = open_trials(PACKAGED, STATIC, task.fit, torch.device("cpu"))
@@ -139,15 +147,14 @@ def test_layer_by_layer_the_same_is_decided(knobs: tuple[str, ...], monkeypatch:
     layered = replace(task, kept=Kept(), trials=trials)
     assert search(layered, config, tell=lines[1].append, progress=lambda *at: told.append(at)) == wanted
     assert lines[0] == lines[1]
-    assert len(in_memory) == int("bias" in knobs)
+    assert not in_memory
     assert ("float", 5, 5) in told and ("as it is: judge", 5, 5) in told
-    candidate = "quantization.weights = rounding gptq, clip absmax" if in_memory else "smoothing.alpha = 0.3"
     assert (f"{candidate}: judge", 1, 5) in told
 
 
 def test_what_the_device_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate that needs the whole model, and a knob that needs it to think of candidates."""
-    config, lines, task = config_of(PACKAGED), [], replace(search_task("online", "bias", "float"), in_float=1)
+    config, lines, task = config_of(PACKAGED), [], replace(search_task("learned", "float"), in_float=1)
 
     def full() -> nn.Module:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -156,8 +163,7 @@ def test_what_the_device_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPat
     found = search(replace(task, load=full, trials=trials), config, tell=lines.append)
     assert found.search is not None and found.search.decisions == ()
     assert [line.partition(": ")[::2] for line in lines[1:]] == [
-        ("rotation.online[R4].enable = true", TOO_LARGE),
-        ("quantization.weights.bias_correction = true", TOO_LARGE),
+        ("rotation.spaces[R1].method = learned", TOO_LARGE),
         ("float", TOO_LARGE),
     ]
 
