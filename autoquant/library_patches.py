@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -43,6 +43,7 @@ __all__ = [
     "pytree",
     "questions_of_sizes",
     "reset_dynamo",
+    "say_sizes",
     "some_rows",
     "without_amx_",
     "without_dynamo",
@@ -102,6 +103,10 @@ def some_rows() -> Iterator[None]:
         try:
             return evaluate(self, expression, *args, **kwargs)
         except GuardOnDataDependentSymNode:
+            if getattr(expression, "is_Relational", False):
+                between = expression.lhs - expression.rhs  # of two ends of rows, those that lie between
+                if between.is_Symbol or (-between).is_Symbol:
+                    expression = expression.func(between, 0, evaluate=False)
             symbols: set[Any] = getattr(expression, "free_symbols", set())
             if len(symbols) != 1 or not symbols <= self.size_like or 0 not in getattr(expression, "args", ()):
                 raise
@@ -112,6 +117,14 @@ def some_rows() -> Iterator[None]:
         yield
     finally:
         kind.evaluate_expr = evaluate
+
+
+def say_sizes(sizes: Sequence[Any], total: int | None) -> None:
+    """Let a trace know that each of some numbers is 0 or more, and what they add up to."""
+    for size in sizes:
+        torch._check_is_size(size)
+    if total is not None:
+        torch._check(sum(sizes) == total)
 
 
 @contextlib.contextmanager

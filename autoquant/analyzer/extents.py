@@ -41,6 +41,12 @@ def data_sized(captured: Captured) -> bool:
     )
 
 
+def by_number(node: fx.Node) -> bool:
+    """True if an ``index_select`` takes rows of which the data say how many there are: any may have any number."""
+    x, dim = node.args[0], node.args[1]
+    return isinstance(x, fx.Node) and isinstance(dim, int) and not isinstance(x.meta["val"].shape[dim], int)
+
+
 ALONG_ONE = frozenset(["slice", "narrow", "slice_scatter", "index_copy", "index_add", "index_select", "select_scatter"])
 """Operators that read or write along the dimension that they are given."""
 

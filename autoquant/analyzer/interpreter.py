@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from autoquant.analyzer.axes import Param
-from autoquant.analyzer.extents import EXTENTS, indexed_dims, size_of, sized
+from autoquant.analyzer.extents import EXTENTS, by_number, indexed_dims, size_of, sized
 from autoquant.analyzer.movement import dim_of, function_of
 from autoquant.analyzer.shared_parameters import parameter_names
 from autoquant.analyzer.variables import Reason
@@ -291,6 +291,8 @@ class Interpreter:
         if site.operator == "mul" and _sized_by_data(site.node):
             args = tuple(_fitted(value, site.shape) for value in args)
         is_movement = site.operator in MOVEMENT
+        if site.operator == "index_select" and by_number(site.node):
+            return self.state.part(site, args[0], args[1])
         rule = self.rules.get(site.operator)
         if rule is not None and rule.takes(site.node):
             try:

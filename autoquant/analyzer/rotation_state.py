@@ -367,7 +367,7 @@ def whole_rows(node: object, mask: Value) -> bool:
     while isinstance(node, torch.fx.Node) and node.op == "call_function":
         if node.meta["val"].shape[-1:] == (1,):
             return True
-        if operator_name(node) not in ("expand", "expand_as", "to", "alias", "clone", "broadcast_to"):
+        if operator_name(node) not in ("expand", "expand_as", "to", "alias", "clone", "broadcast_to", "repeat"):
             return False
         node = node.args[0]
     return False

@@ -45,7 +45,7 @@ _SIZED = (
     *(torch.split, torch.Tensor.split, torch.reshape, torch.nn.functional.interpolate),
 )
 
-_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ixor__")
+WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ixor__")
 
 _CHUNK = "chunk_size"
 _SHORT_CHUNK = 2
@@ -149,7 +149,7 @@ class _KnownValues(TorchFunctionMode):
     def _takes_copy(self, func: Any, tensor: torch.Tensor) -> bool:
         """Whether a known tensor of its own is written into: as a constant of the trace it could not be."""
         name = getattr(func, "__name__", "")
-        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        writes = name in WRITES or (name.endswith("_") and not name.endswith("__"))
         return writes and is_known(tensor) and tensor._base is None and id(tensor) not in self.viewed
 
     def _is_given(self, tensor: Any) -> bool:

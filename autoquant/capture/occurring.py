@@ -1,39 +1,47 @@
 """Loops over the experts that occur, traced with every one of them.
 
 Which experts the tokens of a batch have chosen, the data say; an expert without tokens adds nothing, so that a loop
-over all of them computes the same. Where code asks which occur, or how often, the answer is: each.
+over all of them computes the same. Where code asks which occur, the answer is: each; how often, what the data say, and
+more often than never.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autoquant.capture.fake_tensors import is_known
+from autoquant.capture.cuts import Cuts, in_array, running_sums
+from autoquant.capture.fake_tensors import WRITES, is_known
 from autoquant.library_patches import lists_of_traced, pytree, without_modes
 
 _T: Any = torch.Tensor
 _CHOOSES = {torch.topk, _T.topk, torch.argsort, _T.argsort, torch.sort, _T.sort, torch.argmax, _T.argmax}
 _MOVES = {
     *(_T.reshape, _T.view, _T.flatten, _T.squeeze, _T.unsqueeze, _T.clone, _T.contiguous, _T.detach, _T.long, _T.to),
-    *(_T.int, torch.flatten, torch.squeeze, torch.unsqueeze, torch.reshape),
+    *(_T.int, torch.flatten, torch.squeeze, torch.unsqueeze, torch.reshape, _T.cpu, torch.ravel, _T.ravel),
 }
-_SAME_SHAPE = {
-    *(_T.clone, _T.contiguous, _T.detach, _T.to, _T.long, _T.int, _T.float, _T.bool, torch.mul, _T.mul, _T.__mul__),
-    *(_T.__and__, torch.logical_and),
-}
+_CASTS = {_T.clone, _T.contiguous, _T.detach, _T.to, _T.long, _T.int, _T.float, _T.cpu}
+_SAME_SHAPE = {*_CASTS, _T.bool, torch.mul, _T.mul, _T.__mul__, _T.__and__, torch.logical_and}
 _EQUAL = {torch.eq, _T.eq, _T.__eq__}
 _POSITIVE = {torch.gt, _T.gt, _T.__gt__, torch.greater, _T.greater, torch.ne, _T.ne, _T.__ne__}
 _ANY = {torch.any, _T.any}
 _SUMS = {torch.sum, _T.sum, *_ANY}
 _COUNTS = {torch.bincount, _T.bincount}
+_MARKS = {torch.scatter, _T.scatter, _T.scatter_, torch.scatter_add, _T.scatter_add, _T.scatter_add_}
+_FILLS = {
+    **dict.fromkeys((torch.zeros, torch.zeros_like, _T.new_zeros), 0),
+    **dict.fromkeys((torch.ones, torch.ones_like, _T.new_ones), 1),
+}
+_RUNNING = {torch.cumsum, _T.cumsum}
+_JOINS = {torch.cat, torch.concat, torch.concatenate, torch.vstack}
 _PERMUTES = {torch.permute, _T.permute, torch.transpose, _T.transpose, _T.t, torch.movedim, _T.movedim}
 _TAKES = {_T.__getitem__, _T.__setitem__}
+_TO_NUMPY = {_T.numpy, _T.__array__}
 
 
 class DataList:
@@ -41,11 +49,6 @@ class DataList:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-
-
-def _as_list(tensor: Tensor) -> DataList | None:
-    whole = tensor.dim() == 1 and not isinstance(tensor.shape[0], int) and not tensor.is_floating_point()
-    return DataList(tensor) if whole else None
 
 
 MOST = 64
@@ -73,27 +76,48 @@ class _ForEach:
 
     dim: int
     count: int
+    total: int | None = None
+    """What all of them add up to, where it is how often."""
+
+
+@dataclass(frozen=True, slots=True)
+class _UpTo:
+    """How often the numbers up to each were chosen: running sums of how often each was."""
+
+    counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """The same number everywhere."""
+
+    value: int
+
+
+_Known = _Chosen | _ForOne | _ForEach | _UpTo | _Filled
 
 
 class EachOccurs(TorchFunctionMode):
-    """Where code asks which numbers occur (experts that tokens chose), or how often each does, each does.
+    """Where code asks which numbers occur (experts that tokens chose), each does, and more often than never.
 
-    Known is what was chosen from how many: ``topk(...).indices`` and the like, ``one_hot``, ``bincount(minlength=)``.
-    Asked is by ``unique``, by ``nonzero`` of what is summed over all tokens, by ``any``, and by counts. What counts
-    are used for other than to skip what has none cannot be read off, and raises RuntimeError.
+    Known is what was chosen from how many: ``topk(...).indices`` and the like, ``one_hot``, ``bincount``, scattered
+    ones. Asked is by ``unique``, by ``nonzero`` of what is summed over all tokens, by ``any``, and by counts, whose
+    numbers are those of the data: what tokens are cut by (:class:`Cuts`), or skipped where there are none.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, tuple[Tensor, _Chosen | _ForOne | _ForEach]] = {}
+        self.known: dict[int, tuple[Tensor, _Known]] = {}
         """By the identity of a tensor, which is kept."""
         self.lists = ExitStack()
-        self.counts: list[Tensor] = []
+        self.cuts = Cuts()
+        self.read: dict[int, list[Any]] = {}
+        """By the identity of counts, the numbers that were read off them."""
         self.numbers: dict[int, Tensor] = {}
         """By identity, too: those that stand for every number, and what was taken of them: they have values."""
 
     def __enter__(self) -> EachOccurs:
-        self.lists.enter_context(lists_of_traced(_as_list))
+        self.lists.enter_context(lists_of_traced(self._as_list))
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
         return self
 
@@ -115,10 +139,31 @@ class EachOccurs(TorchFunctionMode):
         if answer is not None:
             return answer
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and any(leaf is made for leaf in leaves for made in self.counts):
-            raise RuntimeError("what is counted of the data is used for more than to skip what has none")
         self._learn(func, args, kwargs, result)
+        if func in _JOINS and (args[1] if len(args) > 1 else kwargs.get("dim", 0)) == 0:
+            return self.cuts.joined(args[0] if args else kwargs["tensors"], result)
         return result
+
+    def _as_list(self, tensor: Tensor) -> DataList | list[Any] | None:
+        """``tensor.tolist()``, where it can be said."""
+        if tensor.dim() == 1 and not isinstance(tensor.shape[0], int) and not tensor.is_floating_point():
+            return DataList(tensor)
+        return self._sizes(tensor)
+
+    def _sizes(self, tensor: Tensor) -> list[Any] | None:
+        """The numbers in a tensor [E] that says how often each was chosen, or each and those before it."""
+        of = self._of(tensor)
+        counts = of.counts if isinstance(of, _UpTo) else tensor
+        counted = self._of(counts)
+        if not isinstance(counted, _ForEach) or tuple(counts.shape) != (counted.count,):
+            return None
+        if counts.dtype is torch.bool or counts.is_floating_point():
+            return None
+        if id(counts) not in self.read:
+            _check_few(counted.count)
+            self.read[id(counts)] = self.cuts.sizes(counts, counted.total)
+        sizes = self.read[id(counts)]
+        return running_sums(sizes) if isinstance(of, _UpTo) else sizes
 
     def _noted(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What is made of numbers that have values has values."""
@@ -128,11 +173,10 @@ class EachOccurs(TorchFunctionMode):
         return result
 
     def _every(self, count: int) -> Any:
-        if count > MOST:
-            raise RuntimeError(f"a loop goes through {count} experts, one by one, and {MOST} at most are traced so")
+        _check_few(count)
         return self._noted(torch.arange, (count,), {})
 
-    def _of(self, value: object) -> object:
+    def _of(self, value: object) -> _Known | None:
         found = self.known.get(id(value))
         return None if found is None else found[1]
 
@@ -141,10 +185,13 @@ class EachOccurs(TorchFunctionMode):
         if not args or not isinstance(args[0], Tensor) or is_known(args[0]):
             return None
         given, of = args[0], self._of(args[0])
-        if func in _COUNTS and "minlength" in kwargs:
-            with without_modes():
-                self.counts.append(torch.ones(int(kwargs["minlength"]), dtype=torch.int64))
-            return self.counts[-1]
+        if func in _COUNTS and len(args) == 1 and kwargs.get("weights") is None:
+            return self._counted(given, kwargs.get("minlength", 0))
+        if func in _TO_NUMPY:
+            sizes = self._sizes(given)
+            return None if sizes is None else in_array(sizes)
+        if func is torch.ops.aten.slice:  # as export writes ``x[a:b]`` between numbers of the trace
+            return self.cuts.run_of(*args)
         if func in (torch.unique, _T.unique) and isinstance(of, _Chosen) and not _asks_for_more(args, kwargs):
             return self._every(of.count)
         if func in (torch.nonzero, _T.nonzero, torch.where) and isinstance(of, _ForEach) and given.dim() == 1:
@@ -158,30 +205,87 @@ class EachOccurs(TorchFunctionMode):
                 return func in _POSITIVE
         return None
 
+    def _counted(self, chosen: Tensor, least: int) -> Tensor | None:
+        """``bincount``, whose size the data say, of the size that it has where the last number was chosen."""
+        of = self._of(chosen)
+        count = max(least, of.count if isinstance(of, _Chosen) else 0)
+        if not count:
+            return None
+        ones = torch.ones_like(chosen, dtype=torch.int64)
+        counts = torch.zeros(count, dtype=torch.int64, device=chosen.device).scatter_add(0, chosen.long(), ones)
+        self.known[id(counts)] = counts, _ForEach(0, count, _as_int(chosen.numel()))
+        return counts
+
     def _learn(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note what is known of a result."""
-        found: _Chosen | _ForOne | _ForEach | None = None
+        found: _Known | None = None
         of = self._of(args[0]) if args else None
-        if func in _CHOOSES and args and args[0].dim():
+        if func in _FILLS:
+            found = _Filled(_FILLS[func])
+        elif func in _MARKS:
+            found = self._marked(func, *args, **kwargs)
+        elif func in _CHOOSES and args and args[0].dim():
             result = result[-1] if isinstance(result, tuple) else result
             dim = kwargs.get("dim", _axis(func, args))
             found = _Chosen(args[0].shape[dim]) if isinstance(dim, int) else None
         elif func is torch.nn.functional.one_hot:
-            classes = result.shape[-1]
-            found = _ForEach(result.dim() - 1, min(of.count, classes) if isinstance(of, _Chosen) else classes)
+            classes, total = result.shape[-1], _as_int(args[0].numel())
+            count = min(of.count, classes) if isinstance(of, _Chosen) else classes
+            found = _ForEach(result.dim() - 1, count, total)
         elif isinstance(of, _Chosen):
             found = of if func in _MOVES else _ForOne() if func in _EQUAL else None
         elif isinstance(of, _ForOne):
             found = of if func in _SUMS and result.dim() == 0 else None
         elif isinstance(of, _ForEach):
-            same = func in _SAME_SHAPE and result.shape == args[0].shape  # fewer tokens, of which each still has some
-            found = of if same or (func in _POSITIVE and args[1] == 0) else None
-            if func in _PERMUTES or func in _SUMS:
-                found = _moved(func, args, kwargs, of)
-            if func in _MOVES and of.dim == args[0].dim() - 1 and result.shape[-1:] == args[0].shape[-1:]:
-                found = _ForEach(result.dim() - 1, of.count)
+            found = _followed(func, args, kwargs, of, result)
+        elif isinstance(of, _UpTo | _Filled):
+            found = of if func in _MOVES else None
+        name = getattr(func, "__name__", "")
+        if name in WRITES or (name.endswith("_") and not name.endswith("__")):  # what was known held before it
+            result = args[0]
+            self.known.pop(id(result), None)
         if found is not None:
             self.known[id(result)] = result, found
+
+    def _marked(
+        self, func: Any, x: Tensor, dim: int, index: Tensor, src: Any = None, *, value: Any = None, reduce: Any = None
+    ) -> _ForEach | None:
+        """Ones scattered over zeros count; those that are not added count once what one row has twice."""
+        written = self._of(src) if isinstance(src, Tensor) else _Filled(value if src is None else src)
+        if reduce is not None or self._of(x) != _Filled(0) or written != _Filled(1):
+            return None
+        of, classes = self._of(index), x.shape[dim]
+        added = "add" in func.__name__ or index.dim() > 1  # in a row of choices none stands twice
+        count = min(of.count, classes) if isinstance(of, _Chosen) else classes
+        return _ForEach(dim % x.dim(), count, _as_int(index.numel()) if added else None)
+
+
+def _followed(func: Any, args: Any, kwargs: Any, of: _ForEach, result: Any) -> _ForEach | _UpTo | None:
+    """What is known of a result of how often each was chosen."""
+    if func in _RUNNING:
+        return _UpTo(args[0]) if args[0].dim() == 1 else None
+    if func in _POSITIVE:
+        return replace(of, total=None) if args[1] == 0 else None
+    if func in _SUMS or func in _PERMUTES:
+        found = _moved(func, args, kwargs, of)
+        return replace(found, total=None) if found is not None and func in _ANY else found
+    if func in _CASTS and result.shape == args[0].shape:
+        return of
+    if func in _SAME_SHAPE and result.shape == args[0].shape:  # fewer tokens, of which each still has some
+        return replace(of, total=None)
+    if func in _MOVES and of.dim == args[0].dim() - 1 and result.shape[-1:] == args[0].shape[-1:]:
+        return replace(of, dim=result.dim() - 1)
+    return None
+
+
+def _check_few(count: int) -> None:
+    if count > MOST:
+        raise RuntimeError(f"a loop goes through {count} experts, one by one, and {MOST} at most are traced so")
+
+
+def _as_int(size: object) -> int | None:
+    """A size that no data say."""
+    return size if isinstance(size, int) else None
 
 
 def _asks_for_more(args: Any, kwargs: Any) -> bool:
@@ -203,4 +307,4 @@ def _moved(func: Any, args: Any, kwargs: Any, of: _ForEach) -> _ForEach | None:
     with without_modes():
         probe = torch.empty(tuple(range(2, 2 + args[0].dim())), device="meta")
         sizes = func(probe, *args[1:], **kwargs).shape
-    return _ForEach(sizes.index(2 + of.dim), of.count) if 2 + of.dim in sizes else None
+    return replace(of, dim=sizes.index(2 + of.dim)) if 2 + of.dim in sizes else None

@@ -198,33 +198,37 @@ def check_against_eager(module: nn.Module, args: Sequence[Any], kwargs: Mapping[
 
 
 def _strict(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> tuple[Subgraph, ...]:
-    with without_shape_guards(), some_rows():
-        program = torch.export.export(module, args, kwargs, strict=True)
-    return (lower(program, names),)
+    with some_rows():
+        with without_shape_guards():
+            program = torch.export.export(module, args, kwargs, strict=True)
+        return (lower(program, names),)
 
 
 def _non_strict(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, known: Collection[str] = ()
 ) -> tuple[Subgraph, ...]:
     if not known:
-        with some_rows(), EachOccurs(), DataAsDetached():
-            program = torch.export.export(module, args, kwargs, strict=False)
-        return (lower(program, names),)
+        with some_rows():
+            with EachOccurs(), DataAsDetached():
+                program = torch.export.export(module, args, kwargs, strict=False)
+            return (lower(program, names),)
     constants = {name: kwargs[name] for name in known}
     given = {name: value for name, value in kwargs.items() if name not in constants}
     module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **constants}), with_kwargs=True)
-    with known_values(), some_rows(), DataAsDetached():
-        program = torch.export.export(module, args, given, strict=False)
-    return (lower(program, names),)
+    with some_rows():
+        with known_values(), EachOccurs(), DataAsDetached():
+            program = torch.export.export(module, args, given, strict=False)
+        return (lower(program, names),)
 
 
 def _by_position(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names
 ) -> tuple[Subgraph, ...]:
     """Where code decides by the largest position: the positions that it counts itself have values."""
-    with known_values(), some_rows(), EachOccurs():
-        program = torch.export.export(module, args, kwargs, strict=False)
-    return (lower(program, names),)
+    with some_rows():
+        with known_values(), EachOccurs():
+            program = torch.export.export(module, args, kwargs, strict=False)
+        return (lower(program, names),)
 
 
 def _logits_alone(

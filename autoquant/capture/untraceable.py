@@ -109,8 +109,9 @@ def culprit(error: BaseException | None, names: Names, untraceable: Collection[t
     while error is not None:
         frame = error.__traceback__
         while frame is not None:
-            owner = frame.tb_frame.f_locals.get("self")
-            module = _registered(owner, names) if frame.tb_frame.f_code.co_name == "forward" else None
+            code = frame.tb_frame.f_code
+            owner = frame.tb_frame.f_locals.get(next(iter(code.co_varnames), ""))
+            module = _registered(owner, names) if code.co_name == "forward" else None
             if module is not None and type(module) not in untraceable:
                 found = module
             frame = frame.tb_next

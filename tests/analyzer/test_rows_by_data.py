@@ -116,6 +116,49 @@ def test_runs_of_as_many_rows_as_the_data_say() -> None:
     assert spaces == ["R1"]
 
 
+def joined(after: Callable[[Tensor], Tensor]) -> Inner:
+    """DeepSeek's loop: the runs of two experts joined, and each row put where its token was."""
+
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        y = x.reshape(-1, 4)
+        gates, chosen = s.r(y).topk(1, 1)
+        order = chosen.flatten().argsort()
+        sorted_rows, outputs, start = y[order], [], 0
+        for n, count in enumerate(torch.bincount(chosen.flatten(), minlength=2).numpy()):
+            if count == 0:
+                continue
+            hidden = functional.relu(functional.linear(sorted_rows[start : start + count], s.ups[n]))
+            outputs.append(after(functional.linear(hidden, s.downs[n])))
+            start = start + count
+        made = torch.cat(outputs)
+        placed = torch.empty_like(made)
+        placed[order] = made
+        return (placed * gates.sigmoid()).view_as(x)
+
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("after", "found"), [(Tensor.clone, ["R1"]), (lambda made: made + made.roll(1, -1), [])], ids=["whole", "mixed"]
+)
+def test_runs_that_are_joined_are_rotated_alike(after: Callable[[Tensor], Tensor], found: list[str]) -> None:
+    stacks = {"ups": nn.Parameter(torch.randn(2, 6, 4)), "downs": nn.Parameter(torch.randn(2, 4, 6))}
+    groups, spaces = claims(joined(after), r=lin(4, 2), **stacks)
+    assert groups == ["g -> r, ups", "ups -> downs"]
+    assert spaces == found
+
+
+@pytest.mark.parametrize(("reduce", "found"), [("sum", ["R1"]), ("amax", [])])
+def test_vectors_are_summed_into_rows_and_no_more(reduce: str, found: list[str]) -> None:
+    def inner(s: Graph, x: Tensor) -> Tensor:
+        y = x.reshape(-1, 4)
+        rows = s.r(y).flatten().argsort()
+        place = rows.view(-1, 1).repeat(1, 4)
+        return torch.zeros_like(y).scatter_reduce(0, place, unit(s, y[rows]), reduce).view_as(x)
+
+    assert claims(inner, r=lin(4, 1))[1] == found
+
+
 def test_channels_of_which_the_data_say_how_many_are_taken() -> None:
     """All of them carry one scale; a rotation would mix those that are taken with others."""
 

@@ -147,10 +147,17 @@ def test_every_expert_is_in_the_graph(kind: type[Experts]) -> None:
         assert check_against_eager(module, (tokens,), {}, captured) < 1e-6
 
 
-def test_counts_that_are_data_are_not_known() -> None:
-    module = Counted(lambda counts: counts.float().mean().mul(2))
-    with pytest.raises(Exception, match="cannot capture"):
-        capture(module, (torch.randn(5, 4),), {}, "export")
+def test_counts_are_the_data_s() -> None:
+    class Weighed(Counted):
+        def forward(self, x: Tensor) -> Tensor:
+            seen: list[Tensor] = []
+            self.takes = seen.append
+            return super().forward(x) * seen[0].float().var()
+
+    module, x = Weighed(lambda counts: None), torch.randn(5, 4)
+    captured = capture(module, (x,), {}, "export")
+    for tokens in (x, x[:1].expand(5, 4)):
+        assert check_against_eager(module, (tokens,), {}, captured) < 1e-6
 
 
 def test_a_mask_without_an_axis_for_its_experts_says_nothing_of_them() -> None:

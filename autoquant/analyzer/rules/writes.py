@@ -101,6 +101,16 @@ def rotate_scatter_add(a: RotationAnalysis, site: Site, x: Value, dim: int, inde
     return rotate_index_add(a, site, x, dim, index, source)
 
 
+@rotation_rule("scatter_reduce", says="adds whole vectors to rows: both are rotated alike")
+def rotate_scatter_reduce(
+    a: RotationAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, reduce: str, **kwargs: Value
+) -> Value:
+    """Sums alone: of whole vectors, each channel's own largest or product is no vector."""
+    if reduce != "sum":
+        return a.end(site, [x, source], NO_ROTATION)
+    return rotate_scatter_add(a, site, x, dim, index, source)
+
+
 @rotation_rule("index_add index_copy", says="adds whole vectors to rows, or replaces rows: both are rotated alike")
 def rotate_index_add(
     a: RotationAnalysis, site: Site, x: Value, dim: int, index: Value, source: Value, **kwargs: Value
