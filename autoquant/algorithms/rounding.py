@@ -15,6 +15,8 @@ Shapes: T tokens, O output channels, I input channels.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ RIDGE = 0.01
 """How strongly V* is held to W, as a share of H's mean diagonal: directions that calibration hardly saw stay put."""
 BLOCK = 64
 ROWS = 8192
+RECORDED = 4
+"""Heights of weights whose kernels are kept: a model has few. Each takes some ten blocks of memory."""
 
 
 def cross_moment(x_TI: Tensor, y_TI: Tensor) -> Tensor:
@@ -63,18 +67,54 @@ def gptq(weight_OI: Tensor, moment_II: Tensor, scale_O1: Tensor) -> Tensor:
     upper = torch.linalg.cholesky(inverse, upper=True)
     left, scale = weight_OI.double()[:, order].clone(), scale_O1.double()
     values = torch.empty_like(left)
+    columns = _columns if left.device.type != "cuda" else _replayed(len(left), len(scale), left.device)
     for start in range(0, left.shape[1], BLOCK):
         end = min(start + BLOCK, left.shape[1])
-        block, errors = left[:, start:end].clone(), torch.empty_like(left[:, start:end])
-        for i in range(end - start):
-            column = block[:, i : i + 1]
-            rounded = _round(column, scale)
-            values[:, start + i : start + i + 1] = rounded
-            error = (column - rounded * scale) / upper[start + i, start + i]
-            errors[:, i : i + 1] = error
-            block[:, i + 1 :] -= error * upper[start + i, start + i + 1 : end]
+        values[:, start:end], errors = columns(left[:, start:end], upper[start:end, start:end], scale)
         left[:, end:] -= errors @ upper[start:end, end:]
     return values[:, torch.argsort(order)].to(torch.int8)
+
+
+def _columns(left_OB: Tensor, upper_BB: Tensor, scale_O1: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of a block of columns, one after the other, and what each leaves to those behind the block."""
+    block, values, errors = left_OB.clone(), torch.empty_like(left_OB), torch.empty_like(left_OB)
+    for i in range(block.shape[1]):
+        column = block[:, i : i + 1]
+        rounded = _round(column, scale_O1)
+        values[:, i : i + 1] = rounded
+        error = (column - rounded * scale_O1) / upper_BB[i, i]
+        errors[:, i : i + 1] = error
+        block[:, i + 1 :] -= error * upper_BB[i, i + 1 :]
+    return values, errors
+
+
+class _Replayed:
+    """:func:`_columns` on a GPU, to which starting its many small kernels takes several times what they do: they are
+    recorded for one block, and played again for all others of its size.
+    """
+
+    def __init__(self, rows: int, scales: int, device: torch.device) -> None:
+        self.left = torch.ones(rows, BLOCK, dtype=torch.float64, device=device)
+        self.upper = torch.ones(BLOCK, BLOCK, dtype=torch.float64, device=device)
+        self.scale = torch.ones(scales, 1, dtype=torch.float64, device=device)
+        _columns(self.left, self.upper, self.scale)  # what is loaded at first use cannot be recorded
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, which read ahead, go on allocating memory: only what this one starts is recorded.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.made = _columns(self.left, self.upper, self.scale)
+
+    def __call__(self, left_OB: Tensor, upper_BB: Tensor, scale_O1: Tensor) -> tuple[Tensor, Tensor]:
+        """Good until the next call."""
+        if left_OB.shape != self.left.shape:
+            return _columns(left_OB, upper_BB, scale_O1)
+        self.left.copy_(left_OB)
+        self.upper.copy_(upper_BB)
+        self.scale.copy_(scale_O1)
+        self.graph.replay()
+        return self.made
+
+
+_replayed = lru_cache(maxsize=RECORDED)(_Replayed)
 
 
 def _round(weight: Tensor, scale: Tensor) -> Tensor:

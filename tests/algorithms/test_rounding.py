@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autoquant.algorithms import rounding
 from autoquant.algorithms.rounding import RIDGE, corrected, cross_moment, gptq
 from autoquant.quantizer import int8
 
@@ -86,3 +87,17 @@ def test_correction_makes_the_error_against_the_exact_output_smaller() -> None:
     exact = functional.linear(x, weight)
     before = float((exact - functional.linear(noisy, weight)).square().sum())
     assert float((exact - functional.linear(noisy, found)).square().sum()) < 0.7 * before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU")
+@pytest.mark.parametrize(("rows", "columns", "scales"), [(96, 256, 96), (96, 256, 1), (40, 100, 40)])
+def test_recorded_kernels_give_the_same_values(
+    rows: int, columns: int, scales: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight, x = (torch.randn(n, columns, generator=generator).cuda() for n in (rows, 512))
+    scale = weight.abs().amax(1, keepdim=True)[:scales] / 127
+    found = [gptq(weight, cross_moment(x, x), scale) for _ in range(2)]
+    monkeypatch.setattr(rounding, "_replayed", lambda *_: rounding._columns)
+    expected = gptq(weight, cross_moment(x, x), scale)
+    assert all(torch.equal(one, expected) for one in found)
