@@ -31,7 +31,14 @@ from autoquant.certificate.state import randomise_buffers_
 from autoquant.config.format import Blocked, Certificate, CertificateRow, Config, edited
 from autoquant.config.layers import layer_set
 from autoquant.errors import AutoQuantError
-from autoquant.models.reduce import float64_throughout, grouped_experts, runs_in_float64, small, widened
+from autoquant.models.reduce import (
+    float64_throughout,
+    forward_in_float64_,
+    grouped_experts,
+    runs_in_float64,
+    small,
+    widened,
+)
 from autoquant.models.settings import settings_digest
 from autoquant.models.source import LoadedModel, ModelSource, layer_count, sub_configs
 from autoquant.threads import one_thread
@@ -213,6 +220,11 @@ def _analysed(source: ModelSource, loaded: LoadedModel) -> tuple[Config, Capture
         # Code that is cut otherwise where it is traced rounds otherwise, where it casts to float32 inside.
         with float64_throughout():
             difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
+        if not difference <= TOLERANCE:  # nor does what it computed in float32 of known inputs change any more
+            with grouped_experts(loaded), forward_in_float64_(loaded.module):
+                captured = captured_from(loaded, loaded.module)
+            with float64_throughout():
+                difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
     if not difference <= TOLERANCE:
         raise AutoQuantError(
             f"{source.name}: the captured graph differs from the model by {difference:.2g}; nothing read off it holds"

@@ -7,6 +7,7 @@ their values relate: a width that was heads x head size, or a multiple of the hi
 from __future__ import annotations
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -58,7 +59,8 @@ def small(source: ModelSource, seed: int = 0, *, each: int = 1) -> LoadedModel:
         (torch.float64, "eager"),
         (torch.float32, None),
     ):
-        model = build_module(source, config, torch.device("cpu"), dtype)
+        with _seeded(seed):
+            model = build_module(source, config, torch.device("cpu"), dtype)
         _set_experts_(model, experts)
         randomise_(model, seed)
         loaded = with_inputs(model, torch.device("cpu"), dtype, (2, 8), seed, without=missing)
@@ -66,6 +68,14 @@ def small(source: ModelSource, seed: int = 0, *, each: int = 1) -> LoadedModel:
         if failure is None:
             return loaded
     raise AutoQuantError(f"{source.name}: its small model cannot be run: {one_line(failure)}") from failure
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What is drawn is drawn from ``seed``: vectors keep what construction gives them, which may be random."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager
@@ -120,6 +130,28 @@ def float64_throughout() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+@contextlib.contextmanager
+def forward_in_float64_(module: nn.Module) -> Iterator[None]:
+    """The forward of ``module`` under :func:`float64_throughout`, and nothing around it.
+
+    A tracer may not run under that: it makes tensors like those that it is given, in float32 too.
+    """
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        with float64_throughout():
+            return forward(*args, **kwargs)
+
+    before = {name: value for name, value in vars(module).items() if name == "forward"}
+    vars(module)["forward"] = wide
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        vars(module).update(before)
 
 
 def widened(loaded: LoadedModel) -> LoadedModel:
@@ -226,7 +258,8 @@ def _small_factory(source: ModelSource, seed: int) -> LoadedModel:
         )
     failure = None
     for dtype in (torch.float64, torch.float32):
-        made = call_factory(source, torch.device("cpu"))
+        with _seeded(seed):
+            made = call_factory(source, torch.device("cpu"))
         made.module.to(dtype)
         for part in made.module.modules():  # caches in plain attributes: else every call would make them anew
             tensors = {name: tensor for name, tensor in plain_tensors(part).items() if tensor.is_floating_point()}

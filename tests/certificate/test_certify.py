@@ -382,3 +382,19 @@ def test_a_graph_that_rounds_otherwise_is_compared_in_float64_throughout(monkeyp
     monkeypatch.setattr("autoquant.certificate.certify.runs_in_float64", lambda loaded: False)
     with pytest.raises(AutoQuantError, match=r"the captured graph differs from the model by 0\.\d"):
         small_config(source, loaded)
+
+
+class CutOtherwiseByKnownNumbers(CutOtherwise):
+    """And multiplies by what it computes, in float32, of an input whose values are known: to a trace a constant."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        assert ids is not None
+        return super().forward(x) * ((1e6 + ids.to(torch.float32) / 3) - 1e6)[:, None]
+
+
+def test_a_constant_that_was_computed_in_float32_is_made_again_in_float64() -> None:
+    module = CutOtherwiseByKnownNumbers().double().eval()
+    kwargs = {"x": torch.randn(2, 3, 8, dtype=torch.float64), "ids": torch.arange(3)}
+    config = small_config(ModelSource("cut", factory=lambda: None), LoadedModel(module, (), kwargs, known=("ids",)))
+    assert [linear.path for linear in config.model.linears] == ["a", "b"]
+    assert "forward" not in vars(module)

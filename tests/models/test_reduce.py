@@ -200,6 +200,30 @@ def test_randomise_is_reproducible_and_leaves_no_constant() -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
+class Drawn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.decay
+
+
+def test_a_seed_gives_one_small_model() -> None:
+    source = ModelSource("drawn", factory=lambda: (Drawn(), (torch.ones(2, 4),)))
+    state = torch.get_rng_state()
+    first = small(source).module.decay
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert torch.equal(small(source).module.decay, first)
+    mamba = find_source("mamba2", layers=1)  # dt_bias is drawn
+    first = small(mamba).module.state_dict()
+    torch.rand(1)
+    second = small(mamba).module.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], held) for name, held in small(mamba, 1).module.state_dict().items())
+
+
 def test_float64_throughout_takes_the_rounding_out() -> None:
     model = small(find_source("llama"))
 
