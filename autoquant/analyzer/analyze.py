@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from autoquant.analyzer.lengths import common, longer_inputs
 from autoquant.analyzer.replaced import without_replaced
 from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
 from autoquant.analyzer.unlisted import unlisted
-from autoquant.analyzer.untraced import untraced
+from autoquant.analyzer.untraced import untraced, without_residual
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import Captured, capture
 from autoquant.config.format import (
@@ -35,7 +36,7 @@ from autoquant.config.format import (
 from autoquant.config.places import json_path
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import FakeTensorMode, marked_as_compiling
-from autoquant.models.build import build_meta
+from autoquant.models.build import build_meta, on_text
 from autoquant.models.fit import structure_problems
 from autoquant.models.inputs import NO_SHAPES, masks_beside
 from autoquant.models.source import LoadedModel, ModelSource
@@ -84,16 +85,19 @@ def analyze(
     reason = None
     while True:
         if attempts:
-            traced, maps = represent(module, attempts.pop(0), lambda module: run_without_weights(module, loaded))
+            traced, maps = represent(module, attempts.pop(0), partial(run_without_weights, loaded=loaded))
         else:
             traced, maps = module, whole(stacks, reason)
-        captured, analysis = _trace(loaded, traced, how, progress, seconds)
+        loaded, captured, analysis = _trace(loaded, traced, how, progress, seconds)
         analysis = replace(analysis, findings=_at_two_lengths(loaded, traced, analysis.findings, how))
         reason = disagreement(analysis.findings, maps)
         if reason is None:
             break
     analysis = replace(analysis, findings=without_replaced(analysis.findings, traced, loaded, run_without_weights))
-    blocked = (*analysis.findings.blocked, *untraced(traced, captured, loaded.missing))
+    if loaded.uncaptured is not None:
+        analysis = replace(analysis, findings=without_residual(analysis.findings))
+    left_out = untraced(traced, captured, loaded.missing, loaded.uncaptured)
+    blocked = (*analysis.findings.blocked, *left_out)
     blocked = (*blocked, *unlisted(traced, captured, analysis, blocked))
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)
     findings = _under_listed_paths(findings)
@@ -169,18 +173,34 @@ def captured_from(loaded: LoadedModel, module: nn.Module, how: How = "auto") -> 
     return capture(module, loaded.args, loaded.kwargs, how, known=loaded.known, first=configured, spare=spare)
 
 
+def captured_with(loaded: LoadedModel, module: nn.Module, how: How = "auto") -> tuple[LoadedModel, Captured]:
+    """The graph of ``module`` and the inputs that it is of: text alone where with images or sound there is none.
+
+    Raises AutoQuantError where it cannot be captured at all: what was said of all of its inputs.
+    """
+    try:
+        return loaded, captured_from(loaded, module, how)
+    except AutoQuantError as error:
+        text = on_text(loaded, error.message)
+        if text is None:
+            raise
+        with contextlib.suppress(AutoQuantError):
+            return text, captured_from(text, module, how)
+        raise
+
+
 def _trace(
     loaded: LoadedModel, traced: nn.Module, how: How, progress: Callable[[str], None], seconds: dict[str, float]
-) -> tuple[Captured, Analysis]:
+) -> tuple[LoadedModel, Captured, Analysis]:
     start = time.perf_counter()
     progress("capturing the graph")
-    captured = captured_from(loaded, traced, how)
+    loaded, captured = captured_with(loaded, traced, how)
     middle = time.perf_counter()
     progress("reading off scales and rotations")
     analysis = analyse(captured)
     seconds["capture"] += middle - start
     seconds["analysis"] += time.perf_counter() - middle
-    return captured, analysis
+    return loaded, captured, analysis
 
 
 def stacks_length(maps: tuple[StackMap, ...]) -> int:

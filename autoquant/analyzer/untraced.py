@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import nn
 
+from autoquant.analyzer.findings import Findings
 from autoquant.capture.graph import Captured
 from autoquant.config.format import Blocked
 
 
-def untraced(module: nn.Module, captured: Captured, missing: Mapping[str, str]) -> tuple[Blocked, ...]:
+def untraced(
+    module: nn.Module, captured: Captured, missing: Mapping[str, str], uncaptured: str | None = None
+) -> tuple[Blocked, ...]:
     """The outermost modules none of whose matrices the graphs use, blocked with the reason.
 
-    ``missing``: inputs that could not be made, each with the reason.
+    ``missing``: inputs that could not be made, each with the reason. ``uncaptured``: why the graphs are of text alone.
     """
     used = {
         name
@@ -25,6 +29,8 @@ def untraced(module: nn.Module, captured: Captured, missing: Mapping[str, str]) 
     reason = "it is not traced: nothing that it computes reaches the logits"
     if missing:
         reason = "it is not traced: " + "; ".join(f"no {name} could be made ({why})" for name, why in missing.items())
+    if uncaptured is not None:
+        reason = f"it is not traced: the model is analysed on text alone (with images or sound: {uncaptured})"
     hidden = (
         "it is not traced: code between the pieces that Dynamo compiles uses it, and what feeds or reads it is unseen"
     )
@@ -34,6 +40,19 @@ def untraced(module: nn.Module, captured: Captured, missing: Mapping[str, str]) 
         for here in [hidden if any(name.startswith(f"{path}.") for name in captured.hidden) else reason]
         for what in ("smoothing", "rotation")
     )
+
+
+def without_residual(found: Findings) -> Findings:
+    """``found`` on text alone, without rotations of a stream that images or sound write to as well, unseen."""
+    kept = tuple(space for space in found.spaces if space.kind != "R1")
+    reason = "what images or sound add to the stream is not traced, so that it cannot be rotated with it"
+    blocked = tuple(
+        Blocked(path=path, what="rotation", reason=reason, operator="R1", at=path)
+        for space in found.spaces
+        if space not in kept
+        for path in [space.writers[0].path.rpartition(".")[0]]
+    )
+    return replace(found, spaces=kept, blocked=(*found.blocked, *blocked))
 
 
 def _names(name: str, captured: Captured) -> tuple[str, ...]:

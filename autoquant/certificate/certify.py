@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from autoquant.analyzer.analysis import analyse
-from autoquant.analyzer.analyze import Analyzed, build_config, captured_from, stacks_length
+from autoquant.analyzer.analyze import Analyzed, build_config, captured_with, stacks_length
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.analyzer.templates import fold, name_across_layers
 from autoquant.capture.routes import Captured, check_against_eager
@@ -214,7 +214,7 @@ def small_config(source: ModelSource, loaded: LoadedModel) -> Config:
 
 def _analysed(source: ModelSource, loaded: LoadedModel) -> tuple[Config, Captured]:
     with grouped_experts(loaded):
-        captured = captured_from(loaded, loaded.module)
+        loaded, captured = captured_with(loaded, loaded.module)
     difference = check_against_eager(loaded.module, loaded.args, loaded.kwargs, captured)
     if not difference <= TOLERANCE and runs_in_float64(loaded):
         # Code that is cut otherwise where it is traced rounds otherwise, where it casts to float32 inside.

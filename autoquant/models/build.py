@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from autoquant.models.inputs import Inputs, make_inputs, runs_on, takes_media
+from autoquant.models.inputs import Inputs, make_inputs, reads_text, runs_on, takes_media
 from autoquant.models.sizes import fewer_positions, shorter_windows
 from autoquant.models.source import (
     LoadedModel,
@@ -88,6 +88,20 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
         else:
             setattr(parts[path], leaf, value)
     return config
+
+
+def on_text(loaded: LoadedModel, why: str) -> LoadedModel | None:
+    """A model that cannot be captured on its images or sound, which ``why`` says, with text alone.
+
+    None where it has been given nothing else, or takes no text alone.
+    """
+    module: Any = loaded.short or loaded.module
+    media = [value for value in loaded.kwargs.values() if value.is_floating_point()]
+    if loaded.config is None or not media or not takes_media(module) or not reads_text(module):
+        return None
+    shape = (1, 3) if media[0].is_meta else (2, 8)
+    inputs = make_inputs(module, media[0].device, shape, media[0].dtype, media=False)
+    return replace(loaded, kwargs=inputs.kwargs, known=inputs.known, uncaptured=why)
 
 
 def _probe(source: ModelSource, config: Any) -> Inputs:

@@ -75,6 +75,8 @@ class LoadedModel:
     """Inputs that the model can take and that could not be made, each with the reason."""
     short: nn.Module | None = None
     """The same model with fewer positions, for which the inputs are; None: the module itself."""
+    uncaptured: str | None = None
+    """What capturing it with images or sound said, where the inputs are text alone for that."""
 
 
 def named_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:

@@ -14,7 +14,9 @@ from transformers import CONFIG_MAPPING
 from transformers.models.umt5.modeling_umt5 import UMT5LayerSelfAttention
 
 from autoquant.analyzer.analyze import Analyzed, analyze
+from autoquant.capture.routes import Captured, capture
 from autoquant.certificate.certify import certify
+from autoquant.errors import AutoQuantError
 from autoquant.models.source import ModelSource
 
 WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -174,3 +176,38 @@ def test_a_tower_without_inputs_is_said() -> None:
     blocked = {b.path: b.reason for b in analyzed.config.blocked if b.what == "smoothing"}
     assert blocked["model.vision_tower"].startswith("it is not traced: no pixel_values could be made (")
     assert any("language_model" in linear.path for linear in analyzed.config.model.linears)
+
+
+def fails_with_images(monkeypatch: pytest.MonkeyPatch, *, text_too: bool = False) -> None:
+    """Let every capture fail that is given an image."""
+
+    def refused(module: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Captured:
+        if text_too or "pixel_values" in kwargs:
+            raise AutoQuantError("cannot capture it: its tower looks at values" if "pixel_values" in kwargs else "nor")
+        return capture(module, args, kwargs, *rest, **named)
+
+    monkeypatch.setattr("autoquant.analyzer.analyze.capture", refused)
+
+
+def test_a_model_that_cannot_be_captured_with_images_is_analysed_on_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {group.name for group in found("llava").config.smoothing.groups}
+    fails_with_images(monkeypatch)
+    source = ModelSource("on text", made("llava"))
+    proved = certify(analyze(source), source)
+    assert {group.name for group in proved.smoothing.groups} == {name for name in whole if "vision" not in name}
+    assert [space.kind for space in proved.rotation.spaces] == ["R2"]  # an image goes into the stream, unrotated
+    assert not any("refused by the proof" in b.reason for b in proved.blocked)
+    stream = "what images or sound add to the stream is not traced, so that it cannot be rotated with it"
+    assert [b.path for b in proved.blocked if b.reason == stream] == ["model.language_model.embed_tokens"]
+    reason = (
+        "it is not traced: the model is analysed on text alone (with images or sound: cannot capture it: its tower "
+        "looks at values)"
+    )
+    told = {b.path for b in proved.blocked if b.reason == reason}
+    assert told == {"model.vision_tower", "model.multi_modal_projector"}
+
+
+def test_what_cannot_be_captured_on_text_either_says_what_it_said_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_with_images(monkeypatch, text_too=True)
+    with pytest.raises(AutoQuantError, match="its tower looks at values"):
+        analyze(ModelSource("neither", made("llava")))
