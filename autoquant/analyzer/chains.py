@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from autoquant.analyzer.axes import Param
 from autoquant.analyzer.interpreter import Interpreter
 from autoquant.analyzer.rotation_spaces import Rotations
-from autoquant.analyzer.rotation_state import Gain, Mean, Square, Vector
+from autoquant.analyzer.rotation_state import Beside, Gain, Mean, Square, Vector
 from autoquant.analyzer.rules import ROTATIONS, SCALES, Rules
 from autoquant.analyzer.rules.sentences import FORMAT, MOVES, MOVES_VECTORS, is_movement, qualified
 from autoquant.analyzer.smoothing_groups import Scales
@@ -52,7 +52,7 @@ def rotation_chains(rotations: Rotations, component: int) -> Chains:
 
     def labels(value: Any) -> Ints | None:
         vector = value.of if isinstance(value, Square | Mean) else value
-        return vector.coordinates.numpy() if isinstance(vector, Vector) else None
+        return vector.coordinates.numpy() if isinstance(vector, Vector | Beside) else None
 
     components = rotations.solution.component
     reasons = rotations.analysis.variables.reasons

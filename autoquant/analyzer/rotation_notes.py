@@ -24,6 +24,8 @@ class Read:
     """The gain is applied behind the linear, and is folded into its rows (or its bias), which then write."""
     columns: Tensor | None = field(default=None, compare=False, repr=False)
     """The labels of the columns that read, None where it is not kept."""
+    in_part: bool = False
+    """The other columns read what is behind another gain: the norm goes with these alone."""
 
 
 @dataclass(frozen=True, slots=True)

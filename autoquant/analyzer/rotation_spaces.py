@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -88,10 +89,11 @@ def _fix_what_spaces_share(analysis: RotationAnalysis, solution: Solution, tied:
     spaces: dict[str, set[tuple[int, ...]]] = {}
     reads = []
     for family in analysis.axes.all():
-        labels = analysis.axes.labels(family)
-        labels = labels[~solution.fixed[labels]]
-        components = tuple(np.unique(solution.component[labels]).tolist())
+        every = analysis.axes.labels(family)
         for read in _reads(analysis, family):
+            labels = np.intersect1d(every, read.columns) if read.in_part and read.columns is not None else every
+            labels = labels[~solution.fixed[labels]]
+            components = tuple(np.unique(solution.component[labels]).tolist())
             if len(labels):
                 reads.append((read, labels, components))
             for name in (read.gain.weight, read.gain.bias) if read.gain is not None else ():
@@ -224,11 +226,23 @@ def _twice_read(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
     """A weight that is read behind two different norms can hold the gain of neither."""
     found = []
     for family in analysis.axes.all():
-        gains = {(r.gain.weight, r.gain.bias, r.gain.offset) if r.gain else None for r in _reads(analysis, family)}
-        if len(gains) > 1:
-            last = _reads(analysis, family)[-1].site
-            found.append(([family], last.because("the weight is used behind different norms")))
+        reads = _reads(analysis, family)
+        for read, other in itertools.combinations(reads, 2):
+            if _gain_key(read.gain) != _gain_key(other.gain) and not _apart(read, other):
+                found.append(([family], reads[-1].site.because("the weight is used behind different norms")))
+                break
     return found
+
+
+def _gain_key(gain: Norm | None) -> tuple[str | None, str | None, int] | None:
+    return None if gain is None else (gain.weight, gain.bias, gain.offset)
+
+
+def _apart(read: Read, other: Read) -> bool:
+    """True if different columns read, each those that lie beside the other's in one tensor."""
+    if not (read.in_part and other.in_part) or read.columns is None or other.columns is None:
+        return False
+    return not bool(np.isin(read.columns, other.columns).any())
 
 
 def _used_without_gain(analysis: RotationAnalysis) -> list[tuple[list[Axis], Reason]]:
@@ -413,13 +427,14 @@ def _space(
     channel = np.array(
         [rank_of_block[b] * size + by_block[b][c] for c, b in zip(component.tolist(), block.tolist(), strict=True)]
     )
+    channels = size * len(rank_of_block)
     writers: list[Writer] = []
     both: list[tuple[Writer, Reader]] = []
     reads: dict[tuple[str, str | None, str | None, int] | None, tuple[Norm | None, list[Reader]]] = {}
     for index in members:
         family = axes[index]
         here = which == index
-        slot = slot_of(family, ids[here] - family.start, channel[here], size * len(rank_of_block), False, 1)
+        slot = slot_of(family, ids[here] - family.start, channel[here], channels, False, 1)
         if slot is None:
             return Reason(several_dimensions(family), "", "", family.order)
         slot = _for_all(slot, family.full_shape)
@@ -431,19 +446,28 @@ def _space(
                 return Reason(text, "embedding", "", family.order)
             writers.append(Writer(**slot.model_dump(), fold_norm=folded))
             continue
-        gain = readers[0].gain
-        channels = size * len(rank_of_block)
-        if gain is not None and (gain.weight or gain.bias) and slot.index is not None:
-            text = f"{gain.weight or gain.bias} does not multiply these channels alone, each once and in their order"
-            return readers[0].site.because(text)
-        if gain is not None and analysis.gain_sizes.get(gain.weight or "", size) not in (size, channels):
-            text = f"{gain.weight} is one gain for several parts, each of which is rotated by itself"
-            return readers[0].site.because(text)
-        key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
-        reader = Reader(**slot.model_dump(), bias=readers[0].bias)
-        reads.setdefault(key, (gain, []))[1].append(reader)
-        if key is None and _writes_too(analysis, readers[0]):
-            both.append((Writer(**slot.model_dump()), reader))
+        apart = {_gain_key(read.gain): read for read in readers}
+        for read in apart.values():
+            mine = here & np.isin(ids, read.columns) if read.in_part and read.columns is not None else here
+            part = (
+                slot if mine is here else slot_of(family, ids[mine] - family.start, channel[mine], channels, False, 1)
+            )
+            assert part is not None, "a part of what lies along one dimension"
+            gain, in_order = read.gain, channel[mine][np.argsort(ids[mine])]
+            whole = part.index is None or (mine is not here and np.array_equal(in_order, np.arange(channels)))
+            if gain is not None and (gain.weight or gain.bias) and not whole:
+                text = (
+                    f"{gain.weight or gain.bias} does not multiply these channels alone, each once and in their order"
+                )
+                return read.site.because(text)
+            if gain is not None and analysis.gain_sizes.get(gain.weight or "", size) not in (size, channels):
+                text = f"{gain.weight} is one gain for several parts, each of which is rotated by itself"
+                return read.site.because(text)
+            key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
+            reader = Reader(**part.model_dump(), bias=read.bias)
+            reads.setdefault(key, (gain, []))[1].append(reader)
+            if key is None and _writes_too(analysis, read):
+                both.append((Writer(**part.model_dump()), reader))
     if (
         not writers and both
     ):  # a table that is the head too is rotated once: listed as what writes where nothing else is

@@ -66,6 +66,18 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """Vectors behind different gains, joined along their last axis, which linears alone read."""
+
+    parts: tuple[Vector, ...]
+
+    @property
+    def coordinates(self) -> Tensor:
+        """Those of all parts."""
+        return torch.cat([part.coordinates for part in self.parts], -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Gain:
     """A parameter, or one plus a parameter."""
 
@@ -104,7 +116,7 @@ class RotationAnalysis:
     def end(self, site: Site, values: Sequence[Value], text: str) -> Value:
         """No rotation gets past this operator."""
         reason = site.because(text)
-        for value in values:
+        for value in itertools.chain(*(one.parts if isinstance(one, Beside) else (one,) for one in values)):
             vector = value.of if isinstance(value, (Square, Mean)) else value
             if isinstance(vector, Vector):
                 self.variables.fix(vector.coordinates, reason)
@@ -243,6 +255,8 @@ class RotationAnalysis:
             return self.end(site, parts, "it is joined with something else")
         gain = vectors[0].gain
         if any(part.gain != gain for part in vectors):
+            if site.operator == "cat" and len(vectors) == len(parts) and _linears_read(site, vectors[0], rest, kwargs):
+                return Beside(tuple(vectors))
             return self.end(site, parts, "its parts are behind different gains")
         if gain is not None and gain.bias is not None and len(vectors) < len(parts):
             return self.end(site, parts, f"it is joined with 0, to which {gain.bias} was not added")
@@ -436,6 +450,14 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         result: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
         return result
+
+
+def _linears_read(site: Site, part: Vector, rest: Sequence[Value], kwargs: dict[str, Value]) -> bool:
+    """True if tensors are joined along their last axis, and linears alone read the result."""
+    dim: int = kwargs.get("dim", rest[0] if rest else 0)  # type: ignore[assignment]  # what cat takes
+    users = list(site.node.users)
+    linears = (operator_name(user) == "linear" and user.all_input_nodes.count(site.node) == 1 for user in users)
+    return dim % part.coordinates.ndim == part.coordinates.ndim - 1 and all(linears) and bool(users)
 
 
 def coordinates_of(value: Vector | Square | Mean) -> Tensor:

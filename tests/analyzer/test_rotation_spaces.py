@@ -280,7 +280,7 @@ WHY: dict[str, str] = {
     "weight_is_bias": "e: the parameter is used in different ways: as a gain and as the bias of p (aten.layer_norm)",
     "bias_of_two_norms": "e: the parameter is used in different ways: as the bias of n and as the bias of n2 (aten.layer_norm)",
     "bias_of_two_spaces": "e: n is applied to other vectors too (aten.linear)",
-    "half_norm": "e: its parts are behind different gains (aten.cat)",
+    "half_norm": "e: n.weight does not multiply these channels alone, each once and in their order (aten.linear)",
     "gain_of_joined_parts": "e: n.weight does not multiply these channels alone, each once and in their order (aten.linear)",
     "table_that_is_measured_alone": "e: no weight reads it (aten.embedding)",
     "table_of_unlike_channels": "e2: channels of different vectors are read together (aten.linear)",

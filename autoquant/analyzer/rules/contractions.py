@@ -246,8 +246,10 @@ def rotate_read(
     weight: str,
     bias: Value,
     labels: Tensor | None = None,
+    *,
+    in_part: bool = False,
 ) -> None:
-    """The columns of a weight, ``[..., in]``, read vectors along their last axis.
+    """The columns of a weight, ``[..., in]``, read vectors along their last axis; ``in_part``: some of its columns do.
 
     ``labels``: the coordinates that each row of ``columns`` reads; else those of all tokens, or of all that have one
     place along the axis before it.
@@ -282,7 +284,7 @@ def rotate_read(
         size = a.gain_sizes.get(x.gain.weight or "", channels)
         placed = (x.gain_index == torch.arange(channels) % size) | (x.coordinates == ZERO)
         if channels < size:
-            a.end(site, [x], f"{x.gain.weight} multiplies more channels than are read here")
+            a.end(site, [x], f"{channels} of the {size} channels that {x.gain.weight} multiplies are read alone")
         elif channels % size or not bool(placed.all()):
             a.end(site, [x], "the norm's weight is rearranged before it is read")
     order = columns.argsort(-1)  # as they lie in the weight
@@ -296,7 +298,7 @@ def rotate_read(
         a.split_columns(columns, seen, reason)
     name = bias.name if isinstance(bias, Param) else None
     bare = Norm(kind="layer", weight=None, bias=None, offset=0, eps=None) if x.centred else None
-    a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare, columns=columns))
+    a.reads.append(Read(site, weight, name, found.column_dim, x.gain or bare, columns=columns, in_part=in_part))
 
 
 def read_apart(a: RotationAnalysis, site: Site, x: Vector, dims: Sequence[int]) -> None:

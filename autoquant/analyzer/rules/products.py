@@ -12,6 +12,7 @@ from autoquant.analyzer.axes import Param
 from autoquant.analyzer.interpreter import Constant, Dynamic, Site, Value
 from autoquant.analyzer.rotation_notes import Product
 from autoquant.analyzer.rotation_state import (
+    Beside,
     RotationAnalysis,
     Vector,
     apply,
@@ -213,6 +214,12 @@ def rotate_product(
         if not key and found.rows.ndim > 1:
             read_apart(a, site, x, range(x.coordinates.ndim - 2))
         rotate_read(a, site, x, columns, found, w.name, bias if beside or not vector else None)
+    elif isinstance(x, Beside):
+        at = 0
+        for part in x.parts:
+            taken = columns.narrow(-1, at, part.coordinates.shape[-1])
+            rotate_read(a, site, part, taken, found, w.name, bias if beside or not vector else None, in_part=True)
+            at += taken.shape[-1]
     else:
         a.variables.fix(columns, site.because("it also reads what is not rotated"))
         a.end(site, [x], NO_ROTATION)
