@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -404,6 +404,17 @@ def _for_all(slot: Slot, shape: Sequence[int]) -> Slot:
     return edited(slot, stack=None, size=shape[slot.dim], index=index)
 
 
+def _cannot_hold(gain: Norm | None, whole: bool, sizes: Mapping[str, int], size: int, channels: int) -> str | None:
+    """Why readers cannot take up a norm's gain or bias; ``whole``: they read all of its channels in their order."""
+    if gain is None:
+        return None
+    if (gain.weight or gain.bias) and not whole:
+        return f"{gain.weight or gain.bias} does not multiply these channels alone, each once and in their order"
+    if sizes.get(gain.weight or "", size) not in (size, channels):
+        return f"{gain.weight} is one gain for several parts, each of which is rotated by itself"
+    return None
+
+
 def _space(
     analysis: RotationAnalysis,
     axes: Sequence[Axis],
@@ -455,14 +466,8 @@ def _space(
             assert part is not None, "a part of what lies along one dimension"
             gain, in_order = read.gain, channel[mine][np.argsort(ids[mine])]
             whole = part.index is None or (mine is not here and np.array_equal(in_order, np.arange(channels)))
-            if gain is not None and (gain.weight or gain.bias) and not whole:
-                text = (
-                    f"{gain.weight or gain.bias} does not multiply these channels alone, each once and in their order"
-                )
-                return read.site.because(text)
-            if gain is not None and analysis.gain_sizes.get(gain.weight or "", size) not in (size, channels):
-                text = f"{gain.weight} is one gain for several parts, each of which is rotated by itself"
-                return read.site.because(text)
+            if problem := _cannot_hold(gain, whole, analysis.gain_sizes, size, channels):
+                return read.site.because(problem)
             key = None if gain is None else (gain.kind, gain.weight, gain.bias, gain.offset)
             reader = Reader(**part.model_dump(), bias=read.bias)
             reads.setdefault(key, (gain, []))[1].append(reader)
