@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from autoquant.analyzer.analysis import analyse
-from autoquant.analyzer.analyze import Analyzed, build_config, captured_with, stacks_length
+from autoquant.analyzer.analyze import Analyzed, build_config, captured_from, captured_with, stacks_length
 from autoquant.analyzer.layers import find_stacks, whole
 from autoquant.analyzer.templates import fold, name_across_layers
 from autoquant.capture.routes import Captured, check_against_eager
