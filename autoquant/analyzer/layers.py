@@ -35,6 +35,7 @@ from autoquant.capture.alike import (
 )
 from autoquant.capture.copies import copied
 from autoquant.capture.executed import Between, Executed, Signature, execute, loose
+from autoquant.capture.side_by_side import Ranks, keeps_beside, own_sources
 
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")
@@ -109,14 +110,16 @@ def represent(
     :func:`whole`.
     """
     ran = None if forward is None else _ran(module, stacks, forward)
+    beside: dict[str, tuple[Ranks, ...]] = {}
     if isinstance(ran, Executed):
+        beside = {stack.path: own_sources(stack.path, stack.kinds, ran)[1] for stack in stacks}
         stacks = refined(stacks, ran)
-    kept, clash = _settle(module, stacks)
+    kept, clash = _settle(module, stacks, beside)
     maps = tuple(_stack_map(stack, kept[stack.path], stack.whole or clash.get(stack.path)) for stack in stacks)
     if all(len(kept[stack.path]) == stack.length for stack in stacks):
         return module, maps
     pruned = _prune(module, stacks, kept)
-    misfit = _trial(pruned, stacks, maps, ran, forward) if forward is not None and ran is not None else None
+    misfit = _trial(pruned, stacks, maps, ran, forward, beside) if forward is not None and ran is not None else None
     return (pruned, maps) if misfit is None else (module, whole(stacks, misfit))
 
 
@@ -126,11 +129,12 @@ def _trial(
     maps: Sequence[StackMap],
     ran: Executed | Exception,
     forward: Callable[[nn.Module], object],
+    beside: Mapping[str, Sequence[Ranks]],
 ) -> str | None:
     """Why ``pruned`` does not run as a model with fewer layers should, None where it does."""
     again = _ran(pruned, [LayerStack(stack.path, stack.kinds) for stack in maps], forward)
     if isinstance(ran, Executed) and isinstance(again, Executed):
-        return _misfit(stacks, maps, ran, again)
+        return _misfit(stacks, maps, ran, again) or _moved(maps, again, beside)
     # What stops the whole model in the same way (shapes that depend on values) has nothing to do with its depth.
     same = isinstance(ran, Exception) and isinstance(again, Exception) and _said(ran) == _said(again)
     return None if same else f"the model does not run with fewer layers: {_said(again)}"
@@ -221,18 +225,25 @@ def _representatives(stack: LayerStack) -> tuple[int, ...]:
     return tuple(sorted({*first.values(), *last.values()}))
 
 
-def _settle(module: nn.Module, stacks: Sequence[LayerStack]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Which layers each stack keeps. Stacks of one length under one config must keep the same, or keep all."""
+def _settle(
+    module: nn.Module, stacks: Sequence[LayerStack], beside: Mapping[str, Sequence[Ranks]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Which layers each stack keeps. Stacks of one length under one config must keep the same, or keep all; and so must
+    a stack and those whose layers hand something to its layers of their number.
+    """
     kept = {stack.path: _representatives(stack) for stack in stacks}
+    handed = {(path, other) for path, layers in beside.items() for taken in layers for other in taken.values()}
     clash: dict[str, str] = {}
     for _ in stacks:  # a stack that has to keep all may take others with it
         for one in stacks:
             for other in stacks:
                 common = {id(h) for h in _holders(module, one.path)} & {id(h) for h in _holders(module, other.path)}
-                if common and one.length == other.length and kept[one.path] != kept[other.path]:
+                tied = bool(handed & {(one.path, other.path), (other.path, one.path)})
+                if (tied or (common and one.length == other.length)) and kept[one.path] != kept[other.path]:
+                    why = "belong together layer by layer" if tied else "are described by one config"
                     for stack in (one, other):
                         kept[stack.path] = tuple(range(stack.length))
-                        clash[stack.path] = f"{one.path} and {other.path} are described by one config and differ"
+                        clash.setdefault(stack.path, f"{one.path} and {other.path} {why} and differ")
     return kept, clash
 
 
@@ -392,7 +403,7 @@ def refined(stacks: Sequence[LayerStack], ran: Executed) -> list[LayerStack]:
 
 
 def _by_calls(stack: LayerStack, ran: Executed) -> LayerStack:
-    calls = ran.calls[stack.path]
+    calls, _ = own_sources(stack.path, stack.kinds, ran)
     keys: list[object] = [(kind, call) for kind, call in zip(stack.kinds, calls, strict=True)]
     # The first layer takes from the embeddings what the others take from the layer before.
     start = tuple(map(loose, calls[0]))
@@ -445,6 +456,15 @@ def _numbered(keys: Sequence[object]) -> tuple[int, ...]:
 
 def _kinds_of(step: Between, kinds: Mapping[str, Sequence[int]]) -> object:
     return tuple((path, kinds[path][number]) for path, number in (step.before, step.after))
+
+
+def _moved(maps: Sequence[StackMap], pruned: Executed, beside: Mapping[str, Sequence[Ranks]]) -> str | None:
+    """Which layer of the copy does not take from the layers beside it what it took from them, None where all do."""
+    for stack in maps:
+        for i, originals in enumerate(stack.originals):
+            if stack.path in beside and not keeps_beside(stack.path, i, beside[stack.path][originals[0]], pruned):
+                return f"with fewer layers, layer {originals[0]} of {stack.path} takes something from another layer"
+    return None
 
 
 def _misfit(stacks: Sequence[LayerStack], maps: Sequence[StackMap], whole: Executed, pruned: Executed) -> str | None:

@@ -27,7 +27,9 @@ Block = tuple[str, int]
 """Path of the stack, number of the block."""
 
 _FACTORS = frozenset(("mul", "div", "mul_", "div_"))
-_OUTSIDE = "outside"
+OUTSIDE = "outside"
+"""Begins the source of a tensor that is made outside of the block."""
+
 _MOST_VALUES = 1 << 22
 """Elements of a tensor of known values that are compared; a larger one is like no other."""
 
@@ -47,6 +49,10 @@ class Executed:
 
     calls: Mapping[str, tuple[tuple[Signature, ...], ...]]
     between: tuple[Between, ...]
+    blocks: tuple[Block | None, ...] = ()
+    """Which block each number of a tensor's source stands for, None where what ran was in none."""
+    outside: Mapping[int, Signature] = field(default_factory=dict)
+    """What ran in no block, by that number."""
 
 
 def execute(module: nn.Module, stacks: Mapping[str, int], forward: Callable[[nn.Module], object]) -> Executed:
@@ -79,8 +85,8 @@ def loose(signature: Signature) -> Signature:
     def renamed(value: Any) -> Any:
         if not isinstance(value, tuple):
             return value
-        if value and value[0] == _OUTSIDE:
-            return _OUTSIDE, numbers.setdefault(value, len(numbers))
+        if value and value[0] == OUTSIDE:
+            return OUTSIDE, numbers.setdefault(value, len(numbers))
         return tuple(map(renamed, value))
 
     return tuple(map(renamed, signature))
@@ -177,7 +183,8 @@ class _Watch(TorchDispatchMode):
         made = []
         for number, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, Tensor):
-                self.made[id(leaf)] = segment.number, ("made", len(segment.rows), number)
+                if func.overloadpacket.__name__ != "lift_fresh":  # a constant of the code: told by its values
+                    self.made[id(leaf)] = segment.number, ("made", len(segment.rows), number)
                 self.alive.append(leaf)
                 made.append((tuple(leaf.shape), leaf.dtype))
         if made:  # else it asks for a device or a number, which what follows shows
@@ -205,13 +212,13 @@ class _Watch(TorchDispatchMode):
             block = segment.block or segment.last
             first = self.firsts[block[0]] if block is not None else 0
             if number < first or number == first < segment.number - 2:
-                return _OUTSIDE, "at", number, *what
-            return _OUTSIDE, "back", segment.number - number, *what
+                return OUTSIDE, "at", number, *what
+            return OUTSIDE, "back", segment.number - number, *what
         if id(tensor) in self.names:
-            return _OUTSIDE, "named", self._relative(self.names[id(tensor)], segment)
+            return OUTSIDE, "named", self._relative(self.names[id(tensor)], segment)
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             self.alive.append(tensor)
-            return _OUTSIDE, "given", self.seen.setdefault(id(tensor), len(self.seen))
+            return OUTSIDE, "given", self.seen.setdefault(id(tensor), len(self.seen))
         return "known", values_of(tensor)
 
     def _relative(self, name: str, segment: _Segment) -> object:
@@ -232,4 +239,8 @@ class _Watch(TorchDispatchMode):
         for one, other in itertools.pairwise(self.segments):
             if one.last is not None and other.block is not None:
                 between.append(Between(one.last, other.block, tuple(one.rows)))
-        return Executed({path: tuple(map(tuple, found)) for path, found in calls.items()}, tuple(between))
+        blocks = tuple(segment.block for segment in self.segments)
+        outside = {segment.number: tuple(segment.rows) for segment in self.segments if segment.block is None}
+        return Executed(
+            {path: tuple(map(tuple, found)) for path, found in calls.items()}, tuple(between), blocks, outside
+        )
