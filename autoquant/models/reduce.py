@@ -7,7 +7,9 @@ their values relate: a width that was heads x head size, or a multiple of the hi
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import inspect
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -316,6 +318,8 @@ def _shown(kinds: Sequence[int], each: int) -> int:
 
 def _fewer(config: Any, changes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Other reductions to try, those that change most first."""
+    if computed := _computed(config, changes):
+        yield {**changes, **computed}
     yield reductions(config, keep_heads=True)
     if (wide := reductions(config, as_wide=True)) != changes:
         yield wide
@@ -328,6 +332,30 @@ def _fewer(config: Any, changes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     names = list(changes)
     for count in range(len(names) - 1, -1, -1):
         yield {name: changes[name] for name in names[:count]}
+
+
+def _computed(config: Any, changes: Mapping[str, Any]) -> dict[str, int]:
+    """What the classes of a configuration compute, on construction, of fields that ``changes`` changes: by dotted path,
+    the fields that are none of the constructor's arguments and hold what it made of them.
+    """
+    found: dict[str, int] = {}
+    after = sub_configs(changed(config, changes))
+    for path, before in sub_configs(config).items():
+        old, new = _constructed(before), _constructed(after[path])
+        for name, value in vars(before).items():
+            now = new.get(name)
+            if type(value) is int and type(now) is int and value == old.get(name) != now:
+                found[f"{path}.{name}".lstrip(".")] = now
+    return {name: value for name, value in found.items() if name not in changes}
+
+
+def _constructed(part: Any) -> dict[str, Any]:
+    """The fields that the class of ``part`` computes of its arguments; none where it does not take them as they are."""
+    taken = set(inspect.signature(type(part)).parameters)
+    with contextlib.suppress(Exception):  # the class's own checks
+        made = type(part)(**{name: value for name, value in copy.deepcopy(vars(part)).items() if name in taken})
+        return {name: value for name, value in vars(made).items() if name not in taken}
+    return {}
 
 
 def _refusal(source: ModelSource, changes: Mapping[str, Any], missing: Collection[str]) -> Exception | None:

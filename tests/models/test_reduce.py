@@ -142,6 +142,19 @@ def test_a_codebook_and_a_stack_of_convolutions_become_no_larger() -> None:
     assert reduction.reductions(convolutions) == {"hidden_size": 64, "num_filters": 8}
 
 
+def test_what_a_configuration_computes_of_reduced_fields_is_computed_again() -> None:
+    config = CONFIG_MAPPING["dots3_note"]()
+    audio = config.audio_config
+    assert audio.conv_output_size == audio.downsample_hidden_size * 16  # no argument: of 128 bands
+    changes = reduction.reductions(config)
+    bands = (changes["audio_config.feature_size"] + 7) // 8
+    size = changes["audio_config.downsample_hidden_size"] * bands
+    assert reduction._computed(config, changes) == {"audio_config.conv_output_size": size}
+    assert next(reduction._fewer(config, changes)) == {**changes, "audio_config.conv_output_size": size}
+    audio.conv_output_size = 77  # chosen, and not what the class makes of the others
+    assert reduction._computed(config, changes) == {}
+
+
 def test_experts_are_set_behind_an_outer_model_that_has_none() -> None:
     text = CONFIG_MAPPING["mixtral"](num_hidden_layers=1)
     source = ModelSource("outer", CONFIG_MAPPING["llava"](text_config=text), kind="image-text-to-text")
