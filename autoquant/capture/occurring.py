@@ -242,7 +242,7 @@ class EachOccurs(TorchFunctionMode):
             found = of if func in _MOVES else None
         name = getattr(func, "__name__", "")
         if name in WRITES or (name.endswith("_") and not name.endswith("__")):  # what was known held before it
-            result = args[0]
+            result = args[0] if args else kwargs.get("tensor")  # as torch.nn.init has it
             self.known.pop(id(result), None)
         if found is not None:
             self.known[id(result)] = result, found

@@ -186,3 +186,13 @@ def test_hundreds_of_numbers_are_left_to_the_loop(read: Read, monkeypatch: pytes
     captured = capture(model, (torch.randn(5, 4),), {})
     assert [call.path for call in captured.untraceable] == ["1"]
     assert "a loop goes through 3 experts, one by one, and 2 at most" in captured.untraceable[0].reason
+
+
+def test_modules_may_be_made_on_the_way() -> None:
+    """BigBird puts an attention in the place of another; initialising names its tensor."""
+    with occurring.EachOccurs() as found:
+        filled = torch.ones(2, 2)
+        assert id(filled) in found.known
+        nn.init.kaiming_uniform_(tensor=filled)
+        assert id(filled) not in found.known, "it was ones"
+        assert nn.Linear(2, 2)(filled).shape == (2, 2)
