@@ -19,7 +19,7 @@ from autoquant.analyzer.axes import Param
 from autoquant.analyzer.extents import EXTENTS, by_number, indexed_dims, size_of, sized
 from autoquant.analyzer.movement import dim_of, function_of
 from autoquant.analyzer.shared_parameters import parameter_names
-from autoquant.analyzer.variables import Reason
+from autoquant.analyzer.variables import ZERO, Reason
 from autoquant.aten import (
     CASTS,
     CHOOSING,
@@ -281,6 +281,8 @@ class Interpreter:
             return Constant(value.expand(site.shape), args[0].settled)
         if site.operator in MULTIPLIED and any(map(_is_zero, tensors)):  # the first state of a recurrence
             return Constant(torch.zeros((), dtype=site.outputs[0].dtype).expand(site.shape))
+        if site.operator in MULTIPLIED and _meet_nothing(tensors):  # what is left of it in a table of states
+            return torch.full((), ZERO).expand(site.shape)
         if all(isinstance(v, (Constant, Dynamic)) for v in tensors) or site.operator in RANDOM_LIKE:
             return _unknowns(site)
         if not site.outputs:  # it can only write to what it is given
@@ -364,6 +366,13 @@ def _moved_param(param: Param, site: Site, args: tuple[Value, ...], kwargs: dict
 
 def _is_zero(value: Value) -> bool:
     return isinstance(value, Constant) and value.settled and _uniform(value.value) and not value.value.any()
+
+
+def _meet_nothing(values: Sequence[Value]) -> bool:
+    """True if activations are multiplied, one of which has labels that are 0 (or infinite) everywhere."""
+    return not any(isinstance(v, Param) for v in values) and any(
+        isinstance(v, Tensor) and not bool(v.any()) for v in values
+    )
 
 
 def _uniform(value: Tensor) -> bool:

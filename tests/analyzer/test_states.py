@@ -182,3 +182,20 @@ def test_values_that_are_no_vectors_of_heads_are_said_to_be_lost(read: Read, rea
     findings = found(read, one=lin(4, 1))
     assert [space for space in findings.spaces if space.kind == "R2"] == []
     assert reason in [entry.reason for entry in findings.blocked if entry.what == "rotation"]
+
+
+@pytest.mark.parametrize(("first", "cancelled"), [(0.0, True), (1.0, False)])
+def test_a_table_of_states_is_read_where_nothing_stands_yet(first: float, cancelled: bool) -> None:
+    """xLSTM's chunks: queries read the state before their chunk, the first one."""
+
+    def read(s: Graph, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        states = torch.full((2, 2, 4, 2), first, dtype=q.dtype)
+        states[:, :, 2:] = k.mT @ v
+        length = torch.full((2, 2, 4), first, dtype=q.dtype)
+        length[:, :, 2:] = k.sum(-2)
+        before = q @ states[:, :, :2] + (q @ k.mT) @ v
+        over = (q @ length[:, :, :2, None] + (q @ k.mT).sum(-1, keepdim=True)).abs() + 1
+        return (before / over).transpose(1, 2)
+
+    assert ("q -> k" in groups(found(read))) is cancelled
