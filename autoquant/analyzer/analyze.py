@@ -94,9 +94,9 @@ def analyze(
         if reason is None:
             break
     analysis = replace(analysis, findings=without_replaced(analysis.findings, traced, loaded, run_without_weights))
-    if loaded.uncaptured is not None:
-        analysis = replace(analysis, findings=without_residual(analysis.findings))
     left_out = untraced(traced, captured, loaded.missing, loaded.uncaptured)
+    if loaded.uncaptured is not None or (loaded.unseen and left_out):
+        analysis = replace(analysis, findings=without_residual(analysis.findings))
     blocked = (*analysis.findings.blocked, *left_out)
     blocked = (*blocked, *unlisted(traced, captured, analysis, blocked))
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)

@@ -53,7 +53,9 @@ def build_meta(source: ModelSource) -> LoadedModel:
     short = build_module(source, config, META, torch.float32) if inputs.known or _media(inputs) else None
     if short is not None and not runs_on(short, inputs):  # each layer of a tower may halve what it is given
         inputs = make_inputs(short, META, (1, 3), torch.float32)
-    return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing, short)
+    return LoadedModel(
+        module, (), inputs.kwargs, module.config, inputs.known, inputs.missing, short, unseen=inputs.unseen
+    )
 
 
 def build(
@@ -74,7 +76,7 @@ def with_inputs(
 ) -> LoadedModel:
     """A model of transformers with inputs of ``shape`` (sequences, tokens), those in ``without`` left out."""
     inputs = make_inputs(module, device, shape, dtype, seed, without=without)
-    return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing)
+    return LoadedModel(module, (), inputs.kwargs, module.config, inputs.known, inputs.missing, unseen=inputs.unseen)
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -120,7 +122,7 @@ def _probe(source: ModelSource, config: Any) -> Inputs:
         if longest > _MOST_TOKENS:
             text = make_inputs(module, META, (1, 3), torch.float32, media=False)
             reason = f"it takes {longest} tokens, more than {_MOST_TOKENS}"
-            inputs = Inputs(text.kwargs, missing={name: reason for name in _media(inputs)})
+            inputs = Inputs(text.kwargs, missing={name: reason for name in _media(inputs)}, unseen=True)
         found = inputs if found is None or len(inputs.missing) < len(found.missing) else found
         if not found.missing:
             break

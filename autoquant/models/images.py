@@ -23,6 +23,10 @@ FILM = "pixel_values_videos"
 """The input of a forward that holds a film."""
 
 
+class AddsNothing(AutoQuantError):
+    """Why an input cannot be made that puts nothing into the model's stream of its own."""
+
+
 def image_layouts(wanted: Wanted, name: str) -> Iterator[Layout]:
     """Layouts of ``name``, one of ``IMAGES``, the usual ones first."""
     if name == "flattened_patches":
@@ -131,7 +135,7 @@ def _patch_rows(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
 
 
 def _tokens(wanted: Wanted, name: str) -> Values:
-    raise AutoQuantError("an image becomes token ids, and nothing else of what its tower computes reaches the logits")
+    raise AddsNothing("an image becomes token ids, and nothing else of what its tower computes reaches the logits")
 
 
 def _patches(wanted: Wanted, vision: Fields) -> Iterator[Layout]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autoquant.capture.fake_tensors import fakeify_, known_values, undisturbed
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import marked_as_compiling, pytree
-from autoquant.models.images import FILM, IMAGES, film_layouts, has_part_for_films, image_layouts
+from autoquant.models.images import FILM, IMAGES, AddsNothing, film_layouts, has_part_for_films, image_layouts
 from autoquant.models.layouts import Layout, Values, Wanted, feature_methods, first, part
 from autoquant.models.sounds import SOUNDS, hears_nothing, sound_layouts
 from autoquant.models.source import PLACEHOLDER
@@ -45,6 +45,8 @@ class Inputs:
     """Those whose values are part of the structure: where images go, how they are cut."""
     missing: dict[str, str] = field(default_factory=dict)
     """Inputs that the model can take and that could not be made, each with the reason."""
+    unseen: bool = False
+    """What some of the missing ones would put into the model's stream is not seen."""
 
 
 def make_inputs(
@@ -66,18 +68,20 @@ def make_inputs(
     if not (media and takes_media(module)):
         return Inputs(maker.text(*shape))
     missing: dict[str, str] = {}
+    unseen = False
     text = maker.text(1, shape[1])
     made: Values = {}
     for name, layouts in maker.media():
         if name in without:
             continue
         failure: str | None = "its configuration does not say of what size it is"
+        adds = True
         for words, layout in itertools.product(maker.instead(text), layouts):
             try:
                 tried = {**made, **layout(), **maker.beside()}
                 text = maker.fitting(words, tried)
             except Exception as error:  # the model's own code: this layout is not one of its
-                failure = _said(error)
+                failure, adds = _said(error), not isinstance(error, AddsNothing)
                 if failure == _BY_VALUES:  # the layout is right, whatever would be said of those after it
                     break
             else:
@@ -85,11 +89,12 @@ def make_inputs(
                 break
         if failure is not None:
             missing[name] = failure
+            unseen |= adds
     if not made:
-        return Inputs(maker.text(*shape), missing=missing)
+        return Inputs(maker.text(*shape), missing=missing, unseen=unseen)
     kwargs = maker.with_placeholders(text, made)
     known = tuple(name for name, value in kwargs.items() if not value.is_floating_point() and not value.is_meta)
-    return Inputs(kwargs, known, missing)
+    return Inputs(kwargs, known, missing, unseen)
 
 
 def runs_on(module: nn.Module, inputs: Inputs) -> bool:
@@ -342,7 +347,7 @@ def _said(error: Exception) -> str:
 
 
 def _no_places() -> Values:
-    raise AutoQuantError("in a text it takes the places of an image, which is there instead")
+    raise AddsNothing("in a text it takes the places of an image, which is there instead")
 
 
 def _values(ids: Tensor, vocabulary: int) -> Tensor:

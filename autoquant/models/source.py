@@ -77,6 +77,8 @@ class LoadedModel:
     """The same model with fewer positions, for which the inputs are; None: the module itself."""
     uncaptured: str | None = None
     """What capturing it with images or sound said, where the inputs are text alone for that."""
+    unseen: bool = False
+    """What some of the missing inputs would put into the model's stream is not seen."""
 
 
 def named_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:

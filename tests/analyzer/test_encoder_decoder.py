@@ -17,6 +17,7 @@ from autoquant.analyzer.analyze import Analyzed, analyze
 from autoquant.capture.routes import Captured, capture
 from autoquant.certificate.certify import certify
 from autoquant.errors import AutoQuantError
+from autoquant.models.images import AddsNothing
 from autoquant.models.source import ModelSource
 
 WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -211,3 +212,21 @@ def test_what_cannot_be_captured_on_text_either_says_what_it_said_of_images(monk
     fails_with_images(monkeypatch, text_too=True)
     with pytest.raises(AutoQuantError, match="its tower looks at values"):
         analyze(ModelSource("neither", made("llava")))
+
+
+@pytest.mark.parametrize(("error", "kinds"), [(RuntimeError, ["R2"]), (AddsNothing, ["R1", "R2"])])
+def test_a_stream_that_an_unseen_image_goes_into_is_not_rotated(
+    error: type[Exception], kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tower would write what is not rotated; one whose images become token ids writes nothing."""
+
+    def none(*_: Any) -> Any:
+        raise error("no image")
+
+    monkeypatch.setattr("autoquant.models.inputs.image_layouts", lambda *_: iter([none]))
+    source = ModelSource("unseen", made("llava"))
+    config = analyze(source).config
+    assert [space.kind for space in config.rotation.spaces] == kinds
+    assert {b.path for b in config.blocked if b.reason.startswith("it is not traced: no pixel_values")} == {
+        *["model.vision_tower", "model.multi_modal_projector"]
+    }
