@@ -99,8 +99,12 @@ class _Replayed:
         self.scale = torch.ones(scales, 1, dtype=torch.float64, device=device)
         _columns(self.left, self.upper, self.scale)  # what is loaded at first use cannot be recorded
         self.graph = torch.cuda.CUDAGraph()
+        # On a stream of its own device, which need not be the current one: what runs elsewhere would not be recorded.
         # Other threads, which read ahead, go on allocating memory: only what this one starts is recorded.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        ):
             self.made = _columns(self.left, self.upper, self.scale)
 
     def __call__(self, left_OB: Tensor, upper_BB: Tensor, scale_O1: Tensor) -> tuple[Tensor, Tensor]:

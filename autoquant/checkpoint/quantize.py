@@ -26,6 +26,7 @@ from autoquant.checkpoint.layerwise import (
     Made,
     Place,
     check_streamable,
+    lacks_bias,
     quantize_layer_by_layer,
 )
 from autoquant.checkpoint.provenance import make_provenance
@@ -284,7 +285,7 @@ def foreseen(selected: Selected, config: Config) -> Changes:
     """What of a model's structure will differ from its class, as far as the config tells."""
     tables = [writer.fold_norm for space in selected.resolved.spaces for writer in space.writers]
     owners = [norm.weight or norm.bias for norm in tables if norm is not None]
-    corrected = [one for one in plan_linears(config) if one.weights.bias_correction and one.bias is None]
+    corrected = filter(lacks_bias, plan_linears(config))
     rotated = {writer.name for space in selected.resolved.spaces for writer in space.writers}
     return Changes(
         created=tuple(f"{linear.path}.bias" for linear in corrected),
