@@ -90,12 +90,14 @@ def test_correction_makes_the_error_against_the_exact_output_smaller() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU")
+@pytest.mark.parametrize("device", range(torch.cuda.device_count()))
 @pytest.mark.parametrize(("rows", "columns", "scales"), [(96, 256, 96), (96, 256, 1), (40, 100, 40)])
 def test_recorded_kernels_give_the_same_values(
-    rows: int, columns: int, scales: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, scales: int, device: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On the current card and on others."""
     generator = torch.Generator().manual_seed(rows + columns)
-    weight, x = (torch.randn(n, columns, generator=generator).cuda() for n in (rows, 512))
+    weight, x = (torch.randn(n, columns, generator=generator).cuda(device) for n in (rows, 512))
     scale = weight.abs().amax(1, keepdim=True)[:scales] / 127
     found = [gptq(weight, cross_moment(x, x), scale) for _ in range(2)]
     monkeypatch.setattr(rounding, "_replayed", lambda *_: rounding._columns)
