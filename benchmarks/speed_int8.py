@@ -40,7 +40,7 @@ of the sum, chunks of rows.
 """,
     "cpu": """{where}, one thread. `{command}`
 
-Processor milliseconds, the least of {rounds} rounds in which all take turns. "qlinear" is what torch has: quantized
+Processor milliseconds, the least of {rounds} rounds in which all take turns, backwards every other time. "qlinear" is what torch has: quantized
 by torch's operations (times the reciprocal of a static scale; divided by a token's) to uint8 with a zero point of 128,
 `onednn.qlinear_pointwise` with the weight's scales and a static one in the product, the token's behind it. "product" is
 qlinear alone, its input uint8 already; it is left out without VNNI, where it saturates. Ours gives the numbers of
@@ -211,10 +211,12 @@ CELLS = ("qlinear", "ours", "against qlinear", "against bf16")
 
 
 def taking_turns(calls: Mapping[str, Call], repeats: int, rounds: int) -> dict[str, float]:
-    """Processor milliseconds of each call, the least of the rounds."""
+    """Processor milliseconds of each call, the least of the rounds. Every other one goes backwards: what ran just before
+    leaves caches and clocks as it does.
+    """
     best = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
+    for number in range(rounds):
+        for name, call in reversed(calls.items()) if number % 2 else calls.items():
             for _ in range(2):  # of the weight before, one call leaves some in the cache
                 call()
             start = time.process_time()

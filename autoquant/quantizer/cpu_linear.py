@@ -175,13 +175,13 @@ def _static(x_TI: Tensor, weight: Any, both: Scales, given: Tensor, bias_O: Tens
     """One kernel after the rounding. It has both scales as one: given two it multiplies in an order of its choice."""
     q, _ = quantized(x_TI, given)
     if x_TI.dtype == torch.bfloat16 and (bias_O is not None or both.is_tiny):
-        return product(q, weight, both.product, bias_O).to(x_TI.dtype)  # it makes zeros of tiny bfloat16
-    return product(q, weight, both.product, bias_O, x_TI.dtype)
+        return product(q, weight, both.product, bias_O, spent=True).to(x_TI.dtype)  # it makes zeros of tiny bfloat16
+    return product(q, weight, both.product, bias_O, x_TI.dtype, spent=True)
 
 
 def _linear(x_TI: Tensor, weight: Any, scale: Tensor, given: Tensor | None, bias_O: Tensor | None) -> Tensor:
     q, row_scale = quantized(x_TI, given)
-    sums = product(q, weight, scale)
+    sums = product(q, weight, scale, spent=True)
     if sums.numel() <= CACHED:
         return _finished(sums, row_scale, bias_O).to(x_TI.dtype)
     out_TO, step = torch.empty(sums.shape, dtype=x_TI.dtype), max(1, CACHED // sums.shape[1])
@@ -251,11 +251,14 @@ def product(
     bias_O: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     zero: int | None = None,
+    *,
+    spent: bool = False,
 ) -> Tensor:
     """The int32 sums of int8 rows [M, K] with a packed weight as float32, times a scale, plus a bias, [M, N].
 
     ``scale_O`` is float32, of N elements or one, [N, 1] as well as [N]: a view costs 5 µs. ``zero``: the form in which
-    the rows go; None: that of :func:`zero_point`. Raises RuntimeError or AttributeError where the kernel is missing.
+    the rows go; None: that of :func:`zero_point`. ``spent``: the rows may be overwritten. Raises RuntimeError or
+    AttributeError where the kernel is missing.
     """
     zero = zero_point() if zero is None else zero
     if zero == HALVES:
@@ -263,8 +266,9 @@ def product(
         if scale_O is not None:
             sums.mul_(scale_O.reshape(-1))
         return (sums if bias_O is None else sums.add_(bias_O)).to(dtype)
-    # The highest bit: 128 more, as uint8.
-    rows = q if zero == SIGNED else torch.bitwise_xor(q, SIGN).view(torch.uint8)
+    rows = q
+    if zero != SIGNED:  # the highest bit: 128 more, as uint8
+        rows = (q.bitwise_xor_(SIGN) if spent else q.bitwise_xor(SIGN)).view(torch.uint8)
     return _product(rows, weight, ONE if scale_O is None else scale_O, bias_O, dtype, zero)
 
 
