@@ -40,11 +40,11 @@ of the sum, chunks of rows.
 """,
     "cpu": """{where}, one thread. `{command}`
 
-Processor milliseconds, the least of {rounds} rounds in which all take turns, backwards every other time. "qlinear" is what torch has: quantized
-by torch's operations (times the reciprocal of a static scale; divided by a token's) to uint8 with a zero point of 128,
-`onednn.qlinear_pointwise` with the weight's scales and a static one in the product, the token's behind it. "product" is
-qlinear alone, its input uint8 already; it is left out without VNNI, where it saturates. Ours gives the numbers of
-`int8.linear` bit for bit, which divides.
+Processor milliseconds, the least of {rounds} rounds in which all take turns, backwards every other time. "qlinear" is
+what torch has: quantized by torch's operations (times the reciprocal of a static scale; divided by a token's) to uint8
+with a zero point of 128, `onednn.qlinear_pointwise` with the weight's scales and a static one in the product, the
+token's behind it. "product" is qlinear alone, its input uint8 already; it is left out without VNNI, where it saturates.
+Ours gives the numbers of `int8.linear` bit for bit, which divides.
 """,
 }
 
@@ -211,8 +211,8 @@ CELLS = ("qlinear", "ours", "against qlinear", "against bf16")
 
 
 def taking_turns(calls: Mapping[str, Call], repeats: int, rounds: int) -> dict[str, float]:
-    """Processor milliseconds of each call, the least of the rounds. Every other one goes backwards: what ran just before
-    leaves caches and clocks as it does.
+    """Processor milliseconds of each call, the least of the rounds. Every other round goes backwards: what ran just
+    before leaves caches and clocks as it does.
     """
     best = dict.fromkeys(calls, float("inf"))
     for number in range(rounds):
