@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from autoquant.capture.fake_tensors import fakeify_, known_values, undisturbed
 from autoquant.errors import AutoQuantError
-from autoquant.library_patches import marked_as_compiling, pytree
+from autoquant.library_patches import DynamicOutputShapeException, marked_as_compiling, pytree
 from autoquant.models.images import FILM, IMAGES, AddsNothing, film_layouts, has_part_for_films, image_layouts
 from autoquant.models.layouts import Layout, Values, Wanted, feature_methods, first, part
 from autoquant.models.sounds import SOUNDS, hears_nothing, sound_layouts
@@ -102,7 +102,7 @@ def runs_on(module: nn.Module, inputs: Inputs) -> bool:
     try:
         _Maker(module, torch.device("meta"), torch.float32, torch.Generator()).run(inputs.kwargs)
     except Exception as error:  # the model's own code; what it would read of values says nothing against its inputs
-        return _said(error) == _BY_VALUES
+        return isinstance(error, DynamicOutputShapeException) or _said(error) == _BY_VALUES
     return True
 
 
@@ -240,7 +240,7 @@ class _Maker:
         """``text``, as long as it takes to run with ``media``. Raises what the model says where it does not run."""
         before = dict(self.counts)
         try:
-            self.run(self.with_placeholders(text, media))
+            self._try(text, self.with_placeholders(text, media))
         except Exception as error:  # the model's own code
             said = _COUNT.search(str(error))
             if said and before.get(what := said[1].lower()) != int(said[2]):
@@ -259,6 +259,16 @@ class _Maker:
                 self.counts = before
                 raise error from None
         return text
+
+    def _try(self, text: Values, given: Values) -> None:
+        """Run with ``given``, as far as shapes lead: how many tokens an expert gets, values say, and a loop over experts
+        comes after the tower, of whose features there are as many as places in the text.
+        """
+        try:
+            self.run(given)
+        except DynamicOutputShapeException:
+            if "input_ids" not in text or given["input_ids"].shape == text["input_ids"].shape:
+                raise
 
     def with_placeholders(self, text: Values, media: Values) -> Values:
         """The text with as many placeholder tokens as there are features, and the type of each token."""

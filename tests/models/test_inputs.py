@@ -266,6 +266,25 @@ def test_where_values_say_what_is_read_no_further_layout_is_tried() -> None:
     assert model.missing == {"pixel_values": inputs._BY_VALUES}
 
 
+def test_an_image_is_made_where_values_say_how_many_tokens_an_expert_gets() -> None:
+    """A loop over the experts that occur, behind the tower, whose features have found their places by then."""
+    model = build_meta(known_type("llava")).short
+    experts = model.model.language_model.layers[0].mlp
+    experts.forward = lambda x: x[:, (x[0, :, 0] > 0).nonzero()[:, 0]]
+    made = make_inputs(model, torch.device("meta"), (1, 3), torch.float32)
+    assert made.kwargs["pixel_values"].shape == (1, 3, 56, 56) and made.missing == {}
+    assert int((made.kwargs["input_ids"] == model.config.image_token_id).sum()) == 16
+    assert inputs.runs_on(model, made)
+
+
+def test_an_image_is_not_made_where_values_say_what_the_tower_reads() -> None:
+    model = build_meta(known_type("llava")).short
+    model.model.vision_tower.forward = lambda x, **_: x[:, (x[0, :, 0] > 0).nonzero()[:, 0]]
+    made = make_inputs(model, torch.device("meta"), (1, 3), torch.float32)
+    assert set(made.kwargs) == {"input_ids"} and made.unseen
+    assert "DynamicOutputShapeException" in made.missing["pixel_values"]
+
+
 def test_a_mask_may_say_where_the_image_goes() -> None:
     model = build_meta(known_type("kosmos-2"))
     mask = model.kwargs["image_embeds_position_mask"]
