@@ -6,7 +6,7 @@ them, the library's own image processor for its configuration lays out a small i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ def becomes_tokens(module: Any) -> bool:
 def _pixels(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
     patch, channels, frames = _patch(vision)
     merge = first(vision, "spatial_merge_size", "merge_size") or 2
-    size = _edge_of(vision)
+    size = _edge_of(vision) or _noted_edge(wanted.module)
     if "image_grid_thw" in wanted.names and patch:
         high = 2 * merge
         grid = {"image_grid_thw": torch.tensor([[1, high, high]])}
@@ -101,6 +101,13 @@ def _pixels(wanted: Wanted, vision: Fields) -> Iterator[Layout]:
 def _edge_of(vision: Fields) -> int:
     """The edge of an image, in pixels: four patches where the configuration names none, 0 where not even a patch."""
     return edge(first(vision, "image_size", "input_size", "img_size")) or 4 * _patch(vision)[0]
+
+
+def _noted_edge(module: nn.Module) -> int:
+    """The edge that timm notes on a part of its own, whose configuration names none; 0 where there is no such part."""
+    notes = (getattr(part, "pretrained_cfg", None) for part in module.modules())
+    sizes = (note.get("input_size") for note in notes if isinstance(note, Mapping))
+    return next((int(size[-1]) for size in sizes if size), 0)
 
 
 def _patch(vision: Fields) -> tuple[int, int, int]:

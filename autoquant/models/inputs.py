@@ -261,7 +261,7 @@ class _Maker:
         return text
 
     def _try(self, text: Values, given: Values) -> None:
-        """Run with ``given``, as far as shapes lead: how many tokens an expert gets, values say, and a loop over experts
+        """Run with ``given``, as far as shapes lead: how many tokens an expert gets, values say, and a loop over them
         comes after the tower, of whose features there are as many as places in the text.
         """
         try:

@@ -39,7 +39,7 @@ from autoquant.models.source import (
 )
 
 _LARGEST = 100_000_000  # parameters of what is still called small: 0.8 GB in float64
-_LARGEST_WHOLE = 400_000_000  # with a layer of every kind: a proof holds it about three times
+_LARGEST_WHOLE = 400_000_000  # with a layer of every kind, or a part that nothing makes smaller: a proof holds three
 
 
 def small(source: ModelSource, seed: int = 0, *, each: int = 1) -> LoadedModel:
@@ -284,10 +284,11 @@ def _reduced(source: ModelSource, missing: Collection[str], each: int) -> Any:
     configuration, whose original values make it acceptable is given those back, else one field after the other.
     """
     changes = reductions(source.config)
-    first = failure = _refusal(source, changes, missing)
+    most = _allowed(source, changes)
+    first = failure = _refusal(source, changes, missing, most)
     if failure is not None:
         for fewer in _fewer(source.config, changes):
-            failure = _refusal(source, fewer, missing)
+            failure = _refusal(source, fewer, missing, most)
             if failure is None:
                 changes = fewer
                 break
@@ -298,7 +299,7 @@ def _reduced(source: ModelSource, missing: Collection[str], each: int) -> Any:
         return config
     kinds = layer_kinds(build_module(source, config, torch.device("meta"), torch.float32), config)
     limit_layers(config, max(2, _shown(kinds, each)))
-    size = parameters(build_module(source, config, torch.device("meta"), torch.float32))
+    size = _size(source, config)
     if size > _LARGEST_WHOLE:
         raise AutoQuantError(
             f"{source.name}: its small model has {size:,} parameters in {layer_count(config)} layers, more than "
@@ -358,18 +359,36 @@ def _constructed(part: Any) -> dict[str, Any]:
     return {}
 
 
-def _refusal(source: ModelSource, changes: Mapping[str, Any], missing: Collection[str]) -> Exception | None:
+def _allowed(source: ModelSource, changes: Mapping[str, Any]) -> int:
+    """Parameters that two layers may have: more by a part that the changes, all of them, leave large as it is."""
+    with contextlib.suppress(Exception):  # what this configuration cannot be built of is refused with its reason
+        least = _size(source, _two_layers(source.config, changes))
+        if least > _LARGEST:
+            return min(least + _LARGEST, _LARGEST_WHOLE)
+    return _LARGEST
+
+
+def _two_layers(config: Any, changes: Mapping[str, Any]) -> Any:
+    config = _changed(config, changes)
+    if layer_count(config) is not None:
+        limit_layers(config, 2)
+    return config
+
+
+def _size(source: ModelSource, config: Any) -> int:
+    return parameters(build_module(source, config, torch.device("meta"), torch.float32))
+
+
+def _refusal(source: ModelSource, changes: Mapping[str, Any], missing: Collection[str], most: int) -> Exception | None:
     """Why two layers of the changed configuration cannot be built or run, None if they can.
 
-    ``missing``: inputs that the model is run without.
+    ``missing``: inputs that the model is run without. ``most``: parameters that they may have.
     """
     try:
-        config = _changed(source.config, changes)
-        if layer_count(config) is not None:
-            limit_layers(config, 2)
-        size = parameters(build_module(source, config, torch.device("meta"), torch.float32))
-        if size > _LARGEST:
-            raise AutoQuantError(f"{size:,} parameters in two layers, more than {_LARGEST:,}")
+        config = _two_layers(source.config, changes)
+        size = _size(source, config)
+        if size > most:
+            raise AutoQuantError(f"{size:,} parameters in two layers, more than {most:,}")
         loaded = build(source, config, torch.device("cpu"), torch.float32, missing)
         return _lost(loaded) or failure_of(loaded)
     except Exception as error:  # a configuration's own checks, or the architecture's code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,8 @@ from autoquant.models.sizes import fewer_positions
 def _wanted(model_type: str, *names: str) -> Wanted:
     config = CONFIG_MAPPING[model_type]()
     config = changed(config, fewer_positions(config))
-    module = SimpleNamespace(config=config, main_input_name="input_ids")
+    module: Any = nn.Module()
+    module.config, module.main_input_name = config, "input_ids"
     return Wanted(module, ("pixel_values", *names), vars(config), lambda *shape: torch.full(shape, 0.5))
 
 
@@ -65,6 +65,20 @@ def test_rows_of_patches_say_how_they_lie_in_the_image() -> None:
     assert sorted(pooled.flatten().tolist()) == list(range(16)), "each patch goes into one token"
     assert pooled[1].tolist() == [2, 3, 6, 7], "two by two of the four by four"
     assert made["image_grids"].tolist() == [[2, 2, 0, 0]]
+
+
+def test_a_size_may_be_noted_on_a_part_alone() -> None:
+    """As timm does on its models, of which a configuration names no more than what they are called."""
+    part = nn.Conv2d(3, 4, 2)
+    part.pretrained_cfg = {"input_size": (3, 96, 96)}  # type: ignore[assignment]  # any attribute
+    for module, shapes in (
+        (nn.Sequential(nn.Linear(2, 2), part), [(1, 3, 96, 96), (1, 1, 3, 96, 96), (1, 1, 1, 3, 96, 96)]),
+        (nn.Sequential(nn.Linear(2, 2)), []),
+    ):
+        module.main_input_name = "input_ids"  # type: ignore[assignment]  # any attribute
+        wanted = Wanted(module, ("pixel_values",), {}, lambda *shape: torch.full(shape, 0.5))
+        *made, _ = image_layouts(wanted, "pixel_values")  # the last one is the library's processor
+        assert [tuple(layout()["pixel_values"].shape) for layout in made][: len(shapes) or None] == shapes
 
 
 def test_an_image_that_becomes_tokens_is_no_input() -> None:

@@ -184,9 +184,25 @@ def test_what_cannot_be_reduced_keeps_its_size(monkeypatch: pytest.MonkeyPatch) 
     config = small(ModelSource("odd", CONFIG_MAPPING["llama"](num_attention_heads=4, num_key_value_heads=4))).config
     assert config.num_key_value_heads == 4
     assert config.hidden_size < 4096
-    monkeypatch.setattr(reduction, "_LARGEST", 10)
+    for bound in ("_LARGEST", "_LARGEST_WHOLE"):
+        monkeypatch.setattr(reduction, bound, 10)
     with pytest.raises(AutoQuantError, match=r"^llama: no small model of it can be built: .*more than 10$"):
         small(find_source("llama"))
+
+
+def test_a_part_that_nothing_makes_smaller_is_allowed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = find_source("llama")
+    changes = reduction.reductions(source.config)
+    assert reduction._allowed(source, changes) == reduction._LARGEST
+    assert (
+        reduction._allowed(source, changes | {"no.such.part": 1}) == reduction._LARGEST
+    )  # what that is, is said later
+    least = reduction._size(source, reduction._two_layers(source.config, changes))
+    assert 50_000 < least < reduction._LARGEST
+    monkeypatch.setattr(reduction, "_LARGEST", 50_000)
+    assert reduction._allowed(source, changes) == least + 50_000
+    monkeypatch.setattr(reduction, "_LARGEST_WHOLE", least + 7)
+    assert reduction._allowed(source, changes) == least + 7
 
 
 def test_randomise_is_reproducible_and_leaves_no_constant() -> None:
