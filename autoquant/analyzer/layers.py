@@ -41,6 +41,8 @@ from autoquant.capture.side_by_side import Ranks, keeps_beside, own_sources
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")
 # A list of layer numbers: mlp_only_layers, attn_layer_indices, hybrid_layer_ids.
 NUMBERS = re.compile(r"layer|block|(indices|indexes|ids|idxs?)$")
+# Beside a language model, which of its layers an image goes into: spatial_target_layers, deepstack_layer_map.
+GIVEN = re.compile(r"target_layers$|layer_map$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,12 @@ def _boundary(module: nn.Module, path: str, length: int) -> str | None:
         for name, value in vars(holder).items():
             if POINTER.search(name) and type(value) is int and 0 < value < length:
                 return f"the model does something of its own at layer {value} ({name})"
+    *above, nearest = _holders(module, path)  # the lists of the nearest config are made to fit instead
+    around = [value for holder in above for value in vars(holder).values() if is_config(value) and value is not nearest]
+    for config in around:
+        for name, value in vars(config).items():
+            if GIVEN.search(name) and isinstance(value, list | tuple) and value:
+                return f"the model gives something of its own to some of the layers ({name})"
     return None
 
 

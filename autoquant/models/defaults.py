@@ -21,6 +21,7 @@ from autoquant.models.source import PLACEHOLDER, ModelSource, build_module, stan
 _TOWER = re.compile(r"vision|visual|audio")
 _READS = re.compile(r"^(encoder|vision|image|audio)_(hidden_size|width)$")
 """Fields that say how wide the vectors are that a part is given by another one."""
+_FRACTION = re.compile(r"\d+/(\d+)")
 
 
 def fit_parts_(config: Any) -> dict[str, Any]:
@@ -99,6 +100,8 @@ def _proposals(config: Any) -> Iterator[tuple[str, Any]]:
         for name, value in vars(part).items():
             if own and name == "projection_dim" and hidden is not None and value != hidden:
                 yield f"{path}.{name}", hidden
+            elif isinstance(value, str) and (kept := _FRACTION.fullmatch(value)) and int(kept[1]) % 2 == 0:
+                yield f"{path}.{name}".lstrip("."), f"{int(kept[1]) // 2}/{kept[1]}"
             elif path and type(value) is int and value not in widths and (read := _READS.search(name)):
                 for width in sorted(filter(None, widths), key=lambda width: read[1] not in widths[width]):
                     yield f"{path}.{name}", width

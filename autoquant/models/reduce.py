@@ -24,7 +24,7 @@ from autoquant.capture.state import kept_state, plain_tensors
 from autoquant.errors import AutoQuantError
 from autoquant.library_patches import pytree
 from autoquant.models.build import build, build_meta, changed, with_inputs
-from autoquant.models.sizes import reductions
+from autoquant.models.sizes import given_sooner, reductions
 from autoquant.models.source import (
     LoadedModel,
     ModelSource,
@@ -298,7 +298,9 @@ def _reduced(source: ModelSource, missing: Collection[str], each: int) -> Any:
     if layer_count(config) is None:
         return config
     kinds = layer_kinds(build_module(source, config, torch.device("meta"), torch.float32), config)
-    limit_layers(config, max(2, _shown(kinds, each)))
+    sooner, depth = given_sooner(config)
+    config = changed(config, sooner)
+    limit_layers(config, max(2, depth, _shown(kinds, each)))
     size = _size(source, config)
     if size > _LARGEST_WHOLE:
         raise AutoQuantError(

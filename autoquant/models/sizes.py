@@ -12,6 +12,7 @@ from autoquant.models.source import (
     HEADS,
     LONGEST_SCAN,
     depths,
+    layer_count,
     numbers_layers,
     standard_field,
     sub_configs,
@@ -32,6 +33,8 @@ _OUTWARD = re.compile(r"out|proj|llm|text|language")
 OUTPUTS = ("out_hidden_size", "output_hidden_size")
 """Fields that hold how wide the vectors are which a tower hands over."""
 _NUMBER = re.compile(r"layer_(id|idx|index)$")
+_GIVEN = re.compile(r"target_layers$|layer_map$")
+"""Fields beside a language model that number those of its layers that are given something of their own."""
 _WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"vocab"), _VOCABULARY),
@@ -206,8 +209,54 @@ def _layers_read(config: Any) -> int:
         for name, value in vars(part).items()
         if name.endswith(("feature_layer", "feature_layers")) and isinstance(value, list | tuple)
     ]
-    found: list[int] = [0, *(number + 1 if number >= 0 else -number for value in lists for number in value)]
+    numbers = [number for value in lists for number in value]
+    pairs = [_read_and_given(entry) for value in given_layers(config).values() for entry in value]
+    numbers += [read for read, _ in pairs if read is not None]
+    found: list[int] = [0, *(number + 1 if number >= 0 else -number for number in numbers)]
     return max(found)
+
+
+def given_layers(config: Any) -> dict[str, Any]:
+    """By dotted path, the lists beside a language model that number its layers: those that an image goes into.
+
+    Each entry is such a number, or a pair: the layer of a tower that is read, and the number.
+    """
+    text = text_config(config)
+    return {
+        _join(path, name): value
+        for path, part in sub_configs(config).items()
+        if part is not text
+        for name, value in vars(part).items()
+        if _GIVEN.search(name) and isinstance(value, list | tuple) and value and all(map(_is_given, value))
+    }
+
+
+def _is_given(entry: Any) -> bool:
+    pair = entry if isinstance(entry, list | tuple) else [0, entry]
+    return len(pair) == 2 and all(type(number) is int for number in pair) and pair[1] >= 0
+
+
+def _read_and_given(entry: Any) -> tuple[int | None, int]:
+    return (entry[0], entry[1]) if isinstance(entry, list | tuple) else (None, entry)
+
+
+def given_sooner(config: Any) -> tuple[dict[str, Any], int]:
+    """New values of :func:`given_layers` for a language model of fewer layers, and how many these are.
+
+    One layer for each that is given something, in the same order, one before them and one behind where there is one.
+    """
+    given, count = given_layers(config), layer_count(config) or 0
+    numbers = sorted(
+        {number for value in given.values() for _, number in map(_read_and_given, value) if number < count}
+    )
+    if not numbers:
+        return {}, 0
+    new = {old: number for number, old in enumerate(numbers, min(1, numbers[0]))}
+    changes: dict[str, Any] = {}
+    for name, value in given.items():
+        renumbered = [(read, new.get(number, number)) for read, number in map(_read_and_given, value)]
+        changes[name] = [number if read is None else [read, number] for read, number in renumbered]
+    return changes, new[numbers[-1]] + 2
 
 
 def _shown(part: Any, count: int) -> int:

@@ -262,6 +262,16 @@ def test_reasons_to_keep_every_layer() -> None:
     boundary.insert_layer_id = 1
     assert find_stacks(boundary)[0].whole == "the model does something of its own at layer 1 (insert_layer_id)"
 
+    around = Net([Block(i) for i in range(3)])
+    outer = nn.Module()
+    outer.config, outer.language_model = settings(spatial_target_layers=[1]), around
+    assert find_stacks(outer)[0].whole is None, "the nearest settings are made to fit"
+    around.config = settings(num_hidden_layers=3)
+    reason = "the model gives something of its own to some of the layers (spatial_target_layers)"
+    assert find_stacks(outer)[0].whole == reason
+    outer.config = settings(spatial_target_layers=[])
+    assert find_stacks(outer)[0].whole is None
+
 
 class Looking(Block):
     """Takes a factor by the number of its layer."""

@@ -76,3 +76,16 @@ def test_what_a_part_reads_is_as_wide_as_another_part(monkeypatch: pytest.Monkey
     assert list(defaults._proposals(changed(known, changes))) == []  # a part is as wide as it says
     monkeypatch.setattr(defaults, "_not_made", lambda *_: ("input_features",))
     assert changes_for_images(source) == {}, "no width helps"
+
+
+def test_half_of_each_edge_is_kept_where_another_fraction_runs_on_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = default("granite4_vision")
+    runs = {"2/4"}
+    monkeypatch.setattr(defaults, "_not_made", lambda _, config: () if config.downsample_rate in runs else ("pixels",))
+    config.downsample_rate = "1/4"
+    source = ModelSource("granite4_vision", config)
+    assert changes_for_images(source) == {"downsample_rate": "2/4"}, "of the same window"
+    runs.add("1/4")
+    assert changes_for_images(source) == {}
+    config.downsample_rate = "1/3"
+    assert list(defaults._proposals(config)) == [], "a window of three has no half"

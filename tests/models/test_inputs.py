@@ -20,7 +20,7 @@ from autoquant.models.inputs import make_inputs, masks_beside
 from autoquant.models.load import load_weights
 from autoquant.models.reduce import small
 from autoquant.models.repair import find_source
-from autoquant.models.sizes import fewer_positions, reductions
+from autoquant.models.sizes import fewer_positions, given_layers, given_sooner, reductions
 from autoquant.models.source import ModelSource
 from autoquant.models.tasks import KINDS
 
@@ -353,6 +353,26 @@ def test_a_tower_keeps_the_layers_whose_outputs_are_read() -> None:
     assert reductions(config).get("vision_config.num_hidden_layers", 25) == 25
     config.adapter_config.vision_feature_layer = [-3, 1]
     assert reductions(config)["vision_config.num_hidden_layers"] == 3
+
+
+def test_a_small_language_model_keeps_the_layers_that_an_image_goes_into() -> None:
+    known_type("granite4_vision")
+    config = CONFIG_MAPPING["granite4_vision"](deepstack_layer_map=[[-4, 15], [1, 9]])
+    assert given_layers(config) == {
+        "deepstack_layer_map": [(-4, 15), (1, 9)],
+        "spatial_target_layers": [12, 15, 18, 21],
+    }
+    changes, depth = given_sooner(config)
+    assert changes == {"deepstack_layer_map": [[-4, 3], [1, 1]], "spatial_target_layers": [2, 3, 4, 5]}
+    assert depth == 7, "one that nothing goes into before and behind"
+    assert reductions(config)["vision_config.num_hidden_layers"] == 4, "the fourth from the end is read"
+    config.deepstack_layer_map, config.spatial_target_layers = [], [0, 2, 32]
+    assert given_sooner(config) == ({"spatial_target_layers": [0, 1, 32]}, 3), "there is no layer 32"
+    config.spatial_target_layers = None
+    assert given_sooner(config) == ({}, 0)
+    model = small(find_source("granite4_vision"))
+    assert (model.config.spatial_target_layers, model.config.text_config.num_hidden_layers) == ([1, 2, 3, 4], 6)
+    assert (dict(model.missing), tuple(model.kwargs["pixel_values"].shape)) == ({}, (1, 4, 3, 128, 128))
 
 
 def test_a_token_by_another_name_is_lowered_into_the_vocabulary() -> None:

@@ -118,9 +118,9 @@ IMAGES = [
         "qwen3_omni_moe_thinker",
         {"audio_config.output_dim": 2048, "vision_config.out_hidden_size": 2048, "num_attention_heads": 32},
     ),
-    # A mapping and a list that are looked into, and a text whose documentation gives an example.
+    # A mapping and a list that are looked into, and a text whose documentation gives an example (not for images).
     ("chameleon", {"image_token_id": 65535, "vocabulary_map": {}}),
-    ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "1/4"}),
+    ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "2/4"}),
     # Kinds of layers for which the library has a list of their own.
     ("deepseek_ocr2", {"mlp_layer_types": ["sparse", "dense"] * 16, "num_experts_per_tok": 2}),
     # Sections of rotary embeddings: too large for the heads that follow from the width, and not given at all.
