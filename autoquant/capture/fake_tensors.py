@@ -37,6 +37,8 @@ from autoquant.library_patches import (
 
 _FROM_VALUES = (torch.arange, torch.tensor, torch.as_tensor, torch.asarray, torch.linspace)
 _FILLS = (torch.zeros, torch.ones, torch.full, torch.empty)
+_FILLS_LIKE = {torch.zeros_like: 0, torch.ones_like: 1, torch.full_like: None}
+_WHOLE = (torch.Tensor.bool, torch.Tensor.int, torch.Tensor.long)
 
 _EQUAL = (torch.eq, torch.Tensor.eq, torch.Tensor.__eq__)
 _MOVES = (torch.Tensor.to, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten, torch.Tensor.contiguous)
@@ -138,6 +140,8 @@ class _KnownValues(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.computed = WeakIdKeyDictionary()
+        self.filled = WeakIdKeyDictionary()
+        """Traced tensors that were filled with a number, which is known, to be as large as another."""
         self.viewed: dict[int, torch.Tensor] = {}
         """Known tensors by identity of which there are views, and so two ways to write."""
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -176,12 +180,20 @@ class _KnownValues(TorchFunctionMode):
         if func in _EQUAL and len(args) == 2 and self._is_given(args[0]) and isinstance(args[1], int | float):
             with without_modes():
                 return torch.zeros(args[0].shape, dtype=torch.bool)
+        filled = [self.filled.pop(tensor) for tensor in tensors if tensor in self.filled]  # it may be written into now
+        if filled and func in _WHOLE:
+            with without_modes():
+                return func(torch.full(args[0].shape, filled[0], dtype=args[0].dtype))
         if func is torch.Tensor.__getitem__ and not is_known(args[0]):
             result = func(args[0], _without_masks(args[1]))
         elif func in _SIZED and args:  # by sizes, which a known tensor may hold
             result = func(args[0], *pytree.tree_map(_number, args[1:]), **pytree.tree_map(_number, kwargs))
         else:
             result = func(*args, **kwargs)
+        if func in _FILLS_LIKE and isinstance(result, torch.Tensor):
+            number = _FILLS_LIKE[func] if len(args) < 2 else args[1]
+            if isinstance(number, int | float):
+                self.filled[result] = number
         if func not in _MOVES or not self._is_given(args[0]):
             self.computed.update((leaf, True) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
         return result

@@ -27,6 +27,8 @@ from autoquant.models.sounds import SOUNDS, hears_nothing, sound_layouts
 from autoquant.models.source import PLACEHOLDER
 
 _TEXTS = ("input_ids", "decoder_input_ids")
+_PLACES = ("bbox",)
+"""Where on a page each token stands."""
 _COUNT = re.compile(r"(\w+) features and \w+ tokens do not match, tokens: \d+, features: (\d+)")
 _BOUNDS = re.compile(r"_(start|end|bos|eos)_")
 _NO_VALUES = re.compile(r"its data is not allocated yet")
@@ -69,7 +71,7 @@ def make_inputs(
         return Inputs(maker.text(*shape))
     missing: dict[str, str] = {}
     unseen = False
-    text = maker.text(1, shape[1])
+    text = maker.placed(maker.text(1, shape[1]))
     made: Values = {}
     for name, layouts in maker.media():
         if name in without:
@@ -93,7 +95,9 @@ def make_inputs(
     if not made:
         return Inputs(maker.text(*shape), missing=missing, unseen=unseen)
     kwargs = maker.with_placeholders(text, made)
-    known = tuple(name for name, value in kwargs.items() if not value.is_floating_point() and not value.is_meta)
+    known = tuple(
+        name for name, held in kwargs.items() if not held.is_meta and (name in _PLACES or not held.is_floating_point())
+    )
     return Inputs(kwargs, known, missing, unseen)
 
 
@@ -190,6 +194,15 @@ class _Maker:
                 return tried
             tried = {**text, name: self._tokens(sequences * count, tokens).reshape(sequences, tokens, count)}
         return tried
+
+    def placed(self, text: Values) -> Values:
+        """``text`` with values for where its tokens stand: they say which part of an image goes with which token."""
+        known = {
+            name: torch.rand(text[name].shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+            for name in _PLACES
+            if name in text
+        }
+        return {**text, **known}
 
     def instead(self, text: Values) -> list[Values]:
         """``text``, and what is left of it where an encoder takes an image or a sound instead of tokens."""

@@ -427,6 +427,30 @@ CHANNELS: dict[str, Callable[[], tuple[Any, ...]]] = {
         ),
         X,
     ),
+    "index_put_zeros": lambda: (
+        Graph(
+            lambda s, x: s.b(s.a(x).index_put((torch.tensor([[True, False, True]]),), torch.zeros((), dtype=x.dtype))),
+            a=lin(),
+            b=lin(),
+        ),
+        X,
+    ),
+    "index_put_ones": lambda: (
+        Graph(
+            lambda s, x: s.b(s.a(x).index_put((torch.tensor([[True, False, True]]),), torch.ones((), dtype=x.dtype))),
+            a=lin(),
+            b=lin(),
+        ),
+        X,
+    ),
+    "index_put_zeros_channels": lambda: (
+        Graph(
+            lambda s, x: s.b(s.a(x).index_put((torch.ones(1, 3, 4).tril() > 0,), torch.zeros((), dtype=x.dtype))),
+            a=lin(),
+            b=lin(),
+        ),
+        X,
+    ),
     "select_scatter": lambda: (
         Graph(lambda s, x: s.b(torch.select_scatter(s.a(x), s.c(x)[..., 0], -1, 1)), a=lin(), b=lin(), c=lin()),
         X,

@@ -173,6 +173,9 @@ EXPECTED: dict[str, list[str]] = {
     "gather": ["linear_linear 1 a.weight.0[0:4/1>0] a.bias.0[0:4/1>0] -> b.weight.1[0:4/1>0]"],
     "scatter": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1[0:2x2/2,1>1+-1,2]"],
     "index_put": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1"],
+    "index_put_zeros": ["linear_linear 4 a.weight.0 a.bias.0 -> b.weight.1"],
+    "index_put_ones": [],
+    "index_put_zeros_channels": ["linear_linear 3 a.weight.0[1..3] a.bias.0[1..3] -> b.weight.1[1..3]"],
     "select_scatter": [
         "linear_linear 3 a.weight.0[0:2/2>1 3>2] a.bias.0[0:2/2>1 3>2] -> b.weight.1[0:2/2>1 3>2]",
         "linear_linear 1 c.weight.0[0] c.bias.0[0] -> b.weight.1[1]",

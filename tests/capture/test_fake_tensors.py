@@ -198,6 +198,20 @@ def test_pixels_are_equal_to_no_number_and_what_is_computed_may_be() -> None:
     assert type(computed) is not torch.Tensor, "a number may be what relu makes"
 
 
+def test_what_is_filled_to_be_as_large_as_another_is_known_as_integers_until_it_is_used() -> None:
+    (pixels,), mode = fakeify_(nn.Module(), (torch.zeros(2, 3, device="meta"),))
+    with mode, known_values():
+        rows = torch.full_like(pixels[0], True).bool()
+        rows[torch.tensor([1])] = False
+        kept = pixels[:, rows]
+        counts = torch.ones_like(pixels[:, 0]).long()
+        written = torch.zeros_like(pixels)
+        written.add_(pixels)
+        unknown = written.bool(), torch.empty_like(pixels).int()
+    assert (rows.tolist(), kept.shape, counts.tolist()) == ([True, False, True], (2, 2), [1, 1])
+    assert all(type(tensor) is not torch.Tensor for tensor in unknown), "what was written; nothing was filled in"
+
+
 class Counting(nn.Module):
     """Counts, in a table of zeros, which places were chosen; ``seen`` looks at the table another way before."""
 

@@ -262,8 +262,9 @@ def test_where_values_say_what_is_read_no_further_layout_is_tried() -> None:
     assert inputs._said(error) == inputs._BY_VALUES
     assert inputs._said(RuntimeError("no\n such size")) == "RuntimeError: no such size"
     assert inputs._said(AutoQuantError("it needs pillow")) == "it needs pillow"
-    model = build_meta(known_type("udop"))
-    assert model.missing == {"pixel_values": inputs._BY_VALUES}
+    made = build_meta(known_type("llava")).short
+    made.model.vision_tower.forward = lambda x, **_: x[(tuple(x[0, 0, 0].long()),)]
+    assert make_inputs(made, torch.device("meta"), (1, 3), torch.float32).missing == {"pixel_values": inputs._BY_VALUES}
 
 
 def test_an_image_is_made_where_values_say_how_many_tokens_an_expert_gets() -> None:
@@ -298,6 +299,13 @@ def test_tokens_of_a_page_have_their_places_on_it() -> None:
     places, ids = model.kwargs["bbox"], model.kwargs["input_ids"]
     assert places.shape == (*ids.shape, 4) and places.is_floating_point()
     assert 0 < float(places.min()) < float(places.max()) < 1
+    whole = build_meta(known_type("udop"))
+    places = whole.kwargs["bbox"]
+    assert "bbox" in whole.known and 0 < float(places.min()) < float(places.max()) < 1, (
+        "they choose patches of the image"
+    )
+    assert (dict(whole.missing), whole.kwargs["pixel_values"].shape) == ({}, (1, 3, 64, 64))
+    assert make_inputs(whole.module, torch.device("meta"), (1, 3), torch.float32, media=False).kwargs["bbox"].is_meta
 
 
 @pytest.mark.parametrize(

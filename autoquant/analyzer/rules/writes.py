@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -22,11 +23,12 @@ from autoquant.analyzer.rotation_state import (
     whole_rows,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
+from autoquant.analyzer.rules.choices import rotate_masked
 from autoquant.analyzer.rules.registry import rotation_rule, scale_rule
 from autoquant.analyzer.rules.sentences import (
     WRITES,
 )
-from autoquant.analyzer.scale_state import ScaleAnalysis, shape_of
+from autoquant.analyzer.scale_state import ScaleAnalysis, scalar, shape_of
 from autoquant.aten import NO_ROTATION, NO_RULE
 
 COPIES = "t Dict_str Dict_int Dict_bool Dict_float Dict_complex Dict_Tensor"
@@ -189,7 +191,11 @@ def scale_index_put(
 def rotate_index_put(
     a: RotationAnalysis, site: Site, x: Value, indices: Sequence[Value], values: Value, accumulate: bool = False
 ) -> Value:
-    """Whole vectors are added to some of the rows, or replace them: wherever these are."""
+    """Whole vectors are added to some of the rows, or replace them, wherever these are; a mask may set some to 0."""
+    mask = indices[0]
+    if len(indices) == 1 and isinstance(mask, Constant) and _is_mask(mask) and scalar(values) == 0.0 and not accumulate:
+        rows = mask.value[(..., *[None] * (len(site.shape) - mask.value.ndim))]
+        return rotate_masked(a, site, x, replace(mask, value=rows), 0.0)
     plain = all(isinstance(index, (Constant, Dynamic, type(None))) for index in indices)
     found = written_places(indices, site.shape, vector_shape(values)) if plain and isinstance(values, Vector) else None
     empty = isinstance(x, Constant) and not bool(x.value.any())
