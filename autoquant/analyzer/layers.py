@@ -39,7 +39,7 @@ from autoquant.capture.side_by_side import Ranks, keeps_beside, own_sources
 
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")
-# A list of layer numbers: mlp_only_layers, attn_layer_indices, hybrid_layer_ids.
+# A list of layer numbers: mlp_only_layers, hybrid_layer_ids.
 NUMBERS = re.compile(r"layer|block|(indices|indexes|ids|idxs?)$")
 # Beside a language model, which of its layers an image goes into: spatial_target_layers, deepstack_layer_map.
 GIVEN = re.compile(r"target_layers$|layer_map$")
@@ -207,11 +207,8 @@ def _boundary(module: nn.Module, path: str, length: int) -> str | None:
                 return f"the model does something of its own at layer {value} ({name})"
     *above, nearest = _holders(module, path)  # the lists of the nearest config are made to fit instead
     around = [value for holder in above for value in vars(holder).values() if is_config(value) and value is not nearest]
-    for config in around:
-        for name, value in vars(config).items():
-            if GIVEN.search(name) and isinstance(value, list | tuple) and value:
-                return f"the model gives something of its own to some of the layers ({name})"
-    return None
+    given = [name for config in around for name, value in vars(config).items() if GIVEN.search(name) and value]
+    return f"the model gives something of its own to some of the layers ({given[0]})" if given else None
 
 
 def _one_per_layer(module: nn.Module, outside: Sequence[nn.Module], length: int) -> str | None:
@@ -236,8 +233,8 @@ def _representatives(stack: LayerStack) -> tuple[int, ...]:
 def _settle(
     module: nn.Module, stacks: Sequence[LayerStack], beside: Mapping[str, Sequence[Ranks]]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Which layers each stack keeps. Stacks of one length under one config must keep the same, or keep all; and so must
-    a stack and those whose layers hand something to its layers of their number.
+    """Which layers each stack keeps. Stacks of one length that a config describes must keep the same, or keep all; so
+    must a stack and those whose layers hand something to its layers of their number.
     """
     kept = {stack.path: _representatives(stack) for stack in stacks}
     handed = {(path, other) for path, layers in beside.items() for taken in layers for other in taken.values()}
@@ -245,7 +242,8 @@ def _settle(
     for _ in stacks:  # a stack that has to keep all may take others with it
         for one in stacks:
             for other in stacks:
-                common = {id(h) for h in _holders(module, one.path)} & {id(h) for h in _holders(module, other.path)}
+                around = {id(h) for h in _holders(module, other.path)}
+                common = any(id(h) in around and _describes(h, one.length) for h in _holders(module, one.path))
                 tied = bool(handed & {(one.path, other.path), (other.path, one.path)})
                 if (tied or (common and one.length == other.length)) and kept[one.path] != kept[other.path]:
                     why = "belong together layer by layer" if tied else "are described by one config"
@@ -331,6 +329,13 @@ def _fit(before: object, after: object, length: int, kept: Sequence[int]) -> Non
     if shadows:
         # Computed from a period, for example: layers of this copy are not at the positions that it was made for.
         after.__class__ = type(type(after).__name__, (type(after),), shadows)
+
+
+def _describes(holder: object, length: int) -> bool:
+    """Whether :func:`_fit` would make a holder fit a stack of ``length``."""
+    fields = {**vars(holder), **_computed(holder)}.items()
+    counts = any(type(value) is int and value == length and COUNT.search(name) for name, value in fields)
+    return counts or any(_entries(*field, length) is not None for field in fields)
 
 
 def _fitted(name: str, value: object, length: int, kept: Sequence[int]) -> object:

@@ -91,7 +91,8 @@ def _not_made(source: ModelSource, config: Any) -> tuple[str, ...]:
 def _proposals(config: Any) -> Iterator[tuple[str, Any]]:
     """Other values of fields that may be about something else: of a tower that is the architecture's own, what it
     projects to; of the fraction of each edge that is kept, half of it, where every second patch is taken; of what a
-    part reads that is as wide as no part is, the width of each, first of one that is named so.
+    part reads that is as wide as no part is, the width of each, first of one that is named so; of a list of channels
+    that ends as wide as no part is, the width of each at its end.
     """
     widths = {own_width(part): path for path, part in sub_configs(config).items()}
     hidden = standard_field(text_config(config), "hidden_size")
@@ -102,6 +103,14 @@ def _proposals(config: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}", hidden
             elif isinstance(value, str) and (kept := _FRACTION.fullmatch(value)) and int(kept[1]) % 2 == 0:
                 yield f"{path}.{name}".lstrip("."), f"{int(kept[1]) // 2}/{kept[1]}"
+            elif (
+                path
+                and name.endswith("_channels")
+                and isinstance(value, list | tuple)
+                and set(value[-1:]) - set(widths)
+            ):
+                for width in filter(None, widths):
+                    yield f"{path}.{name}", type(value)([*value[:-1], width])
             elif path and type(value) is int and value not in widths and (read := _READS.search(name)):
                 for width in sorted(filter(None, widths), key=lambda width: read[1] not in widths[width]):
                     yield f"{path}.{name}", width

@@ -305,6 +305,20 @@ def test_two_stacks_under_one_config_must_agree() -> None:
     assert [m.whole for m in maps] == ["blocks and others are described by one config and differ"] * 2
 
 
+def test_two_stacks_of_one_length_that_nothing_describes_keep_their_own() -> None:
+    net = Net([Block(i) for i in range(6)], settings(hidden_size=6))
+    net.others = nn.ModuleList([Block(i, 16 if i < 3 else 32) for i in range(6)])
+    pruned, maps = represent(net, find_stacks(net))
+    assert [m.whole for m in maps] == [None, None]
+    assert [m.originals for m in maps] == [((0, 1, 2, 3, 4), (5,)), ((0, 1), (2,), (3, 4), (5,))]
+    assert (len(pruned.blocks), len(pruned.others), len(net.others)) == (2, 4, 6)
+    for field in ({"num_layers": 6}, {"layer_types": list("aabbaa")}):
+        net.config = settings(**field)
+        assert (
+            represent(net, find_stacks(net))[1][0].whole == "blocks and others are described by one config and differ"
+        )
+
+
 def test_the_copy_computes_what_its_layers_compute() -> None:
     torch.manual_seed(0)
     net = Net([Block(i) for i in range(5)]).double()

@@ -89,3 +89,19 @@ def test_half_of_each_edge_is_kept_where_another_fraction_runs_on_no_image(monke
     assert changes_for_images(source) == {}
     config.downsample_rate = "1/3"
     assert list(defaults._proposals(config)) == [], "a window of three has no half"
+
+
+def test_channels_end_as_wide_as_the_part_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = default("deepseek_ocr2")
+    vision = config.vision_config
+    assert (vision.sam_config.downsample_channels, vision.encoder_config.hidden_size) == ([512, 896], 4096)
+
+    def not_made(_: ModelSource, config: Any) -> tuple[str, ...]:
+        vision = config.vision_config
+        return () if vision.sam_config.downsample_channels[-1] == vision.encoder_config.hidden_size else ("pixels",)
+
+    monkeypatch.setattr(defaults, "_not_made", not_made)
+    source = ModelSource("deepseek_ocr2", config)
+    assert changes_for_images(source) == {"vision_config.sam_config.downsample_channels": [512, 4096]}
+    vision.sam_config.downsample_channels = [512, 4096]
+    assert list(defaults._proposals(config)) == [], "a part is as wide"

@@ -122,7 +122,14 @@ IMAGES = [
     ("chameleon", {"image_token_id": 65535, "vocabulary_map": {}}),
     ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "2/4"}),
     # Kinds of layers for which the library has a list of their own.
-    ("deepseek_ocr2", {"mlp_layer_types": ["sparse", "dense"] * 16, "num_experts_per_tok": 2}),
+    (
+        "deepseek_ocr2",
+        {
+            "mlp_layer_types": ["sparse", "dense"] * 16,
+            "num_experts_per_tok": 2,
+            "vision_config.sam_config.downsample_channels": [512, 4096],
+        },
+    ),
     # Sections of rotary embeddings: too large for the heads that follow from the width, and not given at all.
     ("glm4v_moe", {"head_dim": 128}),
     ("hunyuan_vl", {"head_dim": 128, "rope_parameters": {**ROTARY, "mrope_section": [16, 16, 16, 16]}}),
