@@ -118,6 +118,8 @@ class Axes:
 
     variables: Variables
     _by_key: dict[tuple[object, ...], Axis] = field(default_factory=dict)
+    _labels: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    """Of each axis: every expert of a stack shows a part of them, and keeps no copy of its own."""
     _uses: dict[str, dict[str, Reason]] = field(default_factory=dict)
     _sites: dict[str, set[int]] = field(default_factory=dict)
     """By parameter, the operators that use it, by their order."""
@@ -355,8 +357,9 @@ class Axes:
             self._by_key[key] = Axis(
                 param.name, role, dim, stack, offset, keyed, start, count, param.full_shape, here.order
             )
+            self._labels[key] = torch.arange(start, start + count)
         family = self._by_key[key]
-        labels = torch.arange(family.start, family.start + family.count)
+        labels = self._labels[key]
         if keyed != family.keyed:  # the tag says which tokens went to which expert, and now other tokens did
             self.variables.mix(labels)
         return labels

@@ -53,6 +53,18 @@ def test_stacked_matrices_have_axes_each(axes: Axes) -> None:
     assert len(set(found.rows.flatten().tolist())) == 18
 
 
+def test_experts_of_a_stack_keep_no_labels_of_their_own(axes: Axes) -> None:
+    """Else each of 288 experts that a loop is unrolled over would hold the labels of all of them."""
+    first, other = (
+        axes.factors(weight(3, 6, 4).viewed(lambda w, e=e: w[e], (6, 4)), 1, 0, HERE)  # type: ignore[misc]  # e is bound
+        for e in (0, 2)
+    )
+    assert first is not None and other is not None
+    for one, another, size in ((first.rows, other.rows, 6), (first.columns, other.columns, 4)):
+        assert torch.equal(another, one + 2 * size)
+        assert one.untyped_storage().data_ptr() == another.untyped_storage().data_ptr()
+
+
 def test_a_parameter_used_in_two_ways_is_contested(axes: Axes) -> None:
     axes.leaf(Param("g", (4,), (), (4,)), 0, HERE)
     assert axes.conflicts() == []
