@@ -19,7 +19,7 @@ from autoquant.analyzer.lengths import common, longer_inputs
 from autoquant.analyzer.replaced import without_replaced
 from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
 from autoquant.analyzer.unlisted import unlisted
-from autoquant.analyzer.untraced import untraced, without_residual
+from autoquant.analyzer.untraced import beside_unreached, unreached_parts, untraced, without_residual
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import Captured, capture
 from autoquant.config.format import (
@@ -97,6 +97,12 @@ def analyze(
     left_out = untraced(traced, captured, loaded.missing, loaded.uncaptured)
     if loaded.uncaptured is not None or (loaded.unseen and left_out):
         analysis = replace(analysis, findings=without_residual(analysis.findings))
+    if (
+        loaded.config is not None and left_out
+    ):  # whose inputs are ours: of a factory they are what its owner uses it for
+        parts = list(dict.fromkeys(block.path for block in left_out))
+        unreached = unreached_parts(traced, parts, partial(run_without_weights, traced, loaded))
+        analysis = replace(analysis, findings=beside_unreached(analysis.findings, unreached))
     blocked = (*analysis.findings.blocked, *left_out)
     blocked = (*blocked, *unlisted(traced, captured, analysis, blocked))
     findings = name_across_layers(fold(replace(analysis.findings, blocked=blocked), maps), maps)

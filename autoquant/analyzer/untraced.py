@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import CodeType, FunctionType
 
 from torch import nn
 
 from autoquant.analyzer.findings import Findings
 from autoquant.capture.graph import Captured
 from autoquant.config.format import Blocked
+from autoquant.models.images import IMAGES
+from autoquant.models.sounds import SOUNDS
 
 
 def untraced(
@@ -44,15 +49,108 @@ def untraced(
 
 def without_residual(found: Findings) -> Findings:
     """``found`` on text alone, without rotations of a stream that images or sound write to as well, unseen."""
-    kept = tuple(space for space in found.spaces if space.kind != "R1")
     reason = "what images or sound add to the stream is not traced, so that it cannot be rotated with it"
+    return _without(found, [reason if space.kind == "R1" else None for space in found.spaces])
+
+
+def beside_unreached(found: Findings, unreached: Mapping[str, frozenset[int]]) -> Findings:
+    """``found`` without rotations of a stream that parts as wide as it may read or write for other inputs.
+
+    ``unreached``: by path, the sizes of the matrices of such parts (:func:`unreached_parts`).
+    """
+    reasons = []
+    for space in found.spaces:
+        wide = [path for path, sizes in unreached.items() if space.kind == "R1" and space.size in sizes]
+        text = "which the inputs that could be made do not reach, may read or write it"
+        reasons.append(f"{wide[0]}, {text}" if wide else None)
+    return _without(found, reasons)
+
+
+def _without(found: Findings, reasons: Sequence[str | None]) -> Findings:
+    """``found`` without the spaces that have a reason, which is said where their first writer is."""
     blocked = tuple(
         Blocked(path=path, what="rotation", reason=reason, operator="R1", at=path)
-        for space in found.spaces
-        if space not in kept
+        for space, reason in zip(found.spaces, reasons, strict=True)
+        if reason is not None
         for path in [space.writers[0].path.rpartition(".")[0]]
     )
+    kept = tuple(space for space, reason in zip(found.spaces, reasons, strict=True) if reason is None)
     return replace(found, spaces=kept, blocked=(*found.blocked, *blocked))
+
+
+def unreached_parts(
+    module: nn.Module, paths: Sequence[str], forward: Callable[[], object]
+) -> dict[str, frozenset[int]]:
+    """Those of ``paths`` with matrices of which ``forward`` calls no owner, with the sizes of these matrices.
+
+    ``forward`` runs the module on the inputs that it is analysed on. A part that runs, and of which nothing reaches the
+    logits, never does; one that does not run may, for other inputs: an adapter, cross-attention, a head for images.
+    Left out is what no code of the model names but where it is made, and what reads pixels or sound outside of the
+    forward: it makes token ids of them.
+    """
+    methods, called = _methods(module), set[int]()
+    named, forwards = _looked_up(methods, methods), _looked_up(methods, ("forward",))
+    hooks = [
+        part.register_forward_pre_hook(lambda part, *_: called.add(id(part)))
+        for path in paths
+        for part in module.get_submodule(path).modules()
+    ]
+    try:
+        with contextlib.suppress(Exception):  # the model's own code: what it has not called by then is not reached
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for path in paths:
+        part, (*_, own) = module.get_submodule(path), [name for name in path.split(".") if not name.isdecimal()]
+        coded = getattr(part, "main_input_name", None) in (*IMAGES, *SOUNDS) and own not in forwards
+        sizes = set(_uncalled(part, called)) if own in named and not coded else set()
+        if sizes:
+            found[path] = frozenset(sizes)
+    return found
+
+
+def _uncalled(part: nn.Module, called: set[int]) -> Iterator[int]:
+    """Sizes of the matrices that parts own which are not called, nor used by the part that is and holds them."""
+    if id(part) not in called:
+        yield from (size for p in part.parameters(recurse=False) if p.dim() > 1 for size in p.shape)
+    for child in part.children():
+        held = isinstance(child, _HELD) and id(part) in called
+        yield from _uncalled(child, called | {id(child)} if held else called)
+
+
+_HELD = (nn.ParameterList, nn.ParameterDict, nn.modules.linear.NonDynamicallyQuantizableLinear)
+"""What is never called: whoever holds it uses its tensors. The last one is the projection of nn.MultiheadAttention."""
+
+
+def _methods(module: nn.Module) -> dict[str, list[CodeType]]:
+    """The code of the methods of a model's classes by their names, but for those that make them."""
+    found: dict[str, list[CodeType]] = {}
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__ if issubclass(kind, nn.Module)}
+    for kind in kinds - {nn.Module}:
+        for name, value in vars(kind).items():
+            function = inspect.unwrap(getattr(value, "fget", None) or value)
+            if isinstance(function, FunctionType) and not name.startswith(("__init__", "_init_weights")):
+                found.setdefault(name, []).append(function.__code__)
+    return found
+
+
+def _looked_up(methods: Mapping[str, Sequence[CodeType]], names: Iterable[str]) -> set[str]:
+    """What methods of some names look up, and those that they call."""
+    found, left = set[str](), list(names)
+    while left:
+        new = {name for code in methods.get(left.pop(), ()) for name in _names_of(code)} - found
+        found |= new
+        left += new
+    return found
+
+
+def _names_of(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_of(constant)
 
 
 def _names(name: str, captured: Captured) -> tuple[str, ...]:
