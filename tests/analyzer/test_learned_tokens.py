@@ -73,3 +73,20 @@ def test_a_part_of_a_bias_goes_with_the_rows_beside_it(pieces: Pieces, values: l
     (stream,) = (space for space in findings.spaces if space.kind == "R1")
     bias = {reader.bias for read in stream.reads for reader in read.readers if reader.path == "w.weight"}
     assert bias == {"w.bias" if values else None}
+
+
+@pytest.mark.parametrize("times", [torch.mul, torch.div])
+@pytest.mark.parametrize(
+    "other", [lambda x: x**2, lambda x: x.mean(-1, keepdim=True), lambda x: x], ids=["square", "mean", "itself"]
+)
+def test_a_token_that_is_joined_of_parameters_multiplies_as_any_activation(
+    times: Callable[[Tensor, Tensor], Tensor], other: Callable[[Tensor], Tensor]
+) -> None:
+    """What it multiplies is looked at too, channel by channel: not only vectors, also what is made of them."""
+
+    def function(s: Graph, tokens: Tensor) -> Tensor:
+        x = s.emb(tokens)
+        return s.a(times(other(x), torch.cat([s.token, s.token])[:4])) + s.b(x)
+
+    graph = Graph(function, emb=nn.Embedding(8, 4), token=par(4), a=lin(), b=lin())
+    assert lines(proved(graph, TOKENS), "R1") == []

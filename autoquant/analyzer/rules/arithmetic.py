@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from autoquant.analyzer.axes import Param
 from autoquant.analyzer.interpreter import Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
+    Beside,
     Gain,
     Mean,
     RotationAnalysis,
@@ -218,6 +219,8 @@ def rotate_multiply(a: RotationAnalysis, site: Site, x: Value, y: Value, **kwarg
                 return rotate_scaled(a, site, one, unexpanded(node, Dynamic(vector_shape(other), torch.float32)))
         return a.end(site, [x, y], "it is multiplied by another activation")
     vector, factor = (y, x) if isinstance(y, (Vector, Square, Mean)) else (x, y)
+    if isinstance(factor, (Vector, Square, Mean, Beside)):
+        return a.end(site, [x, y], "it is multiplied by another activation")
     if isinstance(vector, Square):
         return vector if scalar(factor) is not None else a.end(site, [vector, factor], "it is multiplied")
     if isinstance(vector, Mean):  # only the mean itself centres what it is subtracted from
