@@ -97,9 +97,8 @@ def analyze(
     left_out = untraced(traced, captured, loaded.missing, loaded.uncaptured)
     if loaded.uncaptured is not None or (loaded.unseen and left_out):
         analysis = replace(analysis, findings=without_residual(analysis.findings))
-    if (
-        loaded.config is not None and left_out
-    ):  # whose inputs are ours: of a factory they are what its owner uses it for
+    explained = bool(loaded.missing) and not loaded.unseen  # what could not be made writes nothing
+    if loaded.config is not None and left_out and not explained:  # of a factory the inputs are what it is used for
         parts = list(dict.fromkeys(block.path for block in left_out))
         unreached = unreached_parts(traced, parts, partial(run_without_weights, traced, loaded))
         analysis = replace(analysis, findings=beside_unreached(analysis.findings, unreached))
