@@ -36,13 +36,12 @@ from autoquant.capture.alike import (
 from autoquant.capture.copies import copied
 from autoquant.capture.executed import Between, Executed, Signature, execute, loose
 from autoquant.capture.side_by_side import Ranks, keeps_beside, own_sources
+from autoquant.models.sizes import GIVEN
 
 # Configs and modules name their number of layers in many ways: num_hidden_layers, n_layer, encoder_layers, depth.
 COUNT = re.compile(r"(^|_)(layers|blocks|depth)$|^n_(layer|block)$|^num_\w*(layer|block)")
-# A list of layer numbers: mlp_only_layers, hybrid_layer_ids.
+# A list of layer numbers: mlp_only_layers, attn_layer_indices, hybrid_layer_ids.
 NUMBERS = re.compile(r"layer|block|(indices|indexes|ids|idxs?)$")
-# Beside a language model, which of its layers an image goes into: spatial_target_layers, deepstack_layer_map.
-GIVEN = re.compile(r"target_layers$|layer_map$")
 
 
 @dataclass(frozen=True, slots=True)

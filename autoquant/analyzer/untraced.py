@@ -103,7 +103,8 @@ def unreached_parts(
             hook.remove()
     found = {}
     for path in paths:
-        part, (*_, own) = module.get_submodule(path), [name for name in path.split(".") if not name.isdecimal()]
+        part, names = module.get_submodule(path), [name for name in path.split(".") if not name.isdecimal()]
+        own = names[-1] if names else path
         coded = getattr(part, "main_input_name", None) in (*IMAGES, *SOUNDS) and own not in forwards
         sizes = set(_uncalled(part, called)) if own in named and not coded else set()
         if sizes:

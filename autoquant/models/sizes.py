@@ -33,8 +33,8 @@ _OUTWARD = re.compile(r"out|proj|llm|text|language")
 OUTPUTS = ("out_hidden_size", "output_hidden_size")
 """Fields that hold how wide the vectors are which a tower hands over."""
 _NUMBER = re.compile(r"layer_(id|idx|index)$")
-_GIVEN = re.compile(r"target_layers$|layer_map$")
-"""Fields beside a language model that number those of its layers that are given something of their own."""
+GIVEN = re.compile(r"target_layers$|layer_map$")
+"""Fields beside a language model that number those of its layers that are given something of their own, an image."""
 _WIDTH = re.compile(r"size|dim|rank|width|inner|ffn|_ff$|dff|embd|d_model|d_ssm|channels|hidden")
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"vocab"), _VOCABULARY),
@@ -227,7 +227,7 @@ def given_layers(config: Any) -> dict[str, Any]:
         for path, part in sub_configs(config).items()
         if part is not text
         for name, value in vars(part).items()
-        if _GIVEN.search(name) and isinstance(value, list | tuple) and value and all(map(_is_given, value))
+        if GIVEN.search(name) and isinstance(value, list | tuple) and value and all(map(_is_given, value))
     }
 
 

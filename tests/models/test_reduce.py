@@ -194,9 +194,8 @@ def test_a_part_that_nothing_makes_smaller_is_allowed_for(monkeypatch: pytest.Mo
     source = find_source("llama")
     changes = reduction.reductions(source.config)
     assert reduction._allowed(source, changes) == reduction._LARGEST
-    assert (
-        reduction._allowed(source, changes | {"no.such.part": 1}) == reduction._LARGEST
-    )  # what that is, is said later
+    unknown = changes | {"no.such.part": 1}  # refused later, with its reason
+    assert reduction._allowed(source, unknown) == reduction._LARGEST
     least = reduction._size(source, reduction._two_layers(source.config, changes))
     assert 50_000 < least < reduction._LARGEST
     monkeypatch.setattr(reduction, "_LARGEST", 50_000)
