@@ -73,7 +73,7 @@ def reductions(config: Any, *, keep_heads: bool = False, as_wide: bool = False) 
         fewer.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = value
     for path, part in sub_configs(config).items():
         if part is text:
-            smaller = own | fewer.get(path, {})
+            smaller = own | _narrower_layers(text, wide) | fewer.get(path, {})
             changes |= {_join(path, name): value for name, value in smaller.items()}
             continue
         smaller = parts[path] | _shallower(part, read) | fewer.get(path, {}) | _read(config, path, parts)
@@ -82,6 +82,20 @@ def reductions(config: Any, *, keep_heads: bool = False, as_wide: bool = False) 
             smaller |= {name: wide for name in _widths_of(part, hidden, as_wide)}
         changes |= {_join(path, name): value for name, value in smaller.items()}
     return changes | shorter_windows(config)
+
+
+def _narrower_layers(text: Any, wide: int | None) -> dict[str, list[int]]:
+    """New values of the lists that hold a width of each layer of a language model, which is itself ``wide`` now."""
+    hidden = own_width(text)
+    if hidden is None or wide is None:
+        return {}
+    width, count = _narrower(hidden, wide, hidden, wide), layer_count(text)
+    return {
+        name: [width(entry) for entry in value]
+        for name, value in vars(text).items()
+        if isinstance(value, list | tuple) and len(value) == count and _WIDTH.search(name) and not _KEEP.search(name)
+        if all(type(entry) is int and entry > 1 for entry in value)
+    }
 
 
 def _read(config: Any, path: str, smaller: Mapping[str, Mapping[str, int]]) -> dict[str, int]:

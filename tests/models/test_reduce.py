@@ -52,6 +52,18 @@ def test_reduced_sizes_keep_their_relations() -> None:
     assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
 
 
+def test_a_width_of_each_layer_is_reduced_like_one_of_all() -> None:
+    config = CONFIG_MAPPING["gemma3n_text"](intermediate_size=[4096] * 30 + [3000] * 5)
+    changes = reduction.reductions(config)
+    assert config.hidden_size == 2048
+    wide = changes["hidden_size"]
+    assert changes["intermediate_size"] == [2 * wide] * 30 + [3000 * wide // 2048 // 8 * 8] * 5
+    assert small(ModelSource("each", config)).module.model.layers[0].mlp.gate_proj.out_features == 2 * wide
+    for value in ([4096] * 34, [4096.0] * 35, [4096] * 34 + [1]):  # for other layers, no widths, and one that is off
+        config.__dict__["intermediate_size"] = value
+        assert "intermediate_size" not in reduction.reductions(config)
+
+
 def test_a_part_as_wide_as_the_language_model_may_stay_so() -> None:
     config = CONFIG_MAPPING["fun_asr_nano"]()
     assert config.adaptor_config.hidden_size == config.text_config.hidden_size == 1024
