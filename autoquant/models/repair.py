@@ -14,6 +14,7 @@ import inspect
 import itertools
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ from autoquant.models.source import (
     limit_layers,
     quiet,
     standard_field,
+    sub_configs,
     text_config,
 )
 from autoquant.models.structure import structure_of
@@ -52,6 +54,7 @@ _SPLIT = re.compile(r"split_sizes to sum exactly to (\d+) .* got split_sizes=\[(
 _MISSING = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
 _NO_MAPPING = re.compile(r"'NoneType' object has no attribute '(get|keys|values|items)'")
 _NO_LIST = re.compile(r"object of type 'NoneType' has no len\(\)|'NoneType' object is not iterable")
+_LOOKED_UP = re.compile(r"\bconfig\.([\w.]+)\[[\"'](\w+)[\"']\]")
 _NOT_SET = re.compile(r"Could not find a `(\w+)` argument in the config, or it is not set")
 _UNEVEN = re.compile(
     r"must be divisible by|size of tensor a .* must match|Attempting to broadcast a dimension of length"
@@ -65,12 +68,18 @@ class Repair:
     part: int
     name: str
     value: Any
+    beside: Repair | None = None
+    """Another one without which it does not help, and which does not help without it."""
 
     def apply(self, config: Any) -> Any:
         """A changed copy."""
-        changed = copy.deepcopy(config)
+        changed = copy.deepcopy(config) if self.beside is None else self.beside.apply(config)
         setattr(_parts(changed)[self.part], self.name, copy.deepcopy(self.value))
         return changed
+
+    def changes(self) -> dict[str, Any]:
+        """The new value of every field that it changes."""
+        return {**({} if self.beside is None else self.beside.changes()), self.name: self.value}
 
 
 def find_source(
@@ -98,7 +107,7 @@ def find_source(
             source = replace(
                 source,
                 config=repair.apply(source.config),
-                repairs={**source.repairs, repair.name: repair.value},
+                repairs={**source.repairs, **repair.changes()},
             )
         if changes := changes_for_images(source):
             source = replace(source, config=changed(source.config, changes), repairs={**source.repairs, **changes})
@@ -244,6 +253,7 @@ def _proposals(config: Any, error: Exception) -> Iterator[Repair]:
     """Whatever may help against ``error``."""
     missing, split = _MISSING.search(str(error)), _SPLIT.search(str(error))
     yield from _even(config, error)
+    yield from _looked_up(config, error)
     for number, part in enumerate(_parts(config)):
         fields = vars(part)
         if missing and type(part).__name__ == missing[1]:
@@ -274,6 +284,46 @@ def _proposals(config: Any, error: Exception) -> Iterator[Repair]:
                 for old, new in itertools.permutations(dict.fromkeys([*_layer_types(part), *value]), 2):
                     if old in value:
                         yield Repair(number, name, [new if kind == old else kind for kind in value])
+
+
+def _looked_up(config: Any, error: Exception) -> Iterator[Repair]:
+    """For a mapping that is None where a line of the model's code looks up a size in it: what a model of that part
+    calls so itself. The part is as it is or, where it has no such size, what the mapping's description is about.
+    """
+    line = (traceback.extract_tb(error.__traceback__) or [None])[-1]
+    found = _LOOKED_UP.search(line.line or "") if line is not None and isinstance(error, TypeError) else None
+    if found is None:
+        return
+    path, _, name = found[1].rpartition(".")
+    part, size_name = sub_configs(config).get(path), found[2]
+    number = next((number for number, other in enumerate(_parts(config)) if other is part), None)
+    if part is None or number is None or vars(part).get(name, 0) is not None:
+        return
+    if (size := _size_called(part, size_name)) is not None:
+        yield Repair(number, name, {size_name: size})
+    about = re.search(rf"`{name}=[^`]*`\s+for\s+`(?:[^`/]*/)?([^`/]+)`", type(part).__doc__ or "")
+    others = [Repair(number, field, about[1]) for field in sorted(_own_texts(part))] if about is not None else []
+    for other in others:
+        if (size := _size_called(_parts(other.apply(config))[number], size_name)) is not None:
+            yield Repair(number, name, {size_name: size}, other)
+
+
+def _own_texts(part: Any) -> list[str]:
+    """Fields of a configuration that hold a text, and that not every configuration has."""
+    from transformers import PreTrainedConfig
+
+    own = _field_names(type(part)) - _field_names(PreTrainedConfig)
+    return [name for name in own if type(vars(part).get(name)) is str]
+
+
+def _size_called(config: Any, name: str) -> int | None:
+    """The size that a model of a part of a configuration calls ``name``; None where it has none, or cannot be built."""
+    from transformers import AutoModel
+
+    with contextlib.suppress(Exception), quiet(), torch.device("meta"):  # the architecture's own code
+        sizes = (vars(module).get(name) for module in AutoModel.from_config(copy.deepcopy(config)).modules())
+        return next((size for size in sizes if type(size) is int), None)
+    return None
 
 
 def _turned_in_part(number: int, fields: Mapping[str, Any], size: int, sections: Sequence[int]) -> Iterator[Repair]:

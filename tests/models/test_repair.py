@@ -179,6 +179,66 @@ def test_an_empty_value_is_of_the_kind_that_was_missed_and_an_example_is_the_fie
     assert list(repairing._empty(config, "architectures", listing)) == []  # the library's own, no part of a model
 
 
+class Tower(PreTrainedConfig):
+    """A tower of another library.
+
+    architecture (`str`, *optional*, defaults to `"narrow"`):
+        What to make.
+    sizes (`dict`, *optional*):
+        Other sizes, e.g. `sizes={"depth": 3}`
+        for `house/wide` to have three blocks.
+    """
+
+    model_type = "tower"
+    architecture: str = "narrow"
+    sizes: dict[str, int] | None = None
+
+
+def looked_up(config: Any) -> TypeError:
+    """What comes of a line of a model's code that looks into a mapping that is not set."""
+    with pytest.raises(TypeError) as raised:
+        config.vision_config.sizes["embed_dim"]
+    return raised.value
+
+
+def test_a_size_that_is_looked_up_is_what_the_part_calls_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG_MAPPING["llava"]()
+    config.vision_config = Tower()
+    error = looked_up(config)
+    number = next(number for number, part in enumerate(repairing._parts(config)) if part is config.vision_config)
+    known = {"wide": 24}
+    monkeypatch.setattr(repairing, "_size_called", lambda part, name: known.get(part.architecture))
+    (found,) = repairing._looked_up(config, error)
+    assert found == Repair(number, "sizes", {"embed_dim": 24}, Repair(number, "architecture", "wide"))
+    assert found.changes() == {"architecture": "wide", "sizes": {"embed_dim": 24}}
+    repaired = found.apply(config).vision_config
+    assert (repaired.architecture, repaired.sizes) == ("wide", {"embed_dim": 24})
+    assert (config.vision_config.architecture, config.vision_config.sizes) == ("narrow", None)
+    known["narrow"] = 8  # as it is, first
+    assert next(iter(repairing._looked_up(config, error))) == Repair(number, "sizes", {"embed_dim": 8})
+    assert list(repairing._looked_up(config, ValueError(str(error)))) == []
+    config.vision_config.sizes = {"depth": 3}
+    assert list(repairing._looked_up(config, error)) == []  # it is set
+    config.vision_config = CONFIG_MAPPING["clip_vision_model"]()
+    assert list(repairing._looked_up(config, error)) == []  # no such field
+
+
+def test_a_size_is_read_off_what_is_built() -> None:
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=1, hidden_size=64, intermediate_size=96, vocab_size=32)
+    assert repairing._size_called(config, "intermediate_size") == 96
+    assert repairing._size_called(config, "no_such_size") is None
+    assert repairing._size_called(config, "training") is None  # no size
+    config.hidden_act = "no_such_function"
+    assert repairing._size_called(config, "intermediate_size") is None
+
+
+def test_a_tower_of_another_library_is_one_that_its_projector_fits() -> None:
+    pytest.importorskip("timm")
+    source = find_source("perception_lm", kind="image-text-to-text")
+    assert source.repairs["model_args"] == {"embed_dim": 768}
+    assert build_meta(source).missing == {}
+
+
 def test_heads_are_left_alone_where_they_make_up_the_width_or_are_not_what_the_error_is_about() -> None:
     error = ValueError("embed_dim must be divisible by num_heads (got `embed_dim`: 100 and `num_heads`: 7)")
     config: Any = CONFIG_MAPPING["llama"](num_hidden_layers=2)
