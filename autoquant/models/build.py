@@ -108,7 +108,7 @@ def on_text(loaded: LoadedModel, why: str) -> LoadedModel | None:
 
 def _probe(source: ModelSource, config: Any) -> Inputs:
     """Inputs for ``config``, found on two layers of it where that works: they hardly ever depend on its depth."""
-    found = None
+    found = long = None
     for shallow in (True, False):
         tried = two_layers(config) if shallow else config
         try:
@@ -117,9 +117,12 @@ def _probe(source: ModelSource, config: Any) -> Inputs:
             if not shallow:
                 raise
             continue
+        if long is not None and runs_on(module, long):  # nothing shorter at its whole depth
+            break
         inputs = make_inputs(module, META, (1, 3), torch.float32)
         longest = max((v.shape[1] for n, v in inputs.kwargs.items() if n.endswith("input_ids")), default=0)
         if longest > _MOST_TOKENS:
+            long = inputs
             text = make_inputs(module, META, (1, 3), torch.float32, media=False)
             reason = f"it takes {longest} tokens, more than {_MOST_TOKENS}"
             inputs = Inputs(text.kwargs, missing={name: reason for name in _media(inputs)}, unseen=True)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from autoquant.errors import AutoQuantError
+from autoquant.models import build as building
 from autoquant.models import inputs, sizes
 from autoquant.models import reduce as reduction
 from autoquant.models.auto_classes import auto_class, kind_of, kinds_of, registered_types
@@ -76,6 +77,51 @@ def test_an_image_takes_as_many_tokens_as_it_has_features() -> None:
     assert short.model.vision_tower.embeddings.position_embedding.num_embeddings == 17
     blind = make_inputs(short, torch.device("meta"), (1, 3), torch.float32, without={"pixel_values"})
     assert (set(blind.kwargs), blind.missing) == ({"input_ids"}, {})
+
+
+def test_a_tower_is_asked_once_how_many_vectors_it_makes_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    run = inputs._Maker.run
+
+    def counted(maker: Any, kwargs: Any, function: Any = None) -> Any:
+        asked.extend(["tower"] if function is not None else ["model"])
+        return run(maker, kwargs, function)
+
+    monkeypatch.setattr(inputs._Maker, "run", counted)
+    source = find_source("llava", layers=2)
+    made = build_meta(source)
+    assert "tower" in asked and asked[-1] == "model", "how many vectors it was run with is known"
+    maker = inputs._Maker(made.short, torch.device("meta"), torch.float32, torch.Generator())
+    image = made.kwargs["pixel_values"]
+    count, before = maker._features("image", {"pixel_values": image}), len(asked)
+    assert maker._features("image", {"pixel_values": image}) == count == made.kwargs["input_ids"].shape[1] - 3
+    assert len(asked) == before  # the same
+    assert maker._features("image", {"pixel_values": torch.cat([image, image])}) == 2 * count  # another one
+    assert len(asked) == before + 1
+
+
+def test_what_is_too_long_is_looked_for_again_only_where_depth_makes_it_shorter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = find_source("llava")
+    made = build_meta(source)
+    assert made.missing == {} and made.kwargs["input_ids"].shape[1] > 3
+    searched: list[int] = []
+    make = building.make_inputs
+
+    def counted(module: Any, *of: Any, **options: Any) -> Any:
+        searched.extend([len(module.model.language_model.layers)] if options.get("media", True) else [])
+        return make(module, *of, **options)
+
+    monkeypatch.setattr(building, "make_inputs", counted)
+    monkeypatch.setattr(building, "_MOST_TOKENS", 10)
+    too_long = build_meta(source)
+    assert searched == [2]  # the whole depth runs on them as they are
+    assert too_long.missing == {"pixel_values": "it takes 19 tokens, more than 10"} and too_long.unseen
+    assert too_long.kwargs["input_ids"].shape == (1, 3)
+    monkeypatch.setattr(building, "runs_on", lambda *of: False)
+    build_meta(source)
+    assert searched == [2, 2, 32]
 
 
 def test_attention_in_both_directions_is_told_the_types_of_tokens() -> None:
