@@ -19,7 +19,13 @@ from autoquant.analyzer.lengths import common, longer_inputs
 from autoquant.analyzer.replaced import without_replaced
 from autoquant.analyzer.templates import StackMap, disagreement, fold, name_across_layers
 from autoquant.analyzer.unlisted import unlisted
-from autoquant.analyzer.untraced import beside_unreached, unreached_parts, untraced, without_residual
+from autoquant.analyzer.untraced import (
+    beside_unreached,
+    unreached_parts,
+    untraced,
+    within_language_model,
+    without_residual,
+)
 from autoquant.capture.fake_tensors import fakeify_, known_values, short_chunks, undisturbed
 from autoquant.capture.routes import Captured, capture
 from autoquant.config.format import (
@@ -39,7 +45,7 @@ from autoquant.library_patches import FakeTensorMode, marked_as_compiling
 from autoquant.models.build import build_meta, on_text
 from autoquant.models.fit import structure_problems
 from autoquant.models.inputs import NO_SHAPES, masks_beside
-from autoquant.models.source import LoadedModel, ModelSource
+from autoquant.models.source import LoadedModel, ModelSource, text_config
 from autoquant.models.structure import structure_of
 from autoquant.threads import one_thread
 from autoquant.version import __version__
@@ -95,12 +101,15 @@ def analyze(
             break
     analysis = replace(analysis, findings=without_replaced(analysis.findings, traced, loaded, run_without_weights))
     left_out = untraced(traced, captured, loaded.missing, loaded.uncaptured)
+    forward = partial(run_without_weights, traced, loaded)
     if loaded.uncaptured is not None or (loaded.unseen and left_out):
-        analysis = replace(analysis, findings=without_residual(analysis.findings))
+        found = without_residual(analysis.findings)
+        found = within_language_model(found, traced, text_config(loaded.config), forward)
+        analysis = replace(analysis, findings=found)
     explained = bool(loaded.missing) and not loaded.unseen  # what could not be made writes nothing
     if loaded.config is not None and left_out and not explained:  # of a factory the inputs are what it is used for
         parts = list(dict.fromkeys(block.path for block in left_out))
-        unreached = unreached_parts(traced, parts, partial(run_without_weights, traced, loaded))
+        unreached = unreached_parts(traced, parts, forward)
         analysis = replace(analysis, findings=beside_unreached(analysis.findings, unreached))
     blocked = (*analysis.findings.blocked, *left_out)
     blocked = (*blocked, *unlisted(traced, captured, analysis, blocked))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from types import CodeType, FunctionType
 
@@ -66,10 +67,64 @@ def beside_unreached(found: Findings, unreached: Mapping[str, frozenset[int]]) -
     return _without(found, reasons)
 
 
+def within_language_model(found: Findings, module: nn.Module, text: object, forward: Callable[[], object]) -> Findings:
+    """``found`` on text alone, without claims about what images or sound may come to by another way.
+
+    The language model, whose configuration is ``text``, and its output embeddings run the same code for them as for
+    text. A part beside it may take another branch for text, and so may one inside that holds parts which ``forward``,
+    on text, does not call.
+    """
+    called = _called(list(module.modules()), forward)
+    parts = dict(module.named_modules(remove_duplicate=False))
+    own = [path for path, part in parts.items() if type(getattr(part, "config", None)) is type(text)]
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    heads = {path for path, part in parts.items() if part is head}
+
+    def passed_by(slots: Iterable[str]) -> bool:
+        owners = {path.rpartition(".")[0] for path in slots} - heads
+        if not all(_inside(owner, own) for owner in owners):
+            return True
+        return any(_inside(path, own) and _branches(parts[path], called) for path in _around(owners))
+
+    reason = "what images or sound become is not traced, and may come to it by another way than text does"
+    lost = [group for group in found.groups if passed_by(slot.path for slot in (*group.sources, *group.targets))]
+    blocked = tuple(
+        Blocked(path=path, what="smoothing", reason=reason, operator=group.kind.value, at=path)
+        for group in lost
+        for path in dict.fromkeys(slot.path.rpartition(".")[0] for slot in group.targets)
+    )
+    kept = tuple(group for group in found.groups if group not in lost)
+    found = replace(found, groups=kept, blocked=(*found.blocked, *blocked))
+    slots = [(*space.writers, *(reader for read in space.reads for reader in read.readers)) for space in found.spaces]
+    return _without(found, [reason if passed_by(slot.path for slot in members) else None for members in slots])
+
+
+def _inside(path: str, parts: Iterable[str]) -> bool:
+    return any(part in ("", path) or path.startswith(f"{part}.") for part in parts)
+
+
+def _around(paths: Iterable[str]) -> set[str]:
+    """Those modules among ``paths`` and around them that lie in the innermost one that holds them all, and itself."""
+    steps = [path.split(".") for path in paths]
+    shared = len(list(itertools.takewhile(lambda names: len(set(names)) == 1, zip(*steps, strict=False))))
+    return {".".join(names[:count]) for names in steps for count in range(shared, len(names) + 1)}
+
+
+def _branches(part: nn.Module, called: Set[int]) -> bool:
+    """Whether a module holds parameters in a part that it does not call."""
+    for child in part.children():
+        if isinstance(child, _HELD) or id(child) in called:
+            continue
+        reached = any(id(inner) in called for inner in child.modules())  # a list, whose entries are called
+        if _branches(child, called) if reached else any(True for _ in child.parameters()):
+            return True
+    return False
+
+
 def _without(found: Findings, reasons: Sequence[str | None]) -> Findings:
     """``found`` without the spaces that have a reason, which is said where their first writer is."""
     blocked = tuple(
-        Blocked(path=path, what="rotation", reason=reason, operator="R1", at=path)
+        Blocked(path=path, what="rotation", reason=reason, operator=space.kind, at=path)
         for space, reason in zip(found.spaces, reasons, strict=True)
         if reason is not None
         for path in [space.writers[0].path.rpartition(".")[0]]
@@ -88,19 +143,9 @@ def unreached_parts(
     Left out is what no code of the model names but where it is made, and what reads pixels or sound outside of the
     forward: it makes token ids of them.
     """
-    methods, called = _methods(module), set[int]()
+    methods = _methods(module)
     named, forwards = _looked_up(methods, methods), _looked_up(methods, ("forward",))
-    hooks = [
-        part.register_forward_pre_hook(lambda part, *_: called.add(id(part)))
-        for path in paths
-        for part in module.get_submodule(path).modules()
-    ]
-    try:
-        with contextlib.suppress(Exception):  # the model's own code: what it has not called by then is not reached
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    called = _called([part for path in paths for part in module.get_submodule(path).modules()], forward)
     found = {}
     for path in paths:
         part, names = module.get_submodule(path), [name for name in path.split(".") if not name.isdecimal()]
@@ -110,6 +155,19 @@ def unreached_parts(
         if sizes:
             found[path] = frozenset(sizes)
     return found
+
+
+def _called(parts: Iterable[nn.Module], forward: Callable[[], object]) -> set[int]:
+    """Which of ``parts`` are called by ``forward``, by their identity."""
+    called = set[int]()
+    hooks = [part.register_forward_pre_hook(lambda part, *_: called.add(id(part))) for part in parts]
+    try:
+        with contextlib.suppress(Exception):  # the model's own code: what it has not called by then is not reached
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
 
 
 def _uncalled(part: nn.Module, called: set[int]) -> Iterator[int]:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from autoquant.analyzer.analyze import analyze
-from autoquant.analyzer.untraced import beside_unreached, unreached_parts, untraced
+from autoquant.analyzer.findings import Findings
+from autoquant.analyzer.untraced import beside_unreached, unreached_parts, untraced, within_language_model
 from autoquant.capture.routes import Captured, capture
+from autoquant.config.format import Read, Reader, Slot, SmoothingGroup, SmoothingKind, Space, Writer
 from autoquant.models.repair import find_source
 
 
@@ -157,3 +159,101 @@ def test_cross_attention_that_text_does_not_reach_forbids_the_rotation_of_its_st
     assert reasons == [
         "model.decoder.layers.0.encoder_attn, which the inputs that could be made do not reach, may read or write it"
     ]
+
+
+class Configured:
+    """A configuration."""
+
+
+class Gated(nn.Module):
+    """A layer, of which a vector is read for an image alone where ``other`` is set."""
+
+    def __init__(self, *, other: bool) -> None:
+        super().__init__()
+        self.norm, self.proj, self.out = nn.RMSNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other = nn.RMSNorm(8) if other else None
+
+    def forward(self, x: torch.Tensor, image: bool = False) -> torch.Tensor:
+        normed = self.other(x) if image and self.other is not None else self.norm(x)
+        return x + self.out(self.proj(normed))
+
+
+class Text(nn.Module):
+    """A language model."""
+
+    def __init__(self, config: object, *, other: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.table, self.layers, self.norm = nn.Embedding(5, 8), nn.ModuleList([Gated(other=other)]), nn.RMSNorm(8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class Seeing(nn.Module):
+    """A language model, a head, a projector that a text goes through too, and a tower."""
+
+    def __init__(self, *, other: bool = False) -> None:
+        super().__init__()
+        self.text_config = Configured()
+        self.tower, self.projector = nn.Linear(8, 8), Gated(other=False)
+        self.text, self.head = Text(self.text_config, other=other), nn.Linear(8, 5, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, tokens: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.text(tokens)
+        x = x + self.projector(self.text.table(tokens) if image is None else self.tower(image))
+        return self.head(x)
+
+
+def left_on_text(model: Seeing) -> tuple[set[str], Findings]:
+    """Paths of the linears that smoothing groups of a model on text are left of, of those that could be made up."""
+    smoothed = {"norm": "proj", "proj": "out"}
+    groups = [
+        SmoothingGroup(
+            name=f"{part}.{source}",
+            kind=SmoothingKind.NORM_LINEAR,
+            channels=8,
+            sources=(Slot(path=f"{part}.{source}.weight", dim=0, size=8),),
+            targets=(Slot(path=f"{part}.{target}.weight", dim=1, size=8),),
+        )
+        for part in ("text.layers.0", "projector")
+        for source, target in smoothed.items()
+    ]
+    final = (Slot(path="text.norm.weight", dim=0, size=8),), (Slot(path="head.weight", dim=1, size=8),)
+    last = groups[0].model_copy(update={"name": "last", "sources": final[0], "targets": final[1]})
+    spaces = tuple(
+        Space(
+            name=part,
+            kind="other",
+            size=8,
+            writers=(Writer(path=f"{part}.proj.weight", dim=0, size=8),),
+            reads=(Read(readers=(Reader(path=f"{part}.out.weight", dim=1, size=8),)),),
+        )
+        for part in ("text.layers.0", "projector")
+    )
+    found = Findings((), (*groups, last), spaces, (), (), ())
+    left = within_language_model(found, model, model.text_config, lambda: model(torch.tensor([[1, 2]])))
+    return {group.name for group in left.groups} | {f"space {space.name}" for space in left.spaces}, left
+
+
+def test_beside_the_language_model_an_image_may_come_by_another_way() -> None:
+    names, left = left_on_text(Seeing())
+    assert names == {"text.layers.0.norm", "text.layers.0.proj", "last", "space text.layers.0"}
+    said = "what images or sound become is not traced, and may come to it by another way than text does"
+    assert {(b.path, b.what, b.operator) for b in left.blocked} == {
+        ("projector.proj", "smoothing", "norm_linear"),
+        ("projector.out", "smoothing", "norm_linear"),
+        ("projector.proj", "rotation", "other"),
+    }
+    assert {b.reason for b in left.blocked} == {said}
+
+
+def test_a_layer_that_calls_a_part_for_images_alone_is_such_a_way() -> None:
+    names, _ = left_on_text(Seeing(other=True))
+    assert names == {"last"}
