@@ -180,7 +180,7 @@ def test_what_is_refused_says_so(config: Config) -> None:
         aq.quantize(PACKAGED, config)
     with pytest.raises(aq.AutoQuantError, match="needs an output"):
         aq.apply(PACKAGED, config)
-    with pytest.raises(aq.AutoQuantError, match="takes no output, maxima"):
+    with pytest.raises(aq.AutoQuantError, match="takes no output, media, maxima"):
         aq.apply(Block(), config, "out")
     with pytest.raises(aq.AutoQuantError, match="dtype 'float31': expected"):
         aq.load(PACKAGED, "float31")

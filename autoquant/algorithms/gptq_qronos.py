@@ -79,7 +79,12 @@ def walk(
 
 
 def windows_twice(batches: Sequence[Tensor]) -> Tensor:
-    """The batch [2 N, S] of a walk: all windows that are as long as the first, and all of them again."""
+    """The batch [2 N, S] of a walk: all windows that are as long as the first, and all of them again.
+
+    Raises AutoQuantError where there are none.
+    """
+    if not batches:
+        raise AutoQuantError("what is decided by the values of a pass needs windows of text: there are none")
     length = batches[0].shape[1]
     windows = torch.cat([batch for batch in batches if batch.shape[1] == length])
     return torch.cat([windows, windows])

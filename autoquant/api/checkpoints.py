@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from autoquant.checkpoint.quantize import Done, Recipe
     from autoquant.checkpoint.transform import TransformOptions
     from autoquant.config.format import Config, Strategy
+    from autoquant.models.reading import Example
     from autoquant.pipeline.select import Transforms
     from autoquant.report.results import Written
 
 ALL_TRANSFORMS = "smooth+fc_fc+rotation"
 """Everything that the config enables."""
-_NEEDS = "needs a config and takes no output, format, target, device or dtype"
+_NEEDS = "needs a config and takes no output, media, format, target, device or dtype"
 WEIGHTS = (".safetensors", ".onnx", ".data")
 """How files end that hold weights, of a checkpoint and of what is made of it."""
 _REASONS = 3
@@ -48,6 +49,7 @@ def apply(
     *,
     transforms: str | Transforms = ALL_TRANSFORMS,
     calibration: str | Path | Sequence[Tensor] | None = None,
+    media: str | Path | None = None,
     tokenizer: Any = None,
     maxima: str | Path | None = None,
     save_maxima: str | Path | None = None,
@@ -70,7 +72,8 @@ def apply(
     Of a folder or hub id the result says what was written, which loads with plain transformers; of a module it is the
     changed module, a copy unless ``inplace``. ``calibration``: batches of token ids [1, S], or a text, for a module
     with the ``tokenizer`` that reads it; only smoothing needs one. ``field``: the column of a text that has columns. A
-    folder without one is calibrated on a packaged text, which the result says. For folders alone: ``maxima`` kept by an
+    folder without one is calibrated on a packaged text, which the result says. For folders alone: ``media``, a folder
+    of images or sounds that calibrate beside the text, each with its words in a .txt of its name; ``maxima`` kept by an
     earlier ``save_maxima``, in place of calibration, the ``dtype`` of the weights written (None: as stored), the
     ``device`` that calibrates and folds ('auto': a GPU where there is one) and the ``workers`` beside it (None: one for
     each core).
@@ -87,23 +90,21 @@ def apply(
     if isinstance(model, str | Path):
         if output is None:
             raise AutoQuantError(f"{model}: a folder needs an output")
-        from autoquant.calibration.texts import PACKAGED
         from autoquant.calibration.windows import CalibrationOptions
         from autoquant.checkpoint.transform import TransformOptions
 
         if calibration is None and maxima is None and chosen.alphas:
-            calibration = PACKAGED
+            calibration = _default_text(model, media, trust_remote_code)
         text = Path(calibration) if isinstance(calibration, str | Path) else None
-        given: CalibrationOptions | Sequence[Tensor] = CalibrationOptions(text, sequences, length, seed, field)
-        if calibration is not None and not isinstance(calibration, str | Path):
-            given = calibration
-        kept, keep = (None if path is None else Path(path) for path in (maxima, save_maxima))
-        wanted = TransformOptions(chosen, given, kept, keep, seed, dtype_of(dtype), device, workers)
+        part = CalibrationOptions(text, sequences, length, seed, field)
+        given = part if calibration is None or isinstance(calibration, str | Path) else calibration
+        shown, kept, keep = (None if path is None else Path(path) for path in (media, maxima, save_maxima))
+        wanted = TransformOptions(chosen, given, shown, kept, keep, seed, dtype_of(dtype), device, workers)
         recorded = {"calibration": text, "maxima": maxima, "sequences": sequences, "length": length, "seed": seed}
-        trust = trust_remote_code
-        return _applied(str(model), Path(output), loaded, wanted, recorded, force, unproved, trust, progress)
-    if (output, maxima, save_maxima, dtype, device, workers) != (None, None, None, None, "auto", None):
-        raise AutoQuantError("a module in memory takes no output, maxima, save_maxima, dtype, device or workers")
+        how = (force, unproved, trust_remote_code, progress)
+        return _applied(str(model), Path(output), loaded, wanted, {**recorded, **_named(media)}, *how)
+    if (output, media, maxima, save_maxima, dtype, device, workers) != (None, None, None, None, None, "auto", None):
+        raise AutoQuantError("a module in memory takes no output, media, maxima, save_maxima, dtype, device or workers")
     from autoquant.capture.copies import copied
     from autoquant.models.structure import structure_of
     from autoquant.pipeline.of_text import of_text_said
@@ -164,6 +165,24 @@ def _applied(
     return Written(target, tuple(said), {**options, "rotations": dict(applied.constructions), **facts})
 
 
+def _named(media: str | Path | None) -> dict[str, Any]:
+    """What is recorded of a folder of images or sounds."""
+    return {} if media is None else {"media": Path(media).name}
+
+
+def _default_text(model: str | Path, media: str | Path | None, trust_remote_code: bool) -> Path | None:
+    """The packaged text; None beside images or sounds for a model that does not run without them."""
+    from autoquant.calibration.texts import PACKAGED
+    from autoquant.models.checkpoint_source import checkpoint_folder
+    from autoquant.models.inputs import reads_text
+    from autoquant.models.load import load_skeleton
+
+    if media is None:
+        return PACKAGED
+    folder = checkpoint_folder(model, trust_remote_code=trust_remote_code)
+    return PACKAGED if reads_text(load_skeleton(folder, trust_remote_code=trust_remote_code)) else None
+
+
 @by_line
 def quantize(
     model: str | Path | nn.Module,
@@ -173,6 +192,7 @@ def quantize(
     strategy: str | None = None,
     transforms: str | Transforms = ALL_TRANSFORMS,
     calibration: str | Path | Sequence[Tensor] | None = None,
+    media: str | Path | None = None,
     tokenizer: Any = None,
     field: str = "text",
     sequences: int = 16,
@@ -195,7 +215,9 @@ def quantize(
     Of a folder the result says what was written (``load`` makes a runnable model of it); of a module it is the changed
     module, a copy unless ``inplace``, whose ``save_pretrained`` writes a native folder. Without a ``config`` a folder
     is analyzed first; without ``calibration`` it is calibrated on a packaged text, which the result says. ``field``:
-    the column of a text that has columns. Claims that were edited since they were proved are proved again, of a module
+    the column of a text that has columns. ``media``: a folder of images or sounds that calibrate a folder's model
+    beside the text, each with its words in a .txt of its name; what text alone does not reach stays in floating point
+    without. Claims that were edited since they were proved are proved again, of a module
     on what ``example_inputs`` call; ``unproved`` goes on without, which is recorded.
 
     ``format``: 'compressed-tensors', which servers load, 'native', which holds everything, or 'onnx'; None: the first
@@ -211,7 +233,7 @@ def quantize(
 
     wish = Wish(format, target)
     if not isinstance(model, str | Path):
-        if config is None or output is not None or wish != Wish() or device != "auto" or dtype is not None:
+        if config is None or (output, media, dtype, device) != (None, None, None, "auto") or wish != Wish():
             raise AutoQuantError(f"a module in memory {_NEEDS}; save_pretrained writes it")
         batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
         loaded = config_of(config)
@@ -219,29 +241,28 @@ def quantize(
         return _quantized_module(model, inplace, recipe, example_inputs, unproved, trust_remote_code, progress)
     if output is None:
         raise AutoQuantError(f"{model}: a folder needs an output")
-    from autoquant.calibration.texts import PACKAGED
     from autoquant.models.device import device_of
     from autoquant.models.tokenizer import load_tokenizer
 
     place = device_of(device)
     source, folder = _folders(model, Path(output), force, trust_remote_code)
     loaded = analyzed_config(config, source, trust_remote_code, progress)
-    needed = _calibrates(source, loaded, used, chosen, trust_remote_code)
+    needed, examples = _calibrates(source, loaded, used, chosen, media, trust_remote_code)
     packaged = calibration is None and needed
     if packaged:
-        calibration = PACKAGED
+        calibration = _default_text(source, media, trust_remote_code)
     if isinstance(calibration, str | Path):
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    batches = batches_of(calibration, tokenizer, field, sequences, length, seed)
+    text = batches_of(calibration, tokenizer, field, sequences, length, seed)
     proof = proof_of(loaded, source, None, unproved, trust_remote_code, progress)
-    recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, batches, seed, proof)
-    text = Path(calibration).name if isinstance(calibration, str | Path) else None
+    recipe = Recipe(loaded, used or loaded.quantization.strategy, chosen, (*examples, *text), seed, proof)
+    name = Path(calibration).name if isinstance(calibration, str | Path) else None
     options = {"strategy": recipe.strategy.value, "transforms": str(chosen), "seed": seed}
-    options |= {"sequences": sequences, "length": length, "calibration": text}
+    options |= {"sequences": sequences, "length": length, "calibration": name, **_named(media)}
     how: dict[str, Any] = {"low_memory": low_memory, "force": force, "dtype": dtype_of(dtype), "device": place}
     how |= {"wish": wish, "trust_remote_code": trust_remote_code, "progress": progress}
     done = quantize_checkpoint(source, folder, recipe, options, **how)
-    return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged)
+    return _quantized(done, source, folder, f"{recipe.strategy.value} after {chosen}", options, packaged and bool(text))
 
 
 def _folders(model: str | Path, output: Path, force: bool, trust_remote_code: bool) -> tuple[Path, Path]:
@@ -273,8 +294,13 @@ def _quantized_module(
     return quantize_module_(changed, replace(recipe, proof=proof), progress)
 
 
-def _calibrates(source: Path, config: Config, used: Strategy | None, chosen: Transforms, trust: bool) -> bool:
-    """True if this cannot be done without calibration. Raises AutoQuantError if text then cannot be what calibrates."""
+def _calibrates(
+    source: Path, config: Config, used: Strategy | None, chosen: Transforms, media: str | Path | None, trust: bool
+) -> tuple[bool, tuple[Example, ...]]:
+    """Whether this cannot be done without calibration, and the images and sounds of it. Raises AutoQuantError for what
+    cannot calibrate the model.
+    """
+    from autoquant.calibration.media import read_media
     from autoquant.models.load import load_skeleton
     from autoquant.models.reading import check_reads_text
     from autoquant.models.structure import structure_of
@@ -283,9 +309,9 @@ def _calibrates(source: Path, config: Config, used: Strategy | None, chosen: Tra
     skeleton = load_skeleton(source, trust_remote_code=trust)
     selected = select(config, structure_of(skeleton), chosen, None)
     needed = needs_sweep(config, used or config.quantization.strategy, selected)
-    if needed:
+    if needed and media is None:
         check_reads_text(skeleton)
-    return needed
+    return needed, () if media is None else read_media(Path(media), source, skeleton, trust_remote_code=trust)
 
 
 def packaged_text(options: Mapping[str, Any]) -> str:

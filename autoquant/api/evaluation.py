@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from autoquant.api.arguments import IMPORTING, analyzed_config, by_line, config_of, proof_of, transforms_of
 from autoquant.api.checkpoints import load
@@ -18,7 +18,9 @@ from autoquant.version import __version__
 if TYPE_CHECKING:
     from torch import nn
 
+    from autoquant.calibration.windows import Windows
     from autoquant.config.format import Config, Strategy
+    from autoquant.evaluation.perplexity import Examples
     from autoquant.report.results import Compared, Evaluated, Found
     from autoquant.report.served import ServeCheck
 
@@ -144,9 +146,10 @@ def _knob_names(knobs: str | Collection[str]) -> list[str]:
 
 def evaluate(
     models: str | Path | Sequence[str | Path],
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     field: str = "text",
+    media: str | Path | None = None,
     reference: str | Path | None = None,
     length: int = 512,
     tokens: int | None = None,
@@ -160,44 +163,44 @@ def evaluate(
 
     ``models``: folders of :func:`quantize` or whatever transformers loads; ``reference``: also compare the logits with
     this model's; ``tokens``: use the first so many only. Of an encoder-decoder the second half of each window is
-    predicted, behind the first in its encoder. Raises AutoQuantError where tokenizers differ, and for a model that does
-    not run on text.
+    predicted, behind the first in its encoder. ``media``, in place of ``data``: a folder of images or sounds, the words
+    beside which (a .txt of the same name) are predicted, one of them in a pass. Raises AutoQuantError where tokenizers
+    differ, and for a model that does not run on this.
     """
-    from autoquant.calibration.texts import read_text
-
-    text = read_text(Path(data), field)
+    if (data is None) is (media is None):
+        raise AutoQuantError("give either a text (--data) or a folder of images or sounds (--media) to measure on")
+    if media is not None and (tokens is not None or batch != 1):
+        raise AutoQuantError("images and sounds are measured whole and one by one: leave --tokens and --batch out")
+    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
+    beside = [] if reference is None else [str(reference)]
     progress(IMPORTING, 0, 0)
-    from autoquant.calibration.windows import cut_windows, tokenize
     from autoquant.evaluation.perplexity import Evaluation, logits_of
     from autoquant.evaluation.perplexity import evaluate as measure
     from autoquant.models.reading import reads_in_halves
-    from autoquant.models.tokenizer import load_tokenizer
     from autoquant.report.results import Evaluated
 
-    def tokens_of(name: str) -> tuple[list[int], int | None]:
-        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        return tokenize(tokenizer, text), tokenizer.bos_token_id
+    windows: dict[str, Windows | Examples] = {}
+    if data is not None:
+        windows |= _windows_of((*beside, *names), Path(data), field, length, tokens, batch, trust_remote_code)
+        _check_same(windows, beside)
 
     def runnable(name: str) -> nn.Module:
         loaded: nn.Module = load(name, dtype, device=device, trust_remote_code=trust_remote_code)
+        if media is not None:
+            windows[name] = _worded(name, Path(media), loaded, trust_remote_code)
         return loaded
 
-    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
-    wanted = None if reference is None else tokens_of(str(reference))
-    other = None if reference is None else runnable(str(reference))
+    other = runnable(beside[0]) if beside else None
     expected = None if other is None else logits_of(other)
     results: dict[str, Evaluation] = {}
     in_halves: list[str] = []
     for name in names:
-        ids, bos = tokens_of(name)
-        if wanted is not None and wanted != (ids, bos):
-            raise AutoQuantError(f"{name}: its tokenizer differs from that of {reference}, so their logits do too")
-        windows = cut_windows(ids, length, bos, tokens, batch)
         module = runnable(name)
-        in_halves += [name] * reads_in_halves(module)
+        _check_same(windows, beside)
+        in_halves += [name] * (media is None and reads_in_halves(module))
         if other is not None and reads_in_halves(module) != reads_in_halves(other):
             raise AutoQuantError(f"{name}: of it and {reference} one has an encoder: they predict different tokens")
-        model, done, total = logits_of(module), 0, len(windows.counts)
+        model, done, total = logits_of(module), 0, len(windows[name].counts)
 
         def advance(count: int, name: str = name, total: int = total) -> None:
             nonlocal done
@@ -205,10 +208,50 @@ def evaluate(
             progress(name, done, total)
 
         progress(name, 0, total)
-        results[name] = measure(model, windows, expected, advance)
-    settings = {"data": str(data), "length": length, "tokens": tokens, "batch": batch}
+        results[name] = measure(model, windows[name], expected, advance)
+    settings: dict[str, Any] = {"data": None if data is None else str(data), "length": length, "tokens": tokens}
+    settings |= {"batch": batch} | ({} if media is None else {"media": str(media)})
     settings["reference"] = None if reference is None else str(reference)
     return Evaluated(results, settings, tuple(in_halves))
+
+
+def _windows_of(
+    names: Sequence[str], data: Path, field: str, length: int, tokens: int | None, batch: int, trust: bool
+) -> dict[str, Windows]:
+    """A text by the tokenizer of each model."""
+    from autoquant.calibration.texts import read_text
+    from autoquant.calibration.windows import cut_windows, tokenize
+    from autoquant.models.tokenizer import load_tokenizer
+
+    text, found = read_text(data, field), {}
+    for name in names:
+        tokenizer = load_tokenizer(name, trust_remote_code=trust)
+        found[name] = cut_windows(tokenize(tokenizer, text), length, tokenizer.bos_token_id, tokens, batch)
+    return found
+
+
+def _worded(name: str, media: Path, model: nn.Module, trust: bool) -> Examples:
+    """Images or sounds by the processor of a model. Raises AutoQuantError for one without words, which are scored."""
+    from autoquant.calibration.media import read_media
+    from autoquant.evaluation.perplexity import Examples
+    from autoquant.models.checkpoint_source import checkpoint_folder
+
+    folder = checkpoint_folder(name, trust_remote_code=trust)
+    found = read_media(media, folder, model, trust_remote_code=trust)
+    for example in found:
+        if not example.words:
+            raise AutoQuantError(f"{media / example.name}: has no words in a .txt of its name, and they are measured")
+    return Examples(found)
+
+
+def _check_same(windows: Mapping[str, Windows | Examples], reference: Sequence[str]) -> None:
+    """Raise AutoQuantError for a model whose tokens are not those of the reference, if there is one."""
+    from autoquant.models.reading import ids_of
+
+    for name, found in windows.items() if reference else ():
+        ids, wanted = ([ids_of(one).tolist() for one in w.batches] for w in (found, windows[reference[0]]))
+        if ids != wanted:
+            raise AutoQuantError(f"{name}: its tokenizer differs from that of {reference[0]}, so their logits do too")
 
 
 def serve_check(

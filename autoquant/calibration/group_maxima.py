@@ -18,6 +18,7 @@ from autoquant.executor.resolved import Resolved
 from autoquant.executor.scales import merge_channels
 from autoquant.io.files import finished_file
 from autoquant.models.inputs import takes_media
+from autoquant.models.reading import Batch
 from autoquant.quantizer.linear import Maxima
 
 GroupMaxima = Mapping[tuple[str, int | None], Tensor]
@@ -27,16 +28,16 @@ GroupMaxima = Mapping[tuple[str, int | None], Tensor]
 def collect_activation_maxima(
     model: nn.Module,
     resolved: Resolved,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     runner: Runner = whole,
     progress: Progress = silent,
 ) -> dict[tuple[str, int | None], Tensor]:
     """Largest absolute activation per channel at the targets of every selected group.
 
-    ``batches``: token ids ``[sequences, length]``. Returns float64 ``[channels]`` per (group name, layer); tied
-    channels are merged by the maximum. Groups of which text reaches nothing in a model that takes images or sound (of
-    its towers) are left out. Raises AutoQuantError where another target was never reached, naming it.
+    ``batches``: token ids ``[sequences, length]``, or examples. Returns float64 ``[channels]`` per (group name, layer);
+    tied channels are merged by the maximum. Groups of which nothing is reached in a model that takes images or sound
+    (by text, of its towers) are left out. Raises AutoQuantError where another target was never reached, naming it.
     """
     names = dict.fromkeys(slot.name for group in resolved.groups for slot in group.targets)
     maxima = sweep(model, names, batches, cache=False, runner=runner, progress=progress).inputs

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 
-def in_step(works: Sequence[Callable[[], None]], layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, bool]]:
+def in_step(
+    works: Sequence[Callable[[], None]], layers: Mapping[str, nn.Module], last: Collection[int] = ()
+) -> Iterator[tuple[str, bool]]:
     """Carry out ``works``, each of which calls the layers in some order; each waits at a layer until it is entered.
 
     Yields ``(path, False)`` before they run through a layer and ``(path, True)`` afterwards. Every work has a thread of
     its own and one thread runs at a time: those that wait for the same layer run through it in the order of ``works``.
-    So the result does not depend on chance. An error of any work is raised here and ends all of them, as closing does.
+    So the result does not depend on chance. What a work of the numbers in ``last`` waits for is entered when no other
+    work waits for anything else: text waits until images have gone through their tower, and each layer is there once.
+    An error of any work is raised here and ends all of them, as closing does.
     """
     walks = [_Walk(work) for work in works]
     here = threading.local()
@@ -50,7 +54,7 @@ def in_step(works: Sequence[Callable[[], None]], layers: Mapping[str, nn.Module]
         for thread, walk in zip(threads, walks, strict=True):
             thread.start()
             walk.resume()
-        while (path := next((walk.wants for walk in walks if walk.wants is not None), None)) is not None:
+        while (path := _next(walks, last)) is not None:
             yield path, False
             entered = path
             for walk in walks:
@@ -66,6 +70,14 @@ def in_step(works: Sequence[Callable[[], None]], layers: Mapping[str, nn.Module]
                 thread.join()
         for handle in handles:
             handle.remove()
+
+
+def _next(walks: Sequence[_Walk], last: Collection[int]) -> str | None:
+    """The layer that is entered next; None where no work waits."""
+    waiting = [(number, walk.wants) for number, walk in enumerate(walks) if walk.wants is not None]
+    late = {path for number, path in waiting if number in last}
+    early = (path for _, path in waiting if path not in late)
+    return next(early, waiting[0][1] if waiting else None)
 
 
 class _Cancelled(BaseException):

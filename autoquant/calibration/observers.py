@@ -25,6 +25,7 @@ from autoquant.executor.online import key_rotations
 from autoquant.library_patches import TorchDispatchMode
 from autoquant.models.caches import DynamicCache
 from autoquant.models.locate import locate
+from autoquant.models.reading import Batch
 from autoquant.quantizer import int8
 from autoquant.quantizer.kv_cache import CacheMaxima, check_one_stack, rotated
 from autoquant.quantizer.linear import Maxima
@@ -41,13 +42,13 @@ class Sweep:
 def sweep(
     model: nn.Module,
     weights: Iterable[str],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     cache: bool,
     runner: Runner = whole,
     progress: Progress = silent,
 ) -> Sweep:
-    """Run ``batches`` of token ids [B, S] through the model once; ``cache``: keys and values are observed as well."""
+    """Run ``batches``, token ids [B, S] or examples, through the model once; ``cache``: keys and values too."""
     inputs, stored = LinearInputs(weights), CachedStates()
     with headless(model, inputs.names):
         runner(model, batches, (inputs, stored) if cache else (inputs,), progress)

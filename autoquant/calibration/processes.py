@@ -11,11 +11,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from autoquant.errors import AutoQuantError
+
+One = TypeVar("One")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Processes:
         """True if this is the process that writes and speaks."""
         return self.rank == 0
 
-    def share(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    def share(self, batches: Sequence[One]) -> Sequence[One]:
         """The batches that go through this process. Raises AutoQuantError where some process would have none."""
         if batches and len(batches) < self.count:
             raise AutoQuantError(

@@ -1,4 +1,4 @@
-"""How text goes through a model: whole, or one decoder layer at a time.
+"""How text, or images and sounds with their words, goes through a model: whole, or one decoder layer at a time.
 
 Everything that looks at a model's forward passes (maxima, rounding in sequence, the search for a prefix) is handed a
 *runner* and knows nothing of where the weights are. Devices and several processes are further runners: a class or a
@@ -21,7 +21,7 @@ from autoquant.calibration.layer_by_layer import in_step
 from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.windows import check_fit
 from autoquant.models.locate import owner_of
-from autoquant.models.reading import read
+from autoquant.models.reading import Batch, read
 from autoquant.models.structure import ModelStructure
 from autoquant.models.vocabulary import output_embedding, token_tables
 from autoquant.threads import give_back_memory
@@ -55,7 +55,7 @@ class Observer(Protocol):
 
 
 class Runner(Protocol):
-    """Runs each of ``batches``, token ids [B, S], through ``model`` once, without gradients.
+    """Runs each of ``batches``, token ids [B, S] or examples, through ``model`` once, without gradients.
 
     An encoder-decoder reads each window in halves (:func:`autoquant.models.reading.read`). Observers and the model's
     own hooks see every pass. Whatever they or the model raise ends the run and is passed on, with nothing left on the
@@ -65,7 +65,7 @@ class Runner(Protocol):
     def __call__(
         self,
         model: nn.Module,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         observers: Sequence[Observer] = (),
         progress: Progress = silent,
     ) -> None: ...
@@ -73,7 +73,7 @@ class Runner(Protocol):
 
 @torch.no_grad()
 def whole(
-    model: nn.Module, batches: Sequence[Tensor], observers: Sequence[Observer] = (), progress: Progress = silent
+    model: nn.Module, batches: Sequence[Batch], observers: Sequence[Observer] = (), progress: Progress = silent
 ) -> None:
     """Batch after batch through a model that is in memory, on its device. ``progress`` is told of batches."""
     check_fit(model, batches)
@@ -90,7 +90,7 @@ def shared(processes: Processes) -> Runner:
     """The runner :func:`whole` for several processes, each of which runs its share."""
 
     def run(
-        model: nn.Module, batches: Sequence[Tensor], observers: Sequence[Observer] = (), progress: Progress = silent
+        model: nn.Module, batches: Sequence[Batch], observers: Sequence[Observer] = (), progress: Progress = silent
     ) -> None:
         whole(model, processes.share(batches), observers, progress)
         for observer in observers:
@@ -145,7 +145,7 @@ class LayerByLayer:
     def __call__(
         self,
         model: nn.Module,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         observers: Sequence[Observer] = (),
         progress: Progress = silent,
     ) -> None:
@@ -155,7 +155,7 @@ class LayerByLayer:
     def steps(
         self,
         model: nn.Module,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         observers: Sequence[Observer] = (),
         progress: Progress = silent,
     ) -> Iterator[str]:
@@ -179,8 +179,9 @@ class LayerByLayer:
                 partial(_pass, model, batch.to(self.device), observers, partial(self.outputs, number))
                 for number, batch in enumerate(own)
             ]
+            of_text = [number for number, batch in enumerate(own) if isinstance(batch, Tensor)]
             done = 0
-            for path, passed in in_step(works, layers):
+            for path, passed in in_step(works, layers, last=of_text):
                 names = [name for name in self.inventory.shapes if name.startswith(f"{path}.")]
                 if not passed:
                     there.drop(tables)
@@ -245,7 +246,7 @@ class _Parameters:
 
 @torch.no_grad()  # here as well: a thread of its own begins with gradients
 def _pass(
-    model: nn.Module, batch: Tensor, observers: Sequence[Observer], given: Callable[[Any], None] = lambda output: None
+    model: nn.Module, batch: Batch, observers: Sequence[Observer], given: Callable[[Any], None] = lambda output: None
 ) -> None:
     with suppress(_HeadReached), ExitStack() as stack:
         for observer in observers:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoquant.calibration.texts import read_text
 from autoquant.config.spelling import counted
 from autoquant.errors import AutoQuantError
-from autoquant.models.reading import longest_read
+from autoquant.models.reading import Batch, Example, longest_read, texts
 from autoquant.models.vocabulary import token_embedding
 from autoquant.quantizer.prefix import MODULE as PREFIX
 
@@ -89,6 +89,12 @@ def rebatched(windows: Windows, batch: int) -> Windows:
     return Windows(together(windows.batches, batch), windows.has_bos)
 
 
+def examples_and(batches: Sequence[Batch], most: int) -> tuple[Batch, ...]:
+    """The same examples one by one, then the windows of text as :func:`together` puts them."""
+    examples = tuple(batch for batch in batches if isinstance(batch, Example))
+    return (*examples, *together(texts(batches), most))
+
+
 def together(batches: Sequence[Tensor], most: int) -> tuple[Tensor, ...]:
     """The same windows in the same order, up to ``most`` of equal length in a batch [B, S]."""
     groups: list[list[Tensor]] = []
@@ -128,29 +134,36 @@ def calibration_windows(tokenizer: Any, options: CalibrationOptions) -> tuple[Te
     return calibration_batches(windows, options.sequences, options.seed)
 
 
-def check_fit(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Raise AutoQuantError for token ids beyond the model's table and windows [B, S] beyond its table of positions.
+def check_fit(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise AutoQuantError for token ids beyond the model's table and batches [B, S] beyond its table of positions.
 
-    Rotary positions have no end; what is longer than the model was trained for is the caller's choice.
+    Rotary positions have no end; what is longer than the model was trained for is the caller's choice. The ids that
+    keep the places of an image may be those of no row.
     """
     tokens = token_embedding(model)
     if tokens is None:
         return
     rows = len(tokens.weight)
-    for batch in batches:
+    for batch in texts(batches):
         largest = int(batch.max()) if batch.numel() else 0
         if largest >= rows:
             raise AutoQuantError(
                 f"token {largest} is beyond the model's table of {rows} tokens: the tokenizer is another model's"
             )
     limit = _positions(model, tokens)
-    taken = (longest_read(model, batch.shape[1]) + _hidden_prefix(model, batch) for batch in batches)
-    longest = max(taken, default=0)
+    longest = max((_positions_of(model, batch) for batch in batches), default=0)
     if limit is not None and longest > limit:
         included = "BOS and prefix included" if hasattr(model, PREFIX) else "BOS included"
         raise AutoQuantError(
             f"windows of {longest} tokens, {included}, are longer than the model's {limit} positions: lower --length"
         )
+
+
+def _positions_of(model: nn.Module, batch: Batch) -> int:
+    """How many positions a batch takes of a model's table."""
+    if isinstance(batch, Example):
+        return batch.ids.shape[1]
+    return longest_read(model, batch.shape[1]) + _hidden_prefix(model, batch)
 
 
 def _hidden_prefix(model: nn.Module, batch: Tensor) -> int:

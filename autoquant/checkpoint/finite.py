@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoquant.errors import AutoQuantError
 from autoquant.executor.apply import is_finite
+from autoquant.models.reading import Batch, ids_of
 from autoquant.models.structure import structure_of
 from autoquant.models.vocabulary import token_tables
 
@@ -54,10 +55,10 @@ class UnusedRows:
             {name: self.values[first] for name, first in names.items()},
         )
 
-    def check(self, batches: Iterable[Tensor]) -> None:
-        """Raise AutoQuantError for calibration text that holds a token whose row is not finite."""
+    def check(self, batches: Iterable[Batch]) -> None:
+        """Raise AutoQuantError for what calibrates that holds a token whose row is not finite."""
         for name, rows in self.rows.items():
-            for batch in batches:
+            for batch in map(ids_of, batches):
                 met = batch[torch.isin(batch, rows)]
                 if len(met):
                     raise AutoQuantError(

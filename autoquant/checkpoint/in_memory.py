@@ -35,13 +35,13 @@ from autoquant.steps import Progress
 
 def quantize_module_(model: nn.Module, recipe: Recipe, progress: Progress) -> nn.Module:
     """Rotate, smooth and quantize a module in memory. Raises AutoQuantError where anything does not fit."""
-    recipe = replace(recipe, config=of_text_said(recipe.config, model))
+    cache = has_static_cache(recipe)
+    recipe = replace(recipe, config=of_text_said(recipe.config, model, recipe.examples, cached=cache))
     config, strategy = recipe.config, recipe.strategy
     first = next(model.parameters())
     computed = Computed(device_said(first.device), str(first.dtype).removeprefix("torch."))
     selected = select(config, structure_of(model), recipe.transforms, recipe.seed)
     batches = required_calibration(recipe) if needs_sweep(config, strategy, selected) else ()
-    cache = has_static_cache(recipe)
     prepared = prepare_(model, config, strategy, recipe.transforms, batches, recipe.seed, cache=cache, tell=progress)
     done = quantize_model_(model, config, strategy, prepared.swept, batches, lambda *at: progress("quantize", *at))
     options = {"strategy": strategy.value, "transforms": str(recipe.transforms), "seed": recipe.seed}

@@ -41,6 +41,7 @@ from autoquant.models.caches import layers_share_cache
 from autoquant.models.device import computing_dtype
 from autoquant.models.load import build_empty
 from autoquant.models.locate import WRAPPED
+from autoquant.models.reading import Batch, texts
 from autoquant.models.structure import record_untied_
 from autoquant.pipeline.quantize import (
     Quantized,
@@ -112,7 +113,7 @@ class Job:
     config: Config
     strategy: Strategy
     selected: Selected
-    batches: Sequence[Tensor]
+    batches: Sequence[Batch]
     cache: bool
     dtypes: Dtypes
     place: Place = field(default_factory=Place)
@@ -409,7 +410,7 @@ class Stream:
         """A pass in which linears are decided in the order in which they are called; what of each layer is final."""
         job, errors = self.job, dict[str, float]()
         runs: dict[str, Run] = {}
-        twice = windows_twice(job.batches)
+        twice = windows_twice(texts(job.batches))
         model = runnable(job.source, weights, job.place.device, prefix=self.prefix)
 
         def read(name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoquant.algorithms.gptq_qronos import needs_values
 from autoquant.calibration.processes import Processes, joined
 from autoquant.calibration.runner import shared
-from autoquant.calibration.windows import together
+from autoquant.calibration.windows import examples_and
 from autoquant.certificate.claims import ProofNote, as_proved
 from autoquant.checkpoint.dtypes import narrow_, stored_dtypes, stored_names
 from autoquant.checkpoint.finite import UnusedRows, hide_unused_, show_unused_
@@ -40,13 +40,13 @@ from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.device import device_said
 from autoquant.models.load import load_language_model, load_skeleton, load_with_unplaced
-from autoquant.models.reading import check_reads_text
-from autoquant.models.tokenizer import has_tokenizer, load_tokenizer
+from autoquant.models.reading import Batch, Example, check_reads_text, texts
+from autoquant.models.tokenizer import has_tokenizer, load_tokenizer, processor_files
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.of_text import of_text_said
 from autoquant.pipeline.quantize import Quantized, Selected, needs_sweep, quantize_model_, select
 from autoquant.pipeline.select import Transforms
-from autoquant.pipeline.transform import Progress, prepare_held_, silent
+from autoquant.pipeline.transform import Progress, depends_on_strategy, prepare_held_, silent
 from autoquant.quantizer.kv_cache import check_one_stack
 from autoquant.quantizer.strategies import kv_granularity, plan_linears
 
@@ -63,16 +63,21 @@ own, which takes tens of milliseconds and of megabytes.
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the result. ``calibration``: token ids [1, S] each; ``seed``: of the rotations;
-    ``proof``: how the config's claims stand, which is recorded.
+    """Everything that decides the result. ``calibration``: token ids [1, S] each, and examples; ``seed``: of the
+    rotations; ``proof``: how the config's claims stand, which is recorded.
     """
 
     config: Config
     strategy: Strategy
     transforms: Transforms
-    calibration: tuple[Tensor, ...] = ()
+    calibration: tuple[Batch, ...] = ()
     seed: int | None = None
     proof: ProofNote | None = None
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The images and sounds that calibrate."""
+        return tuple(batch for batch in self.calibration if isinstance(batch, Example))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,8 @@ def quantize_checkpoint(
         skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
         if kv_granularity(recipe.config, recipe.strategy) is not None:
             check_one_stack(skeleton)
-        recipe = replace(recipe, config=of_text_said(recipe.config, skeleton))
+        used = of_text_said(recipe.config, skeleton, recipe.examples, cached=has_static_cache(recipe))
+        recipe = replace(recipe, config=used)
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if has_tokenizer(source) else None
         trust = trust_remote_code
         opened = _Opened(
@@ -174,12 +180,17 @@ def _sweep_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return stored if stored is torch.bfloat16 and device.type == "cuda" else torch.float32
 
 
-def _calibration(opened: _Opened, selected: Selected, unused: UnusedRows | None) -> tuple[Tensor, ...]:
-    """The windows, none where nothing has to be calibrated."""
+def _calibration(opened: _Opened, selected: Selected, unused: UnusedRows | None) -> tuple[Batch, ...]:
+    """The windows and examples, none where nothing has to be calibrated."""
     recipe = opened.recipe
     needed = needs_sweep(recipe.config, recipe.strategy, selected)
-    if needed:
+    if needed and (texts(recipe.calibration) or not recipe.calibration):
         check_reads_text(opened.skeleton)
+    elif needed and (needs_values(plan_linears(recipe.config, recipe.strategy)) or depends_on_strategy(recipe.config)):
+        raise AutoQuantError(
+            "images and sounds calibrate by maxima alone, and the config asks for more (quantization.weights or "
+            ".activations, descent, a learned rotation): give --calibration TEXT too, or set these back"
+        )
     batches = required_calibration(recipe) if needed else ()
     if unused is not None:
         unused.check(batches)
@@ -204,7 +215,7 @@ def _quantize_streamed(
     place = Place(device, dtype or (torch.float32 if exact else _sweep_dtype(dtypes.most, device)), opened.processes)
     batches = _calibration(opened, selected, weights.unused)
     if device.type != "cpu" and not exact:
-        batches = together(batches, windows_on_gpu(batches))
+        batches = examples_and(batches, windows_on_gpu(texts(batches)))
     job = Job(opened.source, weights, config, strategy, selected, batches, cache, dtypes, place)
     try:
         return _write_streamed(opened, job, progress)
@@ -276,7 +287,8 @@ def _written(
             pass
         return Done(made.quantized, chosen)
     described, further = made.ready.described, made.ready.shared
-    contents = Contents(made.ready.model, used, described, tensors(), dtype, further, changes, record, opened.tokenizer)
+    beside = opened.tokenizer, processor_files(opened.source)
+    contents = Contents(made.ready.model, used, described, tensors(), dtype, further, changes, record, *beside)
     write_checkpoint(opened.target, contents, chosen.form, force=opened.force)
     return Done(made.quantized, chosen)
 
@@ -301,7 +313,7 @@ def load_float32(source: Path, *, trust_remote_code: bool = False) -> nn.Module:
     return model
 
 
-def required_calibration(recipe: Recipe) -> tuple[Tensor, ...]:
+def required_calibration(recipe: Recipe) -> tuple[Batch, ...]:
     """The recipe's calibration windows. Raises AutoQuantError where there are none."""
     if not recipe.calibration:
         raise AutoQuantError(

@@ -7,7 +7,7 @@ the nearest thing that it takes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,8 +32,9 @@ class Target:
     tensor share a scheme and a static input scale. ``version``: what it was read from. ``head_is_table``: model
     classes whose head is the embedding table even where the folder has another; ``regrouped``: the linear, by model
     class, of which every tensor is regrouped by heads as it is read, so that none may be of one element;
-    ``unquantized``: last names of linears that its classes have in floating point alone; ``encoder_decoders``: the
-    classes with an encoder and a decoder that it serves, None: all.
+    ``unquantized``: last names of linears that its classes have in floating point alone; ``towers``: it runs int8
+    linears that images or sound reach and text does not; ``encoder_decoders``: the classes with an encoder and a
+    decoder that it serves, None: all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Target:
     head_is_table: frozenset[str]
     regrouped: Mapping[str, str]
     unquantized: frozenset[str]
+    towers: bool
     encoder_decoders: frozenset[str] | None
     notes: tuple[str, ...]
 
@@ -71,12 +73,19 @@ def target_named(name: str) -> Target:
 
 
 def reasons_against(
-    name: str, config: Config, model_class: str | None = None, *, untied: bool = False, in_two: bool = False
+    name: str,
+    config: Config,
+    model_class: str | None = None,
+    *,
+    untied: bool = False,
+    in_two: bool = False,
+    towers: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Why a target does not take what a config makes, a sentence each with the nearest thing that it takes.
 
-    ``untied``: the model's head is no longer the embedding table; ``in_two``: it has an encoder and a decoder. Without
-    ``model_class`` facts of classes are unasked.
+    ``untied``: the model's head is no longer the embedding table; ``in_two``: it has an encoder and a decoder;
+    ``towers``: linears that are quantized and that text does not reach. Without ``model_class`` facts of classes are
+    unasked.
     """
     target, planned = target_named(name), plan_linears(config)
     roles = {linear.weight: linear.role for linear in config.model.linears}
@@ -94,6 +103,11 @@ def reasons_against(
         reasons.append(
             f"{name} ({target.version}) is not known to serve {model_class}, an encoder and a decoder; the nearest "
             "is --format native, which runs in autoquant"
+        )
+    if towers and not target.towers:
+        reasons.append(
+            f"{towers[0]}: {name} ({target.version}) is not known to run int8 linears that images or sound alone "
+            "reach; the nearest is these excluded (quantization.exclude)"
         )
     if not target.lm_head:
         reasons += [
@@ -237,6 +251,7 @@ def _target(name: str, row: Mapping[str, object]) -> Target:
         frozenset(listed("head_is_table")),
         {str(one): str(linear) for one, linear in regrouped.items()},
         frozenset(listed("unquantized")),
+        row["towers"] is True,
         None if row["encoder_decoders"] is None else frozenset(listed("encoder_decoders")),
         tuple(listed("notes")),
     )
@@ -258,6 +273,7 @@ def _all_of(every: tuple[Target, ...]) -> Target:
         frozenset.union(*(target.head_is_table for target in every)),
         {one: linear for target in every for one, linear in target.regrouped.items()},
         frozenset.union(*(target.unquantized for target in every)),
+        all(target.towers for target in every),
         frozenset.intersection(*in_two) if in_two else None,
         (),
     )

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoquant.algorithms.smoothquant import group_scales
 from autoquant.calibration.group_maxima import GroupMaxima, collect_activation_maxima, load_maxima, save_maxima
+from autoquant.calibration.media import read_media
 from autoquant.calibration.windows import CalibrationOptions, calibration_windows
 from autoquant.certificate.claims import ProofNote
 from autoquant.checkpoint.apply import Stored, check_stored, open_stored, write_changed
@@ -30,7 +31,7 @@ from autoquant.io.files import check_target as check_file
 from autoquant.io.folders import check_target
 from autoquant.models.device import device_of
 from autoquant.models.load import listed, load_skeleton
-from autoquant.models.reading import check_reads_text
+from autoquant.models.reading import Batch, check_reads_text, texts
 from autoquant.models.structure import structure_of
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.held import InMemory
@@ -42,14 +43,16 @@ from autoquant.pipeline.transform import Progress, silent
 class TransformOptions:
     """What is applied and how its scales are found.
 
-    ``calibration``: which part of which text, or batches of token ids [1, S]; ``maxima``: activation maxima kept by an
-    earlier ``save_maxima``, in its place. ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None:
-    as stored. ``device``: what calibrates and folds; ``workers``: how many threads fold, None: as many as there are
-    cores. ``proof``: how the config's claims stand, which is recorded.
+    ``calibration``: which part of which text, or batches of token ids [1, S]; ``media``: a folder of images or sounds
+    that calibrate beside it; ``maxima``: activation maxima kept by an earlier ``save_maxima``, in place of both.
+    ``seed`` replaces ``rotation.seed``; ``dtype``: of the weights written, None: as stored. ``device``: what calibrates
+    and folds; ``workers``: how many threads fold, None: as many as there are cores. ``proof``: how the config's claims
+    stand, which is recorded.
     """
 
     transforms: Transforms = EVERYTHING
-    calibration: CalibrationOptions | Sequence[Tensor] = field(default_factory=CalibrationOptions)
+    calibration: CalibrationOptions | Sequence[Batch] = field(default_factory=CalibrationOptions)
+    media: Path | None = None
     maxima: Path | None = None
     save_maxima: Path | None = None
     seed: int | None = None
@@ -122,14 +125,12 @@ def _scales(
     progress: Progress,
 ) -> tuple[Resolved, Scales]:
     """Scales of the groups, by the activations that the rotated model has, and what is left of ``resolved``: without
-    groups of towers, of which text reaches nothing.
+    groups of towers, of which nothing is reached.
     """
     found: GroupMaxima | None = None if options.maxima is None else load_maxima(options.maxima)
-    windows = () if found is not None else _windows(stored, options.calibration)
+    windows = () if found is not None else _windows(stored, options)
     if found is None and not windows:
         raise AutoQuantError("smoothing needs --calibration TEXT or --maxima FILE; --transforms rotation goes without")
-    if windows:
-        check_reads_text(load_skeleton(stored.source, trust_remote_code=stored.trust_remote_code))
     progress("load", 0, 1)
     with warnings.catch_warnings():  # what is to be said of the stored weights was said
         warnings.simplefilter("ignore")
@@ -144,7 +145,8 @@ def _scales(
         )
         idle = dict.fromkeys(group.name for group in resolved.groups if (group.name, group.layer) not in found)
         if idle:
-            warnings.warn(f"not smoothed, since text does not reach it: {listed(list(idle))}", stacklevel=2)
+            reached = "text does not reach it" if options.media is None else "nothing that calibrates reaches it"
+            warnings.warn(f"not smoothed, since {reached}: {listed(list(idle))}", stacklevel=2)
         kept = tuple(group for group in resolved.groups if (group.name, group.layer) in found)
         resolved = replace(resolved, groups=kept)
     if options.save_maxima is not None:
@@ -152,13 +154,21 @@ def _scales(
     return resolved, group_scales(resolved, found, held.read)
 
 
-def _windows(stored: Stored, calibration: CalibrationOptions | Sequence[Tensor]) -> Sequence[Tensor]:
+def _windows(stored: Stored, options: TransformOptions) -> Sequence[Batch]:
+    """What calibrates: windows of text, images and sounds. Raises AutoQuantError where the model does not take them."""
+    calibration, trust = options.calibration, stored.trust_remote_code
+    skeleton = load_skeleton(stored.source, trust_remote_code=trust)
+    batches: Sequence[Batch] = ()
     if not isinstance(calibration, CalibrationOptions):
-        return calibration
-    if calibration.text is None:
-        return ()
-    tokenizer = load_tokenizer(stored.source, trust_remote_code=stored.trust_remote_code)
-    return calibration_windows(tokenizer, calibration)
+        batches = calibration
+    elif calibration.text is not None:
+        check_reads_text(skeleton)
+        batches = calibration_windows(load_tokenizer(stored.source, trust_remote_code=trust), calibration)
+    if texts(batches):
+        check_reads_text(skeleton)
+    if options.media is not None:
+        batches = (*read_media(options.media, stored.source, skeleton, trust_remote_code=trust), *batches)
+    return batches
 
 
 def _load(stored: Stored, device: torch.device) -> nn.Module:

@@ -17,7 +17,8 @@ DTYPES = ["as-stored", "float32", "bfloat16", "float16", "float64"]
 @options.output("Folder to write.")
 @options.transforms("smooth+fc_fc+rotation", options.TRANSFORMS)
 @options.calibration()
-@click.option("--maxima", type=options.FILE, help="Activation maxima of an earlier --save-maxima, in place of text.")
+@options.media()
+@click.option("--maxima", type=options.FILE, help="Activation maxima of an earlier --save-maxima, in place of these.")
 @click.option("--save-maxima", type=options.FILE, help="Keep the activation maxima (safetensors).")
 @options.sequences(16)
 @options.length

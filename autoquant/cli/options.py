@@ -48,6 +48,13 @@ def calibration(required: bool = False) -> Decorator:
     return decorate
 
 
+def media(
+    help: str = "Images or sounds to calibrate on beside the text, each with its words in a .txt of its name.",
+) -> Decorator:
+    """A folder of images or sounds."""
+    return click.option("--media", type=FILE, metavar="FOLDER", help=help)
+
+
 length = click.option(
     "--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of text in a window, BOS apart."
 )

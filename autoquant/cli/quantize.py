@@ -17,6 +17,7 @@ from autoquant.cli import options
 @options.strategy
 @options.transforms("smooth+fc_fc+rotation", options.TRANSFORMS)
 @options.calibration()
+@options.media()
 @options.sequences(16)
 @options.length
 @options.seed()

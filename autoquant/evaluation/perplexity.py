@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,31 @@ from torch.nn import functional
 
 from autoquant.calibration.windows import Windows, check_fit
 from autoquant.errors import AutoQuantError
-from autoquant.models.reading import check_reads_text, read
+from autoquant.models.reading import Batch, Example, ids_of, read
 
-LogitsOf = Callable[[Tensor], Tensor]
-"""From token ids [B, S] to logits [B, P + 1, V]: row i predicts token i - P of a window, the last what follows it."""
+LogitsOf = Callable[[Batch], Tensor]
+"""From token ids [B, S] to logits [B, P + 1, V]: row i predicts token i - P of a window, the last what follows it. Of
+an example P words are predicted.
+"""
+
+
+class Scored(Protocol):
+    """What is predicted, batch by batch: windows of text, or examples."""
+
+    @property
+    def batches(self) -> Sequence[Batch]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Images or sounds, the words beside which are predicted."""
+
+    batches: tuple[Example, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of predicted tokens of each."""
+        return tuple(example.words for example in self.batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +104,7 @@ class Likelihoods:
 
 @torch.no_grad()
 def evaluate(
-    model: LogitsOf, windows: Windows, reference: LogitsOf | None = None, progress: Callable[[int], None] | None = None
+    model: LogitsOf, windows: Scored, reference: LogitsOf | None = None, progress: Callable[[int], None] | None = None
 ) -> Evaluation:
     """Perplexity of ``model`` and, given a ``reference``, KL(reference || model), top-1 agreement and paired
     difference.
@@ -92,12 +114,13 @@ def evaluate(
     """
     counts: list[int] = []
     sums: dict[str, list[float]] = {"nll": [], "kl": [], "top1": [], "log_ratio": []}
-    for ids in windows.batches:
-        predicted = _log_softmax(model(ids))
+    for batch in windows.batches:
+        ids = ids_of(batch)
+        predicted = _log_softmax(model(batch))
         nll = _nll(predicted, ids)
         rows = {"nll": nll}
         if reference is not None:
-            expected = _log_softmax(reference(ids))
+            expected = _log_softmax(reference(batch))
             rows["kl"] = _kl(expected, predicted)
             rows["top1"] = (expected.argmax(-1) == predicted.argmax(-1)).double()
             rows["log_ratio"] = nll - _nll(expected, ids)
@@ -130,23 +153,22 @@ def nll_per_window(
 
 
 def logits_of(module: nn.Module) -> LogitsOf:
-    """A model that goes on with text as a function from ids [B, S], on any device, to float32 logits.
+    """A model that goes on with text as a function from ids [B, S] or examples, on any device, to float32 logits.
 
-    Raises AutoQuantError for a model that does not run on text, and where the window is longer than the model's
-    position table.
+    The function raises AutoQuantError for text where a model does not run on text alone, and where a window is longer
+    than the model's position table.
     """
-    check_reads_text(module)
     device = next(module.parameters()).device
 
-    def forward(ids: Tensor) -> Tensor:
-        check_fit(module, [ids])
+    def forward(batch: Batch) -> Tensor:
+        check_fit(module, [batch])
         try:
-            logits: Tensor = read(module, ids.to(device)).logits
+            logits: Tensor = read(module, batch.to(device)).logits
         except IndexError as error:
             raise AutoQuantError(
-                f"the model cannot take {ids.shape[1]} tokens at once: use a smaller window"
+                f"the model cannot take {ids_of(batch).shape[1]} tokens at once: use a smaller window"
             ) from error
-        return logits.float()
+        return (logits[:, -(batch.words + 1) :] if isinstance(batch, Example) else logits).float()
 
     return forward
 

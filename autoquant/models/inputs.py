@@ -101,10 +101,15 @@ def make_inputs(
     return Inputs(kwargs, known, missing, unseen)
 
 
+def run_without_weights(module: nn.Module, kwargs: Values) -> Any:
+    """What a module without weights returns, as far as shapes lead. Raises whatever its code raises."""
+    return _Maker(module, torch.device("meta"), torch.float32, torch.Generator()).run(kwargs)
+
+
 def runs_on(module: nn.Module, inputs: Inputs) -> bool:
     """Whether a module without weights takes inputs that were made for one of another depth."""
     try:
-        _Maker(module, torch.device("meta"), torch.float32, torch.Generator()).run(inputs.kwargs)
+        run_without_weights(module, inputs.kwargs)
     except Exception as error:  # the model's own code; what it would read of values says nothing against its inputs
         return isinstance(error, DynamicOutputShapeException) or _said(error) == _BY_VALUES
     return True

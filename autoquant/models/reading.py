@@ -1,9 +1,12 @@
-"""How windows of token ids go into a model: as they are, or in halves to an encoder and to a decoder."""
+"""How what calibrates and scores goes into a model: windows of token ids as they are, or in halves to an encoder and to
+a decoder; an image or a sound with its words as the model's own processor lays them out.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +14,48 @@ from torch import Tensor, nn
 
 from autoquant.config.format import Strategy
 from autoquant.errors import AutoQuantError
-from autoquant.models.inputs import reads_text
+from autoquant.models.inputs import reads_text, takes_media
 
 IN_HALVES = (
     "the first half of each window is what the encoder reads, and the second is predicted behind it and the "
     "decoder's start token"
 )
 """How a text calibrates and scores an encoder-decoder, in words."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """An image or a sound with its words: keyword arguments of one forward call, its batch one.
+
+    ``inputs``: on the model's device, floats in any dtype; ``words``: how many of the last token ids are words beside
+    the image, which are predicted; ``name``: that of its file.
+    """
+
+    inputs: Mapping[str, Tensor]
+    words: int
+    name: str
+
+    @property
+    def ids(self) -> Tensor:
+        """The token ids [1, S] of what is predicted: of the decoder where there is one."""
+        return self.inputs["decoder_input_ids" if "decoder_input_ids" in self.inputs else "input_ids"]
+
+    def to(self, device: torch.device) -> Example:
+        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
+
+
+Batch = Tensor | Example
+"""What one forward pass takes: windows of token ids [B, S], or an image or a sound with its words."""
+
+
+def ids_of(batch: Batch) -> Tensor:
+    """The token ids [B, S] of a batch."""
+    return batch.ids if isinstance(batch, Example) else batch
+
+
+def texts(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
+    """The windows of text among batches."""
+    return tuple(batch for batch in batches if isinstance(batch, Tensor))
 
 
 def reads_in_halves(model: Any) -> bool:
@@ -31,8 +69,9 @@ def check_reads_text(model: Any) -> None:
     if not reads_text(model):
         raise AutoQuantError(
             f"{type(model).__name__} does not run without {model.main_input_name}, and text neither calibrates nor "
-            "scores it; what needs no calibration goes: `autoquant apply` and, with --strategy "
-            f"{Strategy.PER_CHANNEL_PER_TOKEN.value}, `autoquant quantize`, both with --transforms rotation"
+            "scores it: give --media FOLDER in its place; what needs no calibration goes without: `autoquant apply` "
+            f"and, with --strategy {Strategy.PER_CHANNEL_PER_TOKEN.value}, `autoquant quantize`, both with "
+            "--transforms rotation"
         )
 
 
@@ -42,21 +81,46 @@ def halves(ids_BS: Tensor) -> tuple[Tensor, Tensor]:
     return ids_BS[:, :middle], ids_BS[:, middle:]
 
 
-def read(model: nn.Module, ids_BS: Tensor, call: Callable[..., Any] | None = None) -> Any:
-    """The output of a model for windows of token ids [B, S] on its device; ``call``: a function to call in its place.
+def check_takes_media(model: nn.Module) -> None:
+    """Raise AutoQuantError for a model that takes neither images nor sound."""
+    if not takes_media(model):
+        raise AutoQuantError(f"{type(model).__name__} takes neither images nor sound: leave --media out")
+
+
+def read(model: nn.Module, batch: Batch, call: Callable[..., Any] | None = None) -> Any:
+    """The output of a model for windows of token ids [B, S] on its device, or for an example; ``call``: a function to
+    call in its place.
 
     The decoder of an encoder-decoder is given its start token and the second half of each window: teacher forcing. In
     the logits [B, L, V] of every model row i predicts the token i + 1 - L of the window, and the last row what follows
-    it: L is S, of an encoder-decoder S - S // 2 + 1. Raises AutoQuantError where no start token is known, and as of
-    :func:`check_reads_text`.
+    it: L is S, of an encoder-decoder S - S // 2 + 1. Raises AutoQuantError where no start token is known, as of
+    :func:`check_reads_text`, and, with the file's name, where a model does not run on an example.
     """
-    check_reads_text(model)
     called = model if call is None else call
+    if isinstance(batch, Example):
+        return _read_example(model, batch, called)
+    ids_BS = batch
+    check_reads_text(model)
     if not reads_in_halves(model):
         return called(ids_BS)
     given, predicted = halves(ids_BS)
     start = predicted.new_full((len(predicted), 1), start_token(model))
     return called(input_ids=given, decoder_input_ids=torch.cat([start, predicted], 1))
+
+
+def _read_example(model: nn.Module, example: Example, called: Callable[..., Any]) -> Any:
+    floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    dtype = next((parameter.dtype for parameter in floats if not parameter.is_meta), floats[0].dtype)
+    inputs = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.inputs.items()
+    }
+    try:
+        return called(**inputs)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what the model's own code raises
+        raise AutoQuantError(
+            f"{example.name}: {type(model).__name__} does not run on what its processor makes of it: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def longest_read(model: nn.Module, tokens: int) -> int:

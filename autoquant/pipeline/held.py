@@ -14,6 +14,7 @@ from autoquant.calibration.runner import Progress, Runner, silent, whole
 from autoquant.executor.apply import execute_
 from autoquant.executor.online import check_installable
 from autoquant.executor.plan import Plan
+from autoquant.models.reading import Batch
 from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.quantizer.prefix import prefixed
 
@@ -41,7 +42,7 @@ class InMemory:
         return prefixed(self.model, tokens)
 
     def sweep(
-        self, weights: Iterable[str], batches: Sequence[Tensor], *, cache: bool, progress: Progress = silent
+        self, weights: Iterable[str], batches: Sequence[Batch], *, cache: bool, progress: Progress = silent
     ) -> Sweep:
         return sweep(self.model, weights, batches, cache=cache, runner=self.runner, progress=progress)
 

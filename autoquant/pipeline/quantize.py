@@ -30,6 +30,7 @@ from autoquant.executor.plan import Plan, Scales, make_plan
 from autoquant.executor.resolve import resolve
 from autoquant.executor.resolved import Resolved, ResolvedGroup, ResolvedSpace, check_not_learned
 from autoquant.models.fit import check_structure
+from autoquant.models.reading import Batch, texts
 from autoquant.models.structure import ModelStructure, structure_of
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.select import Transforms, resolve_transforms
@@ -224,21 +225,21 @@ def quantize_model_(
     config: Config,
     strategy: Strategy,
     swept: Sweep,
-    batches: Sequence[Tensor] = (),
+    batches: Sequence[Batch] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quantized:
     """Replace a prepared model's linears, and its cache where the strategy has one, by int8.
 
-    ``batches`` (token ids [1, S]) are needed where the config asks for more than maxima: clipped scales, rounding
+    Windows of text among ``batches`` are needed where the config asks for more than maxima: clipped scales, rounding
     against the output error, bias correction. Raises AutoQuantError without them.
     """
     planned = plan_linears(config, strategy)
     rounded: Mapping[str, Rounded] = {}
     missed: tuple[str, ...] = ()
     if needs_values(planned):
-        if not batches:
+        if not texts(batches):
             raise AutoQuantError("quantization.weights and .activations ask for calibration text: there is none")
-        rounded, missed = round_in_sequence(model, planned, batches, progress)
+        rounded, missed = round_in_sequence(model, planned, texts(batches), progress)
     quantize_(model, planned, swept.inputs, rounded)
     granularity = kv_granularity(config, strategy)
     if granularity is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoquant.algorithms.scale_search import descend
 from autoquant.algorithms.spinquant import learn_rotations_
@@ -15,6 +15,7 @@ from autoquant.calibration.observers import Sweep
 from autoquant.config.format import Config, RotationMethod, SmoothingMethod, Strategy
 from autoquant.executor.apply import execute_
 from autoquant.executor.plan import Plan
+from autoquant.models.reading import Batch, texts
 from autoquant.models.structure import structure_of
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.quantize import (
@@ -74,7 +75,7 @@ def prepare_(
     config: Config,
     strategy: Strategy,
     transforms: Transforms,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     seed: int | None = None,
     *,
     cache: bool,
@@ -96,7 +97,7 @@ def prepare_held_(
     selected: Selected,
     config: Config,
     strategy: Strategy,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     cache: bool,
     tell: Progress = silent,
@@ -104,9 +105,9 @@ def prepare_held_(
 ) -> Prepared:
     """Carry out what was selected from ``config``, wherever the parameters are; the function stays the same.
 
-    ``batches``: calibration token ids [1, S], none where nothing has to be calibrated; ``cache``: keys and values are
-    observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by descent, and
-    to learned rotations. ``sweeping`` may know already what the sweep before smoothing finds.
+    ``batches``: calibration token ids [1, S] and examples, none where nothing has to be calibrated; ``cache``: keys and
+    values are observed too, as they always are for query-key groups. ``strategy`` matters to scales that are found by
+    descent, and to learned rotations. ``sweeping`` may know already what the sweep before smoothing finds.
     """
     tell("rotate", 0, 1)
     plan = rotation_plan(selected, held.inventory, held.read, learned_later=True)
@@ -138,17 +139,17 @@ def _learn_(
     strategy: Strategy,
     selected: Selected,
     plan: Plan,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     tell: Progress,
 ) -> Plan:
     """Turn the residual further, behind all smoothing that is left beside a rotation; the plan says what was done."""
     planned = plan_linears(config, strategy)
     with prefixed(model, config.quantization.prefix):
         added = learn_rotations_(
-            model, selected.resolved, planned, batches, progress=lambda *at: tell("learn the rotation", *at)
+            model, selected.resolved, planned, texts(batches), progress=lambda *at: tell("learn the rotation", *at)
         )
-    texts = {where: f"{text}, {added[where]}" if where in added else text for where, text in plan.constructions.items()}
-    return replace(plan, constructions=texts)
+    said = {where: f"{text}, {added[where]}" if where in added else text for where, text in plan.constructions.items()}
+    return replace(plan, constructions=said)
 
 
 def _descend_(
@@ -157,12 +158,14 @@ def _descend_(
     strategy: Strategy,
     selected: Selected,
     swept: Sweep,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     tell: Progress,
 ) -> Sweep:
     with prefixed(model, config.quantization.prefix):
         planned = plan_linears(config, strategy)
-        chosen = descend(model, linear_groups(selected).groups, planned, batches, lambda *at: tell("descend", *at))
+        chosen = descend(
+            model, linear_groups(selected).groups, planned, texts(batches), lambda *at: tell("descend", *at)
+        )
     found, scales = with_found(selected, chosen)
     execute_(model, smoothing_plan(found, structure_of(model), model.get_parameter, scales))
     return smoothed(found, swept, scales)

@@ -47,6 +47,22 @@ def test_each_layer_is_entered_once_for_all_works() -> None:
     assert events == [f"{what} {path}" for path in paths for what in ("enter", "leave")]
 
 
+def test_what_comes_last_waits_for_the_others() -> None:
+    """The first work wants the second layer at once; the other comes to it through the first."""
+    model, order = Stack(), []
+
+    def late() -> None:
+        model.layers[1](torch.ones(1, 3))
+
+    def early() -> None:
+        model.layers[1](model.layers[0](torch.ones(1, 3)))
+
+    layers = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+    for last in ((0,), ()):
+        order.append([path for path, passed in in_step([late, early], layers, last) if passed])
+    assert order == [["layers.0", "layers.1"], ["layers.1", "layers.0", "layers.1"]]
+
+
 def test_works_that_call_no_layer_and_no_works_at_all() -> None:
     assert walk(2, lambda model, x: x)[3] == []
     assert walk(0, lambda model, x: x)[3] == []

@@ -67,6 +67,7 @@ USES = {
         M C -o OUT --sequences 0
         M C -o OUT --calibration SHORT
         M C -o OUT --calibration EMPTYTEXT
+        M C -o OUT --media nowhere
     """,
     "eval": """
         nowhere --data T
@@ -79,6 +80,9 @@ USES = {
         M --data T --device cuda:x
         llama --data T
         M
+        M --data T --media nowhere
+        M --media nowhere
+        M --media EMPTYTEXT
     """,
     "compare": """
         nowhere --data T --calibration T -o OUT

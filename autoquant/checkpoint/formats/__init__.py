@@ -26,6 +26,7 @@ from autoquant.io.folders import finished_folder
 from autoquant.io.safetensors_writer import Described
 from autoquant.models.own_code import copy_code
 from autoquant.models.reading import reads_in_halves
+from autoquant.pipeline.of_text import quantized_towers
 
 NATIVE = "native"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -52,7 +53,8 @@ class Contents:
 
     ``model``: of it only the configs are used. ``config``: its strategy is the one used. ``tensors``: each described
     one once, in any order, its dtype and shape as described; ``shared``: further names of some of them. ``dtype``: that
-    of most of what stays in floating point. ``provenance``: see ``checkpoint.provenance``.
+    of most of what stays in floating point. ``provenance``: see ``checkpoint.provenance``. ``processor``: files of what
+    lays out images and sounds, which are copied.
     """
 
     model: Any
@@ -64,6 +66,7 @@ class Contents:
     changes: Changes = field(default_factory=Changes)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
+    processor: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,8 @@ def refusals(target: str, config: Config, changes: Changes, model: Any = None) -
     """Why a target, or the format that it loads, does not take such a model, a sentence each; none where it does."""
     kind = None if model is None else type(model).__name__
     in_two = model is not None and reads_in_halves(model)
-    served = reasons_against(target, config, kind, untied=_untied(changes, model), in_two=in_two)
+    towers = () if model is None else quantized_towers(config, model)
+    served = reasons_against(target, config, kind, untied=_untied(changes, model), in_two=in_two, towers=towers)
     held = format_named(target_named(target).form).reasons_against(config, changes, model)
     return tuple(dict.fromkeys((*served, *held)))
 

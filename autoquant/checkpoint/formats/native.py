@@ -34,6 +34,7 @@ from autoquant.io.safetensors_writer import Described, write_tensors
 from autoquant.models.checkpoint_source import check_ordinary
 from autoquant.models.load import build_empty, check_depth, load_settings
 from autoquant.models.structure import FLOATING
+from autoquant.models.tokenizer import processor_files
 from autoquant.quantizer.kv_cache import MODULE, KVScales, install_
 from autoquant.quantizer.linear import replace_with_empty_
 from autoquant.quantizer.prefix import install_prefix_, stored_prefix
@@ -134,6 +135,7 @@ class Native:
             facts.changes,
             read_provenance(folder),
             stored_tokenizer(folder, trust_remote_code=trust_remote_code),
+            processor_files(folder),
         )
 
 

@@ -28,6 +28,7 @@ from autoquant.models.checkpoint_source import read_settings
 from autoquant.models.hub_names import HubTensor, Layout, hub_layout
 from autoquant.models.load import build_empty
 from autoquant.models.structure import structure_of
+from autoquant.models.tokenizer import processor_files
 from autoquant.quantizer.linear import replace_with_empty_
 from autoquant.quantizer.strategies import PlannedLinear, Scheme
 
@@ -83,6 +84,7 @@ def stored_contents(folder: Path, *, trust_remote_code: bool = False) -> Content
         Changes(),
         read_provenance(folder),
         stored_tokenizer(folder, trust_remote_code=trust_remote_code),
+        processor_files(folder),
     )
 
 

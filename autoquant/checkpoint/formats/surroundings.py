@@ -25,6 +25,9 @@ def write_surroundings(folder: Path, contents: Contents, **settings: Any) -> Non
         contents.model.generation_config.to_json_file(folder / "generation_config.json")
     if contents.tokenizer is not None:
         contents.tokenizer.save_pretrained(folder)
+    for file in contents.processor:
+        if not (folder / file.name).exists():  # a template is the tokenizer's too
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def stored_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
