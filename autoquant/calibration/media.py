@@ -63,8 +63,11 @@ def _example(file: Path, processor: Any, model: Any) -> Example:
     beside = file.with_suffix(WORDS)
     words = read_text(beside).strip() if beside.is_file() else ""
     kind = _KINDS[file.suffix.lower()]
-    laid = _laid_out(file, kind, processor, "mm_token_type_ids" in inspect.signature(model.forward).parameters)
-    inputs = {name: tensor for name, tensor in laid.items() if name in inputs_taken(model, kind)}
+    named = inspect.signature(model.forward).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+    taken = inputs_taken(model, named, kind) if passes_on else named
+    laid = _laid_out(file, kind, processor, "mm_token_type_ids" in named)
+    inputs = {name: tensor for name, tensor in laid.items() if name in taken}
     tokenizer = processor.tokenizer
     if getattr(model.config, "is_encoder_decoder", False):
         if not words:

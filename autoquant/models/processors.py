@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +43,9 @@ def processed_image(wanted: Wanted, name: str) -> Values:
         ) from error
     tensors = {key: value for key, value in output.items() if isinstance(value, Tensor)}
     taken = {
-        key: value for key, value in tensors.items() if key in inputs_taken(wanted.module, "image") and key not in _TEXT
+        key: value
+        for key, value in tensors.items()
+        if key in inputs_taken(wanted.module, wanted.names, "image") and key not in _TEXT
     }
     if name not in taken:
         raise AutoQuantError(f"its image processor {kind.__name__} makes {', '.join(output)}, and no {name}")
@@ -65,15 +67,10 @@ def _processor(config: Any) -> Any:
     raise AutoQuantError(f"transformers has no image processor for {type(config).__name__}")
 
 
-def inputs_taken(module: Any, what: str) -> Collection[str]:
-    """What a forward names and, where it takes more, the methods that make features of an ``image`` or an ``audio``."""
-    named = inspect.signature(module.forward).parameters
-    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in named.values()):
-        return named.keys()
-    return {
-        *named,
-        *(name for method in feature_methods(module, what) for name in inspect.signature(method).parameters),
-    }
+def inputs_taken(module: Any, named: Iterable[str], what: str) -> Collection[str]:
+    """What a forward has ``named`` and what the methods that make features of an ``image`` or an ``audio`` name."""
+    methods = feature_methods(module, what)
+    return {*named, *(name for method in methods for name in inspect.signature(method).parameters)}
 
 
 def _sizes(settings: Fields, fields: Fields) -> tuple[dict[str, Any], int]:
