@@ -13,7 +13,7 @@ from torch import nn
 
 from autoquant.analyzer.findings import Findings
 from autoquant.capture.graph import Captured
-from autoquant.config.format import Blocked
+from autoquant.config.format import Blocked, SmoothingGroup, SmoothingKind
 from autoquant.models.images import IMAGES
 from autoquant.models.sounds import SOUNDS
 
@@ -55,16 +55,27 @@ def without_residual(found: Findings) -> Findings:
 
 
 def beside_unreached(found: Findings, unreached: Mapping[str, frozenset[int]]) -> Findings:
-    """``found`` without rotations of a stream that parts as wide as it may read or write for other inputs.
+    """``found`` without rotations of a stream, and scales of what goes out of a stack of layers, that parts as wide as
+    it may read or write for other inputs: a head for images reads what the last norm makes.
 
     ``unreached``: by path, the sizes of the matrices of such parts (:func:`unreached_parts`).
     """
-    reasons = []
-    for space in found.spaces:
-        wide = [path for path, sizes in unreached.items() if space.kind == "R1" and space.size in sizes]
-        text = "which the inputs that could be made do not reach, may read or write it"
-        reasons.append(f"{wide[0]}, {text}" if wide else None)
-    return _without(found, reasons)
+
+    def why(size: int) -> str | None:
+        wide = [path for path, sizes in unreached.items() if size in sizes]
+        return f"{wide[0]}, which the inputs that could be made do not reach, may read or write it" if wide else None
+
+    goes_out = [
+        group
+        for group in found.groups
+        if (group.kind, group.layers) == (SmoothingKind.NORM_LINEAR, None)
+        and not any(name.isdecimal() for slot in group.sources for name in slot.path.split("."))
+        and why(group.channels) is not None
+    ]
+    return _without(
+        _unscaled(found, goes_out, [why(group.channels) for group in goes_out]),
+        [why(space.size) if space.kind == "R1" else None for space in found.spaces],
+    )
 
 
 def within_language_model(found: Findings, module: nn.Module, text: object, forward: Callable[[], object]) -> Findings:
@@ -88,13 +99,7 @@ def within_language_model(found: Findings, module: nn.Module, text: object, forw
 
     reason = "what images or sound become is not traced, and may come to it by another way than text does"
     lost = [group for group in found.groups if passed_by(slot.path for slot in (*group.sources, *group.targets))]
-    blocked = tuple(
-        Blocked(path=path, what="smoothing", reason=reason, operator=group.kind.value, at=path)
-        for group in lost
-        for path in dict.fromkeys(slot.path.rpartition(".")[0] for slot in group.targets)
-    )
-    kept = tuple(group for group in found.groups if group not in lost)
-    found = replace(found, groups=kept, blocked=(*found.blocked, *blocked))
+    found = _unscaled(found, lost, [reason] * len(lost))
     slots = [(*space.writers, *(reader for read in space.reads for reader in read.readers)) for space in found.spaces]
     return _without(found, [reason if passed_by(slot.path for slot in members) else None for members in slots])
 
@@ -119,6 +124,17 @@ def _branches(part: nn.Module, called: Set[int]) -> bool:
         if _branches(child, called) if reached else any(True for _ in child.parameters()):
             return True
     return False
+
+
+def _unscaled(found: Findings, lost: Sequence[SmoothingGroup], reasons: Sequence[str | None]) -> Findings:
+    """``found`` without some of its groups, each with a reason, which is said of all their targets."""
+    blocked = tuple(
+        Blocked(path=path, what="smoothing", reason=str(reason), operator=group.kind.value, at=path)
+        for group, reason in zip(lost, reasons, strict=True)
+        for path in dict.fromkeys(slot.path.rpartition(".")[0] for slot in group.targets)
+    )
+    kept = tuple(group for group in found.groups if group not in lost)
+    return replace(found, groups=kept, blocked=(*found.blocked, *blocked))
 
 
 def _without(found: Findings, reasons: Sequence[str | None]) -> Findings:

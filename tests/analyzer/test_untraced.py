@@ -146,7 +146,9 @@ def test_a_stream_as_wide_as_what_is_not_reached_is_not_rotated() -> None:
     assert beside_unreached(found, {"adapter": frozenset({residual.size + 1})}) == found
     left = beside_unreached(found, {"adapter": frozenset({residual.size, 16})})
     assert left.spaces == tuple(space for space in found.spaces if space is not residual)
-    (*_, blocked) = left.blocked
+    (*_, scaled, blocked) = left.blocked
+    assert [group.name for group in found.groups if group not in left.groups] == ["model.norm -> lm_head"]
+    assert (scaled.what, scaled.path, scaled.reason) == ("smoothing", "lm_head", blocked.reason)
     assert (blocked.what, blocked.operator, blocked.path) == ("rotation", "R1", "model.embed_tokens")
     assert blocked.reason == "adapter, which the inputs that could be made do not reach, may read or write it"
 
