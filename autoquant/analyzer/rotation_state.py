@@ -392,6 +392,11 @@ def varies(labels: Tensor, dim: int) -> bool:
     return labels.shape[dim] > 1 and bool((labels != labels.narrow(dim, 0, 1)).any())
 
 
+def apart(labels: Tensor, dim: int) -> bool:
+    """True if there are different coordinates along ``dim``; 0, which pads, is none."""
+    return bool(((labels != labels.amax(dim, keepdim=True)) & (labels != ZERO)).any())
+
+
 def _index_any(labels: Tensor, indices: Sequence[Value]) -> Tensor:
     """Index where the labels do not depend on the index."""
     chosen = [

@@ -207,6 +207,10 @@ F.unfold({x}.mT[..., None], (2, 1), padding=(1, 0)).reshape({B}, {W}, 2, -1)[:, 
 F.unfold({x}[..., None], (1, 1)).reshape({B}, {T}, {W})
 {x}.contiguous().as_strided(({B}, {T}, {W}), ({T} * {W}, {W}, 1))
 {x}.unfold(-1, 2, 1).select(-1, 1)
+(F.pad({x}, (0, 0, 1, 0)).unfold(1, 2, 1) * torch.softmax({y}[..., :2], -1)[..., None, :]).sum(-1)
+(F.pad({x}, (0, 0, 1, 0)).unfold(1, 2, 1) @ torch.softmax({y}[..., :2], -1)[..., None])[..., 0]
+torch.einsum('bts,btds->btd', torch.softmax({y}[..., :2], -1), F.pad({x}, (0, 0, 1, 0)).unfold(1, 2, 1))
+({x}.mT @ torch.softmax({y} @ {y}.mT, -1)).mT
 torch.atleast_1d({x})
 torch.atleast_2d({x})
 torch.atleast_3d({x})

@@ -125,7 +125,7 @@ def _scan(s: Scope) -> list[str]:
 
 HEADS = ((1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 4, 2), (3, 1, 2))
 """KV heads, query heads for each, head size."""
-WAYS = ("sdpa", "gqa", "matmul", "expand", "capped", "mask", "bmm", "einsum")
+WAYS = ("sdpa", "gqa", "matmul", "expand", "capped", "left", "mask", "bmm", "einsum")
 """How attention is written."""
 ROTARY = {
     "halves": "{x} * {cos}.repeat(1, 2) + torch.cat([-{x}[..., {half}:], {x}[..., :{half}]], -1) * {sin}.repeat(1, 2)",
@@ -161,6 +161,8 @@ def _mixed(s: Scope, ways: tuple[str, ...], q: str, k: str, v: str, repeat: int,
         weights = f"torch.softmax(torch.bmm({flat[0]}, {flat[1]}.transpose(1, 2)), -1)"
         return [*lines, f"torch.bmm({weights}, {flat[2]}).view({b}, -1, {TOKENS}, {size})"]
     weights = f"torch.softmax(torch.einsum('bhtd,bhsd->bhts', {q}, {k}), -1)"
+    if way == "left":  # as on images, whose channels come before their places
+        return [*lines, f"({v}.mT @ {weights}.mT).mT"]
     return [*lines, f"torch.einsum('bhts,bhsd->bhtd', {weights}, {v})"]
 
 
@@ -186,7 +188,7 @@ def _attention(s: Scope, planted: bool = False) -> list[str]:
     cos, sin = s.name("cos"), s.name("sin")
     lines.append(f"{cos}, {sin} = {angles}.cos(), {angles}.sin()")
     lines += [f"{name} = {rotated.format(x=name, cos=cos, sin=sin, half=size // 2)}" for name in (q, k)]
-    *more, mixed = _mixed(s, WAYS[:5] if planted else WAYS, q, k, v, repeat, size)
+    *more, mixed = _mixed(s, WAYS[:6] if planted else WAYS, q, k, v, repeat, size)
     if planted and repeat == 1 and s.draw.random() < 0.4:  # a gain of the heads, or one for all of them
         gain = s.parameter(size) if s.draw.random() < 0.5 else f"{s.parameter(heads * size)}.view({heads}, 1, {size})"
         mixed = f"({mixed}) * {gain}"

@@ -30,6 +30,21 @@ def square(x: Tensor) -> Tensor:
     return x.mT.unflatten(-1, (2, 2))
 
 
+def windows(x: Tensor) -> Tensor:
+    """Each token behind the one before, [B, T, D, 2]; before the first is nothing."""
+    return functional.pad(x, (0, 0, 1, 0)).unfold(1, 2, 1)
+
+
+def shares(x: Tensor) -> Tensor:
+    """Weights of the two tokens of each window, [B, T, 1, 2], by lengths, which no rotation changes."""
+    return functional.pad(x.norm(dim=-1), (1, 0)).unfold(1, 2, 1).softmax(-1)[..., None, :]
+
+
+SCORES = torch.tensor(
+    [[0.1, 0.5, -0.3, 0.2], [0.9, 0.0, 0.4, -0.7], [-0.2, 0.3, 0.8, 0.6], [0.5, -0.1, 0.7, 0.3]]
+).double()
+
+
 @pytest.mark.parametrize(
     ("pool", "spaces", "groups"),
     [
@@ -43,6 +58,11 @@ def square(x: Tensor) -> Tensor:
         (lambda x: functional.adaptive_avg_pool2d(square(x), (2, 2)).flatten(2).mT, 1, 2),
         (lambda x: functional.interpolate(x.mT, size=4, mode="linear").mT, 1, 2),
         (lambda x: functional.grid_sample(square(x), PLACES, align_corners=False).flatten(2).mT, 1, 2),
+        (lambda x: (windows(x) * shares(x)).sum(-1), 1, 1),
+        (lambda x: (windows(x) @ shares(x).mT)[..., 0], 1, 1),
+        (lambda x: torch.einsum("btw,btdw->btd", shares(x)[..., 0, :], windows(x)), 1, 1),
+        (lambda x: (x.mT @ SCORES.softmax(-1)).mT, 1, 2),
+        (lambda x: x @ SCORES.softmax(-1), 0, 2),  # over channels
         (lambda x: functional.max_pool1d(x.mT, 3, 1, 1).mT, 0, 2),  # of each channel by itself
         (lambda x: functional.avg_pool1d(x, 3, 1, 1), 0, 2),  # over channels
     ],

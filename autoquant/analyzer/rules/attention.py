@@ -16,6 +16,7 @@ from autoquant.analyzer.interpreter import Dynamic, Site, Value
 from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
+    apart,
     apply,
     fresh_instances,
     seen_along,
@@ -158,7 +159,7 @@ MAX_STORED = 1 << 20
 def rotate_summed_over_tokens(a: RotationAnalysis, site: Site, values: Vector) -> Value:
     """Sums of vectors with coefficients per position of the result: every axis but the last has its own."""
     dim = values.coordinates.ndim - 2
-    if varies(values.coordinates, dim):
+    if apart(values.coordinates, dim):
         if values.gain is not None or not varies(values.coordinates, -1):
             note_lost_values(a, site, values)
             return a.end(site, [values], "its channels are summed")
@@ -188,7 +189,7 @@ def weights_of(site: Site, values: Value, summed: Sequence[int]) -> bool:
     """
     if not isinstance(values, Vector) or values.coordinates.ndim < 2 or not varies(values.coordinates, -1):
         return False
-    return not any(varies(values.coordinates, dim) for dim in summed) and not is_attention(site.node)
+    return not any(apart(values.coordinates, dim) for dim in summed) and not is_attention(site.node)
 
 
 def is_attention(node: torch.fx.Node) -> bool:

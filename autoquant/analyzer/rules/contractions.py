@@ -16,6 +16,7 @@ from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Vector,
     anew,
+    apart,
     apply,
     fresh_instances,
     mixed,
@@ -35,13 +36,13 @@ def rotate_weighted(
     """A sum of vectors with coefficients."""
     summed = [d for d, c in enumerate(term) if c not in result]
     kept = "".join(c for c in term if c in result)
-    apart = any(varies(values.coordinates, d) for d in summed)
-    if apart and (term[-1] not in result or values.gain is not None):
+    several = any(apart(values.coordinates, d) for d in summed)
+    if several and (term[-1] not in result or values.gain is not None):
         return a.end(site, [values], "its channels are summed")
 
     def added(values: Vector) -> Vector:
         a.stay_apart(site, values)
-        if apart:
+        if several:
             keys = torch.arange(values.coordinates.numel()).view(values.coordinates.shape)
             for d, c in enumerate(term):
                 keys = keys if c in coefficients else keys.narrow(d, 0, 1)
@@ -212,9 +213,9 @@ class Letters:
 
     def mixes(self, labels: Tensor) -> bool:
         """True if the parameter holds coefficients: channels lie where it has no axis, along the last axis in doubt."""
-        apart = any(varies(labels, d) for d, c in enumerate(self.x) if c in self.result and c not in self.w)
+        several = any(varies(labels, d) for d, c in enumerate(self.x) if c in self.result and c not in self.w)
         read = any(varies(labels, d) for d, c in enumerate(self.x) if c in self.summed)
-        return apart and (not read or self.x[-1] in self.result)
+        return several and (not read or self.x[-1] in self.result)
 
     def meets(self, lead: int) -> bool:
         """True if the rows that chose the experts are the first ones of both factors, in the same order."""

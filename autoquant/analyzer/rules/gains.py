@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from autoquant.analyzer.interpreter import Site, Value
 from autoquant.analyzer.rotation_notes import Product, Read
 from autoquant.analyzer.rotation_state import Gain, RotationAnalysis, Vector, varies
+from autoquant.analyzer.variables import ZERO
 from autoquant.aten import LINEAR, operator_name
 from autoquant.config.format import Norm
 
@@ -65,6 +66,9 @@ def behind_gain(
         return added(vector)
     if gain.bias is not None:
         return a.end(site, [vector], f"vectors are added, to each of which {gain.bias} was added")
+    if dims:  # a token of zeros has whatever gain the others have
+        zero = vector.coordinates == ZERO
+        index = torch.where(zero, index.masked_fill(zero, -1).amax(tuple(dims), keepdim=True), index)
     if any(varies(index, dim) for dim in dims):
         return a.end(site, [vector], "its channels are summed")
     for dim in dims:

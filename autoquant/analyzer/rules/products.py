@@ -15,8 +15,10 @@ from autoquant.analyzer.rotation_state import (
     Beside,
     RotationAnalysis,
     Vector,
+    apart,
     apply,
     fresh_instances,
+    varies,
 )
 from autoquant.analyzer.rotation_state import shape_of as vector_shape
 from autoquant.analyzer.rules.attention import rotate_summed_over_tokens, scale_cancel, scale_states, weights_of
@@ -24,6 +26,7 @@ from autoquant.analyzer.rules.contractions import (
     read_apart,
     rotate_contraction,
     rotate_read,
+    rotate_weighted,
     scale_contraction,
     use,
 )
@@ -81,10 +84,23 @@ def rotate_matmul(a: RotationAnalysis, site: Site, x: Value, y: Value) -> Value:
         return rotate_contraction(a, site, y, x, *terms)
     if isinstance(y, Vector) and isinstance(x, (Dynamic, Constant)):
         return rotate_summed_over_tokens(a, site, y)
+    if isinstance(x, Vector) and isinstance(y, (Dynamic, Constant)) and lies_before_tokens(x, vector_shape(y)):
+        batch = ascii_lowercase[: x.coordinates.ndim - 2]
+        own = batch[len(batch) + 2 - len(vector_shape(y)) :]
+        return rotate_weighted(a, site, x, f"{batch}yz", f"{own}zx", f"{batch}yx")
     if isinstance(x, Vector) and weights_of(site, y, [-2]):
         a.end(site, [x], "it is a product of two activations")
         return rotate_summed_over_tokens(a, site, y)
     return a.end(site, [x, y], "it is a product of two activations")
+
+
+def lies_before_tokens(x: Vector, other: tuple[int, ...]) -> bool:
+    """True if tokens lie along a vector's last axis, channels along the one before: a product from the right adds whole
+    vectors, as where attention is computed on images [B, C, T]. ``other``: the shape of what is multiplied from there.
+    """
+    shape = tuple(x.coordinates.shape)
+    alike = 2 <= len(other) <= len(shape) and other[:-1] == (*shape[len(shape) - len(other) : -2], shape[-1])
+    return alike and not apart(x.coordinates, -1) and varies(x.coordinates, -2)
 
 
 def matmul_terms(site: Site, x: tuple[int, ...], w: Value, *, from_left: bool = False) -> tuple[str, str, str] | None:

@@ -15,6 +15,7 @@ from autoquant.analyzer.rotation_state import (
     RotationAnalysis,
     Square,
     Vector,
+    apart,
     apply,
     fresh_instances,
     mixed,
@@ -30,7 +31,6 @@ from autoquant.analyzer.rules.sentences import (
     PICKS,
 )
 from autoquant.analyzer.scale_state import ScaleAnalysis, scalar
-from autoquant.analyzer.variables import ZERO
 from autoquant.aten import (
     POOLS,
     operator_name,
@@ -61,7 +61,7 @@ def rotate_reduce(
     dims = [d % ndim for d in ([dim] if isinstance(dim, int) and not isinstance(dim, bool) else dim or range(ndim))]
     if isinstance(x, Square):
         return rotate_measured(a, site, vector, dims, "its length is taken over part of its channels")
-    if not any(_apart(vector.coordinates, d) for d in dims):
+    if not any(apart(vector.coordinates, d) for d in dims):
 
         def added(vector: Vector) -> Vector:
             a.stay_apart(site, vector)
@@ -78,11 +78,6 @@ def rotate_reduce(
     if ndim - 1 not in dims:
         return squeezed(a.added_along(site, vector, dims), () if keepdim else dims)
     return a.end(site, [x], "its channels are summed")
-
-
-def _apart(labels: Tensor, dim: int) -> bool:
-    """True if there are different channels along ``dim``; 0, which pads, is none."""
-    return bool(((labels != labels.amax(dim, keepdim=True)) & (labels != ZERO)).any())
 
 
 def squeezed(vector: Vector, dims: Sequence[int]) -> Value:
@@ -211,7 +206,7 @@ def rotate_running(a: RotationAnalysis, site: Site, x: Value, dim: int, **kwargs
 def rotate_summed_along(a: RotationAnalysis, site: Site, x: Value, dims: Sequence[int]) -> Value:
     """Each token of the result is a sum of whole vectors, whatever their factors are."""
     along = [dim % x.coordinates.ndim for dim in dims] if isinstance(x, Vector) else []
-    if not isinstance(x, Vector) or any(_apart(x.coordinates, dim) for dim in along):
+    if not isinstance(x, Vector) or any(apart(x.coordinates, dim) for dim in along):
         return a.end(site, [x], "its channels are summed")
 
     def added(x: Vector) -> Vector:
