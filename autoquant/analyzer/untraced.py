@@ -6,10 +6,10 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import CodeType, FunctionType
 
-from torch import nn
+from torch import Tensor, nn
 
 from autoquant.analyzer.findings import Findings
 from autoquant.capture.graph import Captured
@@ -54,27 +54,35 @@ def without_residual(found: Findings) -> Findings:
     return _without(found, [reason if space.kind == "R1" else None for space in found.spaces])
 
 
-def beside_unreached(found: Findings, unreached: Mapping[str, frozenset[int]]) -> Findings:
-    """``found`` without rotations of a stream, and scales of what goes out of a stack of layers, that parts as wide as
-    it may read or write for other inputs: a head for images reads what the last norm makes.
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Sizes of the matrices of a part: ``any``, and ``read``, along which they may be multiplied with a vector."""
 
-    ``unreached``: by path, the sizes of the matrices of such parts (:func:`unreached_parts`).
+    any: frozenset[int]
+    read: frozenset[int]
+
+
+def beside_unreached(found: Findings, unreached: Mapping[str, Widths]) -> Findings:
+    """``found`` without rotations of a stream that parts as wide as it may read or write for other inputs, and without
+    scales of what goes out of a stack of layers that such parts may read, as a head for images does.
+
+    ``unreached``: the widths of such parts by their paths (:func:`unreached_parts`).
     """
 
-    def why(size: int) -> str | None:
-        wide = [path for path, sizes in unreached.items() if size in sizes]
-        return f"{wide[0]}, which the inputs that could be made do not reach, may read or write it" if wide else None
+    def why(size: int, does: str) -> str | None:
+        wide = [path for path, own in unreached.items() if size in (own.read if does == "read" else own.any)]
+        return f"{wide[0]}, which the inputs that could be made do not reach, may {does} it" if wide else None
 
     goes_out = [
         group
         for group in found.groups
         if (group.kind, group.layers) == (SmoothingKind.NORM_LINEAR, None)
         and not any(name.isdecimal() for slot in group.sources for name in slot.path.split("."))
-        and why(group.channels) is not None
+        and why(group.channels, "read") is not None
     ]
     return _without(
-        _unscaled(found, goes_out, [why(group.channels) for group in goes_out]),
-        [why(space.size) if space.kind == "R1" else None for space in found.spaces],
+        _unscaled(found, goes_out, [why(group.channels, "read") for group in goes_out]),
+        [why(space.size, "read or write") if space.kind == "R1" else None for space in found.spaces],
     )
 
 
@@ -149,10 +157,8 @@ def _without(found: Findings, reasons: Sequence[str | None]) -> Findings:
     return replace(found, spaces=kept, blocked=(*found.blocked, *blocked))
 
 
-def unreached_parts(
-    module: nn.Module, paths: Sequence[str], forward: Callable[[], object]
-) -> dict[str, frozenset[int]]:
-    """Those of ``paths`` with matrices of which ``forward`` calls no owner, with the sizes of these matrices.
+def unreached_parts(module: nn.Module, paths: Sequence[str], forward: Callable[[], object]) -> dict[str, Widths]:
+    """Those of ``paths`` with matrices of which ``forward`` calls no owner, with the widths of these matrices.
 
     ``forward`` runs the module on the inputs that it is analysed on. A part that runs, and of which nothing reaches the
     logits, never does; one that does not run may, for other inputs: an adapter, cross-attention, a head for images.
@@ -167,10 +173,19 @@ def unreached_parts(
         part, names = module.get_submodule(path), [name for name in path.split(".") if not name.isdecimal()]
         own = names[-1] if names else path
         coded = getattr(part, "main_input_name", None) in (*IMAGES, *SOUNDS) and own not in forwards
-        sizes = set(_uncalled(part, called)) if own in named and not coded else set()
-        if sizes:
-            found[path] = frozenset(sizes)
+        matrices = list(_uncalled(part, called)) if own in named and not coded else []
+        if matrices:
+            read = frozenset(size for holder, matrix in matrices for size in _read_along(holder, matrix))
+            found[path] = Widths(frozenset(size for _, matrix in matrices for size in matrix.shape), read)
     return found
+
+
+def _read_along(holder: nn.Module, matrix: Tensor) -> tuple[int, ...]:
+    """Sizes along which a matrix may be multiplied with a vector: none of a table of tokens."""
+    if isinstance(holder, nn.Embedding):
+        return ()
+    taken = isinstance(holder, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return (matrix.shape[1],) if taken else tuple(matrix.shape)
 
 
 def _called(parts: Iterable[nn.Module], forward: Callable[[], object]) -> set[int]:
@@ -186,10 +201,12 @@ def _called(parts: Iterable[nn.Module], forward: Callable[[], object]) -> set[in
     return called
 
 
-def _uncalled(part: nn.Module, called: set[int]) -> Iterator[int]:
-    """Sizes of the matrices that parts own which are not called, nor used by the part that is and holds them."""
+def _uncalled(part: nn.Module, called: set[int]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The matrices that parts own which are not called, nor used by the part that is and holds them, behind their
+    owners.
+    """
     if id(part) not in called:
-        yield from (size for p in part.parameters(recurse=False) if p.dim() > 1 for size in p.shape)
+        yield from ((part, parameter) for parameter in part.parameters(recurse=False) if parameter.dim() > 1)
     for child in part.children():
         held = isinstance(child, _HELD) and id(part) in called
         yield from _uncalled(child, called | {id(child)} if held else called)

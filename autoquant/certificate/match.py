@@ -18,6 +18,8 @@ from autoquant.config.layers import LAYER, layer_numbers, layer_set
 
 Shape = tuple[object, ...]
 _Claimed = TypeVar("_Claimed", Space, Online)
+_EXPERT = r"(?<=expert_)\d+(?!\w)"
+"""The number of an expert that is known by a name of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def _name(name: str, members: Sequence[Shape]) -> str:
 
 
 def _without_numbers(text: str) -> str:
-    return re.sub(r"(?<![\w-])\d+(?!\w)", LAYER, text)
+    return re.sub(rf"(?<![\w-])\d+(?!\w)|{_EXPERT}", LAYER, text)
 
 
 def _any_layer(slots: Iterable[Shape]) -> tuple[Shape, ...]:
@@ -135,7 +137,7 @@ def _any_layer(slots: Iterable[Shape]) -> tuple[Shape, ...]:
 
 
 def _any_layer_in(text: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", LAYER, text)
+    return re.sub(rf"(?<=\.)\d+(?=\.)|{_EXPERT}", LAYER, text)
 
 
 def _slots(slots: Iterable[Slot]) -> tuple[Shape, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from autoquant.analyzer.analyze import analyze
 from autoquant.analyzer.findings import Findings
-from autoquant.analyzer.untraced import beside_unreached, unreached_parts, untraced, within_language_model
+from autoquant.analyzer.untraced import Widths, beside_unreached, unreached_parts, untraced, within_language_model
 from autoquant.capture.routes import Captured, capture
 from autoquant.config.format import Read, Reader, Slot, SmoothingGroup, SmoothingKind, Space, Writer
 from autoquant.models.repair import find_source
@@ -132,23 +132,33 @@ def test_what_other_inputs_lead_to_is_not_reached() -> None:
     module = Guided().eval()
     left_out = ["adapter", "pooled", "idle", "codec"]
     tokens, guide = torch.tensor([[1, 2]]), torch.zeros(1, 2, 6)
-    assert unreached_parts(module, left_out, lambda: module(tokens)) == {"adapter": frozenset({6, 8, 16})}
+    assert unreached_parts(module, left_out, lambda: module(tokens)) == {
+        "adapter": Widths(frozenset({6, 8, 16}), frozenset({6, 16}))
+    }
     assert unreached_parts(module, left_out, lambda: module(tokens, guide)) == {}
     assert unreached_parts(module, ["codec"], lambda: module(tokens)) == {}
     module.codec.main_input_name = "hidden_states"  # then it may write anything
-    assert unreached_parts(module, ["codec"], lambda: module(tokens)) == {"codec": frozenset({1, 3, 8})}
+    assert unreached_parts(module, ["codec"], lambda: module(tokens)) == {
+        "codec": Widths(frozenset({1, 3, 8}), frozenset({1}))
+    }
     assert not any(part._forward_pre_hooks for part in module.modules())
 
 
 def test_a_stream_as_wide_as_what_is_not_reached_is_not_rotated() -> None:
     found = analyze(find_source("llama", layers=2)).findings
     (residual,) = [space for space in found.spaces if space.kind == "R1"]
-    assert beside_unreached(found, {"adapter": frozenset({residual.size + 1})}) == found
-    left = beside_unreached(found, {"adapter": frozenset({residual.size, 16})})
+    size, other = frozenset({residual.size}), frozenset({residual.size + 1})
+    assert beside_unreached(found, {"adapter": Widths(other, other)}) == found
+    assert beside_unreached(found, {"table": Widths(size | other, frozenset())}).groups == found.groups
+    left = beside_unreached(found, {"adapter": Widths(size | other, size)})
     assert left.spaces == tuple(space for space in found.spaces if space is not residual)
     (*_, scaled, blocked) = left.blocked
     assert [group.name for group in found.groups if group not in left.groups] == ["model.norm -> lm_head"]
-    assert (scaled.what, scaled.path, scaled.reason) == ("smoothing", "lm_head", blocked.reason)
+    assert (scaled.what, scaled.path, scaled.reason) == (
+        "smoothing",
+        "lm_head",
+        "adapter, which the inputs that could be made do not reach, may read it",
+    )
     assert (blocked.what, blocked.operator, blocked.path) == ("rotation", "R1", "model.embed_tokens")
     assert blocked.reason == "adapter, which the inputs that could be made do not reach, may read or write it"
 
