@@ -21,7 +21,7 @@ from autoquant.calibration.layer_by_layer import in_step
 from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.windows import check_fit
 from autoquant.models.locate import owner_of
-from autoquant.models.reading import Batch, read
+from autoquant.models.reading import Batch, Example, read, texts
 from autoquant.models.structure import ModelStructure
 from autoquant.models.vocabulary import output_embedding, token_tables
 from autoquant.threads import give_back_memory
@@ -92,11 +92,20 @@ def shared(processes: Processes) -> Runner:
     def run(
         model: nn.Module, batches: Sequence[Batch], observers: Sequence[Observer] = (), progress: Progress = silent
     ) -> None:
-        whole(model, processes.share(batches), observers, progress)
+        whole(model, own_share(processes, batches), observers, progress)
         for observer in observers:
             observer.merge(processes, "")
 
     return run
+
+
+def own_share(processes: Processes, batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """What goes through this process: a share of the text, and every example.
+
+    All processes enter the same layers in the same order, since they wait for each other behind each.
+    """
+    examples = tuple(batch for batch in batches if isinstance(batch, Example))
+    return (*examples, *processes.share(texts(batches)))
 
 
 @contextmanager
@@ -174,7 +183,7 @@ class LayerByLayer:
                 handle = owner.register_forward_pre_hook(partial(there.bring, (name,)))
                 stack.callback(handle.remove)
             there.put([name for name in outside if name not in tables])
-            own = self.processes.share(batches)
+            own = own_share(self.processes, batches)
             works = [
                 partial(_pass, model, batch.to(self.device), observers, partial(self.outputs, number))
                 for number, batch in enumerate(own)

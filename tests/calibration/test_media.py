@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from quantized import DATA, PACKAGED, STATIC, STATIC_KV, config_of, with_a_tower
 from safetensors.torch import load_file
 from seen import WORDS, hears, images, sees, sounds
-from torch import nn
+from torch import Tensor, nn
 
 import autoquant
 from autoquant.calibration.media import read_media
 from autoquant.calibration.observers import sweep
-from autoquant.calibration.runner import LayerByLayer
+from autoquant.calibration.processes import Processes
+from autoquant.calibration.runner import LayerByLayer, own_share
 from autoquant.calibration.windows import check_fit, examples_and
 from autoquant.checkpoint.layerwise import runnable
 from autoquant.checkpoint.quantize import load_float32
@@ -161,6 +163,24 @@ def test_layer_by_layer_finds_what_a_pass_of_the_whole_model_finds(folder: Path)
     assert found.inputs.keys() == whole.inputs.keys() and "lm_head.weight" in found.inputs
     for name, maximum in whole.inputs.items():
         assert torch.equal(found.inputs[name], maximum), name
+
+
+def test_every_process_goes_through_the_same_layers(folder: Path) -> None:
+    """They wait for each other behind each layer: one that had no image would wait behind others than the rest."""
+
+    class Process(Processes):
+        def largest(self, maxima: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return dict(maxima)
+
+    source, generator = folder / "sees", torch.Generator().manual_seed(0)
+    windows = tuple(torch.randint(3, 2000, (1, 20), generator=generator) for _ in range(3))
+    opened, entered = open_weights(source), []
+    for rank in range(2):
+        runner = LayerByLayer(opened.inventory, opened.read, processes=Process(rank, 2))
+        model = runnable(source, opened, torch.device("cpu"))
+        entered.append(list(runner.steps(model, (*windows, *seen(folder)[:1]))))
+    assert entered[0] == entered[1] and len(entered[0]) == 4
+    assert [len(own_share(Process(rank, 2), (*windows, *seen(folder)))) for rank in range(2)] == [4, 3]
 
 
 def test_a_cache_with_static_scales_leaves_the_values_of_towers_unscaled(folder: Path, tmp_path: Path) -> None:
