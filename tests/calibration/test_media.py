@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from quantized import DATA, PACKAGED, STATIC, STATIC_KV, with_a_tower
+from quantized import DATA, PACKAGED, STATIC, STATIC_KV, config_of, with_a_tower
 from safetensors.torch import load_file
 from seen import WORDS, hears, images, sees, sounds
 from torch import Tensor, nn
 
 import autoquant
-from autoquant.analyzer.analyze import analyze
 from autoquant.calibration.media import read_media
 from autoquant.calibration.observers import sweep
 from autoquant.calibration.processes import Processes
@@ -25,11 +23,10 @@ from autoquant.calibration.windows import check_fit, examples_and
 from autoquant.checkpoint.layerwise import runnable
 from autoquant.checkpoint.quantize import load_float32
 from autoquant.checkpoint.streamed import open_weights
-from autoquant.config.format import Config, Rounding, SmoothingKind, Strategy, WeightQuantization, edited
+from autoquant.config.format import Rounding, SmoothingKind, Strategy, WeightQuantization, edited
 from autoquant.errors import AutoQuantError
 from autoquant.models.load import load_skeleton
 from autoquant.models.reading import Example, read
-from autoquant.models.repair import find_source
 from autoquant.models.tokenizer import load_tokenizer
 from autoquant.pipeline.of_text import of_text
 from autoquant.quantizer.linear import Int8Linear
@@ -43,12 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sees(place / "sees"), hears(place / "hears"), images(place / "images"), sounds(place / "sounds")
     images(place / "bare", words="")
     return place
-
-
-@cache
-def config_of(source: Path) -> Config:
-    """As `analyze` captures it: torch.export of torch 2.11 does not follow the tower."""
-    return analyze(find_source(str(source))).config
 
 
 def seen(folder: Path, media: str = "images") -> tuple[Example, ...]:
