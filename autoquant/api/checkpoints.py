@@ -217,8 +217,8 @@ def quantize(
     is analyzed first; without ``calibration`` it is calibrated on a packaged text, which the result says. ``field``:
     the column of a text that has columns. ``media``: a folder of images or sounds that calibrate a folder's model
     beside the text, each with its words in a .txt of its name; what text alone does not reach stays in floating point
-    without. Claims that were edited since they were proved are proved again, of a module
-    on what ``example_inputs`` call; ``unproved`` goes on without, which is recorded.
+    without. Claims that were edited since they were proved are proved again, of a module on what ``example_inputs``
+    call; ``unproved`` goes on without, which is recorded.
 
     ``format``: 'compressed-tensors', which servers load, 'native', which holds everything, or 'onnx'; None: the first
     where it can hold the result. ``target``: what is to serve it, 'vllm', 'sglang', 'transformers', 'any' or

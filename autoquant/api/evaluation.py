@@ -188,6 +188,7 @@ def evaluate(
         loaded: nn.Module = load(name, dtype, device=device, trust_remote_code=trust_remote_code)
         if media is not None:
             windows[name] = _worded(name, Path(media), loaded, trust_remote_code)
+            _check_same(windows, beside)
         return loaded
 
     other = runnable(beside[0]) if beside else None
@@ -196,7 +197,6 @@ def evaluate(
     in_halves: list[str] = []
     for name in names:
         module = runnable(name)
-        _check_same(windows, beside)
         in_halves += [name] * (media is None and reads_in_halves(module))
         if other is not None and reads_in_halves(module) != reads_in_halves(other):
             raise AutoQuantError(f"{name}: of it and {reference} one has an encoder: they predict different tokens")

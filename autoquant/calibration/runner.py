@@ -21,7 +21,7 @@ from autoquant.calibration.layer_by_layer import in_step
 from autoquant.calibration.processes import ALONE, Processes
 from autoquant.calibration.windows import check_fit
 from autoquant.models.locate import owner_of
-from autoquant.models.reading import Batch, Example, read, texts
+from autoquant.models.reading import Batch, examples_of, read, texts
 from autoquant.models.structure import ModelStructure
 from autoquant.models.vocabulary import output_embedding, token_tables
 from autoquant.threads import give_back_memory
@@ -104,8 +104,7 @@ def own_share(processes: Processes, batches: Sequence[Batch]) -> tuple[Batch, ..
 
     All processes enter the same layers in the same order, since they wait for each other behind each.
     """
-    examples = tuple(batch for batch in batches if isinstance(batch, Example))
-    return (*examples, *processes.share(texts(batches)))
+    return (*examples_of(batches), *processes.share(texts(batches)))
 
 
 @contextmanager

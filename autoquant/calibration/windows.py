@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoquant.calibration.texts import read_text
 from autoquant.config.spelling import counted
 from autoquant.errors import AutoQuantError
-from autoquant.models.reading import Batch, Example, longest_read, texts
+from autoquant.models.reading import Batch, Example, examples_of, longest_read, texts
 from autoquant.models.vocabulary import token_embedding
 from autoquant.quantizer.prefix import MODULE as PREFIX
 
@@ -91,8 +91,7 @@ def rebatched(windows: Windows, batch: int) -> Windows:
 
 def examples_and(batches: Sequence[Batch], most: int) -> tuple[Batch, ...]:
     """The same examples one by one, then the windows of text as :func:`together` puts them."""
-    examples = tuple(batch for batch in batches if isinstance(batch, Example))
-    return (*examples, *together(texts(batches), most))
+    return (*examples_of(batches), *together(texts(batches), most))
 
 
 def together(batches: Sequence[Tensor], most: int) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ from autoquant.io.safetensors_stream import Shards
 from autoquant.models.checkpoint_source import open_checkpoint
 from autoquant.models.device import device_said
 from autoquant.models.load import load_language_model, load_skeleton, load_with_unplaced
-from autoquant.models.reading import Batch, Example, check_reads_text, texts
+from autoquant.models.reading import Batch, Example, check_reads_text, examples_of, texts
 from autoquant.models.tokenizer import has_tokenizer, load_tokenizer, processor_files
 from autoquant.pipeline.held import InMemory
 from autoquant.pipeline.of_text import of_text_said
@@ -77,7 +77,7 @@ class Recipe:
     @property
     def examples(self) -> tuple[Example, ...]:
         """The images and sounds that calibrate."""
-        return tuple(batch for batch in self.calibration if isinstance(batch, Example))
+        return examples_of(self.calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ def _calibration(opened: _Opened, selected: Selected, unused: UnusedRows | None)
     elif needed and (needs_values(plan_linears(recipe.config, recipe.strategy)) or depends_on_strategy(recipe.config)):
         raise AutoQuantError(
             "images and sounds calibrate by maxima alone, and the config asks for more (quantization.weights or "
-            ".activations, descent, a learned rotation): give --calibration TEXT too, or set these back"
+            ".activations, descent, a learned rotation), which takes text: set these back"
         )
     batches = required_calibration(recipe) if needed else ()
     if unused is not None:

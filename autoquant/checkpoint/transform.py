@@ -161,11 +161,11 @@ def _windows(stored: Stored, options: TransformOptions) -> Sequence[Batch]:
     batches: Sequence[Batch] = ()
     if not isinstance(calibration, CalibrationOptions):
         batches = calibration
+        if texts(batches):
+            check_reads_text(skeleton)
     elif calibration.text is not None:
         check_reads_text(skeleton)
         batches = calibration_windows(load_tokenizer(stored.source, trust_remote_code=trust), calibration)
-    if texts(batches):
-        check_reads_text(skeleton)
     if options.media is not None:
         batches = (*read_media(options.media, stored.source, skeleton, trust_remote_code=trust), *batches)
     return batches

@@ -58,6 +58,11 @@ def texts(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
     return tuple(batch for batch in batches if isinstance(batch, Tensor))
 
 
+def examples_of(batches: Iterable[Batch]) -> tuple[Example, ...]:
+    """The images and sounds among batches."""
+    return tuple(batch for batch in batches if isinstance(batch, Example))
+
+
 def reads_in_halves(model: Any) -> bool:
     """Whether a model has an encoder and a decoder, each of which takes token ids."""
     in_two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
